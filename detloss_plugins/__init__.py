@@ -1,0 +1,2 @@
+"""Detection losses."""
+__version__ = "0.1.0"
