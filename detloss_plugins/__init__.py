@@ -1,2 +1,10 @@
-"""Detection losses."""
+"""Detection losses for MMDetection 3.x and Ultralytics YOLO, swapped by one dict.
+
+Importing this needs torch and mmengine only; mmdet and ultralytics are imported by their adapters.
+"""
+
+from detloss_plugins import losses  # registers every loss
+from detloss_plugins.registry import MODELS, build_loss
+
 __version__ = "0.1.0"
+__all__ = ["MODELS", "build_loss", "losses"]

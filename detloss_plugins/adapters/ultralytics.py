@@ -1,0 +1,288 @@
+"""Ultralytics YOLO: swap the classification, box and distribution loss of a training by one dict.
+
+``make_trainer(losses)`` gives a trainer for ``YOLO(...).train(trainer=...)``. Nothing of Ultralytics is edited: the
+stock criterion is subclassed, its class loss and its box criterion are replaced on the instance, and the model is told
+to build this criterion. The instance attribute that tells it so is taken off while a checkpoint is written, so that
+``best.pt`` holds stock classes only.
+
+Ultralytics is AGPL-3.0; this module is imported only by those who use it.
+"""
+
+import copy
+import functools
+from collections.abc import Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import MethodType
+
+import torch
+import yaml
+from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.utils import LOGGER
+from ultralytics.utils.loss import BboxLoss, E2ELoss, v8DetectionLoss
+from ultralytics.utils.tal import bbox2dist
+
+from detloss_plugins.registry import build_loss, loss_class
+
+# Slot -> what it is called in the stock criterion's arguments, and the families of losses it takes.
+SLOTS = {
+    "cls": ("classification",),
+    "box": ("box",),
+    "dfl": ("distribution", "regression"),
+}
+RECORD = "detloss_plugins"  # attribute of the model, and so of the checkpoint, that records the losses
+
+
+def load_losses(losses):
+    """A losses dict from a dict or the path of a YAML file, checked and with every default gain written out.
+
+    Args:
+        losses: ``{"cls": {"type": ...}, "box": {...}, "dfl": {...}}``, every slot optional, or a path to such a YAML.
+
+    Returns:
+        A new plain dict. ``loss_weight``, where absent, is the ``yolo_gain`` of the loss's class.
+
+    Raises:
+        TypeError: if it is not a dict of dicts, or a hyper-parameter is unknown.
+        ValueError: for an unknown slot or loss, or a loss of a family that the slot does not take.
+    """
+    if isinstance(losses, str | Path):
+        losses = yaml.safe_load(Path(losses).read_text(encoding="utf-8"))
+    if not isinstance(losses, Mapping):
+        raise TypeError(f"losses must be a dict such as {{'cls': {{'type': 'VarifocalLoss'}}}}, not {losses!r}.")
+    if unknown := [slot for slot in losses if slot not in SLOTS]:
+        raise ValueError(f"There is no slot {unknown[0]!r}; the slots are {', '.join(SLOTS)}.")
+    return {slot: _checked(slot, cfg) for slot, cfg in losses.items()}
+
+
+def _checked(slot, cfg):
+    loss = build_loss(cfg)  # raises for an unknown loss or hyper-parameter
+    if loss.family not in SLOTS[slot]:
+        raise ValueError(
+            f"The {slot!r} slot takes a {' or '.join(SLOTS[slot])} loss, "
+            f"but {type(loss).__name__} is a {loss.family} loss."
+        )
+    if slot == "cls" and not loss.use_sigmoid:
+        raise ValueError(
+            f"The class scores of YOLO are independent sigmoids; write use_sigmoid=True for {type(loss).__name__}."
+        )
+    return {"loss_weight": loss_class(cfg["type"]).yolo_gain, **copy.deepcopy(dict(cfg))}
+
+
+class _ClassSlot:
+    """Stands in for the stock criterion's element-wise BCE; the criterion weights, sums and normalises the result."""
+
+    def __init__(self, loss):
+        self.loss = loss
+
+    def __call__(self, pred_scores, target_scores):
+        elements, _ = self.loss.elements(pred_scores, target_scores)
+        return self.loss.loss_weight * elements
+
+
+class _BoxCriterion(BboxLoss):
+    """The stock box criterion with the box loss, the distribution (or distance) loss, or both replaced."""
+
+    def __init__(self, reg_max, box, dfl):
+        super().__init__(reg_max)
+        self.reg_max, self.box, self.dfl = reg_max, box, dfl
+
+    def forward(
+        self,
+        pred_dist,
+        pred_bboxes,
+        anchor_points,
+        target_bboxes,
+        target_scores,
+        target_scores_sum,
+        fg_mask,
+        imgsz,
+        stride,
+    ):
+        stock = (None, None)
+        if self.box is None or self.dfl is None:
+            stock = super().forward(
+                pred_dist,
+                pred_bboxes,
+                anchor_points,
+                target_bboxes,
+                target_scores,
+                target_scores_sum,
+                fg_mask,
+                imgsz,
+                stride,
+            )
+        positive = fg_mask.nonzero(as_tuple=True)
+        weight = target_scores[positive].sum(-1)
+
+        def total(loss, pred, target, weight):
+            return loss(pred, target, weight, reduction_override="sum") / target_scores_sum
+
+        loss_box, loss_dfl = stock
+        if self.box is not None:
+            loss_box = total(self.box, pred_bboxes[positive], target_bboxes[positive], weight)
+        if self.dfl is not None:
+            if self.reg_max > 1:
+                distance = bbox2dist(anchor_points, target_bboxes, self.reg_max - 1)
+                pred_dist = pred_dist.unflatten(-1, (4, self.reg_max))
+            else:
+                # A head without bins regresses the distances themselves, here as shares of the image's sides.
+                to_share = stride / imgsz[[1, 0, 1, 0]]
+                distance = bbox2dist(anchor_points, target_bboxes) * to_share
+                pred_dist = pred_dist * to_share
+            # One loss per side; a box counts as the mean of its four.
+            sides = weight.unsqueeze(-1).expand(-1, 4) / 4
+            loss_dfl = total(self.dfl, pred_dist[positive], distance[positive], sides)
+        return loss_box, loss_dfl
+
+
+class PluginDetectionLoss(v8DetectionLoss):
+    """The stock detection criterion with losses of ours in its slots.
+
+    Class losses are summed over anchors and classes and divided by ``target_scores_sum``, as stock BCE is; box and
+    distribution losses are weighted by the target scores and divided by the same sum. The gains ``box``, ``cls`` and
+    ``dfl`` of the training arguments apply on top of each loss's ``loss_weight``.
+
+    Args:
+        model: a detection model with ``args``.
+        tal_topk, tal_topk2: as in the stock class.
+        losses: see :func:`load_losses`; a slot that is absent keeps the stock loss.
+
+    Raises:
+        ValueError: also if the head has no distribution (``reg_max=1``) and the ``dfl`` slot holds a distribution loss,
+            or the reverse.
+    """
+
+    def __init__(self, model, tal_topk=10, tal_topk2=None, losses=None):
+        super().__init__(model, tal_topk, tal_topk2)
+        self.losses = load_losses(losses or {})
+        built = {slot: build_loss(cfg).to(self.device) for slot, cfg in self.losses.items()}
+        check_head(model, self.losses)
+        if "cls" in built:
+            self.bce = _ClassSlot(built["cls"])
+        if built.keys() & {"box", "dfl"}:
+            self.bbox_loss = _BoxCriterion(self.reg_max, built.get("box"), built.get("dfl")).to(self.device)
+
+
+def check_head(model, losses):
+    """Raise ``ValueError`` if the loss of the ``dfl`` slot does not suit the model's head."""
+    if "dfl" not in losses:
+        return
+    name, bins = losses["dfl"]["type"], model.model[-1].reg_max
+    family = loss_class(name).family
+    if bins == 1 and family == "distribution":
+        raise ValueError(
+            f"{name} needs a distribution over bins, but this model's head has none (reg_max=1): it regresses the four "
+            "distances directly. Use a point-wise loss such as L1Loss in the 'dfl' slot, or leave it out."
+        )
+    if bins > 1 and family == "regression":
+        raise ValueError(
+            f"{name} regresses distances, but this model's head predicts a distribution over {bins} bins. "
+            "Use DistributionFocalLoss in the 'dfl' slot, or leave it out."
+        )
+
+
+def _init_criterion(model):
+    """What ``model.init_criterion()`` does on a model of ours; the stock choice of class, with our losses."""
+    make = functools.partial(PluginDetectionLoss, losses=getattr(model, RECORD)["losses"])
+    return E2ELoss(model, make) if getattr(model.model[-1], "one2one_cv2", None) is not None else make(model)
+
+
+def install(model, losses):
+    """Make ``model.loss`` use ``losses``, also on deep copies of the model such as the EMA.
+
+    Args:
+        model: a ``DetectionModel``; its criterion, if it has one, is dropped.
+        losses: see :func:`load_losses`.
+
+    Raises:
+        ValueError, TypeError: as :class:`PluginDetectionLoss`.
+    """
+    from detloss_plugins import __version__
+
+    losses = load_losses(losses)
+    check_head(model, losses)
+    setattr(model, RECORD, {"version": __version__, "losses": losses})
+    # On the instance, so that the class in the checkpoint stays the stock one; a bound method follows a deep copy.
+    model.init_criterion = MethodType(_init_criterion, model)
+    model.criterion = None
+
+
+@contextmanager
+def _stock_classes_only(model):
+    """Take off a model what only a process with this package can unpickle."""
+    method, criterion = vars(model).pop("init_criterion", None), getattr(model, "criterion", None)
+    model.criterion = None
+    try:
+        yield
+    finally:
+        model.criterion = criterion
+        if method is not None:
+            model.init_criterion = method
+
+
+def trained_losses(model):
+    """The losses recorded in a model or checkpoint of ours: ``{"version": ..., "losses": {...}}``, or None.
+
+    Args:
+        model: a ``YOLO``, a model, or the path of a ``.pt`` file.
+    """
+    if isinstance(model, str | Path):
+        checkpoint = torch.load(model, map_location="cpu", weights_only=False)
+        model = checkpoint.get("ema") or checkpoint["model"]
+    return getattr(getattr(model, "model", model), RECORD, None) or getattr(model, RECORD, None)
+
+
+def describe(losses, args):
+    """One line per slot: which loss is active, its settings, its weight and the training's gain for the slot."""
+    lines = []
+    for slot in SLOTS:
+        gain = f"gain {slot}={getattr(args, slot)}"
+        if slot in losses:
+            loss = build_loss(losses[slot])
+            lines.append(f"{slot}: {loss} x {loss.loss_weight:g}, {gain}")
+        else:
+            lines.append(f"{slot}: stock loss, {gain}")
+    return lines
+
+
+def make_trainer(losses):
+    """A trainer class for ``YOLO(...).train(trainer=make_trainer(losses))``.
+
+    Args:
+        losses: a dict ``{"cls": {"type": "VarifocalLoss"}, "box": {...}, "dfl": {...}}`` or the path of a YAML file
+            with one; absent slots keep the stock loss bit for bit.
+
+    Returns:
+        A subclass of Ultralytics' ``DetectionTrainer``. It is made here so that multi-GPU workers, which receive it
+        pickled by value, receive the losses with it.
+
+    Raises:
+        ValueError, TypeError: for a misspelt slot, loss or hyper-parameter, before any data is read.
+    """
+    losses = load_losses(losses)
+
+    class PluginTrainer(DetectionTrainer):
+        plugin_losses = losses
+
+        def get_model(self, cfg=None, weights=None, verbose=True):
+            model = super().get_model(cfg, weights, verbose)
+            check_head(model, self.plugin_losses)
+            before = getattr(weights, RECORD, None)
+            if self.resume and before is not None and before["losses"] != self.plugin_losses:
+                LOGGER.warning(f"This run resumes with other losses than it was started with ({before['losses']}).")
+            return model
+
+        def set_model_attributes(self):
+            super().set_model_attributes()
+            # Every path to training comes through here: new, resumed, and in a worker that was handed its model.
+            install(getattr(self.model, "student_model", self.model), self.plugin_losses)
+            for line in describe(self.plugin_losses, self.args):
+                LOGGER.info(f"detloss_plugins: {line}")
+
+        def save_model(self):
+            ema = self.ema.ema
+            with _stock_classes_only(getattr(ema, "student_model", ema)):
+                return super().save_model()
+
+    return PluginTrainer

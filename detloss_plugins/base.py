@@ -1,0 +1,263 @@
+"""The one forward of every loss, and its families.
+
+A family says what pred and target look like and how to sample them for a test.
+"""
+
+import inspect
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import nn
+
+from detloss_plugins.reduction import apply_weight, check_reduction, reduce
+
+
+class Upstream(NamedTuple):
+    """An upstream counterpart of a loss: where it is, and the settings under which the two are the same loss."""
+
+    path: str  # dotted path of a class or function
+    ours: Mapping = MappingProxyType({})  # hyper-parameters
+    theirs: Mapping = MappingProxyType({})
+    differs: str = ""  # why the two are *not* the same loss although they share a name; empty: they must agree
+
+
+def float32(tensor):
+    """Half precision up-cast to float32; anything else as it is."""
+    return tensor.float() if tensor.is_floating_point() and tensor.element_size() < 4 else tensor
+
+
+def _keyword_only(function):
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+class Loss(nn.Module):
+    """What every loss shares: hyper-parameters, float32 inside, weight, avg_factor and reduction.
+
+    A subclass binds ``fn(pred, target, *, hyper-parameters) -> per-element losses`` and states facts about it. The
+    keyword-only arguments of ``fn`` are the constructor's hyper-parameters and become attributes of the module.
+
+    Args:
+        reduction: "none", "mean" or "sum".
+        loss_weight: factor on the result.
+
+    Raises:
+        TypeError: for an unknown hyper-parameter (the message lists the accepted ones), or a string where a number is
+            expected and the reverse.
+    """
+
+    fn: ClassVar
+    family: ClassVar[str]
+    paper: ClassVar[str] = ""  # link
+    upstream: ClassVar[tuple[Upstream, ...]] = ()
+    bounds: ClassVar[tuple[float, float]] = (0.0, float("inf"))  # of a per-element loss, on valid input
+    true_gradient: ClassVar[bool] = True  # False: a factor is detached, so finite differences disagree by design
+    sums_classes: ClassVar[bool] = False  # True: the per-element losses are summed over the last axis
+    yolo_gain: ClassVar[float] = 1.0  # default loss_weight in a slot of the Ultralytics adapter
+    hyper: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        parameters = {}
+        if "fn" in vars(cls):
+            parameters.update(_keyword_only(cls.fn))
+            cls.hyper = tuple(parameters)
+        for base in reversed(cls.__mro__):  # a subclass's default wins
+            if issubclass(base, Loss) and "__init__" in vars(base):
+                parameters.update(_keyword_only(base.__init__))
+        cls.__signature__ = inspect.Signature(list(parameters.values()))
+
+    def __init__(self, *, reduction="mean", loss_weight=1.0, **hyper):
+        super().__init__()
+        accepted = inspect.signature(type(self)).parameters
+        for name in hyper:
+            if name not in self.hyper:
+                raise TypeError(
+                    f"{type(self).__name__} has no hyper-parameter {name!r}; it accepts {', '.join(sorted(accepted))}."
+                )
+        values = {name: hyper.get(name, accepted[name].default) for name in self.hyper}
+        for name, value in {**values, "loss_weight": loss_weight}.items():
+            if isinstance(value, str) != isinstance(accepted[name].default, str):
+                raise TypeError(
+                    f"{name}={value!r} of {type(self).__name__} has the wrong type; the default is {accepted[name]}."
+                )
+            setattr(self, name, value)
+        self.reduction = check_reduction(reduction)
+
+    def extra_repr(self):
+        """The settings that differ from the defaults."""
+        defaults = inspect.signature(type(self)).parameters
+        settings = {name: getattr(self, name) for name in defaults if hasattr(self, name)}
+        changed = {k: v for k, v in settings.items() if isinstance(v, torch.Tensor) or v != defaults[k].default}
+        return ", ".join(f"{name}={value!r}" for name, value in changed.items())
+
+    def prepare(self, pred, target):
+        """Bring the target to the form that ``fn`` takes; returns pred, target and a mask of valid rows or None."""
+        return pred, target.to(pred.dtype), None
+
+    def elements(self, pred, target):
+        """Per-element losses before weight, class sum, ``loss_weight`` and reduction, and the mask of valid ones."""
+        with torch.autocast(pred.device.type, enabled=False):
+            pred, target, valid = self.prepare(float32(pred), target)
+            return self.fn(pred, target, **{name: getattr(self, name) for name in self.hyper}), valid
+
+    def normalizer(self, avg_factor, loss, valid, reduction):
+        """The avg_factor to use; a loss that averages over valid elements overrides this."""
+        return avg_factor
+
+    def forward(self, pred, target, weight=None, avg_factor=None, reduction_override=None):
+        """Compute the loss; see :func:`detloss_plugins.reduction.reduce` for ``weight`` and ``avg_factor``.
+
+        Returns:
+            A float32 (or float64) scalar, or the per-element losses for ``reduction="none"``.
+        """
+        reduction = check_reduction(self.reduction if reduction_override is None else reduction_override)
+        loss, valid = self.elements(pred, target)
+        with torch.autocast(pred.device.type, enabled=False):
+            avg_factor = self.normalizer(avg_factor, loss, valid, reduction)
+            loss = apply_weight(apply_weight(loss, weight), valid)
+            if self.sums_classes:
+                loss = loss.sum(-1)
+            return self.loss_weight * reduce(loss, None, avg_factor, reduction)
+
+
+def check_same_shape(pred, target, what):
+    """Raise ``ValueError`` if the two shapes differ."""
+    if pred.shape != target.shape:
+        raise ValueError(f"pred {tuple(pred.shape)} and target {tuple(target.shape)} must both be {what}.")
+
+
+class BoxLoss(Loss):
+    """Losses between aligned boxes.
+
+    Call with ``pred`` and ``target`` of shape ``(..., 4)``, corners ``(x1, y1, x2, y2)`` in any one unit; the
+    per-element losses have shape ``(...)``. ``weight`` may be ``(N,)``, ``(N, 1)`` or mmdet's ``(N, 4)``.
+
+    Raises:
+        ValueError: if the shapes differ or do not end in 4.
+    """
+
+    family = "box"
+    minimum: ClassVar[float] = 0.0  # the loss of identical boxes
+    symmetric: ClassVar[bool] = True  # in pred and target
+    scale_invariant: ClassVar[bool] = True
+
+    def prepare(self, pred, target):
+        check_same_shape(pred, target, "boxes (N, 4) as (x1, y1, x2, y2)")
+        if pred.shape[-1] != 4:
+            raise ValueError(f"Boxes have 4 coordinates (x1, y1, x2, y2), not {pred.shape[-1]}.")
+        return super().prepare(pred, target)
+
+    @classmethod
+    def sample(cls, n=64, seed=0, dtype=torch.float32):
+        """``n`` predictions and targets in pixels: overlapping ones mostly, disjoint and nested ones too."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def uniform(low, high):
+            return torch.rand(n, 2, generator=generator, dtype=torch.float64) * (high - low) + low
+
+        center, sides = uniform(100, 500), uniform(10, 120)
+        # Pixel coordinates only: the conditioning of a loss at a scale is a property test of its own.
+        moved = center + sides * uniform(-0.8, 0.8)
+        resized = sides * uniform(0.4, 1.6)
+        target = torch.cat([center - sides / 2, center + sides / 2], -1)
+        pred = torch.cat([moved - resized / 2, moved + resized / 2], -1)
+        return pred.to(dtype), target.to(dtype)
+
+
+class ClassificationLoss(Loss):
+    """Losses on class logits ``(..., C)``.
+
+    Targets: class index ``(...)`` (integers; ``C`` is background, a negative one is ignored), dense ``(..., C)`` hard,
+    soft or multi-hot, or mmdet's ``(label, quality)`` tuple, which puts the quality on the label's channel.
+
+    Args:
+        use_sigmoid: accepted by the losses that have only a sigmoid form because mmdet's heads read it from the config
+            to choose the number of channels; it must be True there.
+
+    Raises:
+        ValueError: if ``use_sigmoid`` is False for such a loss, or the target has none of these forms.
+    """
+
+    family = "classification"
+    sigmoid_only: ClassVar[bool] = True
+
+    def __init__(self, *, use_sigmoid=True, **kwargs):
+        if self.sigmoid_only and not use_sigmoid:
+            raise ValueError(f"{type(self).__name__} has a sigmoid form only; write use_sigmoid=True.")
+        super().__init__(**kwargs)
+        self.use_sigmoid = use_sigmoid
+
+    def prepare(self, pred, target):
+        if isinstance(target, (tuple, list)):
+            label, quality = target
+            one_hot, valid = self._one_hot(pred, label)
+            return pred, one_hot * quality.to(pred.dtype).unsqueeze(-1), valid
+        if target.shape == pred.shape:
+            return pred, target.to(pred.dtype), None
+        return pred, *self._one_hot(pred, target)
+
+    def _one_hot(self, pred, label):
+        if label.shape != pred.shape[:-1] or label.is_floating_point():
+            raise ValueError(
+                f"{type(self).__name__} with logits {tuple(pred.shape)} takes class indices {tuple(pred.shape[:-1])} "
+                f"as integers, a dense target {tuple(pred.shape)} or a (label, quality) tuple, "
+                f"not {label.dtype} {tuple(label.shape)}."
+            )
+        classes = torch.arange(pred.shape[-1], device=label.device)
+        return (label.unsqueeze(-1) == classes).to(pred.dtype), label >= 0
+
+    @classmethod
+    def sample(cls, n=64, seed=0, dtype=torch.float32, classes=10):
+        """Logits ``(n, classes)`` and dense soft targets: a quality on at most one channel, a third of them empty."""
+        generator = torch.Generator().manual_seed(seed)
+        logits = 3 * torch.randn(n, classes, generator=generator, dtype=torch.float64)
+        label = torch.randint(0, classes + classes // 2, (n, 1), generator=generator)
+        quality = torch.rand(n, 1, generator=generator, dtype=torch.float64)
+        target = torch.where(label == torch.arange(classes), quality, 0.0)
+        return logits.to(dtype), target.to(dtype)
+
+
+class DistributionLoss(Loss):
+    """Losses on a distribution over bins: logits ``(..., bins)``, target distance ``(...)`` in units of a bin."""
+
+    family = "distribution"
+
+    def prepare(self, pred, target):
+        if pred.shape[:-1] != target.shape or pred.shape[-1] < 2:
+            raise ValueError(
+                f"{type(self).__name__} takes logits (N, bins) with at least 2 bins and one distance per row, "
+                f"not {tuple(pred.shape)} and {tuple(target.shape)}."
+            )
+        return super().prepare(pred, target)
+
+    @classmethod
+    def sample(cls, n=64, seed=0, dtype=torch.float32, bins=16):
+        """Logits ``(n, bins)`` and distances inside the bins."""
+        generator = torch.Generator().manual_seed(seed)
+        logits = 2 * torch.randn(n, bins, generator=generator, dtype=torch.float64)
+        target = torch.rand(n, generator=generator, dtype=torch.float64) * (bins - 1.02)
+        return logits.to(dtype), target.to(dtype)
+
+
+class RegressionLoss(Loss):
+    """Point-wise losses between tensors of one shape, any shape.
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+
+    family = "regression"
+
+    def prepare(self, pred, target):
+        check_same_shape(pred, target, "tensors of one shape")
+        return super().prepare(pred, target)
+
+    @classmethod
+    def sample(cls, n=64, seed=0, dtype=torch.float32):
+        """Predictions and targets ``(n, 4)`` such as encoded box offsets."""
+        generator = torch.Generator().manual_seed(seed)
+        pred, target = torch.randn(2, n, 4, generator=generator, dtype=torch.float64).unbind(0)
+        return pred.to(dtype), target.to(dtype)

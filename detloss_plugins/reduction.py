@@ -1,0 +1,72 @@
+"""The reduction contract of every loss: weight, then avg_factor and reduction. It is MMDetection's, made safe."""
+
+import torch
+
+REDUCTIONS = ("none", "mean", "sum")
+# What mmdet adds to avg_factor, so that a normaliser of zero does not divide by zero.
+AVG_FACTOR_EPS = torch.finfo(torch.float32).eps
+
+
+def check_reduction(reduction):
+    """Return ``reduction`` if it is one of ``none``, ``mean``, ``sum``; raise ``ValueError`` otherwise."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, not {reduction!r}.")
+    return reduction
+
+
+def apply_weight(loss, weight):
+    """Multiply per-element losses by a weight per element, per row ``(N,)``/``(N, 1)``, or per box coordinate.
+
+    A weight with one dimension more than the loss, such as the ``(N, 4)`` of mmdet's anchor heads beside the ``(N,)``
+    of a box loss, is averaged over that dimension first, as mmdet does.
+
+    >>> apply_weight(torch.ones(2), torch.tensor([[1.0, 1, 0, 0], [4, 4, 4, 4]]))
+    tensor([0.5000, 4.0000])
+    """
+    if weight is None:
+        return loss
+    given = weight.shape
+    weight = weight.to(loss.dtype)
+    if weight.dim() == loss.dim() + 1:
+        weight = weight.mean(-1)
+    elif weight.numel() == loss.numel():
+        weight = weight.reshape(loss.shape)
+    elif weight.dim() < loss.dim():
+        weight = weight.reshape(weight.shape + (1,) * (loss.dim() - weight.dim()))
+    fits = weight.dim() == loss.dim() and all(w in (1, n) for w, n in zip(weight.shape, loss.shape, strict=True))
+    if not fits:
+        raise ValueError(
+            f"A weight of shape {tuple(given)} does not fit losses of shape {tuple(loss.shape)}; "
+            "give one weight per element or one per row."
+        )
+    return loss * weight
+
+
+def reduce(loss, weight=None, avg_factor=None, reduction="mean"):
+    """Weight and reduce per-element losses.
+
+    Args:
+        loss: per-element losses, any shape.
+        weight: see :func:`apply_weight`.
+        avg_factor: normaliser; "mean" is then ``sum / (avg_factor + eps)``, "none" ignores it.
+        reduction: "none", "mean" (over the number of elements, not the sum of weights) or "sum".
+
+    Returns:
+        The weighted losses for "none", otherwise a scalar. An empty input gives zero with its graph, never NaN.
+
+    Raises:
+        ValueError: for an unknown reduction, for ``avg_factor`` with "sum", and for a weight that does not fit.
+
+    >>> reduce(torch.tensor([1.0, 3.0]), weight=torch.tensor([1.0, 0.0])), reduce(torch.tensor([1.0, 3.0]), None, 8)
+    (tensor(0.5000), tensor(0.5000))
+    """
+    check_reduction(reduction)
+    if avg_factor is not None and reduction == "sum":
+        raise ValueError('avg_factor cannot be used with reduction="sum"; use reduction="mean".')
+    loss = apply_weight(loss, weight)
+    if reduction == "none":
+        return loss
+    total = loss.sum()
+    if reduction == "sum":
+        return total
+    return total / max(loss.numel(), 1) if avg_factor is None else total / (avg_factor + AVG_FACTOR_EPS)

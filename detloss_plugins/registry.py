@@ -1,0 +1,51 @@
+"""The one list of losses: a child of mmengine's root ``MODELS``, and the way to build from it.
+
+mmengine imports ``<scope>.registry`` when it meets ``type="<scope>.X"``, so this file's name and place make
+``type="detloss_plugins.CIoULoss"`` work in any MMDetection config, with or without ``custom_imports``.
+"""
+
+import difflib
+from collections.abc import Mapping
+
+from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import Registry
+
+SCOPE = "detloss_plugins"
+MODELS = Registry("model", parent=MMENGINE_MODELS, scope=SCOPE, locations=["detloss_plugins.losses"])
+
+
+def loss_class(name):
+    """The class registered under ``name`` (with or without the ``detloss_plugins.`` prefix).
+
+    Looks only among our own losses. ``MODELS.build`` would not do: under mmdet's default scope it builds mmdet's
+    class of the same name without a word.
+
+    Raises:
+        ValueError: for an unknown name; the message gives the nearest ones.
+    """
+    MODELS.import_from_location()
+    known = MODELS.module_dict
+    key = str(name).removeprefix(f"{SCOPE}.")
+    if key not in known:
+        nearest = difflib.get_close_matches(key, known, n=3, cutoff=0.4) or sorted(known)
+        raise ValueError(f"There is no loss named {name!r} in {SCOPE}; did you mean {', '.join(nearest)}?")
+    return known[key]
+
+
+def build_loss(cfg):
+    """Build one of our losses from a config dict, whatever mmengine's default scope is.
+
+    Args:
+        cfg: ``dict(type="CIoULoss", loss_weight=2.0, ...)``; it is not modified.
+
+    Raises:
+        TypeError: if ``cfg`` is not a dict with a ``type``, or names an unknown hyper-parameter.
+        ValueError: if no loss has that name.
+
+    >>> build_loss(dict(type="GIoULoss", loss_weight=2.0))
+    GIoULoss(loss_weight=2.0)
+    """
+    if not isinstance(cfg, Mapping) or "type" not in cfg:
+        raise TypeError(f"A loss is configured by a dict with a 'type', such as dict(type='CIoULoss'), not by {cfg!r}.")
+    options = dict(cfg)
+    return loss_class(options.pop("type"))(**options)

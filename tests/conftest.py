@@ -1,0 +1,20 @@
+"""Any test that asks for ``loss_cls`` runs once for every registered loss; ``--device`` moves them to a GPU."""
+
+import pytest
+from compare import registered
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="where the losses are tested, such as cuda")
+
+
+@pytest.fixture(scope="session")
+def device(request):
+    return request.config.getoption("--device")
+
+
+def pytest_generate_tests(metafunc):
+    if "loss_cls" in metafunc.fixturenames:
+        only = getattr(metafunc.function, "family", None)
+        classes = {name: cls for name, cls in registered().items() if only in (None, cls.family)}
+        metafunc.parametrize("loss_cls", classes.values(), ids=classes.keys())

@@ -1,0 +1,61 @@
+"""The embedded data set: the same everywhere, disjoint glyphs, two layouts that say the same."""
+
+import hashlib
+import json
+
+import digits
+import numpy as np
+import pytest
+from PIL import Image
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A small set, built twice in caches of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(digits, "IMAGES", {"train": 12, "val": 6})
+        roots = []
+        for name in ("first", "second"):
+            patch.setenv("DETLOSS_PLUGINS_CACHE", str(tmp_path_factory.mktemp(name)))
+            roots.append(digits.build_digits())
+            assert digits.build_digits() == roots[-1]
+        yield roots
+
+
+def test_deterministic(small):
+    def digest(root):
+        files = sorted(f for f in root.rglob("*") if f.suffix in {".png", ".txt", ".json"})
+        return hashlib.sha256(b"".join(str(f.relative_to(root)).encode() + f.read_bytes() for f in files)).hexdigest()
+
+    assert digest(small[0]) == digest(small[1])
+
+
+def test_nothing_half_written(small):
+    assert [path.name for path in small[0].parent.iterdir()] == [f"digits-v{digits.VERSION}"]
+
+
+def test_yolo_and_coco_agree(small):
+    root = small[0]
+    for split in ("train", "val"):
+        coco = json.loads((root / "annotations" / f"{split}.json").read_text())
+        assert len(coco["images"]) == digits.IMAGES.get(split, 0) or len(coco["images"]) in (12, 6)
+        for image in coco["images"]:
+            assert Image.open(root / "images" / split / image["file_name"]).size == (digits.SIZE, digits.SIZE)
+            boxes = [a for a in coco["annotations"] if a["image_id"] == image["id"]]
+            label = (root / "labels" / split / image["file_name"]).with_suffix(".txt")
+            lines = np.loadtxt(label, ndmin=2)
+            assert len(lines) == len(boxes) >= 1
+            for annotation, (c, x, y, w, h) in zip(boxes, lines, strict=True):
+                assert annotation["category_id"] == c
+                corner = np.array([x - w / 2, y - h / 2, w, h]) * digits.SIZE
+                np.testing.assert_allclose(annotation["bbox"], corner, atol=1e-3)
+                left, top, width, height = annotation["bbox"]
+                assert left >= 0
+                assert top >= 0
+                assert left + width <= digits.SIZE
+                assert top + height <= digits.SIZE
+
+
+def test_train_and_validation_differ(small):
+    images = {split: {p.read_bytes() for p in (small[0] / "images" / split).iterdir()} for split in ("train", "val")}
+    assert not images["train"] & images["val"]

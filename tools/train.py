@@ -1,0 +1,220 @@
+"""Train a detector with losses of ours.
+
+  tools/train.py                                    VFL + EIoU + DFL on the embedded digits set with yolov8n
+  tools/train.py configs/ultralytics/qfl.yaml       a .yaml of losses goes to Ultralytics
+  tools/train.py configs/mmdetection/NAME.py        a .py config goes to mmengine's Runner
+  tools/train.py --data data.yaml model=yolo11n.yaml epochs=50 cls.loss_weight=2
+
+KEY=VALUE overrides: for Ultralytics a training argument (epochs=3, resume=runs/x/weights/last.pt) or a setting of a
+slot's loss (box.type=CIoULoss); for mmengine a dotted config key (train_cfg.max_epochs=2).
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import yaml
+from digits import build_digits
+
+DEFAULT_CONFIG = Path(__file__).parents[1] / "configs" / "ultralytics" / "vfl_eiou_dfl.yaml"
+# Small images, few of them, glyphs that must not be mirrored: enough for a detector that works after 12 epochs.
+DIGITS_ARGS = {
+    "imgsz": 128,
+    "epochs": 12,
+    "batch": 16,
+    "nbs": 16,
+    "optimizer": "AdamW",
+    "lr0": 0.002,
+    "warmup_epochs": 1,
+    "mosaic": 0.0,
+    "fliplr": 0.0,
+    "plots": False,
+}
+
+
+class UsageError(Exception):
+    """Something the user can put right; its message is one sentence."""
+
+
+def parse(argv):
+    """CONFIG, overrides as a dict, and the options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", metavar="[CONFIG] [KEY=VALUE ...]")
+    parser.add_argument("--data", type=Path, help="your data set: a data.yaml, or for mmengine a folder in COCO layout")
+    parser.add_argument("--work-dir", type=Path, help="where checkpoints and logs go")
+    args = parser.parse_intermixed_args(argv)
+    configs = [word for word in args.words if "=" not in word]
+    if len(configs) > 1:
+        parser.error(f"give one CONFIG, not {' and '.join(configs)}")
+    args.config = Path(configs[0]) if configs else DEFAULT_CONFIG
+    args.overrides = dict(word.split("=", 1) for word in args.words if "=" in word)
+    if args.config.suffix not in {".yaml", ".yml", ".py"}:
+        parser.error(f"CONFIG must be a .yaml of losses for Ultralytics or a .py for MMDetection, not {args.config}")
+    for path in filter(None, (args.config, args.data)):
+        if not path.exists():
+            parser.error(f"there is no {path}")
+    return args
+
+
+def yolo_losses(config, overrides):
+    """The losses of a YAML file with ``slot.key`` overrides taken out of ``overrides``."""
+    from detloss_plugins.adapters.ultralytics import SLOTS
+
+    losses = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
+    for key in [key for key in overrides if key.split(".")[0] in SLOTS and "." in key]:
+        slot, name = key.split(".", 1)
+        value = overrides.pop(key)
+        losses[slot] = {"type": value} if name == "type" else {**losses.get(slot, {}), name: value}
+    return losses
+
+
+def yolo_data(data):
+    """Path of the data YAML and the training arguments that go with it."""
+    if data is None:
+        return build_digits() / "digits.yaml", DIGITS_ARGS
+    if data.is_dir():
+        found = sorted([*data.glob("*.yaml"), *data.glob("*.yml")])
+        if len(found) != 1:
+            raise UsageError(f"{data} must hold exactly one data YAML, but holds {len(found)}; give its path.")
+        data = found[0]
+    return data, {}
+
+
+def train_yolo(args):
+    """Train with Ultralytics and print what came out."""
+    from ultralytics import YOLO
+
+    from detloss_plugins.adapters.ultralytics import describe, make_trainer
+
+    overrides = {key: yaml.safe_load(value) for key, value in args.overrides.items()}
+    try:
+        trainer = make_trainer(yolo_losses(args.config, overrides))
+    except (TypeError, ValueError) as error:
+        raise UsageError(error) from error
+    data, defaults = yolo_data(args.data)
+    place = args.work_dir or Path("runs") / args.config.stem
+    settings = {
+        "data": str(data),
+        "pretrained": False,
+        "project": str(place.parent.resolve()),
+        "name": place.name,
+        "exist_ok": args.work_dir is not None,
+        **defaults,
+        **overrides,
+    }
+    model = settings.pop("resume", None) or settings.pop("model", "yolov8n.yaml")
+    if "resume" in overrides:
+        settings = {"resume": True}
+    try:
+        yolo = YOLO(model)
+        metrics = yolo.train(trainer=trainer, **settings)
+    except SyntaxError as error:  # how Ultralytics refuses an unknown argument
+        raise UsageError(str(error).strip().splitlines()[0]) from error
+    active = describe(yolo.trainer.plugin_losses, yolo.trainer.args)
+    report(metrics.box.map50, metrics.box.map, yolo.trainer.best, active)
+
+
+def our_losses(config, path=""):
+    """``(key, dict)`` of every loss of ours in a nested config."""
+    items = config.items() if isinstance(config, dict) else enumerate(config) if isinstance(config, list) else ()
+    for key, value in items:
+        where = f"{path}.{key}" if path else str(key)
+        if isinstance(value, dict) and str(value.get("type")).startswith("detloss_plugins."):
+            yield where, value
+        yield from our_losses(value, where)
+
+
+def coco_split(folder, split):
+    """Annotation file and image folder (both relative to ``folder``) of "train" or "val" in a COCO layout."""
+    files = sorted(f for f in (folder / "annotations").glob("*.json") if split in f.stem)
+    if len(files) != 1:
+        raise UsageError(f"{folder}/annotations must hold exactly one {split} .json, but holds {len(files)}.")
+    first = json.loads(files[0].read_text(encoding="utf-8"))["images"][0]["file_name"]
+    for image in sorted(folder.rglob(Path(first).name)):
+        if str(image).endswith(first):
+            prefix = str(image.relative_to(folder))[: -len(first)]
+            if split in prefix or len({*folder.rglob(Path(first).name)}) == 1:
+                return str(files[0].relative_to(folder)), prefix
+    raise UsageError(f"{first} of {files[0]} is nowhere below {folder}.")
+
+
+def point_at(cfg, folder):
+    """Make a detection config train and validate on a folder in COCO layout, with its classes."""
+    folder = folder.resolve()
+    splits = {split: coco_split(folder, split) for split in ("train", "val")}
+    annotations = json.loads((folder / splits["train"][0]).read_text(encoding="utf-8"))
+    classes = [c["name"] for c in sorted(annotations["categories"], key=lambda c: c["id"])]
+    for loader, split in (("train_dataloader", "train"), ("val_dataloader", "val"), ("test_dataloader", "val")):
+        dataset = cfg[loader].dataset
+        while "dataset" in dataset:  # RepeatDataset and its like
+            dataset = dataset.dataset
+        ann_file, prefix = splits[split]
+        dataset.update(
+            type="CocoDataset",
+            data_root=f"{folder}/",
+            ann_file=ann_file,
+            data_prefix={"img": prefix},
+            metainfo={"classes": tuple(classes)},
+        )
+    for evaluator in (cfg.val_evaluator, cfg.test_evaluator):
+        evaluator.ann_file = str(folder / splits["val"][0])
+
+    def set_classes(node):
+        for value in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+            set_classes(value)
+        if isinstance(node, dict) and "num_classes" in node:
+            node["num_classes"] = len(classes)
+
+    set_classes(cfg.model)
+
+
+def train_mmdet(args):
+    """Train with mmengine's Runner and print what came out."""
+    from mmengine.config import Config, DictAction
+    from mmengine.runner import Runner
+
+    from detloss_plugins import build_loss
+
+    cfg = Config.fromfile(args.config)
+    if args.data is not None:
+        point_at(cfg, args.data)
+    elif "digits" in str(cfg.get("data_root", "")):
+        build_digits()
+    cfg.merge_from_dict({key: DictAction._parse_iterable(value) for key, value in args.overrides.items()})
+    cfg.work_dir = str(args.work_dir or Path("work_dirs") / args.config.stem)
+    try:
+        active = [f"{key}: {build_loss(loss)}" for key, loss in our_losses(cfg.model)]
+    except (TypeError, ValueError) as error:
+        raise UsageError(error) from error
+    runner = Runner.from_cfg(cfg)
+    for line in active:
+        runner.logger.info(f"detloss_plugins: {line}")
+    runner.train()
+    scalars = {key: runner.message_hub.get_scalar(f"val/coco/{key}").current() for key in ("bbox_mAP_50", "bbox_mAP")}
+    checkpoint = Path(cfg.work_dir, "last_checkpoint").read_text(encoding="utf-8")
+    report(scalars["bbox_mAP_50"], scalars["bbox_mAP"], checkpoint, active)
+
+
+def report(map50, map_, checkpoint, active):
+    """The three things a training is asked for."""
+    print(f"\nmAP50 {map50:.3f}   mAP50-95 {map_:.3f}")
+    print(f"checkpoint: {checkpoint}")
+    print("active losses:")
+    for line in active:
+        print(f"  {line}")
+
+
+def main(argv=None):
+    """Run the command; returns the exit status."""
+    args = parse(argv)
+    try:
+        (train_mmdet if args.config.suffix == ".py" else train_yolo)(args)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
