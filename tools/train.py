@@ -144,7 +144,7 @@ def point_at(cfg, folder):
     folder = folder.resolve()
     splits = {split: coco_split(folder, split) for split in ("train", "val")}
     annotations = json.loads((folder / splits["train"][0]).read_text(encoding="utf-8"))
-    classes = [c["name"] for c in sorted(annotations["categories"], key=lambda c: c["id"])]
+    classes = [category["name"] for category in annotations["categories"]]  # CocoDataset numbers them in this order
     for loader, split in (("train_dataloader", "train"), ("val_dataloader", "val"), ("test_dataloader", "val")):
         dataset = cfg[loader].dataset
         while "dataset" in dataset:  # RepeatDataset and its like

@@ -23,7 +23,9 @@ def iou_loss(pred, target, *, mode="log", eps=1e-6):
 
 @MODELS.register_module()
 class IoULoss(BoxLoss):
-    """Yu et al., UnitBox, 2016 (the logarithmic form); linear and square as in mmdet.
+    """Yu et al., UnitBox, 2016.
+
+    The logarithmic form is the paper's; the linear and the square one are mmdet's.
 
     Raises:
         ValueError: if ``mode`` is not "log", "linear" or "square".
@@ -137,7 +139,10 @@ def eiou_loss(pred, target, *, eps=1e-7):
 
 @MODELS.register_module(name=["EfficientIoULoss", "EIoULoss"])
 class EfficientIoULoss(BoxLoss):
-    """Zhang et al., Focal and Efficient IOU Loss, 2021 (EIoU). mmdet's EIoULoss is another loss, Extended-IoU."""
+    """Zhang et al., Focal and Efficient IOU Loss, 2021 (EIoU).
+
+    mmdet's EIoULoss is another loss, Extended-IoU.
+    """
 
     fn = staticmethod(eiou_loss)
     paper = "https://arxiv.org/abs/2101.08158"

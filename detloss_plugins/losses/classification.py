@@ -74,7 +74,9 @@ class _SoftmaxOrSigmoid(ClassificationLoss):
 
 @MODELS.register_module()
 class CrossEntropyLoss(_SoftmaxOrSigmoid):
-    """Softmax cross entropy, or binary cross entropy with ``use_sigmoid=True``, as mmdet's class of this name.
+    """Softmax cross entropy, or binary cross entropy with `use_sigmoid=True`.
+
+    The options and the mean are those of mmdet's class of this name.
 
     Args:
         class_weight: one factor a class. As in mmdet, "mean" still divides by the number of elements (torch divides by
@@ -225,7 +227,10 @@ def quality_focal_loss(pred, target, *, beta=2.0, alpha=None, activated=False):
 
 @MODELS.register_module()
 class QualityFocalLoss(ClassificationLoss):
-    """Li et al., Generalized Focal Loss, 2020 (QFL). The class sums over the classes: "none" gives ``(...)``."""
+    """Li et al., Generalized Focal Loss, 2020 (QFL).
+
+    The class sums over the classes: ``reduction="none"`` gives ``(...)``.
+    """
 
     fn = staticmethod(quality_focal_loss)
     paper = "https://arxiv.org/abs/2006.04388"
@@ -249,7 +254,10 @@ def varifocal_loss(pred, target, *, alpha=0.75, gamma=2.0, iou_weighted=True):
 
 @MODELS.register_module()
 class VarifocalLoss(ClassificationLoss):
-    """Zhang et al., VarifocalNet, 2020 (VFL). A positive whose quality is 0 counts as a negative."""
+    """Zhang et al., VarifocalNet, 2020 (VFL).
+
+    A positive whose quality is 0 counts as a negative.
+    """
 
     fn = staticmethod(varifocal_loss)
     paper = "https://arxiv.org/abs/2008.13367"

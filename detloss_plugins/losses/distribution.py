@@ -28,7 +28,10 @@ def distribution_focal_loss(pred, target):
 
 @MODELS.register_module()
 class DistributionFocalLoss(DistributionLoss):
-    """Li et al., Generalized Focal Loss, 2020 (DFL). Its minimum is the entropy of the target, not zero."""
+    """Li et al., Generalized Focal Loss, 2020 (DFL).
+
+    Its minimum is the entropy of the target, not zero.
+    """
 
     fn = staticmethod(distribution_focal_loss)
     paper = "https://arxiv.org/abs/2006.04388"

@@ -18,7 +18,7 @@ def l1_loss(pred, target):
 
 @MODELS.register_module()
 class L1Loss(RegressionLoss):
-    """Absolute error (MAE with ``reduction="mean"``)."""
+    """Absolute error; its mean is the MAE."""
 
     fn = staticmethod(l1_loss)
     upstream = (Upstream("torch.nn.functional.l1_loss"), Upstream("mmdet.models.losses.L1Loss"))
@@ -36,7 +36,9 @@ def smooth_l1_loss(pred, target, *, beta=1.0):
 
 @MODELS.register_module()
 class SmoothL1Loss(RegressionLoss):
-    """Girshick, Fast R-CNN, 2015. ``beta`` has the unit of the input; Detectron's sigma is ``beta = 1 / sigma^2``.
+    """Girshick, Fast R-CNN, 2015.
+
+    ``beta`` has the unit of the input; Detectron's sigma is ``beta = 1 / sigma^2``.
 
     Raises:
         ValueError: if ``beta`` is negative.

@@ -1,0 +1,358 @@
+"""The Ultralytics adapter on the real trainer: scale, parity, validation, checkpoints, resume, workers."""
+
+import functools
+import logging
+import subprocess
+import sys
+
+import digits
+import pytest
+import torch
+import yaml
+from ultralytics import YOLO
+from ultralytics.cfg import get_cfg
+from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.nn.tasks import DetectionModel
+from ultralytics.utils import LOGGER
+from ultralytics.utils.dist import generate_ddp_file
+from ultralytics.utils.loss import E2ELoss, VarifocalLoss, v8DetectionLoss
+
+from detloss_plugins.adapters.ultralytics import (
+    PluginDetectionLoss,
+    describe,
+    install,
+    load_losses,
+    make_trainer,
+    trained_losses,
+)
+
+MODELS = ("yolov8n", "yolo11n", "yolo26n")
+STOCK = {"cls": {"type": "BinaryCrossEntropyLoss"}, "box": {"type": "CIoULoss"}}
+LOSSES = {"cls": {"type": "VarifocalLoss"}, "box": {"type": "EIoULoss"}}
+SETTINGS = {
+    "imgsz": 64,
+    "batch": 8,
+    "nbs": 8,
+    "device": "cpu",
+    "plots": False,
+    "verbose": False,
+    "pretrained": False,
+    "val": True,
+    "optimizer": "SGD",
+    "lr0": 1e-3,
+}
+
+
+def third(model):
+    """The loss that the third slot's stock loss equals."""
+    return {"type": "DistributionFocalLoss" if head(model).reg_max > 1 else "L1Loss"}
+
+
+def head(model):
+    return model.model[-1]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A digits set of 16 training and 8 validation images."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(digits, "IMAGES", {"train": 16, "val": 8})
+        patch.setenv("DETLOSS_PLUGINS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        return str(digits.build_digits() / "digits.yaml")
+
+
+@pytest.fixture(scope="module")
+def batch(data, tmp_path_factory):
+    """A training batch as the real data loader makes it."""
+    place = str(tmp_path_factory.mktemp("batch"))
+    trainer = DetectionTrainer(overrides={**SETTINGS, "data": data, "model": "yolov8n.yaml", "project": place})
+    trainer.model = DetectionModel("yolov8n.yaml", nc=10, verbose=False)
+    loader = trainer.get_dataloader(trainer.data["train"], batch_size=8, rank=-1, mode="train")
+    return trainer.preprocess_batch(next(iter(loader)))
+
+
+@functools.cache
+def detector(name):
+    torch.manual_seed(0)
+    model = DetectionModel(f"{name}.yaml", nc=10, verbose=False).train()
+    model.args = get_cfg()
+    return model
+
+
+def result(model, criterion, batch):
+    """Loss vector, items and the gradient of every parameter."""
+    loss, items = criterion(model(batch["img"]), batch)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(loss.sum(), parameters, allow_unused=True)
+    return loss.detach(), items, [g for g in gradients if g is not None]
+
+
+def branches(criterion):
+    return [criterion.one2many, criterion.one2one] if isinstance(criterion, E2ELoss) else [criterion]
+
+
+def ours(model, losses):
+    install(model, losses)
+    return model.init_criterion()
+
+
+def assert_same(a, b, **tolerance):
+    for x, y in zip((a[0], *a[1].values(), *a[2]), (b[0], *b[1].values(), *b[2]), strict=True):
+        torch.testing.assert_close(x, y, **tolerance)
+    assert list(a[1]) == list(b[1])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_stock_equivalent_losses_reproduce_stock(name, batch):
+    model = detector(name)
+    stock = result(model, DetectionModel.init_criterion(model), batch)
+    losses = {**STOCK, "dfl": third(model)}
+    mine = result(model, ours(model, losses), batch)
+    torch.testing.assert_close(mine[0], stock[0], rtol=2e-6, atol=0)
+    # Float tolerance on the scale of the whole gradient: biases before a batch norm have rounding noise only.
+    largest = max(g.abs().max().item() for g in stock[2])
+    for a, b in zip(mine[2], stock[2], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6 * largest)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_absent_slots_are_stock_bit_for_bit(name, batch):
+    model = detector(name)
+    stock = result(model, DetectionModel.init_criterion(model), batch)
+    assert_same(result(model, ours(model, {}), batch), stock, rtol=0, atol=0)
+    for slot, cfg in {**LOSSES, "dfl": {**third(model), "loss_weight": 2.0}}.items():
+        got, want = (r[1] for r in (result(model, ours(model, {slot: cfg}), batch), stock))
+        changed = [key for key in want if not torch.equal(got[key], want[key])]
+        assert changed == [dict(zip(("box", "cls", "dfl"), want, strict=True))[slot]]
+
+
+def test_class_loss_is_summed_over_anchors_and_divided_by_the_scores(batch):
+    """Upstream's VarifocalLoss averages over the anchors; times their number it is the sum that belongs here."""
+    model = detector("yolov8n")
+    criterion = DetectionModel.init_criterion(model)
+    seen = {}
+    criterion.bce.register_forward_pre_hook(lambda _, args: seen.update(scores=args[0], target=args[1]))
+    result(model, criterion, batch)
+    scores, target = seen["scores"].detach(), seen["target"]
+    varifocal = VarifocalLoss()(scores, target, (target > 0).float()) * scores.shape[1]
+    expected = varifocal / target.sum().clamp(min=1) * model.args.cls * 3.0
+    items = result(model, ours(model, {"cls": {"type": "VarifocalLoss", "loss_weight": 3.0}}), batch)[1]
+    torch.testing.assert_close(items["cls_loss"], expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("cls", ["VarifocalLoss", "QualityFocalLoss", "FocalLoss", "BinaryCrossEntropyLoss"])
+def test_class_weights_keep_working(cls, batch):
+    model = detector("yolov8n")
+    criteria = []
+    for weights in (None, torch.full((10,), 2.0)):
+        model.class_weights = weights
+        criteria.append(ours(model, {"cls": {"type": cls}}))
+    model.class_weights = None
+    plain, doubled = (result(model, criterion, batch)[1] for criterion in criteria)
+    torch.testing.assert_close(doubled["cls_loss"], 2 * plain["cls_loss"])
+    torch.testing.assert_close(doubled["box_loss"], plain["box_loss"])
+
+
+def test_end_to_end_head(batch):
+    model = detector("yolo26n")
+    criterion = ours(model, LOSSES)
+    assert isinstance(criterion, E2ELoss)
+    assert all(isinstance(branch, PluginDetectionLoss) for branch in branches(criterion))
+    stock = DetectionModel.init_criterion(model)
+    for a, b in zip(branches(criterion), branches(stock), strict=True):
+        assert (a.assigner.topk, a.assigner.topk2) == (b.assigner.topk, b.assigner.topk2)
+    for _ in range(3):
+        criterion.update()
+        stock.update()
+        assert (criterion.o2m, criterion.o2o) == (stock.o2m, stock.o2o)
+    assert criterion.o2m < 0.8
+
+
+def test_no_objects_in_the_batch(batch):
+    empty = {**batch, **{key: batch[key][:0] for key in ("batch_idx", "cls", "bboxes")}}
+    for name in MODELS:
+        model = detector(name)
+        loss, _, gradients = result(model, ours(model, {**LOSSES, "dfl": third(model)}), empty)
+        assert loss.isfinite().all()
+        assert all(g.isfinite().all() for g in gradients)
+
+
+def test_third_slot_suits_the_head():
+    with pytest.raises(ValueError, match=r"reg_max=1.*L1Loss"):
+        install(detector("yolo26n"), {"dfl": {"type": "DistributionFocalLoss"}})
+    with pytest.raises(ValueError, match="16 bins"):
+        install(detector("yolov8n"), {"dfl": {"type": "SmoothL1Loss"}})
+    install(detector("yolo26n"), {"dfl": {"type": "SmoothL1Loss", "beta": 0.01}})
+
+
+@pytest.mark.parametrize(
+    ("losses", "error", "words"),
+    [
+        ({"clas": {"type": "FocalLoss"}}, ValueError, "no slot 'clas'; the slots are cls, box, dfl"),
+        ({"cls": {"type": "FocalLos"}}, ValueError, "did you mean FocalLoss"),
+        ({"cls": {"type": "FocalLoss", "gama": 2.0}}, TypeError, r"'gama'; it accepts .*gamma"),
+        ({"cls": {"type": "GIoULoss"}}, ValueError, "GIoULoss is a box loss"),
+        ({"cls": {"type": "FocalLoss", "use_sigmoid": False}}, ValueError, "use_sigmoid=True"),
+        ({"box": "GIoULoss"}, TypeError, "'type'"),
+        ("nothing.yaml", FileNotFoundError, "nothing.yaml"),
+    ],
+)
+def test_mistakes_fail_before_the_data_is_touched(losses, error, words, tmp_path):
+    with pytest.raises(error, match=words):
+        YOLO("yolov8n.yaml").train(data="no-such-data.yaml", trainer=make_trainer(losses), project=str(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_yaml_file_and_a_dict_are_the_same(tmp_path):
+    path = tmp_path / "losses.yaml"
+    path.write_text(yaml.safe_dump(LOSSES))
+    assert (
+        make_trainer(path).plugin_losses == make_trainer(str(path)).plugin_losses == make_trainer(LOSSES).plugin_losses
+    )
+
+
+def test_default_gain_and_override():
+    gain = load_losses(LOSSES)["cls"]["loss_weight"]
+    assert gain > 1, "varifocal terms are smaller than BCE's"
+    assert load_losses({"cls": {"type": "VarifocalLoss", "loss_weight": 1.5}})["cls"]["loss_weight"] == 1.5
+    assert LOSSES == {"cls": {"type": "VarifocalLoss"}, "box": {"type": "EIoULoss"}}, "the caller's dict is untouched"
+    lines = describe(load_losses(LOSSES), get_cfg())
+    assert "VarifocalLoss" in lines[0]
+    assert f"x {gain:g}" in lines[0]
+    assert "gain cls=0.5" in lines[0]
+    assert "stock" in lines[2]
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt(trainer):
+    if trainer.epoch == 0:
+        raise Interrupted
+
+
+@pytest.fixture(scope="module", params=["yolov8n", "yolo26n"])
+def interrupted(request, data, tmp_path_factory):
+    """A training of two epochs that died after the first: its folder, and what was seen on the way."""
+    folder = tmp_path_factory.mktemp(request.param)
+    log, seen = [], []
+    handler = logging.Handler()
+    handler.emit = lambda record: log.append(record.getMessage())
+    yolo = YOLO(f"{request.param}.yaml")
+    yolo.add_callback("on_train_batch_end", lambda t: seen.append(("train", t.model.criterion)))
+    yolo.add_callback("on_fit_epoch_end", lambda t: seen.append(("validation", t.ema.ema.criterion)))
+    yolo.add_callback("on_fit_epoch_end", interrupt)
+    LOGGER.addHandler(handler)
+    try:
+        with pytest.raises(Interrupted):
+            yolo.train(data=data, epochs=2, project=str(folder), name="run", trainer=make_trainer(LOSSES), **SETTINGS)
+    finally:
+        LOGGER.removeHandler(handler)
+    return folder / "run", log, seen
+
+
+def test_our_losses_train_and_validate(interrupted):
+    _, _, seen = interrupted
+    assert {where for where, _ in seen} == {"train", "validation"}
+    for where, criterion in seen:
+        for branch in branches(criterion):
+            assert isinstance(branch, PluginDetectionLoss), where
+            assert branch.losses == load_losses(LOSSES)
+
+
+def test_start_up_says_what_is_active(interrupted):
+    _, log, _ = interrupted
+    lines = [line for line in log if line.startswith("detloss_plugins: ")]
+    assert [line.split()[1] for line in lines] == ["cls:", "box:", "dfl:"]
+    assert "VarifocalLoss" in lines[0]
+    assert "EfficientIoULoss" in lines[1]
+    assert "stock" in lines[2]
+
+
+def test_results_csv_keeps_its_columns(interrupted):
+    run, _, _ = interrupted
+    header = (run / "results.csv").read_text().splitlines()[0]
+    assert "train/box_loss" in header
+    assert "train/cls_loss" in header
+    assert "val/cls_loss" in header
+
+
+LOAD_WITHOUT_US = """
+import sys
+sys.modules["detloss_plugins"] = None
+import torch
+from ultralytics import YOLO
+from ultralytics.nn.tasks import torch_safe_load
+for path in sys.argv[1:]:
+    torch_safe_load(path, safe_only=True)  # only the classes of Ultralytics' allow-list
+    yolo = YOLO(path)
+    yolo.predict(torch.rand(1, 3, 64, 64), verbose=False)
+    print(type(yolo.model).__module__, yolo.model.detloss_plugins["losses"])
+"""
+
+
+def test_checkpoints_load_where_we_are_not_installed(interrupted):
+    run, _, _ = interrupted
+    files = [str(run / "weights" / name) for name in ("best.pt", "last.pt")]
+    done = subprocess.run([sys.executable, "-c", LOAD_WITHOUT_US, *files], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    expected = f"ultralytics.nn.tasks {load_losses(LOSSES)}"
+    assert done.stdout.splitlines()[-1] == expected
+    for file in files:
+        assert trained_losses(file)["losses"] == load_losses(LOSSES)
+
+
+def test_resume_continues_with_our_losses(interrupted, tmp_path):
+    run, _, _ = interrupted
+    seen = []
+    yolo = YOLO(str(run / "weights" / "last.pt"))
+
+    def look(trainer):
+        criterion = trainer.model.criterion
+        seen.append((trainer.epoch, branches(criterion), getattr(criterion, "updates", None)))
+
+    yolo.add_callback("on_train_batch_end", look)
+    yolo.train(resume=True, trainer=make_trainer(LOSSES))
+    epochs, found, updates = zip(*seen, strict=True)
+    assert set(epochs) == {1}
+    assert all(isinstance(branch, PluginDetectionLoss) for branch in found[0])
+    assert updates[0] == (1 if len(found[0]) == 2 else None), "the end-to-end schedule goes on where it was"
+    assert len((run / "results.csv").read_text().splitlines()) == 3
+    assert trained_losses(run / "weights" / "best.pt")["losses"] == load_losses(LOSSES)
+
+
+WORKER = """
+import sys, torch
+from ultralytics.utils import DEFAULT_CFG_DICT
+from ultralytics.utils.patches import torch_load
+state = torch_load(sys.argv[1], map_location="cpu")
+cfg = DEFAULT_CFG_DICT.copy()
+cfg.update(save_dir="")
+trainer = state["trainer"](cfg=cfg, overrides=state["args"], _callbacks=state["callbacks"])
+trainer.model = state["model"]
+trainer._setup_train()
+criterion = trainer.model.init_criterion()
+print(type(criterion).__name__, criterion.losses)
+"""
+
+
+def test_workers_of_a_multi_gpu_launch_build_the_same_criterion(data, tmp_path):
+    trainer = make_trainer(LOSSES)(
+        overrides={**SETTINGS, "data": data, "model": "yolov8n.yaml", "project": str(tmp_path)}
+    )
+    trainer.model = trainer.get_model(cfg="yolov8n.yaml", verbose=False)
+    script = generate_ddp_file(trainer)
+    state = script.replace(".py", ".pt")
+    done = subprocess.run([sys.executable, "-c", WORKER, state], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"PluginDetectionLoss {load_losses(LOSSES)}"
+
+
+def test_a_stock_trainer_keeps_no_record(interrupted, data, tmp_path):
+    """Fine-tuning our checkpoint with the stock trainer must not claim our losses."""
+    run, _, _ = interrupted
+    yolo = YOLO(str(run / "weights" / "best.pt"))
+    yolo.train(data=data, epochs=1, project=str(tmp_path), name="stock", **{**SETTINGS, "val": False})
+    assert trained_losses(tmp_path / "stock" / "weights" / "last.pt") is None
+    assert type(DetectionModel.init_criterion(yolo.trainer.model)) in (v8DetectionLoss, E2ELoss)
