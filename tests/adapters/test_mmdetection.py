@@ -1,0 +1,321 @@
+"""Real MMDetection detectors with our losses: every shipped config, mmdet's own train.py, resume, equality with mmdet.
+
+Every config of configs/mmdetection is found by globbing and made small, so that a detector takes a step in a second.
+"""
+
+import copy
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mmdet
+import pytest
+import torch
+from digits import build_digits
+from mmdet.registry import MODELS as MMDET_MODELS
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import DefaultScope
+from mmengine.runner import Runner, set_random_seed
+
+from detloss_plugins.base import BoxLoss, Loss
+from detloss_plugins.registry import MODELS, loss_class
+
+CONFIG_DIR = Path(__file__).parents[2] / "configs" / "mmdetection"
+CONFIGS = sorted(CONFIG_DIR.glob("*.py"))
+DIGITS = CONFIG_DIR / "gfl_r18_fpn_digits.py"
+RETINANET = CONFIG_DIR / "retinanet_r50_fpn_1x_coco.py"
+TRAIN = Path(mmdet.__file__).parent / ".mim" / "tools" / "train.py"
+
+every_config = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def mmdet_scope():
+    """The default scope of every mmdet config, under which a bare loss name means mmdet's class."""
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """Four real digits images, as the data loader gives them."""
+    build_digits()
+    options = Config.fromfile(DIGITS).train_dataloader
+    return next(iter(Runner.build_dataloader({**options, "batch_size": 4}, seed=0)))
+
+
+def dicts(node):
+    """Every dict inside a config."""
+    if isinstance(node, dict):
+        yield node
+        node = node.values()
+    if not isinstance(node, str):
+        for child in node:
+            if isinstance(child, dict | list | tuple):
+                yield from dicts(child)
+
+
+def loss_dicts(cfg):
+    """The dicts that configure a loss: ``loss_cls``, ``loss_bbox`` and so on, not the number ``loss_weight``."""
+    items = [item for part in dicts(cfg.model) for item in part.items()]
+    return [value for key, value in items if key.startswith("loss_") and isinstance(value, dict)]
+
+
+SMALL = dict(in_channels=32, feat_channels=32, out_channels=32, fc_out_channels=32, stacked_convs=1, num_classes=10)
+
+
+def small(path):
+    """The config with a body of a few channels and nothing to download; heads, assigners and losses are untouched."""
+    cfg = Config.fromfile(path)
+    for part in dicts(cfg.model):
+        part.update({key: value for key, value in SMALL.items() if key in part})
+    cfg.model.backbone.update(depth=18, base_channels=8, frozen_stages=-1, norm_eval=False, init_cfg=None)
+    cfg.model.backbone.update(style="pytorch", norm_cfg=dict(type="BN", requires_grad=True))
+    cfg.model.neck.in_channels = [8, 16, 32, 64]
+    return cfg
+
+
+def build(cfg):
+    """The detector with weights of its own that depend on the seed only."""
+    set_random_seed(0)
+    model = MMDET_MODELS.build(cfg.model)
+    model.init_weights()
+    return model.train()
+
+
+def backward(model, batch):
+    """The loss dict of a batch, summed over levels, after the backward pass; the samplers are seeded."""
+    set_random_seed(0)
+    data = model.data_preprocessor(copy.deepcopy(batch), training=True)
+    total, losses = model.parse_losses(model(**data, mode="loss"))
+    total.backward()
+    return losses
+
+
+def branches(model):
+    """The parameters of the last layers that predict classes and boxes."""
+    named = [(name.split(".")[-2], parameter) for name, parameter in model.named_parameters() if "head" in name]
+    for branch in ("cls", "reg"):
+        found = [parameter for layer, parameter in named if branch in layer.split("_")]
+        assert found, branch
+        yield from found
+
+
+@every_config
+def test_every_loss_of_a_config_is_ours(path):
+    cfg = small(path)
+    configured = sorted(loss_class(loss["type"]).__name__ for loss in loss_dicts(cfg))
+    built = [module for module in build(cfg).modules() if "losses" in type(module).__module__.split(".")]
+    assert configured
+    assert all(loss["type"].startswith("detloss_plugins.") for loss in loss_dicts(cfg))
+    assert all(isinstance(module, Loss) for module in built)
+    assert sorted(type(module).__name__ for module in built) == configured
+
+
+@every_config
+def test_classification_losses_write_use_sigmoid(path):
+    """mmdet's heads read it from the config, and without it make one channel too many."""
+    for loss in loss_dicts(Config.fromfile(path)):
+        assert loss_class(loss["type"]).family != "classification" or "use_sigmoid" in loss
+
+
+@every_config
+def test_two_optimiser_steps(path, batch):
+    cfg = small(path)
+    model = build(cfg)
+    optimizer = build_optim_wrapper(model, cfg.optim_wrapper)
+    for _ in range(2):
+        optimizer.zero_grad()
+        losses = backward(model, batch)
+        for name, value in losses.items():
+            assert value.isfinite(), name
+            assert value > 0 or "loss" not in name, name
+        assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
+        assert all(parameter.grad.abs().sum() > 0 for parameter in branches(model))
+        optimizer.step()
+
+
+@every_config
+def test_box_losses_get_boxes(path, batch):
+    """Not encoded deltas: the corners of their targets are in order."""
+
+    def check(loss, arguments):
+        top_left, bottom_right = arguments[1].split(2, -1)
+        assert (top_left <= bottom_right).all()
+
+    model = build(small(path))
+    for module in model.modules():
+        if isinstance(module, BoxLoss):
+            module.register_forward_pre_hook(check)
+    backward(model, batch)
+
+
+@pytest.mark.parametrize("name", [name for name, cls in MODELS.module_dict.items() if issubclass(cls, BoxLoss)])
+def test_any_box_loss_by_one_override(name, batch):
+    cfg = small(RETINANET)
+    cfg.merge_from_dict({"model.bbox_head.loss_bbox.type": f"detloss_plugins.{name}"})
+    model = build(cfg)
+    assert type(model.bbox_head.loss_bbox) is loss_class(name)
+    assert model.bbox_head.loss_bbox.loss_weight == 2.0
+    assert backward(model, batch)["loss_bbox"] > 0
+    assert model.bbox_head.retina_reg.weight.grad.isfinite().all()
+
+
+def twins(loss):
+    """Our config and mmdet's for the same loss, by the facts on our class; ours twice if mmdet has no counterpart."""
+    for upstream in loss_class(loss["type"]).upstream:
+        package, _, name = upstream.path.rpartition(".")
+        if package == "mmdet.models.losses" and not upstream.differs:
+            return {**upstream.ours, **loss}, {**upstream.theirs, **loss, "type": f"mmdet.{name}"}
+    return loss, loss
+
+
+def twin_configs(path):
+    """A small config with our losses and one with mmdet's."""
+    ours, stock = small(path), small(path)
+    for our_loss, stock_loss in zip(loss_dicts(ours), loss_dicts(stock), strict=True):
+        new = twins(dict(our_loss))
+        our_loss.update(new[0])
+        stock_loss.update(new[1])
+    return ours, stock
+
+
+@every_config
+def test_equal_to_the_stock_losses(path, batch):
+    """The same weights and batch give the same losses and gradients with mmdet's own classes."""
+    ours, stock = map(build, twin_configs(path))
+    for parameter in branches(ours):  # fresh heads all predict one box, around every target: many terms would be zero
+        torch.nn.init.normal_(parameter, std=0.1)
+    stock.load_state_dict(ours.state_dict(), strict=True)
+    assert any(type(module).__module__.startswith("mmdet.models.losses") for module in stock.modules())
+    torch.testing.assert_close(backward(ours, batch), backward(stock, batch), rtol=1e-5, atol=1e-6)
+    for (name, our_one), stock_one in zip(ours.named_parameters(), stock.parameters(), strict=True):
+        if stock_one.grad is not None:
+            scale = stock_one.grad.abs().max()
+            assert (our_one.grad - stock_one.grad).abs().max() <= 1e-4 * scale + 1e-7, name
+
+
+def python(*command):
+    """Run Python in a fresh process and return what it prints; its own errors fail the test."""
+    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+def test_registry_of_mmdet_is_left_alone(tmp_path):
+    """With custom_imports, and imported again: our prefix gives ours, a bare name still gives mmdet's class."""
+    config = tmp_path / "config.py"
+    config.write_text(
+        f"_base_ = {str(DIGITS)!r}\ncustom_imports = dict(imports=['detloss_plugins'], allow_failed_imports=False)\n"
+    )
+    printed = python(
+        "-c",
+        f"""
+import importlib, sys
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from mmengine.utils import import_modules_from_strings
+from mmdet.registry import MODELS
+MODELS.import_from_location()
+before = dict(MODELS.module_dict)
+assert "detloss_plugins" not in sys.modules
+cfg = Config.fromfile({str(config)!r})
+assert "detloss_plugins.losses" in sys.modules
+init_default_scope(cfg.default_scope)
+importlib.reload(import_modules_from_strings("detloss_plugins"))
+assert dict(MODELS.module_dict) == before
+print(*(type(MODELS.build(dict(type=t))).__module__ for t in ("CIoULoss", "detloss_plugins.CIoULoss")))
+""",
+    )
+    assert printed.split() == ["mmdet.models.losses.iou_loss", "detloss_plugins.losses.box"]
+
+
+def scalars(work_dir):
+    """What the run logged, one dict a line."""
+    (file,) = work_dir.glob("*/vis_data/scalars.json")
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_mmdet_train_command_without_custom_imports(tmp_path):
+    """mmdet's own train.py on the digits config, the box loss swapped by --cfg-options: train, validate, save."""
+    build_digits()
+    swap = "model.bbox_head.loss_bbox.type=detloss_plugins.DIoULoss"
+    # The threshold keeps the detections of a model that has learnt nothing, so that there is something to evaluate.
+    short = ["train_cfg.max_epochs=1", "train_dataloader.dataset.indices=16", "val_dataloader.dataset.indices=8"]
+    options = [swap, *short, "model.test_cfg.score_thr=0.0"]
+    python(TRAIN, DIGITS, "--work-dir", tmp_path, "--cfg-options", *options)
+    used = Config.fromfile(tmp_path / DIGITS.name)
+    assert "custom_imports" not in used
+    assert used.model.bbox_head.loss_bbox.type == "detloss_plugins.DIoULoss"
+    assert (tmp_path / "epoch_1.pth").exists()
+    assert "coco/bbox_mAP_50" in scalars(tmp_path)[-1]
+
+
+class Interrupt(Hook):
+    """Stops the run where its second epoch would begin; notes the epochs that began."""
+
+    def __init__(self, at=None):
+        self.at, self.began = at, []
+
+    def before_train_epoch(self, runner):
+        if runner.epoch == self.at:
+            raise KeyboardInterrupt
+        self.began.append((runner.epoch, runner.iter))
+
+
+def run(work_dir, hook, **options):
+    """Two epochs of two iterations on the digits set; returns the runner."""
+    cfg = small(DIGITS)
+    cfg.merge_from_dict({"train_cfg.max_epochs": 2, "train_dataloader.batch_size": 4})
+    cfg.merge_from_dict({"train_dataloader.dataset.indices": 8, "val_dataloader.dataset.indices": 4})
+    runner = Runner.from_cfg(Config({**cfg, **options, "work_dir": str(work_dir)}))
+    runner.register_hook(hook)
+    try:
+        runner.train()
+    except KeyboardInterrupt:
+        pass
+    return runner
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The work directory of a run of two epochs."""
+    build_digits()
+    work_dir = tmp_path_factory.mktemp("whole")
+    run(work_dir, Interrupt())
+    return work_dir
+
+
+def test_resume_continues_as_if_never_stopped(whole, tmp_path):
+    run(tmp_path, Interrupt(at=1))
+    assert not (tmp_path / "epoch_2.pth").exists()
+    hook = Interrupt()
+    resumed = run(tmp_path, hook, resume=True)
+    assert hook.began == [(1, 2)]
+    assert (resumed.epoch, resumed.iter) == (2, 4)
+    never_stopped, stopped = (torch.load(d / "epoch_2.pth", weights_only=False) for d in (whole, tmp_path))
+    for key in ("state_dict", "optimizer"):  # equal only if the moments of AdamW and the schedule came back too
+        torch.testing.assert_close(stopped[key], never_stopped[key], rtol=1e-4, atol=1e-6)
+
+
+def test_checkpoint_needs_nothing_of_ours(whole):
+    """It loads where detloss_plugins cannot be imported, and fits the stock model."""
+    path = str(whole / "epoch_2.pth")
+    block = "import sys, torch; sys.modules['detloss_plugins'] = None"
+    python("-c", f"{block}; assert torch.load({path!r}, weights_only=False)['state_dict']")
+    stock = build(twin_configs(DIGITS)[1])
+    stock.load_state_dict(torch.load(path, weights_only=False)["state_dict"], strict=True)
+
+
+@pytest.mark.slow
+def test_digits_config_learns(tmp_path):
+    """From scratch on two cores to a mAP50 of 0.25, and far above, within five minutes."""
+    build_digits()
+    start = time.monotonic()
+    python(TRAIN, DIGITS, "--work-dir", tmp_path)
+    assert time.monotonic() - start < 300
+    assert scalars(tmp_path)[-1].get("coco/bbox_mAP_50", 0) >= 0.25  # absent if nothing was detected
