@@ -115,12 +115,11 @@ class Loss(nn.Module):
         """
         reduction = check_reduction(self.reduction if reduction_override is None else reduction_override)
         loss, valid = self.elements(pred, target)
-        with torch.autocast(pred.device.type, enabled=False):
-            avg_factor = self.normalizer(avg_factor, loss, valid, reduction)
-            loss = apply_weight(apply_weight(loss, weight), valid)
-            if self.sums_classes:
-                loss = loss.sum(-1)
-            return self.loss_weight * reduce(loss, None, avg_factor, reduction)
+        avg_factor = self.normalizer(avg_factor, loss, valid, reduction)
+        loss = apply_weight(apply_weight(loss, weight), valid)
+        if self.sums_classes:
+            loss = loss.sum(-1)
+        return self.loss_weight * reduce(loss, None, avg_factor, reduction)
 
 
 def check_same_shape(pred, target, what):

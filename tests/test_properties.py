@@ -164,6 +164,21 @@ def test_autocast_changes_nothing(loss_cls, device, dtype):
             assert loss(pred, target) == expected
 
 
+def test_autocast_is_off_inside(loss_cls, device, monkeypatch):
+    """Some operators refuse to run under CUDA's autocast, and a matrix product would lose its precision."""
+    inside, function, kind = [], loss_cls.fn, torch.device(device).type
+
+    def spy(*args, **hyper):
+        inside.append(torch.is_autocast_enabled(kind))
+        return function(*args, **hyper)
+
+    monkeypatch.setattr(loss_cls, "fn", staticmethod(spy))
+    loss = loss_cls()
+    with torch.autocast(kind, dtype=torch.bfloat16):
+        loss(*sample_for(loss, device))
+    assert inside == [False]
+
+
 def test_nan_is_not_hidden(loss_cls, device):
     loss = loss_cls()
     pred, target = sample_for(loss, device)

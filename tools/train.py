@@ -191,9 +191,13 @@ def train_mmdet(args):
     for line in active:
         runner.logger.info(f"detloss_plugins: {line}")
     runner.train()
-    scalars = {key: runner.message_hub.get_scalar(f"val/coco/{key}").current() for key in ("bbox_mAP_50", "bbox_mAP")}
+    logged = runner.message_hub.log_scalars
+    # CocoMetric logs nothing when nothing was detected.
+    map50, map_ = (
+        logged[key].current() if (key := f"val/coco/{name}") in logged else 0.0 for name in ("bbox_mAP_50", "bbox_mAP")
+    )
     checkpoint = Path(cfg.work_dir, "last_checkpoint").read_text(encoding="utf-8")
-    report(scalars["bbox_mAP_50"], scalars["bbox_mAP"], checkpoint, active)
+    report(map50, map_, checkpoint, active)
 
 
 def report(map50, map_, checkpoint, active):

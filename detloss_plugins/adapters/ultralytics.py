@@ -87,53 +87,30 @@ class _BoxCriterion(BboxLoss):
         super().__init__(reg_max)
         self.reg_max, self.box, self.dfl = reg_max, box, dfl
 
-    def forward(
-        self,
-        pred_dist,
-        pred_bboxes,
-        anchor_points,
-        target_bboxes,
-        target_scores,
-        target_scores_sum,
-        fg_mask,
-        imgsz,
-        stride,
-    ):
-        stock = (None, None)
-        if self.box is None or self.dfl is None:
-            stock = super().forward(
-                pred_dist,
-                pred_bboxes,
-                anchor_points,
-                target_bboxes,
-                target_scores,
-                target_scores_sum,
-                fg_mask,
-                imgsz,
-                stride,
-            )
+    def forward(self, *inputs):
+        dist, boxes, anchors, target, scores, scores_sum, fg_mask, imgsz, stride = inputs
+        loss_box, loss_dfl = super().forward(*inputs) if None in (self.box, self.dfl) else (None, None)
         positive = fg_mask.nonzero(as_tuple=True)
-        weight = target_scores[positive].sum(-1)
+        weight = scores[positive].sum(-1)
 
         def total(loss, pred, target, weight):
-            return loss(pred, target, weight, reduction_override="sum") / target_scores_sum
+            return loss(pred[positive], target[positive], weight, reduction_override="sum") / scores_sum
 
-        loss_box, loss_dfl = stock
         if self.box is not None:
-            loss_box = total(self.box, pred_bboxes[positive], target_bboxes[positive], weight)
+            loss_box = total(self.box, boxes, target, weight)
         if self.dfl is not None:
-            if self.reg_max > 1:
-                distance = bbox2dist(anchor_points, target_bboxes, self.reg_max - 1)
-                pred_dist = pred_dist.unflatten(-1, (4, self.reg_max))
-            else:
-                # A head without bins regresses the distances themselves, here as shares of the image's sides.
-                to_share = stride / imgsz[[1, 0, 1, 0]]
-                distance = bbox2dist(anchor_points, target_bboxes) * to_share
-                pred_dist = pred_dist * to_share
-            # One loss per side; a box counts as the mean of its four.
-            sides = weight.unsqueeze(-1).expand(-1, 4) / 4
-            loss_dfl = total(self.dfl, pred_dist[positive], distance[positive], sides)
+            pred_sides, target_sides = self.sides(dist, anchors, target, imgsz, stride)
+            # One loss a side; a box counts as the mean of its four.
+            loss_dfl = total(self.dfl, pred_sides, target_sides, weight.unsqueeze(-1).expand(-1, 4) / 4)
         return loss_box, loss_dfl
+
+    def sides(self, dist, anchors, target, imgsz, stride):
+        """What the head predicts for the four sides of a box, and the distances it should predict."""
+        if self.reg_max > 1:
+            return dist.unflatten(-1, (4, self.reg_max)), bbox2dist(anchors, target, self.reg_max - 1)
+        # A head without bins regresses the distances themselves, here as shares of the image's sides.
+        to_share = stride / imgsz[[1, 0, 1, 0]]
+        return dist * to_share, bbox2dist(anchors, target) * to_share
 
 
 class PluginDetectionLoss(v8DetectionLoss):
@@ -234,15 +211,15 @@ def trained_losses(model):
 
 
 def describe(losses, args):
-    """One line per slot: which loss is active, its settings, its weight and the training's gain for the slot."""
+    """One line per slot: the active loss, its settings, its weight and the training's gain for the slot."""
     lines = []
     for slot in SLOTS:
-        gain = f"gain {slot}={getattr(args, slot)}"
+        line = "stock loss"
         if slot in losses:
             loss = build_loss(losses[slot])
-            lines.append(f"{slot}: {loss} x {loss.loss_weight:g}, {gain}")
-        else:
-            lines.append(f"{slot}: stock loss, {gain}")
+            settings = ", ".join(f"{name}={getattr(loss, name)!r}" for name in loss.hyper)
+            line = f"{type(loss).__name__}({settings}), weight {loss.loss_weight:g}"
+        lines.append(f"{slot}: {line} x gain {getattr(args, slot):g}")
     return lines
 
 

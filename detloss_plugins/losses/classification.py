@@ -195,11 +195,12 @@ class FocalLoss(_SoftmaxOrSigmoid):
         use_sigmoid: False for the softmax form.
         activated: ``pred`` holds probabilities.
 
-    In Ultralytics' ``cls`` slot the default ``loss_weight`` is in ``yolo_gain``: focal terms are smaller than BCE's.
+    In Ultralytics' ``cls`` slot the default ``loss_weight`` is 16, measured as the README tells.
     """
 
     fn = staticmethod(focal_loss)
     paper = "https://arxiv.org/abs/1708.02002"
+    yolo_gain = 16.0
     upstream = (
         Upstream("mmdet.models.losses.FocalLoss", theirs={"use_sigmoid": True}),
         Upstream("mmdet.models.losses.FocalLoss", {"activated": True}, {"use_sigmoid": True, "activated": True}),
@@ -229,11 +230,13 @@ def quality_focal_loss(pred, target, *, beta=2.0, alpha=None, activated=False):
 class QualityFocalLoss(ClassificationLoss):
     """Li et al., Generalized Focal Loss, 2020 (QFL).
 
-    The class sums over the classes: ``reduction="none"`` gives ``(...)``.
+    The class sums over the classes: ``reduction="none"`` gives ``(...)``. In Ultralytics' ``cls`` slot the default
+    ``loss_weight`` is 16, measured as the README tells.
     """
 
     fn = staticmethod(quality_focal_loss)
     paper = "https://arxiv.org/abs/2006.04388"
+    yolo_gain = 16.0
     sums_classes = True
     upstream = (
         Upstream("mmdet.models.losses.QualityFocalLoss"),
@@ -256,11 +259,13 @@ def varifocal_loss(pred, target, *, alpha=0.75, gamma=2.0, iou_weighted=True):
 class VarifocalLoss(ClassificationLoss):
     """Zhang et al., VarifocalNet, 2020 (VFL).
 
-    A positive whose quality is 0 counts as a negative.
+    A positive whose quality is 0 counts as a negative. In Ultralytics' ``cls`` slot the default ``loss_weight`` is 16,
+    measured as the README tells.
     """
 
     fn = staticmethod(varifocal_loss)
     paper = "https://arxiv.org/abs/2008.13367"
+    yolo_gain = 16.0
     upstream = (
         Upstream("mmdet.models.losses.VarifocalLoss"),
         Upstream("mmdet.models.losses.VarifocalLoss", {"iou_weighted": False}, {"iou_weighted": False}),

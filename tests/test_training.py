@@ -1,0 +1,58 @@
+"""The main job and its bars, by the commands that users type. Minutes each, so they are slow."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def train(work_dir, *arguments):
+    """Run tools/train.py; return its mAP50 and what it printed."""
+    command = [sys.executable, str(ROOT / "tools" / "train.py"), *arguments, "--work-dir", str(work_dir)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return float(re.search(r"^mAP50 ([\d.]+)", done.stdout, re.MULTILINE)[1]), done.stdout
+
+
+@pytest.mark.slow
+def test_main_job(tmp_path):
+    map50, printed = train(tmp_path / "run")
+    assert map50 >= 0.55
+    checkpoint = re.search(r"^checkpoint: (.*)$", printed, re.MULTILINE)[1]
+    assert Path(checkpoint).exists()
+    active = printed.split("active losses:")[1].split()
+    assert active[0] == "cls:"
+    assert active[1].startswith("VarifocalLoss")
+    assert {"EfficientIoULoss(eps=1e-07),", "DistributionFocalLoss(),"} <= set(active)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qfl", "focal"])
+def test_class_losses_at_their_default_gain(tmp_path, name):
+    map50, _ = train(tmp_path / "run", str(ROOT / "configs" / "ultralytics" / f"{name}.yaml"))
+    assert map50 >= 0.5
+
+
+@pytest.mark.slow
+def test_compare_command_on_training_tensors():
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / "compare.py")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert "PASS" in done.stdout
+    assert "FAIL" not in done.stdout
+
+
+def test_both_frameworks_through_one_command(tmp_path):
+    """A few images, one epoch: the command's own path, without the wait."""
+    yolo = ["epochs=1", "fraction=0.04", "imgsz=64", "val=False"]
+    assert "checkpoint" in train(tmp_path / "yolo", *yolo)[1]
+    config = str(ROOT / "configs" / "mmdetection" / "gfl_r18_fpn_digits.py")
+    short = ["train_cfg.max_epochs=1", "train_dataloader.dataset.indices=16", "val_dataloader.dataset.indices=8"]
+    printed = train(tmp_path / "mmdet", config, *short)[1]
+    assert "bbox_head.loss_cls: QualityFocalLoss" in printed
+    assert "epoch_1.pth" in printed
