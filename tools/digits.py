@@ -22,9 +22,10 @@ IMAGES = {"train": 400, "val": 100}
 NAMES = [str(digit) for digit in range(10)]
 
 
-def cache_dir():
-    """Where downloads-never data lives: ``$DETLOSS_PLUGINS_CACHE``, or ``~/.cache/detloss_plugins``."""
-    return Path(os.environ.get("DETLOSS_PLUGINS_CACHE") or Path.home() / ".cache" / "detloss_plugins")
+def digits_dir():
+    """The folder of the set, in ``$DETLOSS_PLUGINS_CACHE`` or ``~/.cache/detloss_plugins``; it may not exist yet."""
+    cache = os.environ.get("DETLOSS_PLUGINS_CACHE") or Path.home() / ".cache" / "detloss_plugins"
+    return Path(cache) / f"digits-v{VERSION}"
 
 
 def background(rng):
@@ -106,7 +107,7 @@ def build_digits():
     The folder holds ``digits.yaml`` (for Ultralytics), ``images/{train,val}``, ``labels/{train,val}`` and
     ``annotations/{train,val}.json`` (COCO).
     """
-    root = cache_dir() / f"digits-v{VERSION}"
+    root = digits_dir()
     if root.exists():
         return root
     root.parent.mkdir(parents=True, exist_ok=True)

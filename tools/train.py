@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 import yaml
-from digits import build_digits
+from digits import build_digits, digits_dir
 
 DEFAULT_CONFIG = Path(__file__).parents[1] / "configs" / "ultralytics" / "vfl_eiou_dfl.yaml"
 # Small images, few of them, glyphs that must not be mirrored: enough for a detector that works after 12 epochs.
@@ -179,7 +179,7 @@ def train_mmdet(args):
     cfg = Config.fromfile(args.config)
     if args.data is not None:
         point_at(cfg, args.data)
-    elif "digits" in str(cfg.get("data_root", "")):
+    elif Path(cfg.get("data_root", "")) == digits_dir():
         build_digits()
     cfg.merge_from_dict({key: DictAction._parse_iterable(value) for key, value in args.overrides.items()})
     cfg.work_dir = str(args.work_dir or Path("work_dirs") / args.config.stem)

@@ -66,6 +66,8 @@ def _checked(slot, cfg):
         raise ValueError(
             f"The class scores of YOLO are independent sigmoids; write use_sigmoid=True for {type(loss).__name__}."
         )
+    if getattr(loss, "activated", False):
+        raise ValueError(f"YOLO hands logits to its loss; leave activated=True out of {type(loss).__name__}.")
     return {"loss_weight": loss_class(cfg["type"]).yolo_gain, **copy.deepcopy(dict(cfg))}
 
 

@@ -193,6 +193,7 @@ def test_third_slot_suits_the_head():
         ({"cls": {"type": "FocalLoss", "gama": 2.0}}, TypeError, r"'gama'; it accepts .*gamma"),
         ({"cls": {"type": "GIoULoss"}}, ValueError, "GIoULoss is a box loss"),
         ({"cls": {"type": "FocalLoss", "use_sigmoid": False}}, ValueError, "use_sigmoid=True"),
+        ({"cls": {"type": "FocalLoss", "activated": True}}, ValueError, "logits"),
         ({"box": "GIoULoss"}, TypeError, "'type'"),
         ("nothing.yaml", FileNotFoundError, "nothing.yaml"),
     ],
