@@ -14,13 +14,18 @@ ANOTHER = Registry("model", parent=ROOT, scope="another")
 YAMLS = sorted((Path(__file__).parents[1] / "configs" / "ultralytics").glob("*.yaml"))
 
 
+def names_of(loss_cls):
+    return [name for name, cls in MODELS.module_dict.items() if cls is loss_cls]
+
+
 def test_class_and_function_are_exported(loss_cls):
-    assert getattr(detloss_plugins.losses, loss_cls.__name__) is loss_cls
+    for name in names_of(loss_cls):
+        assert getattr(detloss_plugins.losses, name) is loss_cls
     assert getattr(detloss_plugins.losses, loss_cls.fn.__name__) is loss_cls.fn
 
 
 def test_build_by_name_prefix_and_alias(loss_cls):
-    names = [name for name, cls in MODELS.module_dict.items() if cls is loss_cls]
+    names = names_of(loss_cls)
     for name in (*names, f"detloss_plugins.{names[0]}"):
         assert type(build_loss({"type": name, "loss_weight": 2})) is loss_cls
 

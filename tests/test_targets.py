@@ -61,6 +61,11 @@ def test_ignore_index(use_sigmoid, logits):
     plain = CrossEntropyLoss(use_sigmoid=use_sigmoid)
     torch.testing.assert_close(valid_only(logits, label), plain(logits[kept], label[kept]))
     torch.testing.assert_close(everywhere(logits, label), plain(logits[kept], label[kept]) / 2)
+    if use_sigmoid:
+        quality = torch.full((4,), 0.5)
+        torch.testing.assert_close(
+            valid_only(logits, (label, quality)), plain(logits[kept], (label[kept], quality[kept]))
+        )
     nothing = torch.ones(4, dtype=torch.long)
     assert valid_only(logits.requires_grad_(), nothing) == 0
     valid_only(logits, nothing).backward()

@@ -155,6 +155,9 @@ class EfficientIoULoss(BoxLoss):
     )
 
 
+EIoULoss = EfficientIoULoss
+
+
 def focal_eiou_loss(pred, target, *, gamma=0.5, detach_weight=True, eps=1e-7):
     """``IoU^gamma * EIoU``. The weight is a constant unless ``detach_weight`` is False.
 
@@ -178,6 +181,8 @@ class FocalEfficientIoULoss(BoxLoss):
     bounds = (0.0, 4.0)
     true_gradient = False
 
+
+FocalEIoULoss = FocalEfficientIoULoss
 
 # What is defined here is public; a new loss is exported by being here.
 __all__ = [k for k, v in list(globals().items()) if getattr(v, "__module__", "") == __name__ and k[0] != "_"]

@@ -105,13 +105,16 @@ class CrossEntropyLoss(_SoftmaxOrSigmoid):
         self.ignore_index = -100 if ignore_index is None else ignore_index
 
     def prepare(self, pred, target):
-        is_tensor = isinstance(target, torch.Tensor)
-        if self.use_sigmoid and is_tensor and target.shape == pred.shape:
+        if isinstance(target, (tuple, list)):
+            label, quality = target
+            return super().prepare(pred, (self._drop_ignored(label), quality))
+        if self.use_sigmoid and target.shape == pred.shape:
             valid = (target >= 0) & (target != self.ignore_index)
             return pred, torch.where(valid, target, 0).to(pred.dtype), valid
-        if is_tensor and _index_target(target):
-            target = torch.where(target == self.ignore_index, -1, target)
-        return super().prepare(pred, target)
+        return super().prepare(pred, self._drop_ignored(target) if _index_target(target) else target)
+
+    def _drop_ignored(self, label):
+        return torch.where(label == self.ignore_index, -1, label)
 
     def normalizer(self, avg_factor, loss, valid, reduction):
         if not self.avg_non_ignore or avg_factor is not None or valid is None or reduction != "mean":
