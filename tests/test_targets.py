@@ -71,6 +71,27 @@ def test_ignore_index(use_sigmoid, logits):
     valid_only(logits, nothing).backward()
 
 
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        {"type": "FocalLoss", "gamma": 0.5},
+        {"type": "FocalLoss", "gamma": 0.5, "use_sigmoid": False},
+        {"type": "FocalLoss", "gamma": 0.0},
+        {"type": "VarifocalLoss", "gamma": 0.5},
+        {"type": "QualityFocalLoss", "beta": 0.5},
+    ],
+    ids=str,
+)
+def test_powers_below_one_have_finite_gradients(cfg):
+    """Where the base of the power is exactly zero its slope is infinite: confident logits, a quality met exactly."""
+    pred = torch.tensor([[1e4, -1e4, -1e4], [0.0, 0.0, 0.0]], requires_grad=True)
+    dense = torch.tensor([[1.0, 0, 0], [0.5, 0.5, 0]])
+    target = torch.tensor([0, 1]) if cfg.get("use_sigmoid") is False else dense
+    value = build_loss(cfg)(pred, target)
+    assert value.isfinite()
+    assert torch.autograd.grad(value, pred)[0].isfinite().all()
+
+
 def test_alpha_per_class(logits):
     alpha = torch.tensor([0.5, 1.0, 2.0])
     plain = FocalLoss(use_sigmoid=False, alpha=None, reduction="none")
