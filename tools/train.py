@@ -39,8 +39,12 @@ class UsageError(Exception):
 
 def parse(argv):
     """CONFIG, overrides as a dict, and the options."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("words", nargs="*", metavar="[CONFIG] [KEY=VALUE ...]")
+    parser = argparse.ArgumentParser(
+        usage="tools/train.py [-h] [CONFIG] [--data PATH] [--work-dir DIR] [KEY=VALUE ...]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("words", nargs="*", metavar="CONFIG, KEY=VALUE", help="a config file and overrides")
     parser.add_argument("--data", type=Path, help="your data set: a data.yaml, or for mmengine a folder in COCO layout")
     parser.add_argument("--work-dir", type=Path, help="where checkpoints and logs go")
     args = parser.parse_intermixed_args(argv)
