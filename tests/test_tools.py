@@ -30,6 +30,8 @@ def test_train_refuses_in_one_sentence(capsys, tmp_path, monkeypatch):
     assert "accepts alpha, gamma" in refused(capsys, "cls.gama=2", status=1)
     assert "did you mean CIoULoss" in refused(capsys, "box.type=CIoULos", status=1)
     assert "exactly one data YAML" in refused(capsys, "--data", str(tmp_path), status=1)
+    assert "no-such-model.yaml" in refused(capsys, "model=no-such-model.yaml", status=1)
+    assert "reg_max=1" in refused(capsys, "model=yolo26n.yaml", status=1), "the default third slot needs bins"
     assert "'no_such_argument' is not a valid YOLO argument" in refused(capsys, "no_such_argument=1", status=1)
 
 

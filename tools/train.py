@@ -89,7 +89,7 @@ def train_yolo(args):
     """Train with Ultralytics and print what came out."""
     from ultralytics import YOLO
 
-    from detloss_plugins.adapters.ultralytics import describe, make_trainer
+    from detloss_plugins.adapters.ultralytics import check_head, describe, make_trainer
 
     overrides = {key: yaml.safe_load(value) for key, value in args.overrides.items()}
     try:
@@ -112,6 +112,10 @@ def train_yolo(args):
         settings = {"resume": True}
     try:
         yolo = YOLO(model)
+        check_head(yolo.model, trainer.plugin_losses)
+    except (FileNotFoundError, ValueError) as error:
+        raise UsageError(error) from error
+    try:
         metrics = yolo.train(trainer=trainer, **settings)
     except SyntaxError as error:  # how Ultralytics refuses an unknown argument
         raise UsageError(str(error).strip().splitlines()[0]) from error
