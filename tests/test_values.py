@@ -1,9 +1,12 @@
 """Worked numbers: values and gradients computed from the papers' formulas outside this package, to 6 digits."""
 
+import math
+
 import pytest
 import torch
 
 from detloss_plugins import build_loss
+from detloss_plugins.losses import confidence_weight
 
 BOX_A = ([1.0, 2, 5, 7], [2.0, 1, 7, 6])
 BOX_B = ([0.5, 0.2, 10.4, 8], [1.0, 0, 10, 10])
@@ -45,8 +48,13 @@ def test_boxes(case):
         close(actual[1], gradient)
 
 
+def logits(*probabilities):
+    return [math.log(p / (1 - p)) for p in probabilities]
+
+
 X = [0.8, -0.4, 1.5]
 SOFTMAX = [[2.0, -1.0, 0.5], [0.1, 0.2, -0.3]]
+D = [0.3, -1.4, 0.05, 2]
 # config, pred, target, per-element values, gradient of their sum
 POINTWISE = [
     (
@@ -96,6 +104,57 @@ POINTWISE = [
     ),
     ({"type": "VarifocalLoss", "iou_weighted": False}, X, [0.6, 0, 1], [0.691101, 0.061966, 0.201413], None),
     ({"type": "VarifocalLoss", "gamma": 1.5}, X, [0.6, 0, 1], [0.414660, 0.097817, 0.201413], None),
+    # p = .9 .2 .6 .3 and one positive: alpha = 3/4, and .75 ln .9 = -.079020, .25 ln .8 = -.055786 and so on.
+    (
+        {"type": "BalancedCrossEntropyLoss"},
+        logits(0.9, 0.2, 0.6, 0.3),
+        [1, 0, 0, 0],
+        [0.079020, 0.055786, 0.229073, 0.089169],
+        [-0.075, 0.05, 0.15, 0.075],
+    ),
+    # The same value as the quality focal loss, and |d|^beta d + beta |d|^(beta - 1) sign(d) p (1 - p) BCE.
+    (
+        {"type": "GeneralizedFocalLoss"},
+        X,
+        [0.6, 0, 1],
+        [0.005595, 0.082622, 0.006703],
+        [0.027331, 0.163561, -0.017031],
+    ),
+    # Between 2 and 3 without a factor, p_r = .4: -.7 ln .6 - .3 ln .4, and the gradient .4 - .3.
+    ({"type": "GeneralizedFocalLoss", "beta": 0.0, "values": [2, 3]}, logits(0.4), [2.3], [0.632465], [0.1]),
+    ({"type": "PolyLoss", "gamma": 2.0}, [0.8, -0.4, 3.0], [1, 0, 0], [0.065467, 0.147254, 3.630644], None),
+    (
+        {"type": "PolyLoss", "gamma": 2.0, "alpha": 0.25},
+        [0.8, -0.4, 3.0],
+        [1, 0, 0],
+        [0.016367, 0.110440, 2.722983],
+        None,
+    ),
+    (
+        {"type": "AsymmetricLoss"},
+        [0.8, -0.4, 3.0],
+        [1, 0, 0],
+        [0.115051, 0.006593, 1.545391],
+        [-0.096116, 0.005642, 0.307731],
+    ),
+    (
+        {"type": "AsymmetricLoss", "detach_focusing": False},
+        [0.8, -0.4, 3.0],
+        [1, 0, 0],
+        [0.115051, 0.006593, 1.545391],
+        [-0.175498, 0.023677, 0.617138],
+    ),
+    (
+        {"type": "AsymmetricLoss", "gamma_pos": 0.0},
+        [0.8, -0.4, 3.0],
+        [1, 0, 0],
+        [0.371101, 0.006593, 1.545391],
+        None,
+    ),
+    ({"type": "GaussianFocalLoss"}, [0.6, 0.6], [1, 0.8], [0.081732, 0.000528], None),
+    ({"type": "MSELoss"}, [2.5, 0, 2, 8], [3, -0.5, 2, 7], [0.25, 0.25, 0, 1], [-1, 1, 0, 2]),
+    # p = .6 and .5: (.6 - 1)^2 with the slope 2 (p - y) p (1 - p).
+    ({"type": "MSELoss", "use_sigmoid": True}, logits(0.6, 0.5), [1, 0.3], [0.16, 0.04], [-0.192, 0.1]),
     ({"type": "L1Loss"}, [2.5, 0, 2, 8], [3, -0.5, 2, 7], [0.5, 0.5, 0.0, 1.0], [-1, 1, 0, 1]),
     ({"type": "SmoothL1Loss"}, [0.3, -1.4, 0.05, 2], [0, 0, 0, 0], [0.045, 0.9, 0.00125, 1.5], None),
     (
@@ -110,6 +169,29 @@ POINTWISE = [
         [0.3, -1.4, 0.05, 2],
         [0, 0, 0, 0],
         [0.244444, 1.344444, 0.011250, 1.944444],
+        None,
+    ),
+    ({"type": "HuberLoss"}, D, [0, 0, 0, 0], [0.045, 0.9, 0.00125, 1.5], [0.3, -1, 0.05, 1]),
+    ({"type": "HuberLoss", "delta": 0.5}, D, [0, 0, 0, 0], [0.045, 0.575, 0.00125, 0.875], [0.3, -0.5, 0.05, 0.5]),
+    (
+        {"type": "BalancedL1Loss"},
+        D,
+        [0, 0, 0, 0],
+        [0.185821, 1.678594, 0.009304, 2.578594],
+        [0.952965, -1.5, 0.335010, 1.5],
+    ),
+    (
+        {"type": "BalancedL1Loss", "beta": 2.0},
+        D,
+        [0, 0, 0, 0],
+        [0.123518, 1.304712, 0.005193, 2.157187],
+        None,
+    ),
+    (
+        {"type": "BalancedL1Loss", "beta": 2.0, "upstream_form": True},
+        D,
+        [0, 0, 0, 0],
+        [0.088114, 1.234909, -0.005027, 2.078594],
         None,
     ),
 ]
@@ -127,6 +209,8 @@ def test_pointwise(cfg, pred, target, values, gradient):
 
 
 ROW_GRADIENT = (-0.214403, 0.039113, 0.175290)
+FOCAL = {"alpha": 0.25, "gamma": 2.0}
+MULTI_LABEL = [[0.8, 0, 0.3], [0, 1, 1]]
 FOCAL_GRADIENT = ((-0.006821, 0.001244, 0.005577), (0.098708, 0.109089, -0.207797))
 # config, target (indices or distributions), values of the two rows, gradient
 SOFTMAX_CASES = [
@@ -136,6 +220,15 @@ SOFTMAX_CASES = [
     ({"type": "FocalLoss", "use_sigmoid": False}, [0, 2], [0.002773, 0.204351], FOCAL_GRADIENT),
     ({"type": "FocalLoss", "use_sigmoid": False, "alpha": None}, [0, 2], [0.011093, 0.817403], None),
     ({"type": "FocalLoss", "use_sigmoid": False, "alpha": None}, [[1.0, 0, 0], [0, 0, 1]], [0.011093, 0.817403], None),
+    ({"type": "PolyLoss", "use_sigmoid": False}, [0, 2], [0.455714, 2.179314], None),
+    ({"type": "PolyLoss", "use_sigmoid": False, "epsilon": 2.0}, [0, 2], [0.670117, 2.937800], None),
+    ({"type": "PolyLoss", "use_sigmoid": False}, [[1.0, 0, 0], [0, 0, 1]], [0.455714, 2.179314], None),
+    ({"type": "ModifiedCrossEntropyLoss"}, [0, 2], [1.414267, 2.396891], None),
+    ({"type": "ModifiedCrossEntropyLoss", "activation": "softmax"}, [0, 2], [0.473933, 2.375391], None),
+    ({"type": "ModifiedCrossEntropyLoss", **FOCAL}, [0, 2], [0.300503, 0.405318], None),
+    ({"type": "ModifiedCrossEntropyLoss", "activation": "softmax", **FOCAL}, [0, 2], [0.007260, 0.308234], None),
+    ({"type": "ModifiedCrossEntropyLoss"}, MULTI_LABEL, [1.664267, 2.196891], None),
+    ({"type": "ModifiedCrossEntropyLoss", **FOCAL}, MULTI_LABEL, [0.468075, 0.254653], None),
 ]
 
 
@@ -166,3 +259,103 @@ def test_distribution_focal_loss():
     best = torch.tensor([[-1e9, -1e9, 0.7, 0.3, -1e9]], dtype=torch.float64)
     best[best > 0] = best[best > 0].log()
     close(loss(best, torch.tensor([2.3], dtype=torch.float64)), 0.610864)  # the entropy of (0.7, 0.3)
+    other = torch.tensor([[0.1, 0.1, 0.3, 0.5]], dtype=torch.float64).log()
+    close(loss(other, torch.tensor([2.3], dtype=torch.float64)), 1.050725)
+
+
+def test_binary_cross_entropy_means():
+    pred, target = torch.tensor(X, dtype=torch.float64), torch.tensor([1, 0, 0.3], dtype=torch.float64)
+    loss = build_loss({"type": "BinaryCrossEntropyLoss"})
+    close(loss(pred, target), 0.711843)
+    close(loss(pred, target, torch.tensor([1, 0.5, 2])), 1.043478)
+    close(build_loss({"type": "BinaryCrossEntropyLoss", "pos_weight": 2.0})(pred, target), 0.855685)
+    cross_entropy = build_loss({"type": "CrossEntropyLoss"})
+    close(cross_entropy(torch.tensor(SOFTMAX, dtype=torch.float64), torch.tensor([0, 2])), 0.831069)
+
+
+def test_balanced_cross_entropy_means():
+    pred = torch.tensor(logits(0.9, 0.2, 0.6, 0.3), dtype=torch.float64).unsqueeze(-1)
+    target = torch.tensor([1.0, 0, 0, 0]).unsqueeze(-1)
+    close(build_loss({"type": "BalancedCrossEntropyLoss"})(pred, target), 0.113262)
+    close(build_loss({"type": "BalancedCrossEntropyLoss", "alpha": 0.25})(pred, target), 0.287106)
+
+
+def test_asymmetric_sum_is_the_authors():
+    pred, target = torch.tensor([[0.8, -0.4, 3.0]], dtype=torch.float64), torch.tensor([[1.0, 0, 0]])
+    close(build_loss({"type": "AsymmetricLoss", "reduction": "sum"})(pred, target), 1.667034)
+
+
+def test_kl_divergence():
+    p = torch.tensor([[0.7, 0.1, 0.2]], dtype=torch.float64)
+    q = torch.tensor([[0.5, 0.25, 0.25]], dtype=torch.float64)
+    loss = build_loss({"type": "KLDivLoss"})
+    logits_q = q.log().requires_grad_()
+    value = loss(logits_q, p)
+    close(value, 0.099273)
+    close(torch.autograd.grad(value, logits_q)[0], [[-0.2, 0.15, 0.05]])  # q - p
+    close(loss(p.log(), q), 0.116622)
+    close(build_loss({"type": "CrossEntropyLoss"})(q.log(), p), 0.901091)
+    close(build_loss({"type": "CrossEntropyLoss"})(p.log(), p), 0.801819)
+    teacher = (torch.tensor([[2, -1, 0.5]], dtype=torch.float64) / 4).softmax(-1)
+    student = torch.tensor([[1.0, 0, -1]], dtype=torch.float64, requires_grad=True)
+    value = build_loss({"type": "KLDivLoss", "temperature": 4.0})(student, teacher)
+    close(value, 0.476923)
+    close(torch.autograd.grad(value, student)[0], 4 * ((student / 4).softmax(-1) - teacher).detach())
+
+
+@pytest.mark.parametrize("target", [[[1.0, 0, 0], [0, 0, 1]], MULTI_LABEL], ids=["hard", "soft"])
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
+def test_gradient_of_modified_cross_entropy(activation, target):
+    """From the formula: g = (p - t) / (p (1 - p)) by probability, then through the activation."""
+    pred = torch.tensor(SOFTMAX, dtype=torch.float64, requires_grad=True)
+    target = torch.tensor(target, dtype=torch.float64)
+    loss = build_loss({"type": "ModifiedCrossEntropyLoss", "activation": activation, "reduction": "sum"})
+    (actual,) = torch.autograd.grad(loss(pred, target), pred)
+    with torch.no_grad():
+        p = pred.sigmoid() if activation == "sigmoid" else pred.softmax(-1)
+        g = (p - target) / (p * (1 - p))
+        expected = p - target if activation == "sigmoid" else p * (g - (p * g).sum(-1, keepdim=True))
+    torch.testing.assert_close(actual, expected)
+
+
+def test_regression_means():
+    pred, target = torch.tensor([2.5, 0, 2, 8], dtype=torch.float64), torch.tensor([3, -0.5, 2, 7.0])
+    loss, weight = build_loss({"type": "MSELoss"}), torch.tensor([1, 2, 1, 0.5])
+    close(loss(pred, target), 0.375)
+    close(loss(pred, target, reduction_override="sum"), 1.5)
+    close(loss(pred, target, weight), 0.3125)
+    close(loss(pred, target, weight, avg_factor=weight.sum()), 0.277778)
+    mae = build_loss({"type": "L1Loss"})
+    close(mae(pred, target), 0.5)
+    close(mae(pred, target, reduction_override="sum"), 2.0)
+
+
+def test_rmse():
+    pred = torch.tensor([2.5, 0, 2, 8], dtype=torch.float64, requires_grad=True)
+    target = torch.tensor([3, -0.5, 2, 7.0])
+    loss = build_loss({"type": "RMSELoss"})
+    value = loss(pred, target)
+    close(value, 0.612372)
+    close(torch.autograd.grad(value, pred)[0], [-0.204124, 0.204124, 0.0, 0.408248])
+    close(loss(pred, target, torch.tensor([1, 2, 1, 0.5]), avg_factor=4.5), math.sqrt(1.25 / 4.5))
+
+
+def test_balanced_l1_has_the_slope_the_paper_asks_for():
+    """alpha ln(b d / beta + 1), zero at zero; upstream's for beta = 0.11 starts with .5 (1 - .11) / .11 = 4.045455."""
+    b = math.exp(3) - 1
+    at = torch.tensor([0.0, 1e-12, 0.05, 0.2], dtype=torch.float64, requires_grad=True)
+    for form, start in ((False, 0.0), (True, 4.045455)):
+        loss = build_loss({"type": "BalancedL1Loss", "beta": 0.11, "upstream_form": form, "reduction": "sum"})
+        (slope,) = torch.autograd.grad(loss(at, torch.zeros(4)), at)
+        extra = 0.5 * 0.89 / (b * 0.05 + 0.11) if form else 0.0
+        close(slope, [0.0, start, 0.5 * math.log(b * 0.05 / 0.11 + 1) + extra, 1.5])
+
+
+def test_confidence_weight():
+    close(confidence_weight(torch.tensor(0.3).double(), torch.tensor(0.6), 2.0), 0.294)
+    q = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64, requires_grad=True)
+    close(confidence_weight(q, 1 - q, 2.0), [0.729, 0.125, 0.001])
+    assert not confidence_weight(q, 1 - q, 2.0).requires_grad
+    background = torch.tensor([0.6, 0.5, 0.1])
+    (slope,) = torch.autograd.grad(confidence_weight(q, background, 2.0, detach=False).sum(), q)
+    close(slope, [-1.08, -0.5, -0.02])  # -power (1 - q_fg)^(power - 1) q_bg

@@ -1,15 +1,18 @@
 """Point-wise regression losses."""
 
+import math
+
+import torch
 import torch.nn.functional as F
 
 from detloss_plugins.base import RegressionLoss, Upstream
+from detloss_plugins.reduction import check_reduction, reduce
 from detloss_plugins.registry import MODELS
 
 
 def l1_loss(pred, target):
     """``|pred - target|``; the gradient at zero is zero.
 
-    >>> import torch
     >>> l1_loss(torch.tensor([2.5, 0.0]), torch.tensor([3.0, -0.5]))
     tensor([0.5000, 0.5000])
     """
@@ -24,10 +27,61 @@ class L1Loss(RegressionLoss):
     upstream = (Upstream("torch.nn.functional.l1_loss"), Upstream("mmdet.models.losses.L1Loss"))
 
 
+def mse_loss(pred, target, *, use_sigmoid=False):
+    """``(pred - target)^2``, or ``(sigmoid(pred) - target)^2``.
+
+    >>> mse_loss(torch.tensor([2.5, 0.0]), torch.tensor([3.0, 2.0]))
+    tensor([0.2500, 4.0000])
+    """
+    return F.mse_loss(pred.sigmoid() if use_sigmoid else pred, target, reduction="none")
+
+
+@MODELS.register_module()
+class MSELoss(RegressionLoss):
+    """Squared error; its sum is the "L2 loss" of the textbooks.
+
+    mmdet's L2Loss is another loss, which clamps and edits its inputs.
+
+    Args:
+        use_sigmoid: ``pred`` is a logit and the error that of its sigmoid, to regress a confidence.
+    """
+
+    fn = staticmethod(mse_loss)
+    upstream = (Upstream("torch.nn.functional.mse_loss"), Upstream("mmdet.models.losses.MSELoss"))
+
+
+def rmse_loss(pred, target):
+    """The root of one squared error, ``|pred - target|``; the class takes the root after the reduction.
+
+    >>> rmse_loss(torch.tensor([2.5, 0.0]), torch.tensor([3.0, 2.0]))
+    tensor([0.5000, 2.0000])
+    """
+    return F.l1_loss(pred, target, reduction="none")
+
+
+@MODELS.register_module()
+class RMSELoss(RegressionLoss):
+    """Root of the mean squared error.
+
+    Every reduction is the root of the one of :class:`MSELoss`: "mean" is ``sqrt(sum(w d^2) / n)``, or over the
+    ``avg_factor``; "sum" is the Euclidean norm, "none" ``sqrt(w) |d|``. Weights are therefore those of squared errors,
+    and the mean of the values of several calls is not the value of all. The gradient of no error is zero.
+    """
+
+    fn = staticmethod(rmse_loss)
+
+    def forward(self, pred, target, weight=None, avg_factor=None, reduction_override=None):
+        """The root of the reduced squared errors."""
+        reduction = check_reduction(self.reduction if reduction_override is None else reduction_override)
+        size, valid = self.elements(pred, target, weight)
+        square = reduce(self.weigh(size.square(), weight, valid), None, avg_factor, reduction)
+        # The root's slope at zero is infinite; the square itself has the right value and slope there.
+        return self.loss_weight * torch.where(square == 0, square, torch.where(square == 0, 1, square).sqrt())
+
+
 def smooth_l1_loss(pred, target, *, beta=1.0):
     """``d^2 / (2 beta)`` where ``|d| < beta``, else ``|d| - beta / 2``, with ``d = pred - target``; ``beta=0`` is L1.
 
-    >>> import torch
     >>> smooth_l1_loss(torch.tensor([0.3, -1.4]), torch.zeros(2), beta=0.5)  # .09 / 1 and 1.4 - .25
     tensor([0.0900, 1.1500])
     """
@@ -56,6 +110,90 @@ class SmoothL1Loss(RegressionLoss):
         super().__init__(**kwargs)
         if self.beta < 0:
             raise ValueError(f"beta of SmoothL1Loss must not be negative, but is {self.beta}.")
+
+
+def huber_loss(pred, target, *, delta=1.0):
+    """``d^2 / 2`` where ``|d| <= delta``, else ``delta (|d| - delta / 2)``, with ``d = pred - target``.
+
+    >>> huber_loss(torch.tensor([0.3, -1.4]), torch.zeros(2), delta=0.5)  # .09 / 2 and .5 (1.4 - .25)
+    tensor([0.0450, 0.5750])
+    """
+    return F.huber_loss(pred, target, reduction="none", delta=delta)
+
+
+@MODELS.register_module()
+class HuberLoss(RegressionLoss):
+    """Huber, Robust Estimation of a Location Parameter, 1964.
+
+    It is ``delta`` times the smooth L1 loss with ``beta = delta``.
+
+    Raises:
+        ValueError: if ``delta`` is not positive.
+    """
+
+    fn = staticmethod(huber_loss)
+    upstream = (
+        Upstream("torch.nn.functional.huber_loss"),
+        Upstream("torch.nn.functional.huber_loss", {"delta": 0.5}, {"delta": 0.5}),
+        Upstream("mmdet.models.losses.SmoothL1Loss", {"delta": 0.5}, {"beta": 0.5, "loss_weight": 0.5}),
+    )
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        if self.delta <= 0:
+            raise ValueError(f"delta of HuberLoss must be positive, but is {self.delta}.")
+
+
+def balanced_l1_loss(pred, target, *, alpha=0.5, gamma=1.5, beta=1.0, upstream_form=False):
+    """L1 whose slope is ``alpha ln(b d / beta + 1)`` up to ``d = |pred - target| = beta`` and ``gamma`` beyond.
+
+    ``b = e^(gamma / alpha) - 1`` joins the two. The value is ``alpha / b (b d + beta) ln(b d / beta + 1) - alpha d``
+    inside and ``gamma d + gamma beta / b - alpha beta`` outside. Upstream's form has ``b d + 1`` and ``gamma / b``
+    instead: the same for ``beta=1``; otherwise it has a kink at zero, and for ``beta > 1`` it is negative near zero.
+
+    >>> balanced_l1_loss(torch.tensor([2.0]), torch.tensor([0.0]))  # b = e^3 - 1: 3 + 1.5 / b - .5
+    tensor([2.5786])
+    """
+    b = math.expm1(gamma / alpha)
+    shift = 1.0 if upstream_form else beta
+    size = (pred - target).abs()
+    near = size.clamp(max=beta)  # so that the branch that is not taken stays finite
+    inside = alpha / b * (b * near + shift) * torch.log1p(b * near / beta) - alpha * near
+    return torch.where(size < beta, inside, gamma * size + gamma * shift / b - alpha * beta)
+
+
+@MODELS.register_module()
+class BalancedL1Loss(RegressionLoss):
+    """Pang et al., Libra R-CNN, 2019.
+
+    Args:
+        alpha: smaller means more gradient for accurate samples.
+        gamma: slope of the outliers.
+        beta: where they begin, in the unit of the input.
+        upstream_form: the released code's formula, which for ``beta != 1`` has not the slope that the paper asks for.
+
+    Raises:
+        ValueError: if ``alpha``, ``gamma`` or ``beta`` is not positive.
+    """
+
+    fn = staticmethod(balanced_l1_loss)
+    paper = "https://arxiv.org/abs/1904.02701"
+    upstream = (
+        Upstream("mmdet.models.losses.BalancedL1Loss"),
+        Upstream("mmdet.models.losses.BalancedL1Loss", {"upstream_form": True, "beta": 0.11}, {"beta": 0.11}),
+        Upstream(
+            "mmdet.models.losses.BalancedL1Loss",
+            {"beta": 0.11},
+            {"beta": 0.11},
+            differs="mmdet's form for beta != 1 has a kink at zero; upstream_form=True gives it",
+        ),
+    )
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        for name in ("alpha", "gamma", "beta"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} of BalancedL1Loss must be positive, but is {getattr(self, name)}.")
 
 
 # What is defined here is public; a new loss is exported by being here.

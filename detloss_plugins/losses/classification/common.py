@@ -1,0 +1,52 @@
+"""What the classification losses share."""
+
+import torch
+import torch.nn.functional as F
+
+from detloss_plugins.base import ClassificationLoss
+
+
+def power(base, exponent):
+    """``base ** exponent`` for ``base >= 0`` with a finite gradient at zero for exponents below 1 too."""
+    return base.clamp(min=torch.finfo(base.dtype).tiny).pow(exponent)
+
+
+def bce(pred, target, activated, pos_weight=None):
+    if activated:
+        return F.binary_cross_entropy(pred, target, reduction="none")
+    return F.binary_cross_entropy_with_logits(pred, target, reduction="none", pos_weight=pos_weight)
+
+
+def class_vector(values, pred):
+    """Per-class values (number, list, tensor or None) beside ``pred``."""
+    if values is None or isinstance(values, (int, float)):
+        return values
+    vector = torch.as_tensor(values, dtype=pred.dtype, device=pred.device)
+    if vector.dim() and vector.shape[-1] not in (1, pred.shape[-1]):
+        raise ValueError(f"{vector.shape[-1]} values were given for {pred.shape[-1]} classes.")
+    return vector
+
+
+def index_target(target):
+    """Whether a target of a softmax loss is class indices rather than a distribution."""
+    return not target.is_floating_point()
+
+
+class SoftmaxOrSigmoid(ClassificationLoss):
+    """A loss with both forms: the softmax form takes indices or distributions as they are."""
+
+    sigmoid_only = False
+
+    def prepare(self, pred, target):
+        if self.use_sigmoid:
+            return super().prepare(pred, target)
+        if isinstance(target, torch.Tensor) and target.shape == pred.shape:
+            return pred, target.to(pred.dtype), None
+        if isinstance(target, torch.Tensor) and target.shape == pred.shape[:-1] and index_target(target):
+            valid = target >= 0
+            return pred, torch.where(valid, target, 0).long(), valid
+        raise ValueError(
+            f"The softmax form of {type(self).__name__} with logits {tuple(pred.shape)} takes class indices "
+            f"{tuple(pred.shape[:-1])} as integers or distributions {tuple(pred.shape)}; "
+            "a (label, quality) target has a meaning for use_sigmoid=True only."
+        )
