@@ -55,19 +55,28 @@ class Loss(nn.Module):
     bounds: ClassVar[tuple[float, float]] = (0.0, float("inf"))  # of a per-element loss, on valid input
     true_gradient: ClassVar[bool] = True  # False: a factor is detached, so finite differences disagree by design
     sums_classes: ClassVar[bool] = False  # True: the per-element losses are summed over the last axis
+    mean_of_rows: ClassVar[bool] = True  # "mean" is the mean of what "none" gives
+    self_normalized: ClassVar[bool] = False  # True: "mean" has a normaliser of its own, whatever avg_factor says
     yolo_gain: ClassVar[float] = 1.0  # default loss_weight in a slot of the Ultralytics adapter
     hyper: ClassVar[tuple[str, ...]] = ()
+    inputs: ClassVar[tuple[str, ...]] = ()  # keyword-only arguments of fn that the class computes: its state
+    example: ClassVar[Mapping] = MappingProxyType({})  # settings that suit the sample where the defaults do not
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         parameters = {}
         if "fn" in vars(cls):
-            parameters.update(_keyword_only(cls.fn))
+            parameters.update((k, v) for k, v in _keyword_only(cls.fn).items() if k not in cls.inputs)
             cls.hyper = tuple(parameters)
         for base in reversed(cls.__mro__):  # a subclass's default wins
             if issubclass(base, Loss) and "__init__" in vars(base):
                 parameters.update(_keyword_only(base.__init__))
         cls.__signature__ = inspect.Signature(list(parameters.values()))
+
+    @classmethod
+    def make(cls, **settings):
+        """A valid instance, on the input that ``sample`` gives: the defaults, or those of ``example``."""
+        return cls(**{**cls.example, **settings})
 
     def __init__(self, *, reduction="mean", loss_weight=1.0, **hyper):
         super().__init__()
@@ -97,15 +106,33 @@ class Loss(nn.Module):
         """Bring the target to the form that ``fn`` takes; returns pred, target and a mask of valid rows or None."""
         return pred, target.to(pred.dtype), None
 
-    def elements(self, pred, target):
+    @property
+    def settings(self):
+        """The hyper-parameters as they are now."""
+        return {name: getattr(self, name) for name in self.hyper}
+
+    @property
+    def learning(self):
+        """Whether a loss with state may update it: in training mode, and not while gradients are off (validation)."""
+        return self.training and torch.is_grad_enabled()
+
+    def compute(self, pred, target, valid, weight):
+        """Per-element losses of prepared input; a loss with state overrides this."""
+        return self.fn(pred, target, **self.settings)
+
+    def elements(self, pred, target, weight=None):
         """Per-element losses before weight, class sum, ``loss_weight`` and reduction, and the mask of valid ones."""
         with torch.autocast(pred.device.type, enabled=False):
             pred, target, valid = self.prepare(float32(pred), target)
-            return self.fn(pred, target, **{name: getattr(self, name) for name in self.hyper}), valid
+            return self.compute(pred, target, valid, weight), valid
 
-    def normalizer(self, avg_factor, loss, valid, reduction):
-        """The avg_factor to use; a loss that averages over valid elements overrides this."""
+    def normalizer(self, avg_factor, loss, valid, weight, reduction):
+        """The avg_factor to use; a loss with a normaliser of its own overrides this."""
         return avg_factor
+
+    def weigh(self, loss, weight, valid):
+        """Per-element losses times their weights; zero where they are not valid."""
+        return apply_weight(apply_weight(loss, weight), valid)
 
     def forward(self, pred, target, weight=None, avg_factor=None, reduction_override=None):
         """Compute the loss; see :func:`detloss_plugins.reduction.reduce` for ``weight`` and ``avg_factor``.
@@ -114,12 +141,21 @@ class Loss(nn.Module):
             A float32 (or float64) scalar, or the per-element losses for ``reduction="none"``.
         """
         reduction = check_reduction(self.reduction if reduction_override is None else reduction_override)
-        loss, valid = self.elements(pred, target)
-        avg_factor = self.normalizer(avg_factor, loss, valid, reduction)
-        loss = apply_weight(apply_weight(loss, weight), valid)
+        loss, valid = self.elements(pred, target, weight)
+        avg_factor = self.normalizer(avg_factor, loss, valid, weight, reduction)
+        loss = self.weigh(loss, weight, valid)
         if self.sums_classes:
             loss = loss.sum(-1)
         return self.loss_weight * reduce(loss, None, avg_factor, reduction)
+
+
+def rank_mean(tensor):
+    """The mean of a tensor over the ranks of a distributed run; the tensor itself in a single process."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return tensor
+    total = tensor.clone()
+    torch.distributed.all_reduce(total)
+    return total / torch.distributed.get_world_size()
 
 
 def check_same_shape(pred, target, what):
@@ -190,18 +226,24 @@ class ClassificationLoss(Loss):
         self.use_sigmoid = use_sigmoid
 
     def prepare(self, pred, target):
+        return pred, *self.dense(pred, target)
+
+    @classmethod
+    def dense(cls, pred, target):
+        """The dense form of a target of any form, and the mask of its valid rows or None."""
         if isinstance(target, (tuple, list)):
             label, quality = target
-            one_hot, valid = self._one_hot(pred, label)
-            return pred, one_hot * quality.to(pred.dtype).unsqueeze(-1), valid
+            one_hot, valid = cls._one_hot(pred, label)
+            return one_hot * quality.to(pred.dtype).unsqueeze(-1), valid
         if target.shape == pred.shape:
-            return pred, target.to(pred.dtype), None
-        return pred, *self._one_hot(pred, target)
+            return target.to(pred.dtype), None
+        return cls._one_hot(pred, target)
 
-    def _one_hot(self, pred, label):
+    @classmethod
+    def _one_hot(cls, pred, label):
         if label.shape != pred.shape[:-1] or label.is_floating_point():
             raise ValueError(
-                f"{type(self).__name__} with logits {tuple(pred.shape)} takes class indices {tuple(pred.shape[:-1])} "
+                f"{cls.__name__} with logits {tuple(pred.shape)} takes class indices {tuple(pred.shape[:-1])} "
                 f"as integers, a dense target {tuple(pred.shape)} or a (label, quality) tuple, "
                 f"not {label.dtype} {tuple(label.shape)}."
             )

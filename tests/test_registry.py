@@ -27,7 +27,7 @@ def test_class_and_function_are_exported(loss_cls):
 def test_build_by_name_prefix_and_alias(loss_cls):
     names = names_of(loss_cls)
     for name in (*names, f"detloss_plugins.{names[0]}"):
-        assert type(build_loss({"type": name, "loss_weight": 2})) is loss_cls
+        assert type(build_loss({"type": name, "loss_weight": 2, **loss_cls.example})) is loss_cls
 
 
 def test_no_loss_subclasses_a_loss(loss_cls):
@@ -36,7 +36,7 @@ def test_no_loss_subclasses_a_loss(loss_cls):
 
 
 def test_the_scope_prefix_resolves_from_the_root_and_from_another_child(loss_cls):
-    cfg = {"type": f"detloss_plugins.{loss_cls.__name__}"}
+    cfg = {"type": f"detloss_plugins.{loss_cls.__name__}", **loss_cls.example}
     assert type(ROOT.build(cfg)) is loss_cls
     assert type(ANOTHER.build(cfg)) is loss_cls
 

@@ -1,15 +1,44 @@
 """The forms of a classification target, and the options of the losses that a property test does not reach."""
 
+import math
+
 import pytest
 import torch
+from compare import registered
 
 from detloss_plugins import build_loss
-from detloss_plugins.losses import CrossEntropyLoss, DistributionFocalLoss, FocalLoss
+from detloss_plugins.losses import (
+    BalancedCrossEntropyLoss,
+    CrossEntropyLoss,
+    DistributionFocalLoss,
+    FocalLoss,
+    GeneralizedFocalLoss,
+    KLDivLoss,
+    PolyLoss,
+)
 
 LABEL = torch.tensor([0, 2, 3, 1])  # 3 is background
 QUALITY = torch.tensor([0.4, 0.9, 0.0, 1.0])
 DENSE = torch.tensor([[1.0, 0, 0], [0, 0, 1], [0, 0, 0], [0, 1, 0]])
-SIGMOID = ["BinaryCrossEntropyLoss", "FocalLoss", "QualityFocalLoss", "VarifocalLoss"]
+SIGMOID = [
+    {"type": name, **{key: value for key, value in cls.example.items() if key != "num_classes"}}
+    for name, cls in registered().items()
+    if cls.family == "classification" and cls.make().use_sigmoid
+]
+SOFTMAX = [
+    {"type": "CrossEntropyLoss"},
+    {"type": "FocalLoss", "use_sigmoid": False},
+    {"type": "PolyLoss", "use_sigmoid": False},
+    {"type": "ModifiedCrossEntropyLoss", "activation": "softmax"},
+    {"type": "ModifiedCrossEntropyLoss", "activation": "softmax", "alpha": 0.25, "gamma": 2.0},
+]
+EVERY = [*SIGMOID, *SOFTMAX]
+
+
+def build(cfg, classes=3, **settings):
+    """A frozen loss for so many classes; one with state gives the same result twice only when it is frozen."""
+    known = {"num_classes": classes} if hasattr(registered()[cfg["type"]].make(), "num_classes") else {}
+    return build_loss({**cfg, **known, **settings}).eval()
 
 
 @pytest.fixture
@@ -17,9 +46,9 @@ def logits():
     return torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("name", SIGMOID)
-def test_forms_agree(name, logits):
-    loss = build_loss({"type": name, "reduction": "none"})
+@pytest.mark.parametrize("cfg", SIGMOID, ids=lambda cfg: cfg["type"])
+def test_forms_agree(cfg, logits):
+    loss = build(cfg, reduction="none")
     assert torch.equal(loss(logits, LABEL), loss(logits, DENSE))
     assert torch.equal(loss(logits, (LABEL, QUALITY)), loss(logits, DENSE * QUALITY[:, None]))
     assert torch.equal(loss(logits, DENSE.bool()), loss(logits, DENSE))
@@ -27,21 +56,176 @@ def test_forms_agree(name, logits):
     assert torch.equal(images.flatten(0, 1), loss(logits, LABEL))
 
 
-@pytest.mark.parametrize("name", SIGMOID)
-def test_negative_labels_are_ignored(name, logits):
-    loss = build_loss({"type": name, "reduction": "sum"})
+@pytest.mark.parametrize("cfg", SIGMOID, ids=lambda cfg: cfg["type"])
+def test_negative_labels_are_ignored(cfg, logits):
+    loss = build(cfg, reduction="sum")
     ignored = torch.tensor([0, -1, 3, -100])
     torch.testing.assert_close(loss(logits, ignored), loss(logits[[0, 2]], ignored[[0, 2]]))
 
 
-@pytest.mark.parametrize("name", SIGMOID)
-def test_a_form_without_meaning(name, logits):
-    loss = build_loss({"type": name})
+@pytest.mark.parametrize("cfg", SIGMOID, ids=lambda cfg: cfg["type"])
+def test_a_form_without_meaning(cfg, logits):
+    loss = build(cfg)
     for target in (LABEL.float(), LABEL[:3], torch.rand(4, 2)):
         with pytest.raises(ValueError, match="takes class indices"):
             loss(logits, target)
-    with pytest.raises(ValueError, match=r"sigmoid form only|softmax"):
-        build_loss({"type": name, "use_sigmoid": False})(logits, (LABEL, QUALITY))
+    with pytest.raises(ValueError, match=r"sigmoid form only|softmax|use_sigmoid"):
+        build(cfg, use_sigmoid=False)(logits, (LABEL, QUALITY))
+
+
+def finite(loss, pred, target):
+    """The value of the call, which must be finite, as its gradient must."""
+    pred = pred.detach().requires_grad_()
+    value = loss(pred, target)
+    assert value.isfinite()
+    assert torch.autograd.grad(value, pred)[0].isfinite().all()
+    return value.detach()
+
+
+@pytest.mark.parametrize("cfg", EVERY, ids=str)
+def test_all_ignored_and_empty(cfg, logits):
+    loss = build(cfg)
+    assert finite(loss, logits, torch.full((4,), -1)) == 0
+    assert finite(loss, logits[:0], LABEL[:0]) == 0
+
+
+@pytest.mark.parametrize("cfg", EVERY, ids=str)
+def test_single_class(cfg):
+    """A softmax over one class is 1 whatever the logit: its loss cannot depend on it."""
+    loss = build(cfg, classes=1, reduction="sum")
+    for size in (1e4, 2.0, -1e4):
+        pred = torch.tensor([[size]])
+        finite(loss, pred, torch.tensor([0]))
+        finite(loss, pred, torch.tensor([[0.3]]))
+        if cfg in SOFTMAX:
+            assert finite(loss, pred, torch.tensor([0])) < 1e-6
+        if cfg not in SOFTMAX or cfg["type"] == "ModifiedCrossEntropyLoss":  # which take background
+            finite(loss, pred, torch.tensor([1]))
+
+
+@pytest.mark.parametrize("cfg", EVERY, ids=str)
+def test_confident_logits(cfg):
+    loss = build(cfg)
+    pred = torch.tensor([[1e4, -1e4, 0], [-1e4, 1e4, 1e4], [1e4, 1e4, 1e4], [-1e4, 20, 0]])
+    targets = [torch.tensor([k] * 4) for k in range(3)]
+    dense = [torch.tensor(t).expand(4, 3) for t in ([1.0, 0, 0], [0, 0.5, 0.5], [0.8, 0, 0.3], [0.0, 1, 1])]
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for target in (*targets, *dense):
+            finite(loss, pred.to(dtype), target)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 2.0])
+def test_modified_softmax_is_stable(gamma, logits):
+    """Against the formula as it is written, in float64, and where that one breaks: a logit gap of 100 in float32."""
+    target = torch.rand(4, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    loss = build_loss({"type": "ModifiedCrossEntropyLoss", "activation": "softmax", "gamma": gamma})
+    p = (3 * logits.double()).softmax(-1)
+    written = -(target * (1 - p) ** gamma * p.log() + (1 - target) * p**gamma * (1 - p).log())
+    torch.testing.assert_close(loss(3 * logits.double(), target), written.sum(-1).mean())
+    # ln(1 - p_0) = ln 2 - 100 for a wrong class that is sure, and the right one has p = e^-100.
+    value = finite(loss, torch.tensor([[100.0, 0.0, 0.0]]), torch.tensor([1]))
+    torch.testing.assert_close(value, torch.tensor(200 - math.log(2)))
+
+
+def test_modified_cross_entropy_takes_mmdets_use_sigmoid(logits):
+    short = build_loss({"type": "ModifiedCrossEntropyLoss", "activation": "softmax"})
+    long = build_loss({"type": "ModifiedCrossEntropyLoss", "activation": "softmax", "use_sigmoid": False})
+    assert short(logits, LABEL) == long(logits, LABEL)
+    assert not short.use_sigmoid
+    alpha = torch.tensor([0.3, 0.5, 0.9])
+    per_class = build_loss({"type": "ModifiedCrossEntropyLoss", "alpha": alpha.tolist()})
+    torch.testing.assert_close(
+        per_class(logits, DENSE),
+        (alpha * DENSE + (1 - alpha) * (1 - DENSE))
+        .mul(torch.nn.functional.binary_cross_entropy_with_logits(logits, DENSE, reduction="none"))
+        .sum(-1)
+        .mean(),
+    )
+
+
+def test_automatic_balance(logits):
+    """alpha = n / (m + n) of the elements that count; 1/2 where there are no positives or no negatives."""
+
+    def fixed(alpha, pred, target):
+        return BalancedCrossEntropyLoss(alpha=alpha, reduction="sum")(pred, target)
+
+    loss = BalancedCrossEntropyLoss(reduction="sum")
+    torch.testing.assert_close(loss(logits, LABEL), fixed(9 / 12, logits, LABEL))
+    torch.testing.assert_close(loss(logits, (LABEL, QUALITY)), fixed(9.7 / 12, logits, (LABEL, QUALITY)))
+    ignored = torch.tensor([0, -1, 3, -1])
+    torch.testing.assert_close(loss(logits, ignored), fixed(5 / 6, logits, ignored))
+    weight = torch.tensor([2.0, 0, 1, 0])
+    torch.testing.assert_close(
+        loss(logits, LABEL, weight), BalancedCrossEntropyLoss(alpha=5 / 6, reduction="sum")(logits, LABEL, weight)
+    )
+    for one_sided in (torch.zeros(4, 3), torch.ones(4, 3)):
+        value = finite(loss, logits, one_sided)
+        assert value > 0
+        torch.testing.assert_close(value, fixed(0.5, logits, one_sided))
+    assert loss(logits, torch.full((4, 3), float("nan"))).isnan()
+
+
+def test_kl_divergence_takes_distributions_only(logits):
+    loss = KLDivLoss()
+    for target in (LABEL, DENSE.long(), (LABEL, QUALITY), torch.rand(4, 2)):
+        with pytest.raises(ValueError, match="takes one distribution a row"):
+            loss(logits, target)
+    for pred in (torch.tensor([[1e4, -1e4]]), torch.tensor([[-1e4, 1e4]]), torch.zeros(1, 2)):
+        finite(loss, pred, torch.tensor([[1.0, 0.0]]))
+    assert finite(loss, torch.tensor([[3.0]]), torch.tensor([[1.0]])) == 0
+
+
+def test_gaussian_focal_loss_on_heatmaps():
+    loss = build_loss({"type": "GaussianFocalLoss"})
+    maps = torch.rand(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+    assert loss(maps, maps, reduction_override="none").shape == maps.shape
+    for sure in (torch.zeros(1, 2), torch.ones(1, 2)):
+        finite(loss, sure, torch.tensor([[1.0, 0.5]]))
+    with pytest.raises(ValueError, match="heatmaps of one shape"):
+        loss(maps, maps[0])
+    with pytest.raises(ValueError, match="not a tuple"):
+        loss(maps, (LABEL, QUALITY))
+
+
+def test_generalized_focal_loss_between_other_values(logits):
+    """Without its factor it is the distribution focal loss of two bins, and it has the shape of pred, any shape."""
+    loss = GeneralizedFocalLoss(beta=0.0, values=(2.0, 3.0), reduction="none")
+    target = torch.tensor([2.0, 2.3, 2.9, 3.0])
+    bins = torch.stack([torch.zeros(4), logits[:, 0]], -1)
+    torch.testing.assert_close(loss(logits[:, 0], target), DistributionFocalLoss(reduction="none")(bins, target - 2.0))
+    # |y - m| in the unit of the values: twice the width, 2^(1 + beta) times the loss.
+    wide, unit = (GeneralizedFocalLoss(values=v, reduction="sum") for v in ((0.0, 2.0), (0.0, 1.0)))
+    torch.testing.assert_close(wide(logits, 2 * DENSE), 8 * unit(logits, DENSE))
+    for form in (LABEL, (LABEL, QUALITY)):
+        with pytest.raises(ValueError, match="targets of the shape of pred"):
+            loss(logits, form)
+
+
+def test_gradient_of_asymmetric_loss_with_focusing():
+    pred, target = (x.double() for x in build_loss({"type": "AsymmetricLoss"}).sample(6))
+    for clip in (0.0, 0.05):
+        loss = build_loss({"type": "AsymmetricLoss", "clip": clip, "detach_focusing": False, "reduction": "none"})
+        assert torch.autograd.gradcheck(lambda p, loss=loss: loss(p, target), pred.requires_grad_())
+
+
+def test_root_mean_squared_error_without_an_error():
+    loss, target = build_loss({"type": "RMSELoss"}), torch.tensor([1.0, 2.0])
+    for reduction in ("mean", "sum", "none"):
+        pred = target.clone().requires_grad_()
+        value = loss(pred, target, reduction_override=reduction).sum()
+        assert value == 0
+        assert torch.equal(torch.autograd.grad(value, pred)[0], torch.zeros(2))
+    assert loss(torch.full((2,), float("nan")), target).isnan()
+
+
+@pytest.mark.parametrize("name", ["L1Loss", "MSELoss", "RMSELoss", "SmoothL1Loss", "HuberLoss", "BalancedL1Loss"])
+def test_extreme_regression(name):
+    loss = build_loss({"type": name})
+    for size in (0.0, 1e-30, 1.0, 1e4):
+        for dtype in (torch.float64, torch.float32, torch.float16):
+            finite(loss, torch.tensor([size, -size]).to(dtype), torch.zeros(2))
+    with pytest.raises(ValueError, match="one shape"):
+        loss(torch.zeros(2), torch.zeros(3))
 
 
 def test_activated_equals_logits(logits):
@@ -50,6 +234,32 @@ def test_activated_equals_logits(logits):
         torch.testing.assert_close(build_loss({"type": name, "activated": True})(logits.sigmoid(), DENSE), from_logits)
     softmax = FocalLoss(use_sigmoid=False, activated=True)(logits.softmax(-1), LABEL % 3)
     torch.testing.assert_close(softmax, FocalLoss(use_sigmoid=False)(logits, LABEL % 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["BinaryCrossEntropyLoss", "FocalLoss", "QualityFocalLoss"])
+def test_activated_in_half_precision(name, dtype, logits):
+    """The one form that torch's autocast refuses: probabilities. It computes in float32 like every other."""
+    loss = build_loss({"type": name, "activated": True})
+    scores = logits.sigmoid().to(dtype).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value = loss(scores, DENSE)
+    assert value.dtype == torch.float32
+    assert value == loss(scores.float(), DENSE)
+    assert torch.autograd.grad(value, scores)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("use_sigmoid", [False, True])
+@pytest.mark.parametrize("avg_non_ignore", [False, True])
+def test_ignoring_is_mmdets(use_sigmoid, avg_non_ignore, logits):
+    from mmdet.models.losses import CrossEntropyLoss as UPSTREAM
+
+    settings = {"use_sigmoid": use_sigmoid, "avg_non_ignore": avg_non_ignore, "ignore_index": 1}
+    weight = torch.tensor([1.0, 0.5, 2.0, 0.3])
+    for label in (torch.tensor([0, 1, 2, 1]), torch.tensor([0, 2, 2, 0]), torch.ones(4, dtype=torch.long)):
+        for kwargs in ({}, {"weight": weight}, {"weight": weight, "avg_factor": 3.0}, {"reduction_override": "sum"}):
+            ours = CrossEntropyLoss(**settings)(logits, label, **kwargs)
+            torch.testing.assert_close(ours, UPSTREAM(**settings)(logits, label, **kwargs))
 
 
 @pytest.mark.parametrize("use_sigmoid", [False, True])
@@ -79,6 +289,13 @@ def test_ignore_index(use_sigmoid, logits):
         {"type": "FocalLoss", "gamma": 0.0},
         {"type": "VarifocalLoss", "gamma": 0.5},
         {"type": "QualityFocalLoss", "beta": 0.5},
+        {"type": "GeneralizedFocalLoss", "beta": 0.5},
+        {"type": "PolyLoss", "gamma": 0.5},
+        {"type": "PolyLoss", "gamma": 0.5, "use_sigmoid": False},
+        {"type": "ModifiedCrossEntropyLoss", "gamma": 0.5},
+        {"type": "ModifiedCrossEntropyLoss", "gamma": 0.5, "activation": "softmax"},
+        {"type": "AsymmetricLoss", "gamma_neg": 0.5, "gamma_pos": 0.5, "clip": 0.0, "detach_focusing": False},
+        {"type": "AsymmetricLoss", "clip": 1e-9, "detach_focusing": False},
     ],
     ids=str,
 )
@@ -109,7 +326,7 @@ def test_alpha_per_class(logits):
 
 
 def test_softmax_form_refuses_quality(logits):
-    for loss in (CrossEntropyLoss(), FocalLoss(use_sigmoid=False)):
+    for loss in (CrossEntropyLoss(), FocalLoss(use_sigmoid=False), PolyLoss(use_sigmoid=False)):
         with pytest.raises(ValueError, match="class indices"):
             loss(logits, (LABEL, QUALITY))
 
@@ -120,6 +337,18 @@ def test_bad_settings_fail_at_construction():
         ({"type": "SmoothL1Loss", "beta": -1.0}, "negative"),
         ({"type": "GIoULoss", "reduction": "average"}, "reduction"),
         ({"type": "BinaryCrossEntropyLoss", "activated": True, "pos_weight": 2.0}, "pos_weight"),
+        ({"type": "BalancedCrossEntropyLoss", "alpha": "automatic"}, '"auto" or a number'),
+        ({"type": "BalancedCrossEntropyLoss", "alpha": 2}, r"in \[0, 1\]"),
+        ({"type": "BalancedCrossEntropyLoss", "alpha": None}, r"in \[0, 1\]"),
+        ({"type": "KLDivLoss", "temperature": 0}, "positive"),
+        ({"type": "ModifiedCrossEntropyLoss", "activation": "tanh"}, '"sigmoid" or "softmax"'),
+        ({"type": "ModifiedCrossEntropyLoss", "activation": "softmax", "use_sigmoid": True}, 'activation="sigmoid"'),
+        ({"type": "GeneralizedFocalLoss", "values": (1.0, 1.0)}, "increasing"),
+        ({"type": "PolyLoss", "epsilon": -1.5}, "at least -1"),
+        ({"type": "AsymmetricLoss", "clip": 1.0}, r"\[0, 1\)"),
+        ({"type": "HuberLoss", "delta": 0.0}, "delta"),
+        ({"type": "BalancedL1Loss", "beta": 0.0}, "beta"),
+        ({"type": "BalancedL1Loss", "alpha": -0.5}, "alpha"),
     ):
         with pytest.raises(ValueError, match=words):
             build_loss(cfg)

@@ -5,6 +5,7 @@ Exit status 1 if any comparison fails.
 """
 
 import argparse
+import copy
 import importlib
 import json
 import sys
@@ -17,11 +18,17 @@ from rich.progress import track
 from rich.table import Table
 
 from detloss_plugins import MODELS
+from detloss_plugins.base import ClassificationLoss
 from detloss_plugins.registry import loss_class
 
 # Both sides compute in float64; what remains is where each upstream adds its eps (1e-6 or 1e-7, to areas in square
 # pixels or square stride units), and the float32 that some cast to.
 RTOL, ATOL = 1e-5, 5e-6
+# Two that agree for targets of 0 and 1 only: they weigh soft ones differently.
+HARD_TARGETS = {
+    ("ModifiedCrossEntropyLoss", "torchvision.ops.sigmoid_focal_loss"),
+    ("AsymmetricLoss", "torchvision.ops.sigmoid_focal_loss"),
+}
 
 
 class Difference(NamedTuple):
@@ -58,8 +65,10 @@ def inputs_for(loss, pred, target):
     pred = double(pred)
     if loss.family != "classification":
         return [("", pred, double(target))]
+    if hasattr(loss, "num_classes"):  # the columns beyond are the background's, and a label is all they take
+        return [("index", pred, _labels(target).clamp(max=loss.num_classes))]
     if isinstance(target, tuple):
-        target = loss.__class__(use_sigmoid=True).prepare(pred, tuple(map(double, target)))[1]
+        target = ClassificationLoss.dense(pred, tuple(map(double, target)))[0]
     dense, label = double(target), target.argmax(-1)
     positive = target.sum(-1) > 0
     if getattr(loss, "activated", False):
@@ -72,6 +81,15 @@ def inputs_for(loss, pred, target):
         ]
     background = torch.where(positive, label, pred.shape[-1])
     return [("soft", pred, dense), ("index", pred, background)]
+
+
+def _labels(target):
+    """Class indices from any form of target; a row without a class has one beyond all."""
+    if isinstance(target, tuple):
+        return target[0]
+    if target.dim() == 1:
+        return target
+    return torch.where(target.sum(-1) > 0, target.argmax(-1), target.shape[-1])
 
 
 def calls(loss, pred):
@@ -88,7 +106,7 @@ def calls(loss, pred):
     }
     if loss.family in ("box", "regression"):
         found["weight (N, 4)"] = {"weight": rows.unsqueeze(-1).expand_as(pred), "avg_factor": 7.5}
-    if loss.family == "regression":  # mmdet's point-wise losses broadcast, so a row weight must be a column
+    if loss.family in ("regression", "heatmap"):  # mmdet's broadcast, so a row weight must be a column
         for kwargs in found.values():
             if "weight" in kwargs:
                 kwargs["weight"] = kwargs["weight"].reshape(len(pred), -1)
@@ -112,10 +130,17 @@ def upstream_call(upstream, loss):
 
     def mmdet(pred, target, **kwargs):
         module = found(**theirs)
+        if name.startswith("GHM"):
+            return module(pred, target, **_label_weight(pred, target, kwargs))
+        if name == "SeesawLoss" and "weight" in kwargs:
+            kwargs = {**kwargs, "label_weights": kwargs["weight"]}
+            del kwargs["weight"]
         if name == "QualityFocalLoss" and (theirs.get("activated") or target.dim() == 1):
             target = _label_and_score(pred, target)
         if name == "VarifocalLoss":
             target = loss.prepare(pred, target)[1]
+        if name == "KnowledgeDistillationKLDivLoss":  # takes the teacher's logits and averages over the classes
+            return pred.shape[-1] * module(pred, loss.temperature * target.log(), **kwargs)
         if "weight" in kwargs and loss.family == "classification" and loss.use_sigmoid and not loss.sums_classes:
             kwargs = {**kwargs, "weight": kwargs["weight"].unsqueeze(-1)}  # theirs broadcasts as torch does
         return module(pred, target, **kwargs)
@@ -123,11 +148,14 @@ def upstream_call(upstream, loss):
     def function(pred, target, reduction_override="mean"):
         if name != "cross_entropy" and loss.family == "classification" and target.dim() < pred.dim():
             target = loss.prepare(pred, target)[1]
-        return found(pred, target, reduction=reduction_override, **theirs)
+        if name == "kl_div":  # takes the model's logarithms
+            pred = pred.log_softmax(-1)
+        if not (name == "kl_div" or loss.sums_classes):
+            return found(pred, target, reduction=reduction_override, **theirs)
+        return reduce_rows(found(pred, target, reduction="none", **theirs).sum(-1), reduction_override)
 
     def iou(pred, target, reduction_override="mean"):
-        loss_of_rows = 1 - found(pred, target, **theirs).squeeze(-1)
-        return {"none": loss_of_rows, "mean": loss_of_rows.mean(), "sum": loss_of_rows.sum()}[reduction_override]
+        return reduce_rows(1 - found(pred, target, **theirs).squeeze(-1), reduction_override)
 
     def ultralytics_class(pred, target, reduction_override="sum"):
         """They average over dim 1 and sum over the rest; ours is the sum."""
@@ -138,8 +166,14 @@ def upstream_call(upstream, loss):
 
     def ultralytics_dfl(pred, target, reduction_override="mean"):
         rows = found(pred.shape[-1])(pred, target.clone().unsqueeze(-1)).squeeze(-1)
-        return {"none": rows, "mean": rows.mean(), "sum": rows.sum()}[reduction_override]
+        return reduce_rows(rows, reduction_override)
 
+    if name == "EQLV2Loss":  # has one way only
+        return mmdet, {"mean"}
+    if name.startswith("GHM"):  # they have a normaliser always, which they refuse to combine with a sum
+        return mmdet, {"none", "mean", "weight", "weight, avg_factor", "weight (N, 4)"}
+    if name == "SeesawLoss":  # its class part leaves the rows of background out, and so cannot give its rows
+        return mmdet, {"mean", "sum", "weight", "weight, avg_factor", "weight, sum"}
     if package == "mmdet":
         return mmdet, None
     if name == "DFLoss":
@@ -149,6 +183,21 @@ def upstream_call(upstream, loss):
     if package == "ultralytics":
         return ultralytics_class, {"sum"}
     return function, {"none", "mean", "sum"}
+
+
+def reduce_rows(rows, reduction):
+    """A plain reduction of one loss a row."""
+    return {"none": rows, "mean": rows.mean(), "sum": rows.sum()}[reduction]
+
+
+def _label_weight(pred, target, kwargs):
+    """The arguments of mmdet's GHM losses, which must have a weight, in the target's shape."""
+    kwargs = dict(kwargs)
+    weight = kwargs.pop("weight", torch.ones_like(pred))
+    shape = target.shape
+    if weight.shape != shape:
+        weight = weight.reshape(len(pred), -1)[:, :1].expand(len(pred), shape[1:].numel()).reshape(shape)
+    return {"label_weight": weight, **kwargs}
 
 
 def _label_and_score(pred, target):
@@ -185,15 +234,17 @@ def difference(ours, theirs):
 
 def compare(cls, upstream, tensors):
     """The worst difference between a loss and one counterpart on the given ``{source: (pred, target)}``."""
-    loss = cls(**upstream.ours)
+    loss = cls.make(**upstream.ours)
     call, known = upstream_call(upstream, loss)
     worst = Difference()
     for pred, target in tensors.values():
         for _, p, t in inputs_for(loss, pred, target):
+            if (cls.__name__, upstream.path) in HARD_TARGETS and t.is_floating_point():
+                t = (t > 0).to(t.dtype)
             for way, kwargs in calls(loss, p).items():
                 if known is not None and way not in known:
                     continue
-                ours = value_and_gradient(loss, p, t, kwargs)
+                ours = value_and_gradient(copy.deepcopy(loss), p, t, kwargs)  # state starts anew, as theirs does
                 theirs = value_and_gradient(call, p, t, kwargs)
                 worst = worst.join(difference(ours, theirs))
     return worst

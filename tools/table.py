@@ -20,15 +20,23 @@ def hyper_parameters(cls):
     return ", ".join(f"{p.name}={p.default!r}" for p in parameters if p.name not in SHARED)
 
 
+def fits_cls_slot(cls):
+    """Whether a loss has a meaning for YOLO's independent class scores."""
+    try:
+        return cls.family == "classification" and cls.make(use_sigmoid=True).use_sigmoid
+    except (TypeError, ValueError):
+        return False
+
+
 def rows():
-    """One row a loss."""
-    for name, cls in registered().items():
+    """One row a loss, family by family."""
+    for name, cls in sorted(registered().items(), key=lambda item: item[1].family):
         aliases = [alias for alias, found in MODELS.module_dict.items() if found is cls and alias != name]
         title = "<br>".join(f"`{n}`" for n in (name, *aliases))
         source = inspect.getdoc(cls).splitlines()[0].rstrip(".")
         source = f"[{source}]({cls.paper})" if cls.paper else source
         upstream = dict.fromkeys(u.path.split(".")[0] for u in cls.upstream if not u.differs)
-        gain = f"{cls.yolo_gain:g}" if cls.family == "classification" else ""
+        gain = f"{cls.yolo_gain:g}" if fits_cls_slot(cls) else ""
         yield title, cls.family, f"`{hyper_parameters(cls)}`".replace("``", ""), source, ", ".join(upstream), gain
 
 

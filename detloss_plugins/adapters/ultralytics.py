@@ -10,6 +10,7 @@ Ultralytics is AGPL-3.0; this module is imported only by those who use it.
 
 import copy
 import functools
+import inspect
 from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,9 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils import LOGGER
 from ultralytics.utils.loss import BboxLoss, E2ELoss, v8DetectionLoss
 from ultralytics.utils.tal import bbox2dist
+from ultralytics.utils.torch_utils import unwrap_model
 
+from detloss_plugins.base import Loss
 from detloss_plugins.registry import build_loss, loss_class
 
 # Slot -> what it is called in the stock criterion's arguments, and the families of losses it takes.
@@ -78,7 +81,11 @@ class _ClassSlot:
         self.loss = loss
 
     def __call__(self, pred_scores, target_scores):
-        elements, _ = self.loss.elements(pred_scores, target_scores)
+        elements, valid = self.loss.elements(pred_scores, target_scores)
+        if self.loss.self_normalized:
+            # The criterion divides the sum by the scores; a loss with a normaliser of its own keeps that.
+            own = self.loss.normalizer(None, elements, valid, None, "mean")
+            elements = elements * (target_scores.sum().clamp(min=1) / own)
         return self.loss.loss_weight * elements
 
 
@@ -135,12 +142,42 @@ class PluginDetectionLoss(v8DetectionLoss):
     def __init__(self, model, tal_topk=10, tal_topk2=None, losses=None):
         super().__init__(model, tal_topk, tal_topk2)
         self.losses = load_losses(losses or {})
-        built = {slot: build_loss(cfg).to(self.device) for slot, cfg in self.losses.items()}
         check_head(model, self.losses)
-        if "cls" in built:
-            self.bce = _ClassSlot(built["cls"])
-        if built.keys() & {"box", "dfl"}:
-            self.bbox_loss = _BoxCriterion(self.reg_max, built.get("box"), built.get("dfl")).to(self.device)
+        self.built = {slot: self._build(cfg) for slot, cfg in self.losses.items()}
+        if "cls" in self.built:
+            self.bce = _ClassSlot(self.built["cls"])
+        if self.built.keys() & {"box", "dfl"}:
+            self.bbox_loss = _BoxCriterion(self.reg_max, self.built.get("box"), self.built.get("dfl")).to(self.device)
+
+    def _build(self, cfg):
+        """A loss on the model's device; one that must know the number of classes is told."""
+        if "num_classes" in inspect.signature(loss_class(cfg["type"])).parameters:
+            cfg = {"num_classes": self.nc, **cfg}
+        return build_loss(cfg).to(self.device)
+
+
+def _branches(criterion):
+    """The criteria of a head, by name: an end-to-end head has two, each with losses and state of its own."""
+    if isinstance(criterion, E2ELoss):
+        return {"one2many": criterion.one2many, "one2one": criterion.one2one}
+    return {"criterion": criterion}
+
+
+def criterion_state(criterion):
+    """The state of a criterion's losses as nested dicts of tensors; empty for losses without state."""
+    state = {}
+    for branch, part in _branches(criterion).items():
+        for slot, loss in part.built.items():
+            if buffers := loss.state_dict():
+                state.setdefault(branch, {})[slot] = {name: value.cpu().clone() for name, value in buffers.items()}
+    return state
+
+
+def load_criterion_state(criterion, state):
+    """Give a criterion's losses the state that :func:`criterion_state` took."""
+    for branch, part in _branches(criterion).items():
+        for slot, buffers in state.get(branch, {}).items():
+            part.built[slot].load_state_dict(buffers)
 
 
 def check_head(model, losses):
@@ -163,16 +200,20 @@ def check_head(model, losses):
 
 def _init_criterion(model):
     """What ``model.init_criterion()`` does on a model of ours; the stock choice of class, with our losses."""
-    make = functools.partial(PluginDetectionLoss, losses=getattr(model, RECORD)["losses"])
-    return E2ELoss(model, make) if getattr(model.model[-1], "one2one_cv2", None) is not None else make(model)
+    record = getattr(model, RECORD)
+    make = functools.partial(PluginDetectionLoss, losses=record["losses"])
+    criterion = E2ELoss(model, make) if getattr(model.model[-1], "one2one_cv2", None) is not None else make(model)
+    load_criterion_state(criterion, record["state"])
+    return criterion
 
 
-def install(model, losses):
+def install(model, losses, state=None):
     """Make ``model.loss`` use ``losses``, also on deep copies of the model such as the EMA.
 
     Args:
         model: a ``DetectionModel``; its criterion, if it has one, is dropped.
         losses: see :func:`load_losses`.
+        state: what :func:`criterion_state` took of an earlier training, to go on with.
 
     Raises:
         ValueError, TypeError: as :class:`PluginDetectionLoss`.
@@ -181,7 +222,7 @@ def install(model, losses):
 
     losses = load_losses(losses)
     check_head(model, losses)
-    setattr(model, RECORD, {"version": __version__, "losses": losses})
+    setattr(model, RECORD, {"version": __version__, "losses": losses, "state": state or {}})
     # On the instance, so that the class in the checkpoint stays the stock one; a bound method follows a deep copy.
     model.init_criterion = MethodType(_init_criterion, model)
     model.criterion = None
@@ -201,7 +242,7 @@ def _stock_classes_only(model):
 
 
 def trained_losses(model):
-    """The losses recorded in a model or checkpoint of ours: ``{"version": ..., "losses": {...}}``, or None.
+    """What a model or checkpoint of ours records: ``{"version": ..., "losses": {...}, "state": {...}}``, or None.
 
     Args:
         model: a ``YOLO``, a model, or the path of a ``.pt`` file.
@@ -219,10 +260,16 @@ def describe(losses, args):
         line = "stock loss"
         if slot in losses:
             loss = build_loss(losses[slot])
-            settings = ", ".join(f"{name}={getattr(loss, name)!r}" for name in loss.hyper)
-            line = f"{type(loss).__name__}({settings}), weight {loss.loss_weight:g}"
+            line = f"{_in_words(loss)}, weight {loss.loss_weight:g}"
         lines.append(f"{slot}: {line} x gain {getattr(args, slot):g}")
     return lines
+
+
+def _in_words(loss):
+    """A loss with all its settings, and with those of the losses it is made of."""
+    words = [f"{name}={value!r}" for name, value in loss.settings.items()]
+    words += [_in_words(part) for part in loss.modules() if isinstance(part, Loss) and part is not loss]
+    return f"{type(loss).__name__}({', '.join(words)})"
 
 
 def make_trainer(losses):
@@ -243,25 +290,38 @@ def make_trainer(losses):
 
     class PluginTrainer(DetectionTrainer):
         plugin_losses = losses
+        plugin_state = None
 
         def get_model(self, cfg=None, weights=None, verbose=True):
             model = super().get_model(cfg, weights, verbose)
             check_head(model, self.plugin_losses)
             before = getattr(weights, RECORD, None)
-            if self.resume and before is not None and before["losses"] != self.plugin_losses:
-                LOGGER.warning(f"This run resumes with other losses than it was started with ({before['losses']}).")
+            if self.resume and before is not None:
+                if before["losses"] == self.plugin_losses:
+                    self.plugin_state = before["state"]
+                else:
+                    LOGGER.warning(f"This run resumes with other losses than it was started with ({before['losses']}).")
             return model
 
         def set_model_attributes(self):
             super().set_model_attributes()
             # Every path to training comes through here: new, resumed, and in a worker that was handed its model.
-            install(getattr(self.model, "student_model", self.model), self.plugin_losses)
+            install(getattr(self.model, "student_model", self.model), self.plugin_losses, self.plugin_state)
             for line in describe(self.plugin_losses, self.args):
                 LOGGER.info(f"detloss_plugins: {line}")
 
+        def validate(self):
+            self.hand_state_to_ema().criterion = None  # built again, from the record
+            return super().validate()
+
+        def hand_state_to_ema(self):
+            """Validation and the checkpoint are the EMA model's; the state is the training criterion's."""
+            model, ema = (getattr(m, "student_model", m) for m in (unwrap_model(self.model), self.ema.ema))
+            getattr(ema, RECORD)["state"] = criterion_state(model.criterion)
+            return ema
+
         def save_model(self):
-            ema = self.ema.ema
-            with _stock_classes_only(getattr(ema, "student_model", ema)):
+            with _stock_classes_only(self.hand_state_to_ema()):
                 return super().save_model()
 
     return PluginTrainer

@@ -1,5 +1,6 @@
 """The Ultralytics adapter on the real trainer: scale, parity, validation, checkpoints, resume, workers."""
 
+import copy
 import functools
 import logging
 import subprocess
@@ -9,6 +10,7 @@ import digits
 import pytest
 import torch
 import yaml
+from compare import registered
 from ultralytics import YOLO
 from ultralytics.cfg import get_cfg
 from ultralytics.models.yolo.detect import DetectionTrainer
@@ -19,6 +21,7 @@ from ultralytics.utils.loss import E2ELoss, VarifocalLoss, v8DetectionLoss
 
 from detloss_plugins.adapters.ultralytics import (
     PluginDetectionLoss,
+    criterion_state,
     describe,
     install,
     load_losses,
@@ -168,6 +171,65 @@ def test_end_to_end_head(batch):
     assert criterion.o2m < 0.8
 
 
+CLASS_LOSSES = [cls for cls in registered().values() if cls.family == "classification" and cls.make().use_sigmoid]
+# Those that the source documents describe.
+DOCUMENTED = """BinaryCrossEntropyLoss BalancedCrossEntropyLoss FocalLoss ModifiedCrossEntropyLoss QualityFocalLoss
+VarifocalLoss GeneralizedFocalLoss ConfidenceWeightedLoss JointLoss""".split()
+
+
+def in_slot(cls):
+    """A loss as it is configured in the ``cls`` slot, where the number of classes is the model's."""
+    return {"type": cls.__name__, **{key: value for key, value in cls.example.items() if key != "num_classes"}}
+
+
+@pytest.mark.parametrize("cls", CLASS_LOSSES, ids=lambda cls: cls.__name__)
+def test_every_class_loss_takes_a_step(cls, batch):
+    model = copy.deepcopy(detector("yolov8n"))
+    criterion = ours(model, {"cls": in_slot(cls)})
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    for _ in range(2):
+        loss, items = criterion(model(batch["img"]), batch)
+        assert items["cls_loss"] > 0
+        optimizer.zero_grad()
+        loss.sum().backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+        assert head(model).cv3[0][-1].weight.grad.abs().sum() > 0
+        optimizer.step()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_losses_of_the_documents_fall_in_training(name, batch):
+    model = copy.deepcopy(detector("yolov8n"))
+    criterion = ours(model, {"cls": in_slot(registered()[name])})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    values = []
+    for _ in range(30):
+        loss, items = criterion(model(batch["img"]), batch)
+        values.append(items["cls_loss"].item())
+        optimizer.zero_grad()
+        loss.sum().backward()
+        optimizer.step()
+    assert sum(values[-3:]) < 0.8 * sum(values[:3]), values
+
+
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        {"type": "SeesawLoss"},
+        {"type": "KLDivLoss"},
+        {"type": "GaussianFocalLoss"},
+        {"type": "CrossEntropyLoss"},
+        {"type": "PolyLoss", "use_sigmoid": False},
+        {"type": "ModifiedCrossEntropyLoss", "activation": "softmax"},
+    ],
+    ids=lambda cfg: cfg["type"],
+)
+def test_class_losses_without_a_meaning_for_independent_sigmoids(cfg):
+    with pytest.raises(ValueError, match=r"slot takes|independent sigmoids"):
+        load_losses({"cls": cfg})
+
+
 def test_no_objects_in_the_batch(batch):
     empty = {**batch, **{key: batch[key][:0] for key in ("batch_idx", "cls", "bboxes")}}
     for name in MODELS:
@@ -220,6 +282,8 @@ def test_default_gain_and_override():
     lines = describe(load_losses(LOSSES), get_cfg())
     assert lines[0] == f"cls: VarifocalLoss(alpha=0.75, gamma=2.0, iou_weighted=True), weight {gain:g} x gain 0.5"
     assert lines[2] == "dfl: stock loss x gain 1.5"
+    slide = load_losses({"cls": {"type": "SlideLoss", "base": {"type": "FocalLoss", "alpha": None}}})
+    assert "SlideLoss(authors_code=False, FocalLoss(gamma=2.0, alpha=None" in describe(slide, get_cfg())[0]
 
 
 class Interrupted(Exception):
@@ -346,6 +410,52 @@ def test_workers_of_a_multi_gpu_launch_build_the_same_criterion(data, tmp_path):
     done = subprocess.run([sys.executable, "-c", WORKER, state], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"PluginDetectionLoss {load_losses(LOSSES)}"
+
+
+STATEFUL = {"cls": {"type": "GHMC", "momentum": 0.75}}
+
+
+def flat(state):
+    return {
+        (branch, slot, name): value
+        for branch, slots in state.items()
+        for slot, buffers in slots.items()
+        for name, value in buffers.items()
+    }
+
+
+@pytest.mark.parametrize("name", ["yolov8n", "yolo26n"])
+def test_state_is_saved_validated_with_and_resumed(name, data, tmp_path):
+    """One state a branch; it is in the checkpoint as plain tensors, and validation uses it and leaves it alone."""
+    seen = {}
+    yolo = YOLO(f"{name}.yaml")
+    yolo.add_callback("on_train_epoch_end", lambda t: seen.update(trained=criterion_state(t.model.criterion)))
+    yolo.add_callback("on_fit_epoch_end", lambda t: seen.update(ema=criterion_state(t.ema.ema.criterion)))
+    yolo.add_callback("on_fit_epoch_end", interrupt)
+    with pytest.raises(Interrupted):
+        yolo.train(data=data, epochs=2, project=str(tmp_path), name="run", trainer=make_trainer(STATEFUL), **SETTINGS)
+    trained = flat(seen["trained"])
+    assert len(trained) == (2 if name == "yolo26n" else 1)
+    assert all(value.sum() > 0 for value in trained.values())
+    if len(trained) == 2:
+        first, second = trained.values()
+        assert not torch.equal(first, second)
+    last = tmp_path / "run" / "weights" / "last.pt"
+    for other in (flat(seen["ema"]), flat(trained_losses(last)["state"])):
+        assert other.keys() == trained.keys()
+        assert all(torch.equal(other[key], trained[key]) for key in trained)
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD_WITHOUT_US, str(last)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+    yolo = YOLO(str(last))
+    before = []
+    yolo.add_callback("on_train_start", lambda t: before.append(criterion_state(t.model.init_criterion())))
+    yolo.add_callback("on_train_epoch_end", lambda t: seen.update(resumed=criterion_state(t.model.criterion)))
+    yolo.train(resume=True, trainer=make_trainer(STATEFUL))
+    assert all(torch.equal(flat(before[0])[key], trained[key]) for key in trained)
+    assert not all(torch.equal(flat(seen["resumed"])[key], trained[key]) for key in trained)
 
 
 def test_a_stock_trainer_keeps_no_record(interrupted, data, tmp_path):

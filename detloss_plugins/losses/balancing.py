@@ -1,0 +1,445 @@
+"""Losses that balance samples or classes by what they have seen: their weights, and their state, carry no gradient.
+
+State is in buffers, so it is in the checkpoint. It changes in training only, counts neither ignored nor NaN samples,
+and is averaged over the ranks of a distributed run.
+"""
+
+from types import MappingProxyType
+
+import torch
+import torch.nn.functional as F
+
+from detloss_plugins.base import ClassificationLoss, RegressionLoss, Upstream, rank_mean
+from detloss_plugins.reduction import apply_weight, check_reduction, reduce
+from detloss_plugins.registry import MODELS, build_loss
+
+
+def bin_counts(norm, mask, bins):
+    """How many samples have their gradient norm in each of ``bins`` unit regions of [0, 1], in float64.
+
+    >>> bin_counts(torch.tensor([0.1, 0.12, 1.0, float("nan")]), torch.ones(4), 2)
+    tensor([2., 1.], dtype=torch.float64)
+    """
+    counts = torch.zeros(bins, dtype=torch.float64, device=norm.device)
+    return counts.scatter_add(0, _bin_of(norm, bins).flatten(), (mask * norm.isfinite()).flatten().double())
+
+
+def _bin_of(norm, bins):
+    return (norm.nan_to_num(0.0) * bins).long().clamp(0, bins - 1)
+
+
+def harmony(norm, mask, bins, average=None, total=None):
+    """Gradient harmonising weights: inverse to the number of samples of like gradient norm.
+
+    Args:
+        norm: gradient norms in [0, 1], any shape.
+        mask: 1 for the samples that count, same shape.
+        bins: number of unit regions.
+        average: counts to use in place of those of this call where they are not zero, ``(bins,)``.
+        total: what the weights add up to; None for the number of samples that count.
+
+    >>> harmony(torch.tensor([0.1, 0.12, 0.9]), torch.ones(3), 10)  # 3 / (2 bins), shared by 2 and by 1
+    tensor([0.7500, 0.7500, 1.5000])
+    """
+    counts = bin_counts(norm, mask, bins)
+    occupied = (counts > 0).sum().clamp(min=1)
+    density = counts if average is None else torch.where(average > 0, average, counts)
+    density = density.clamp(min=torch.finfo(torch.float32).tiny)[_bin_of(norm, bins)]
+    total = mask.sum() if total is None else total
+    return (total / (density * occupied) * mask).to(norm.dtype)
+
+
+def ghmc_loss(pred, target, *, bins=10, weight=None):
+    """BCE with gradient harmonising weights, from the bins of this call unless ``weight`` is given.
+
+    >>> ghmc_loss(torch.tensor([0.8, -0.4, 1.5, 0.7]), torch.tensor([1.0, 0.0, 0.0, 1.0])).mean()
+    tensor(0.8672)
+    """
+    if weight is None:
+        weight = harmony((pred.detach().sigmoid() - target).abs(), torch.ones_like(pred), bins)
+    return weight * F.binary_cross_entropy_with_logits(pred, target, reduction="none")
+
+
+class _Harmonised:
+    """State and normaliser that GHM-C and GHM-R share. A sample's weight is a mask: only its sign is used."""
+
+    self_normalized = True
+
+    def _init_state(self, momentum):
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum of {type(self).__name__} must be in [0, 1), not {momentum}.")
+        self.momentum = momentum
+        # None keeps a loss without a moving average free of state, as mmdet's.
+        self.register_buffer("acc_sum", torch.zeros(self.bins, dtype=torch.float64) if momentum else None)
+
+    def _weights(self, norm, valid, weight):
+        mask = torch.ones_like(norm) if weight is None else (self._mask(norm, weight) > 0).to(norm.dtype)
+        mask = apply_weight(mask, valid)
+        if self.acc_sum is not None and self.learning:
+            seen = rank_mean(bin_counts(norm, mask, self.bins))
+            moved = self.momentum * self.acc_sum + (1 - self.momentum) * seen
+            self.acc_sum.copy_(torch.where(seen > 0, moved, self.acc_sum))
+        total = self.normalizer(None, norm, valid, weight, "mean")
+        return harmony(norm, mask, self.bins, self.acc_sum, total)
+
+    @staticmethod
+    def _mask(like, weight):
+        return apply_weight(torch.ones_like(like), weight)
+
+    def weigh(self, loss, weight, valid):
+        return loss  # the mask is in the harmonising weights already
+
+    def normalizer(self, avg_factor, loss, valid, weight, reduction):
+        if reduction != "mean":
+            return avg_factor
+        counted = torch.ones_like(loss) if weight is None else self._counted(loss, weight)
+        return apply_weight(counted, valid).sum().clamp(min=1)
+
+
+@MODELS.register_module()
+class GHMC(_Harmonised, ClassificationLoss):
+    """Li et al., Gradient Harmonized Single-stage Detector, 2018 (GHM-C).
+
+    As in mmdet, "mean" divides by the number of samples that count whatever ``avg_factor`` says, and a sample's weight
+    is a mask. The moving average starts at zero without a correction: the first steps are inflated by
+    ``1 / (1 - momentum)``.
+
+    Args:
+        bins: number of unit regions of the gradient norm.
+        momentum: of the moving average of the counts, in [0, 1); 0 keeps no state.
+    """
+
+    fn = staticmethod(ghmc_loss)
+    inputs = ("weight",)
+    paper = "https://arxiv.org/abs/1811.05181"
+    upstream = (Upstream("mmdet.models.losses.GHMC"), Upstream("mmdet.models.losses.GHMC", {"bins": 30}, {"bins": 30}))
+
+    def __init__(self, *, momentum=0.0, **kwargs):
+        super().__init__(**kwargs)
+        self._init_state(momentum)
+
+    def compute(self, pred, target, valid, weight):
+        norm = (pred.detach().sigmoid() - target).abs()
+        return self.fn(pred, target, weight=self._weights(norm, valid, weight), **self.settings)
+
+    def _counted(self, loss, weight):
+        return (self._mask(loss, weight) > 0).to(loss.dtype)
+
+
+def ghmr_loss(pred, target, *, mu=0.02, bins=10, weight=None):
+    """``sqrt(d^2 + mu^2) - mu`` with gradient harmonising weights, from this call's bins unless ``weight`` is given.
+
+    >>> ghmr_loss(torch.tensor([0.01, -0.5, 0.005, 1.0]), torch.zeros(4)).mean()
+    tensor(0.2444)
+    """
+    distance = pred - target
+    length = (distance.square() + mu**2).sqrt()
+    if weight is None:
+        weight = harmony((distance / length).detach().abs(), torch.ones_like(pred), bins)
+    return weight * (length - mu)
+
+
+@MODELS.register_module()
+class GHMR(_Harmonised, RegressionLoss):
+    """Li et al., Gradient Harmonized Single-stage Detector, 2018 (GHM-R).
+
+    As in mmdet, "mean" divides by the sum of the weights whatever ``avg_factor`` says; otherwise a weight is a mask.
+
+    Args:
+        mu: width of the smooth part, in the unit of the input.
+        bins: number of unit regions of the gradient norm.
+        momentum: of the moving average of the counts, in [0, 1); 0 keeps no state.
+    """
+
+    fn = staticmethod(ghmr_loss)
+    inputs = ("weight",)
+    paper = "https://arxiv.org/abs/1811.05181"
+    upstream = (Upstream("mmdet.models.losses.GHMR"),)
+
+    def __init__(self, *, momentum=0.0, **kwargs):
+        super().__init__(**kwargs)
+        self._init_state(momentum)
+
+    def compute(self, pred, target, valid, weight):
+        distance = (pred - target).detach()
+        norm = (distance / (distance.square() + self.mu**2).sqrt()).abs()
+        return self.fn(pred, target, weight=self._weights(norm, valid, weight), **self.settings)
+
+    def _counted(self, loss, weight):
+        return self._mask(loss, weight)
+
+
+def seesaw_loss(pred, target, *, p=0.8, q=2.0, eps=1e-2, counts=None):
+    """Softmax cross entropy with ``log S_ij`` added to the logits of the other classes; S is a constant.
+
+    ``S = M C``: M, ``(N_j / N_i)^p`` where class j is rarer than the label i, spares rare classes; C,
+    ``(p_j / p_i)^q`` where j scores higher than i, does not spare mistakes.
+
+    Args:
+        pred: logits ``(N, C)``.
+        target: labels ``(N,)``.
+        counts: samples of each class so far, ``(C,)``; None for equal counts.
+
+    >>> pred = torch.tensor([[2.0, -1.0, 0.5], [0.1, 0.2, -0.3]])
+    >>> seesaw_loss(pred, torch.tensor([0, 2]), counts=torch.tensor([100.0, 10.0, 1.0]))
+    tensor([0.0134, 2.1750])
+    """
+    with torch.no_grad():
+        log_scores = pred.log_softmax(-1)
+        label = target.unsqueeze(-1)
+        log_weights = torch.zeros_like(pred)
+        if counts is not None and p > 0:
+            log_counts = counts.to(pred.dtype).clamp(min=1).log()
+            log_weights = p * (log_counts - log_counts[label]).clamp(max=0)
+        if q > 0:
+            own = log_scores.gather(-1, label).clamp(min=torch.tensor(eps).log())
+            log_weights = log_weights + q * (log_scores - own).clamp(min=0)
+        log_weights = log_weights.scatter(-1, label, 0.0)
+    return F.cross_entropy(pred + log_weights, target, reduction="none")
+
+
+@MODELS.register_module()
+class SeesawLoss(ClassificationLoss):
+    """Wang et al., Seesaw Loss for Long-Tailed Instance Segmentation, 2020.
+
+    For mmdet's two-stage heads, with mmdet's interface: logits ``(N, C + 2)``, the last two for object and background,
+    labels ``(N,)`` with ``C`` for background. Returns a dict of the objectness and the class loss, or with
+    ``return_dict=False`` their sum; "none" gives ``(N,)``, zero in the class part of background rows.
+
+    Args:
+        num_classes: C.
+        p, q, eps: see :func:`seesaw_loss`.
+        return_dict: False to return the sum.
+    """
+
+    fn = staticmethod(seesaw_loss)
+    inputs = ("counts",)
+    paper = "https://arxiv.org/abs/2008.10032"
+    true_gradient = False
+    sigmoid_only = False
+    mean_of_rows = False
+    example = MappingProxyType({"num_classes": 8, "return_dict": False})
+    upstream = (
+        Upstream("mmdet.models.losses.SeesawLoss", example, example),
+        Upstream("mmdet.models.losses.SeesawLoss", {**example, "q": 1.0}, {**example, "q": 1.0}),
+    )
+    custom_cls_channels = custom_activation = custom_accuracy = True  # mmdet's heads ask for these
+
+    def __init__(self, *, use_sigmoid=False, num_classes=1203, return_dict=True, **kwargs):
+        if use_sigmoid:
+            raise ValueError("SeesawLoss has a softmax form only; write use_sigmoid=False.")
+        super().__init__(use_sigmoid=False, **kwargs)
+        self.num_classes, self.return_dict = num_classes, return_dict
+        self.register_buffer("cum_samples", torch.zeros(num_classes + 1))
+
+    def get_cls_channels(self, num_classes):
+        """How many logits mmdet's head must predict for ``num_classes``."""
+        if num_classes != self.num_classes:
+            raise ValueError(f"num_classes={self.num_classes} of SeesawLoss differs from the head's {num_classes}.")
+        return num_classes + 2
+
+    def get_activation(self, cls_score):
+        """Scores ``(N, C + 1)`` from logits ``(N, C + 2)``: class times objectness, and background last."""
+        classes, objectness = cls_score[..., :-2].softmax(-1), cls_score[..., -2:].softmax(-1)
+        return torch.cat([classes * objectness[..., :1], objectness[..., 1:]], -1)
+
+    def get_accuracy(self, cls_score, labels):
+        """Accuracy in percent of the objectness, and of the classes among the positives."""
+        positive = labels < self.num_classes
+        objectness = (cls_score[..., -2:].argmax(-1) == 0) == positive
+        classes = (cls_score[..., :-2].argmax(-1) == labels) & positive
+        count = positive.sum().clamp(min=1)
+        return {
+            "acc_objectness": 100 * objectness.float().sum() / max(labels.numel(), 1),
+            "acc_classes": 100 * classes.sum() / count,
+        }
+
+    def prepare(self, pred, target):
+        if pred.shape[-1] != self.num_classes + 2 or target.shape != pred.shape[:-1] or target.is_floating_point():
+            raise ValueError(
+                f"SeesawLoss with num_classes={self.num_classes} takes logits (N, {self.num_classes + 2}) and labels "
+                f"(N,), not {tuple(pred.shape)} and {tuple(target.shape)}."
+            )
+        return pred, target, target >= 0
+
+    def compute(self, pred, target, valid, weight):
+        """Losses of the classes and of the objectness, side by side: ``(N, 2)``."""
+        positive = valid & (target < self.num_classes)
+        label = torch.where(positive, target, 0)
+        if self.learning:
+            seen = torch.zeros_like(self.cum_samples)
+            slot = torch.where(valid, target, self.num_classes)
+            seen = seen.scatter_add(0, slot, valid.to(seen.dtype))
+            self.cum_samples.add_(rank_mean(seen))
+        classes = self.fn(pred[..., :-2], label, counts=self.cum_samples[:-1], **self.settings)
+        objectness = F.cross_entropy(pred[..., -2:], (target == self.num_classes).long(), reduction="none")
+        return torch.stack([torch.where(positive, classes, 0.0), objectness], -1)
+
+    def forward(self, pred, target, weight=None, avg_factor=None, reduction_override=None):
+        """As every loss, but the classes' mean is over the positives, and the two parts come in a dict."""
+        reduction = check_reduction(self.reduction if reduction_override is None else reduction_override)
+        rows = super().forward(pred, target, weight, reduction_override="none")
+        positives = ((target >= 0) & (target < self.num_classes)).sum().clamp(min=1)
+        of_classes = positives if reduction == "mean" and avg_factor is None else avg_factor
+        loss = {
+            "loss_cls_objectness": reduce(rows[..., 1], None, avg_factor, reduction),
+            "loss_cls_classes": reduce(rows[..., 0], None, of_classes, reduction),
+        }
+        return loss if self.return_dict else sum(loss.values())
+
+    @classmethod
+    def sample(cls, n=64, seed=0, dtype=torch.float32, classes=8):
+        """Logits ``(n, classes + 2)`` and labels, a third of them background."""
+        generator = torch.Generator().manual_seed(seed)
+        logits = torch.randn(n, classes + 2, generator=generator, dtype=torch.float64)
+        label = torch.randint(0, classes + classes // 2, (n,), generator=generator).clamp(max=classes)
+        return logits.to(dtype), label
+
+
+def eqlv2_loss(pred, target, *, gamma=12.0, mu=0.8, alpha=4.0, ratio=None):
+    """BCE with weights by class: negatives ``r = sigmoid(gamma (ratio - mu))``, positives ``1 + alpha (1 - r)``.
+
+    Args:
+        pred: logits ``(..., C)``; columns beyond those of ``ratio``, such as mmdet's background, have weight 1.
+        target: dense, ``(..., C)``.
+        ratio: accumulated positive over negative gradient of each class; None for weights of 1.
+
+    >>> pred, target = torch.tensor([[0.8, -0.4]]), torch.tensor([[1.0, 0.0]])
+    >>> eqlv2_loss(pred, target, ratio=torch.tensor([0.5, 0.8]))  # weights 1 + 4 (1 - 0.0266) and 1/2
+    tensor([[1.8160, 0.2565]])
+    """
+    weight = 1.0 if ratio is None else eqlv2_weight(pred, target, ratio, gamma, mu, alpha)
+    return weight * F.binary_cross_entropy_with_logits(pred, target, reduction="none")
+
+
+def eqlv2_weight(pred, target, ratio, gamma, mu, alpha):
+    """The weights of :func:`eqlv2_loss`, the shape of ``pred``."""
+    negative = F.pad(torch.sigmoid(gamma * (ratio.to(pred.dtype) - mu)), (0, pred.shape[-1] - len(ratio)), value=1.0)
+    positive = 1 + alpha * (1 - negative)
+    return positive * target + negative * (1 - target)
+
+
+@MODELS.register_module()
+class EQLV2Loss(ClassificationLoss):
+    """Tan et al., Equalization Loss v2, 2020.
+
+    With mmdet's interface: logits ``(N, C + 1)`` whose last column is the background, which has weight 1 and is not
+    accumulated. Logits ``(..., C)`` without that column are taken too. Losses are summed over the classes; unlike in
+    mmdet, ``weight``, ``avg_factor`` and ``reduction`` are honoured.
+
+    Args:
+        num_classes: C.
+        gamma, mu, alpha: see :func:`eqlv2_loss`.
+    """
+
+    fn = staticmethod(eqlv2_loss)
+    inputs = ("ratio",)
+    paper = "https://arxiv.org/abs/2012.08548"
+    sums_classes = True
+    example = MappingProxyType({"num_classes": 9})  # the sample's tenth column is the background
+    upstream = (Upstream("mmdet.models.losses.EQLV2Loss", {"num_classes": 9}, {"num_classes": 9}),)
+
+    def __init__(self, *, num_classes=1203, **kwargs):
+        super().__init__(**kwargs)
+        self.num_classes = num_classes
+        # The ratio starts so high that every weight is 1.
+        self.register_buffer("pos_grad", torch.zeros(num_classes))
+        self.register_buffer("neg_grad", torch.zeros(num_classes))
+        self.register_buffer("pos_neg", torch.full((num_classes,), 100.0))
+
+    def compute(self, pred, target, valid, weight):
+        if pred.shape[-1] not in (self.num_classes, self.num_classes + 1):
+            raise ValueError(
+                f"EQLV2Loss with num_classes={self.num_classes} takes {self.num_classes + 1} logits (the last for the "
+                f"background) or {self.num_classes}, not {pred.shape[-1]}."
+            )
+        ratio = self.pos_neg.clone()
+        if self.learning:
+            self._accumulate(pred.detach(), target, valid, ratio)
+        return self.fn(pred, target, ratio=ratio, **self.settings)
+
+    def _accumulate(self, pred, target, valid, ratio):
+        size = (pred.sigmoid() - target).abs() * eqlv2_weight(pred, target, ratio, **self.settings)
+        size = apply_weight(size.nan_to_num(0.0), valid)[..., : self.num_classes]
+        target = target.nan_to_num(0.0)[..., : self.num_classes]
+        for buffer, part in ((self.pos_grad, target), (self.neg_grad, 1 - target)):
+            buffer.add_(rank_mean((size * part).flatten(0, -2).sum(0).to(buffer.dtype)))
+        seen = self.pos_grad + self.neg_grad > 0
+        self.pos_neg.copy_(torch.where(seen, self.pos_grad / (self.neg_grad + 1e-10), self.pos_neg))
+
+    def get_activation(self, cls_score):
+        """Scores from logits ``(N, C + 1)``: class times not-background; the background last."""
+        scores = cls_score.sigmoid()
+        return torch.cat([scores[..., :-1] * (1 - scores[..., -1:]), scores[..., -1:]], -1)
+
+
+def slide_weight(iou, mean_iou, authors_code=False):
+    """1 for an IoU up to ``mean - 0.1``, ``e^(1 - mean)`` up to the mean, ``e^(1 - IoU)`` above it.
+
+    ``authors_code=True`` has ``e^mean`` in the middle, as the released code and not the paper.
+
+    >>> slide_weight(torch.tensor([0.1, 0.55, 0.9]), torch.tensor(0.6))
+    tensor([1.0000, 1.4918, 1.1052])
+    """
+    middle = mean_iou.exp() if authors_code else (1 - mean_iou).exp()
+    weight = torch.where(iou < mean_iou, middle, (1 - iou).exp())
+    return torch.where(iou <= mean_iou - 0.1, 1.0, weight)
+
+
+def slide_loss(pred, target, *, authors_code=False, mean_iou=None, base=None):
+    """:func:`slide_weight` of the target times a base loss (a module; None for BCE), per element.
+
+    The mean is that of the call's positives unless it is given.
+
+    >>> slide_loss(torch.tensor([[0.8], [-0.4], [1.5]]), torch.tensor([[0.1], [0.55], [0.9]])).squeeze(-1)
+    tensor([1.0911, 1.1496, 0.3884])
+    """
+    mean_iou = mean_of_positives(target) if mean_iou is None else mean_iou
+    if base is None:
+        elements = F.binary_cross_entropy_with_logits(pred, target, reduction="none")
+    else:
+        elements = base.loss_weight * base.elements(pred, target)[0]
+    return slide_weight(target, mean_iou, authors_code) * elements
+
+
+def mean_of_positives(target, otherwise=0.5):
+    """Mean IoU of the rows that have one, at least 0.2; ``otherwise`` if none has. NaN rows do not count."""
+    iou = target.amax(-1) if target.shape[-1] else target.sum(-1)
+    positive = iou > 0
+    mean = torch.where(positive, iou, 0.0).sum() / positive.sum().clamp(min=1)
+    return torch.where(positive.any(), mean.clamp(min=0.2), otherwise)
+
+
+@MODELS.register_module()
+class SlideLoss(ClassificationLoss):
+    """Yu et al., YOLO-FaceV2, 2022.
+
+    Hard samples, whose IoU is about the mean, weigh more. The target is the IoU on the label's channel: dense, or
+    mmdet's ``(label, quality)``. The mean is that of the batch in training, and the last one seen in validation.
+
+    Args:
+        base: config of a classification loss whose terms are weighted.
+        authors_code: see :func:`slide_weight`.
+    """
+
+    fn = staticmethod(slide_loss)
+    inputs = ("mean_iou", "base")
+    paper = "https://arxiv.org/abs/2208.02019"
+
+    def __init__(self, *, base=None, **kwargs):
+        super().__init__(**kwargs)
+        base = {"type": "BinaryCrossEntropyLoss"} if base is None else base
+        self.base = build_loss(base)
+        if self.base.family != "classification" or not self.base.use_sigmoid:
+            raise ValueError(f"base of SlideLoss must be a sigmoid classification loss, not {base['type']}.")
+        self.sums_classes = self.base.sums_classes
+        self.register_buffer("mean_iou", torch.tensor(0.5))
+
+    def compute(self, pred, target, valid, weight):
+        if self.learning:
+            self.mean_iou.copy_(rank_mean(mean_of_positives(target, self.mean_iou)))
+        return self.fn(pred, target, mean_iou=self.mean_iou.to(pred.dtype), base=self.base, **self.settings)
+
+
+# What is defined here is public; a new loss is exported by being here.
+__all__ = [k for k, v in list(globals().items()) if getattr(v, "__module__", "") == __name__ and k[0] != "_"]

@@ -1,0 +1,126 @@
+"""Losses made of other losses."""
+
+from types import MappingProxyType
+
+import torch
+
+from detloss_plugins.base import ClassificationLoss, Loss, float32
+from detloss_plugins.losses.classification import confidence_weight
+from detloss_plugins.reduction import apply_weight, check_reduction
+from detloss_plugins.registry import MODELS, build_loss
+
+
+def check_use_sigmoid(loss, given):
+    """Raise ``ValueError`` if a config's ``use_sigmoid`` is not that of the losses a loss is made of."""
+    if given not in (None, loss.use_sigmoid):
+        raise ValueError(
+            f"use_sigmoid={given} of {type(loss).__name__} does not fit its parts, which have {loss.use_sigmoid}."
+        )
+
+
+def joint_loss(pred, target, *, losses):
+    """The sum of several losses (modules) of the same input, per element.
+
+    >>> from detloss_plugins.losses import L1Loss, SmoothL1Loss
+    >>> joint_loss(torch.tensor([3.0]), torch.tensor([0.0]), losses=[L1Loss(), SmoothL1Loss(loss_weight=2.0)])
+    tensor([8.])
+    """
+    return sum(loss.loss_weight * loss.elements(pred, target)[0] for loss in losses)
+
+
+@MODELS.register_module()
+class JointLoss(Loss):
+    """Weighted sum of losses on the same input, each with its own ``loss_weight`` and reduction.
+
+    Args:
+        losses: config dicts of losses of one family.
+        use_sigmoid: may be given because mmdet's heads read it from the config; it must fit the parts.
+
+    Raises:
+        ValueError: if there is none, or they are of different families.
+    """
+
+    fn = staticmethod(joint_loss)
+    inputs = ("losses",)
+    family = "classification"  # of the example; an instance has that of its parts
+    example = MappingProxyType(
+        {"losses": ({"type": "BinaryCrossEntropyLoss"}, {"type": "FocalLoss", "loss_weight": 2.0})}
+    )
+
+    def __init__(self, *, losses=(), use_sigmoid=None, **kwargs):
+        super().__init__(**kwargs)
+        self.losses = torch.nn.ModuleList(build_loss(cfg) for cfg in losses)
+        families = {loss.family for loss in self.losses}
+        if len(families) != 1:
+            raise ValueError("losses of JointLoss must be one or more config dicts of losses of one family.")
+        (self.family,) = families
+        self.use_sigmoid = all(getattr(loss, "use_sigmoid", True) for loss in self.losses)
+        check_use_sigmoid(self, use_sigmoid)
+
+    def elements(self, pred, target, weight=None):
+        return self.fn(pred, target, losses=self.losses), None
+
+    def forward(self, pred, target, weight=None, avg_factor=None, reduction_override=None):
+        """The sum of the parts, each called with the same arguments."""
+        reduction = check_reduction(self.reduction if reduction_override is None else reduction_override)
+        pred = float32(pred)  # once, so that half-precision gradients are not added up in half precision
+        return self.loss_weight * sum(loss(pred, target, weight, avg_factor, reduction) for loss in self.losses)
+
+    sample = ClassificationLoss.sample
+
+
+def confidence_weighted_loss(pred, target, *, power=2.0, base):
+    """``(1 - Q_fg)^power Q_bg``, a constant of the row, times a base loss (a module), per element.
+
+    Q_fg and Q_bg are the confidences that the row is an object or background. Sigmoid base: the largest class
+    probability and one minus it. Softmax base: the largest of the classes, and the background, which is last.
+
+    >>> from detloss_plugins.losses import BinaryCrossEntropyLoss
+    >>> logit = torch.tensor([[0.5]]).logit()  # (1 - 1/2)^2 * 1/2 * ln 2
+    >>> confidence_weighted_loss(logit, torch.ones(1, 1), base=BinaryCrossEntropyLoss())
+    tensor([[0.0866]])
+    """
+    scores = pred.detach().sigmoid() if base.use_sigmoid else pred.detach().softmax(-1)
+    foreground = scores if base.use_sigmoid else scores[..., :-1]
+    q_fg = foreground.amax(-1) if foreground.shape[-1] else scores.new_zeros(scores.shape[:-1])
+    weight = confidence_weight(q_fg, 1 - q_fg if base.use_sigmoid else scores[..., -1], power)
+    elements, _ = base.elements(pred, target)
+    return apply_weight(base.loss_weight * elements, weight)
+
+
+@MODELS.register_module()
+class ConfidenceWeightedLoss(ClassificationLoss):
+    """A classification loss weighted by how sure the model is that a sample is background.
+
+    The weight of the third source document; no paper is known. It is not focal loss: it favours whatever is confidently
+    background, positives that the model misses among them.
+
+    Args:
+        base: config of a classification loss.
+        power: at least 0.
+        use_sigmoid: may be given because mmdet's heads read it from the config; it must fit the base.
+    """
+
+    fn = staticmethod(confidence_weighted_loss)
+    inputs = ("base",)
+    true_gradient = False
+    sigmoid_only = False
+
+    def __init__(self, *, base=None, use_sigmoid=None, **kwargs):
+        base = build_loss({"type": "BinaryCrossEntropyLoss"} if base is None else base)
+        if base.family != "classification":
+            raise ValueError(f"base of ConfidenceWeightedLoss must be a classification loss, not {base}.")
+        super().__init__(use_sigmoid=base.use_sigmoid, **kwargs)
+        check_use_sigmoid(self, use_sigmoid)
+        self.base = base
+        self.sums_classes = base.sums_classes
+
+    def prepare(self, pred, target):
+        return self.base.prepare(pred, target)
+
+    def compute(self, pred, target, valid, weight):
+        return self.fn(pred, target, base=self.base, **self.settings)
+
+
+# What is defined here is public; a new loss is exported by being here.
+__all__ = [k for k, v in list(globals().items()) if getattr(v, "__module__", "") == __name__ and k[0] != "_"]

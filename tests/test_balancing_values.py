@@ -1,0 +1,168 @@
+"""Worked numbers of the losses with state: computed from the papers' formulas outside this package, to 6 digits."""
+
+import math
+
+import pytest
+import torch
+
+from detloss_plugins import build_loss
+from detloss_plugins.losses import GHMC, GHMR, EQLV2Loss, SeesawLoss, SlideLoss, slide_weight
+from detloss_plugins.losses.balancing import harmony
+
+X = torch.tensor([0.8, -0.4, 1.5, 0.7], dtype=torch.float64)
+Z = torch.tensor([[2.0, -1.0, 0.5], [0.1, 0.2, -0.3]], dtype=torch.float64)
+
+
+def close(actual, expected):
+    expected = torch.as_tensor(expected, dtype=torch.float64)
+    torch.testing.assert_close(actual.detach(), expected, atol=6e-7, rtol=0)
+
+
+def test_ghmc():
+    pred = X.clone().unsqueeze(-1).requires_grad_()
+    target = torch.tensor([1.0, 0, 0, 1], dtype=torch.float64).unsqueeze(-1)
+    value = GHMC()(pred, target)
+    close(value, 0.867191)
+    # Bins .3, .4, .8 and .3 of the norms .310, .401, .818, .332: two share a bin of the three that are occupied.
+    weight = torch.tensor([[1 / 6], [1 / 3], [1 / 3], [1 / 6]], dtype=torch.float64)
+    close(torch.autograd.grad(value, pred)[0], weight * (pred.detach().sigmoid() - target))
+
+
+def test_ghmc_moving_average_starts_from_zero():
+    """As upstream: the first step with momentum 0.75 is four times the plain value."""
+    target = torch.tensor([1.0, 0, 0, 1], dtype=torch.float64).unsqueeze(-1)
+    close(GHMC(momentum=0.75)(X.unsqueeze(-1), target), 4 * GHMC()(X.unsqueeze(-1), target))
+
+
+def test_ghmr():
+    pred = torch.tensor([[0.01, -0.5, 0.005, 1.0]], dtype=torch.float64, requires_grad=True)
+    value = GHMR()(pred, torch.zeros(1, 4, dtype=torch.float64))
+    close(value, 0.244425)
+    norm = torch.tensor([[0.447214, 0.999201, 0.242536, 0.999800]], dtype=torch.float64)
+    weight = torch.tensor([[1 / 3, 1 / 6, 1 / 3, 1 / 6]], dtype=torch.float64)
+    close(torch.autograd.grad(value, pred)[0], weight * norm * pred.detach().sign())
+
+
+def test_ghm_agrees_with_upstream_over_calls_with_a_moving_average():
+    from mmdet.models.losses import GHMC as UPSTREAM
+
+    ours, theirs = GHMC(bins=30, momentum=0.75), UPSTREAM(bins=30, momentum=0.75)
+    for seed in range(4):
+        pred, target = GHMC.sample(200, seed=seed)
+        torch.testing.assert_close(ours(pred, target), theirs(pred, target, torch.ones_like(pred)))
+
+
+def test_harmonising_weights_average_one():
+    weight = harmony(torch.rand(500, generator=torch.Generator().manual_seed(0)), torch.ones(500), 10)
+    torch.testing.assert_close(weight.mean(), torch.tensor(1.0))
+
+
+def test_seesaw():
+    loss = SeesawLoss(num_classes=3, return_dict=False, reduction="none").eval()
+    loss.cum_samples[:3] = torch.tensor([100.0, 10, 1])
+    pred = torch.cat([Z, torch.zeros(2, 2, dtype=torch.float64)], -1).requires_grad_()
+    value = loss(pred, torch.tensor([0, 2]))
+    close(value - math.log(2), [0.013405, 2.174957])  # ln 2 is the objectness of two equal logits
+    weights = torch.tensor([[1.0, 0.158489, 0.025119], [2.225541, 2.718282, 1.0]], dtype=torch.float64)
+    one_hot = torch.tensor([[1.0, 0, 0], [0, 0, 1]], dtype=torch.float64)
+    close(torch.autograd.grad(value.sum(), pred)[0][:, :3], (Z + weights.log()).softmax(-1) - one_hot)
+
+
+def test_seesaw_agrees_with_upstream_over_calls():
+    from mmdet.models.losses import SeesawLoss as UPSTREAM
+
+    ours, theirs = SeesawLoss(num_classes=8), UPSTREAM(num_classes=8)
+    for seed in range(3):
+        pred, label = SeesawLoss.sample(40, seed=seed)
+        torch.testing.assert_close(ours(pred, label), theirs(pred, label))
+        torch.testing.assert_close(ours.get_activation(pred), theirs.get_activation(pred))
+        for name, value in theirs.get_accuracy(pred, label).items():
+            torch.testing.assert_close(ours.get_accuracy(pred, label)[name], value.squeeze())
+    torch.testing.assert_close(ours.cum_samples, theirs.cum_samples)
+    assert ours.get_cls_channels(8) == 10
+    with pytest.raises(ValueError, match="num_classes=8"):
+        ours.get_cls_channels(9)
+
+
+def test_eqlv2():
+    loss = EQLV2Loss(num_classes=2).eval()
+    loss.pos_neg.copy_(torch.tensor([0.5, 1.2]))
+    pred = Z.clone().requires_grad_()
+    value = loss(pred, torch.tensor([0, 2]))
+    close(value, 1.785848)
+    weight = torch.tensor([[4.893612, 0.991837, 1.0], [0.026597, 0.991837, 1.0]], dtype=torch.float64)
+    one_hot = torch.tensor([[1.0, 0, 0], [0, 0, 1]], dtype=torch.float64)
+    close(torch.autograd.grad(value, pred)[0], weight * (Z.sigmoid() - one_hot) / 2)
+
+
+def test_eqlv2_agrees_with_upstream_over_calls():
+    from mmdet.models.losses import EQLV2Loss as UPSTREAM
+
+    ours, theirs = EQLV2Loss(num_classes=9), UPSTREAM(num_classes=9)
+    for seed in range(4):
+        pred, target = EQLV2Loss.sample(100, seed=seed)
+        label = torch.where(target.sum(-1) > 0, target.argmax(-1), 9)
+        torch.testing.assert_close(ours(pred, label), theirs(pred, label))
+        torch.testing.assert_close(ours.pos_neg, theirs.pos_neg)
+
+
+def test_slide():
+    iou = torch.tensor([0.1, 0.55, 0.9], dtype=torch.float64)
+    mean = torch.tensor(0.6, dtype=torch.float64)
+    close(slide_weight(iou, mean), [1.0, 1.491825, 1.105171])
+    close(slide_weight(iou, mean, authors_code=True), [1.0, 1.822119, 1.105171])
+    loss = SlideLoss(reduction="none").eval()
+    loss.mean_iou.copy_(mean)
+    pred = torch.tensor([[0.8], [-0.4], [1.5]], dtype=torch.float64, requires_grad=True)
+    value = loss(pred, iou.unsqueeze(-1))
+    # The state is float32, which moves the mean of 0.6 by 2e-8.
+    close(value.squeeze(-1), [1.091101, 1.093530, 0.388372])
+    weight = torch.tensor([[1.0], [1.491825], [1.105171]], dtype=torch.float64)
+    close(torch.autograd.grad(value.sum(), pred)[0], weight * (pred.detach().sigmoid() - iou.unsqueeze(-1)))
+
+
+def test_slide_mean_is_that_of_the_positives_and_at_least_a_fifth():
+    loss = SlideLoss()
+    loss(torch.zeros(4, 2), torch.tensor([[0.6, 0], [0, 0.8], [0, 0], [0, 0]]))
+    torch.testing.assert_close(loss.mean_iou, torch.tensor(0.7))
+    loss(torch.zeros(1, 2), torch.tensor([[0.05, 0]]))
+    torch.testing.assert_close(loss.mean_iou, torch.tensor(0.2))
+    loss(torch.zeros(1, 2), torch.zeros(1, 2))
+    torch.testing.assert_close(loss.mean_iou, torch.tensor(0.2))  # no positives: the mean stays
+
+
+def test_slide_over_another_base():
+    pred, target = SlideLoss.sample(50)
+    for base in ({"type": "FocalLoss"}, {"type": "QualityFocalLoss", "loss_weight": 2.0}):
+        slide = SlideLoss(base=base, reduction="none")
+        rows = slide(pred, target)
+        assert rows.shape == build_loss({**base, "reduction": "none"})(pred, target).shape
+    with pytest.raises(ValueError, match="base"):
+        SlideLoss(base={"type": "CIoULoss"})
+
+
+def test_confidence_weighted():
+    loss = build_loss({"type": "ConfidenceWeightedLoss", "reduction": "none", "power": 2.0})
+    pred = torch.tensor([[0.3, 0.1]], dtype=torch.float64).logit().requires_grad_()
+    target = torch.tensor([[0.0, 1.0]], dtype=torch.float64)
+    value = loss(pred, target)
+    weight = 0.7**2 * 0.7  # Q_fg = 0.3, Q_bg = 1 - 0.3
+    close(value, [[-weight * math.log(0.7), -weight * math.log(0.1)]])
+    close(torch.autograd.grad(value.sum(), pred)[0], [[weight * 0.3, weight * -0.9]])
+    softmax = build_loss({"type": "ConfidenceWeightedLoss", "base": {"type": "CrossEntropyLoss"}, "reduction": "none"})
+    p = torch.tensor([[0.3, 0.1, 0.6]], dtype=torch.float64)  # background last: Q_fg = 0.3, Q_bg = 0.6
+    close(softmax(p.log(), torch.tensor([1])), [-0.294 * math.log(0.1)])
+
+
+def test_joint():
+    parts = [{"type": "FocalLoss", "loss_weight": 2.0}, {"type": "QualityFocalLoss"}]
+    joint = build_loss({"type": "JointLoss", "losses": parts, "loss_weight": 3.0})
+    pred, target = SlideLoss.sample(20)
+    weight = torch.rand(20)
+    expected = 3 * sum(build_loss(part)(pred, target, weight, 5.0) for part in parts)
+    torch.testing.assert_close(joint(pred, target, weight, 5.0), expected)
+    boxes = build_loss({"type": "JointLoss", "losses": [{"type": "CIoULoss"}, {"type": "IoULoss"}]})
+    assert boxes.family == "box"
+    for bad in ([], [{"type": "CIoULoss"}, {"type": "FocalLoss"}]):
+        with pytest.raises(ValueError, match="one family"):
+            build_loss({"type": "JointLoss", "losses": bad})

@@ -1,0 +1,125 @@
+"""Losses with state: a buffer that moves in training only, survives empty and NaN input, and is one over the ranks."""
+
+import copy
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from compare import registered
+
+# Settings that give a loss its state where the defaults do not.
+MOMENTUM = {"GHMC": {"momentum": 0.75}, "GHMR": {"momentum": 0.7}}
+
+
+def make(cls):
+    return cls.make(**MOMENTUM.get(cls.__name__, {}))
+
+
+STATEFUL = [cls for cls in registered().values() if make(cls).state_dict()]
+stateful = pytest.mark.parametrize("cls", STATEFUL, ids=lambda cls: cls.__name__)
+
+
+def call(loss, seed=0, n=64):
+    pred, target = type(loss).sample(n, seed=seed)
+    if type(loss).__name__ == "EQLV2Loss":
+        target = target.argmax(-1)
+    return loss(pred.requires_grad_(), target)
+
+
+def state(loss):
+    return {name: value.clone() for name, value in loss.state_dict().items()}
+
+
+def same(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_known_ones_are_found():
+    assert {cls.__name__ for cls in STATEFUL} >= {"GHMC", "GHMR", "SeesawLoss", "EQLV2Loss", "SlideLoss"}
+
+
+@stateful
+def test_moves_in_training_only(cls):
+    loss = make(cls)
+    start = state(loss)
+    with torch.no_grad():
+        call(loss)
+    assert same(state(loss), start), "validation in Ultralytics leaves the criterion in training mode"
+    loss.eval()
+    call(loss)
+    assert same(state(loss), start)
+    loss.train()
+    call(loss)
+    assert not same(state(loss), start)
+
+
+@stateful
+def test_empty_and_nan_do_not_poison(cls):
+    loss = make(cls)
+    call(loss)
+    before = state(loss)
+    pred, target = cls.sample(64, seed=1)
+    values = loss(pred[:0].requires_grad_(), target[:0], reduction_override="none")
+    assert values if isinstance(values, dict) else values.numel() == 0
+    assert same(state(loss), before)
+    pred[3] = float("nan")
+    loss(pred, target)
+    if target.is_floating_point():
+        target[3] = float("nan")
+        loss(pred, target)
+    assert all(value.isfinite().all() for value in state(loss).values())
+    total = call(loss)
+    assert (sum(total.values()) if isinstance(total, dict) else total).isfinite()
+
+
+@stateful
+def test_restored_state_goes_on_as_if_never_stopped(cls):
+    loss = make(cls)
+    call(loss)
+    restored = make(cls)
+    restored.load_state_dict(loss.state_dict())
+    copied = copy.deepcopy(loss)
+    for other in (restored, copied):
+        call(other, seed=5)
+    call(loss, seed=5)
+    assert same(state(loss), state(restored))
+    assert same(state(loss), state(copied))
+
+
+def worker(rank, port, cls, results):
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    loss = make(cls)
+    call(loss, seed=rank)
+    loss.eval()
+    if rank == 0:
+        call(loss, seed=9)  # validation on one rank must not wait for the other
+    results[rank] = {name: value.clone() for name, value in loss.state_dict().items()}
+    torch.distributed.destroy_process_group()
+
+
+def run_ranks(rank, port, results):
+    for offset, cls in enumerate(STATEFUL):
+        part = {}
+        worker(rank, port + offset, cls, part)
+        results[cls.__name__, rank] = part[rank]
+
+
+def free_port():
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def test_one_state_over_the_ranks():
+    """Two processes with different data end with one state, which is neither's own."""
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(run_ranks, (free_port(), results), nprocs=2)
+        for cls in STATEFUL:
+            first, second = results[cls.__name__, 0], results[cls.__name__, 1]
+            assert same(first, second), cls.__name__
+            alone = make(cls)
+            call(alone, seed=0)
+            assert not same(first, state(alone)), cls.__name__
