@@ -335,6 +335,7 @@ class EQLV2Loss(ClassificationLoss):
     fn = staticmethod(eqlv2_loss)
     inputs = ("ratio",)
     paper = "https://arxiv.org/abs/2012.08548"
+    yolo_gain = 4.0
     sums_classes = True
     example = MappingProxyType({"num_classes": 9})  # the sample's tenth column is the background
     upstream = (Upstream("mmdet.models.losses.EQLV2Loss", {"num_classes": 9}, {"num_classes": 9}),)

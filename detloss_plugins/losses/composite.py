@@ -103,6 +103,7 @@ class ConfidenceWeightedLoss(ClassificationLoss):
 
     fn = staticmethod(confidence_weighted_loss)
     inputs = ("base",)
+    yolo_gain = 4.0
     true_gradient = False
     sigmoid_only = False
 

@@ -229,6 +229,28 @@ def test_any_classification_loss_takes_a_step(name, use_sigmoid, batch):
     assert all(value.isfinite().all() for value in model.state_dict().values())
 
 
+def test_heatmap_loss_in_a_centernet_head(batch):
+    """Ours and mmdet's give one head the same losses and gradients on real boxes; ours takes a step."""
+    preprocess = build(small(RETINANET)).data_preprocessor
+    samples = preprocess(copy.deepcopy(batch), training=True)["data_samples"]
+    results = []
+    for scope in ("mmdet", "detloss_plugins"):
+        set_random_seed(0)
+        heatmap = dict(type=f"{scope}.GaussianFocalLoss", loss_weight=1.0)
+        head = MMDET_MODELS.build(
+            dict(type="CenterNetHead", in_channels=8, feat_channels=8, num_classes=10, loss_center_heatmap=heatmap)
+        )
+        head.init_weights()
+        losses = head.loss(torch.randn(len(samples), 8, 32, 32).unsqueeze(0), samples)
+        sum(losses.values()).backward()
+        results.append(({k: v.detach() for k, v in losses.items()}, [p.grad for p in head.parameters()]))
+    stock, ours = results
+    torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-6)
+    assert isinstance(head.loss_center_heatmap, Loss)
+    torch.optim.SGD(head.parameters(), lr=0.01).step()
+    assert all(parameter.isfinite().all() for parameter in head.parameters())
+
+
 def twins(loss):
     """Our config and mmdet's for the same loss, by the facts on our class; ours twice if mmdet has no counterpart."""
     for upstream in loss_class(loss["type"]).upstream:

@@ -115,6 +115,7 @@ class AsymmetricLoss(ClassificationLoss):
 
     fn = staticmethod(asymmetric_loss)
     paper = "https://arxiv.org/abs/2009.14119"
+    yolo_gain = 64.0
     true_gradient = False
     upstream = (
         Upstream(
