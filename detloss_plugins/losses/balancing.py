@@ -194,7 +194,6 @@ def seesaw_loss(pred, target, *, p=0.8, q=2.0, eps=1e-2, counts=None):
         if q > 0:
             own = log_scores.gather(-1, label).clamp(min=torch.tensor(eps).log())
             log_weights = log_weights + q * (log_scores - own).clamp(min=0)
-        log_weights = log_weights.scatter(-1, label, 0.0)
     return F.cross_entropy(pred + log_weights, target, reduction="none")
 
 
