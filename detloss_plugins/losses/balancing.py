@@ -4,6 +4,7 @@ State is in buffers, so it is in the checkpoint. It changes in training only, co
 and is averaged over the ranks of a distributed run.
 """
 
+import math
 from types import MappingProxyType
 
 import torch
@@ -192,7 +193,7 @@ def seesaw_loss(pred, target, *, p=0.8, q=2.0, eps=1e-2, counts=None):
             log_counts = counts.to(pred.dtype).clamp(min=1).log()
             log_weights = p * (log_counts - log_counts[label]).clamp(max=0)
         if q > 0:
-            own = log_scores.gather(-1, label).clamp(min=torch.tensor(eps).log())
+            own = log_scores.gather(-1, label).clamp(min=math.log(eps))
             log_weights = log_weights + q * (log_scores - own).clamp(min=0)
     return F.cross_entropy(pred + log_weights, target, reduction="none")
 
