@@ -8,8 +8,6 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-DTYPES = {torch.float64: 1e-9, torch.float32: 1e-5}
-
 
 def family(name):
     """Run the test on the losses of one family only."""
