@@ -21,6 +21,7 @@ class Upstream(NamedTuple):
     ours: Mapping = MappingProxyType({})  # hyper-parameters
     theirs: Mapping = MappingProxyType({})
     differs: str = ""  # why the two are *not* the same loss although they share a name; empty: they must agree
+    at: tuple = ()  # the boxes (pred, target), in float32, on which they differ; empty: on any
 
 
 def float32(tensor):
@@ -56,6 +57,7 @@ class Loss(nn.Module):
     true_gradient: ClassVar[bool] = True  # False: a factor is detached, so finite differences disagree by design
     sums_classes: ClassVar[bool] = False  # True: the per-element losses are summed over the last axis
     mean_of_rows: ClassVar[bool] = True  # "mean" is the mean of what "none" gives
+    every_rank: ClassVar[bool] = False  # True: called in every step on every rank of a distributed run
     self_normalized: ClassVar[bool] = False  # True: "mean" has a normaliser of its own, whatever avg_factor says
     yolo_gain: ClassVar[float] = 1.0  # default loss_weight in a slot of the Ultralytics adapter
     hyper: ClassVar[tuple[str, ...]] = ()
@@ -149,6 +151,15 @@ class Loss(nn.Module):
         return self.loss_weight * reduce(loss, None, avg_factor, reduction)
 
 
+def average_state(loss):
+    """Average the state of a loss on positives over the ranks; to be called in every step on every rank.
+
+    The loss itself cannot: a head may not call it on a rank without positives, and the others would wait for ever.
+    """
+    for buffer in loss.buffers():
+        buffer.copy_(rank_mean(buffer))
+
+
 def rank_mean(tensor):
     """The mean of a tensor over the ranks of a distributed run; the tensor itself in a single process."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
@@ -171,19 +182,40 @@ class BoxLoss(Loss):
     per-element losses have shape ``(...)``. ``weight`` may be ``(N,)``, ``(N, 1)`` or mmdet's ``(N, 4)``.
 
     Raises:
-        ValueError: if the shapes differ or do not end in 4.
+        ValueError: if the shapes differ or do not end in 4, or the targets of the first calls are not boxes.
     """
 
     family = "box"
     minimum: ClassVar[float] = 0.0  # the loss of identical boxes
     symmetric: ClassVar[bool] = True  # in pred and target
     scale_invariant: ClassVar[bool] = True
+    attracts: ClassVar[bool] = False  # True: falls as a disjoint box of the target's size comes nearer
+    values_per_box: ClassVar[int] = 1  # 4: per-element losses (..., 4)
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.unchecked = 20  # calls in which to look at the targets: each look waits for the device
+        self.inverted = self.boxes = 0  # seen so far
 
     def prepare(self, pred, target):
         check_same_shape(pred, target, "boxes (N, 4) as (x1, y1, x2, y2)")
         if pred.shape[-1] != 4:
             raise ValueError(f"Boxes have 4 coordinates (x1, y1, x2, y2), not {pred.shape[-1]}.")
+        if self.unchecked and target.numel() and not torch.compiler.is_compiling():
+            self.unchecked -= 1
+            self._check_corners(target)
         return super().prepare(pred, target)
+
+    def _check_corners(self, target):
+        """Encoded deltas in place of boxes train without an error, and to no purpose."""
+        self.inverted += int((target[..., 2:] < target[..., :2]).any(-1).sum())
+        self.boxes += int((target != 0).any(-1).sum())
+        # An annotation or two may be wrong; of deltas, most have their third number below the first or so.
+        if self.inverted >= 4 and self.inverted > self.boxes / 4:
+            raise ValueError(
+                f"{type(self).__name__} takes boxes (x1, y1, x2, y2), but many targets have x2 < x1 or y2 < y1: "
+                "set reg_decoded_bbox=True in the MMDetection head, so that it hands over boxes, not encoded deltas."
+            )
 
     @classmethod
     def sample(cls, n=64, seed=0, dtype=torch.float32):
@@ -217,6 +249,7 @@ class ClassificationLoss(Loss):
     """
 
     family = "classification"
+    every_rank = True
     sigmoid_only: ClassVar[bool] = True
 
     def __init__(self, *, use_sigmoid=True, **kwargs):
@@ -301,4 +334,94 @@ class RegressionLoss(Loss):
         """Predictions and targets ``(n, 4)`` such as encoded box offsets."""
         generator = torch.Generator().manual_seed(seed)
         pred, target = torch.randn(2, n, 4, generator=generator, dtype=torch.float64).unbind(0)
+        return pred.to(dtype), target.to(dtype)
+
+
+class RegionLoss(Loss):
+    """Losses between masks ``(N, ...)``, one loss a mask: ``(N,)``.
+
+    Call with logits, which go through a sigmoid, and targets in [0, 1] of the same shape and any type.
+
+    Args:
+        use_sigmoid: accepted because mmdet's configs write it; there is no other activation.
+        activate: False if ``pred`` is a probability already, as QueryInst's and decoupled SOLO's heads give it.
+
+    Raises:
+        ValueError: if ``use_sigmoid`` is False and ``activate`` is not, a hyper-parameter in ``not_negative`` is
+            negative, the shapes differ or have no pixels' dimension.
+    """
+
+    family = "region"
+    bounds = (0.0, 1.0)
+    not_negative: ClassVar[tuple[str, ...]] = ()  # hyper-parameters
+
+    def __init__(self, *, use_sigmoid=True, activate=True, **kwargs):
+        if activate and not use_sigmoid:
+            raise ValueError(
+                f"{type(self).__name__} has a sigmoid form only; write use_sigmoid=True, "
+                "or activate=False if the head hands over probabilities."
+            )
+        super().__init__(**kwargs)
+        self.use_sigmoid, self.activate = use_sigmoid, activate
+        for name in self.not_negative:
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} of {type(self).__name__} must not be negative, but is {getattr(self, name)}.")
+
+    def prepare(self, pred, target):
+        if pred.shape != target.shape or pred.dim() < 2:
+            raise ValueError(
+                f"{type(self).__name__} takes predictions and masks of one shape (N, ...), not {tuple(pred.shape)} and "
+                f"{tuple(target.shape)}; for mmdet's FCNMaskHead, which hands over a mask for every class, "
+                "use CrossEntropyLoss with use_mask=True."
+            )
+        return super().prepare(pred.sigmoid() if self.activate else pred, target)
+
+    @classmethod
+    def sample(cls, n=64, seed=0, dtype=torch.float32, side=8):
+        """Logits and rectangular masks ``(n, side, side)`` that they fit more or less; some masks are empty."""
+        generator = torch.Generator().manual_seed(seed)
+        pixel = torch.arange(side)
+        low, high = torch.randint(0, side + 1, (2, n, 2, 1), generator=generator).sort(0).values
+        rows, columns = ((low <= pixel) & (pixel < high)).unbind(1)
+        target = (rows.unsqueeze(-1) & columns.unsqueeze(-2)).double()
+        noise = torch.randn(n, side, side, generator=generator, dtype=torch.float64)
+        fit = 6 * torch.rand(n, 1, 1, generator=generator, dtype=torch.float64) - 1
+        return ((target - 0.5) * fit + 1.5 * noise).to(dtype), target.to(dtype)
+
+
+class RotatedLoss(Loss):
+    """Losses between aligned rotated boxes.
+
+    Call with ``pred`` and ``target`` of shape ``(..., 5)``: ``(cx, cy, w, h, theta)``, the first four in any one unit,
+    the angle in radians, any angle, turning the x axis towards the y axis. The per-element losses have shape ``(...)``.
+    ``weight`` may be ``(N,)``, ``(N, 1)`` or ``(N, 5)``.
+
+    Raises:
+        ValueError: if the shapes differ or do not end in 5.
+    """
+
+    family = "rotated"
+    minimum: ClassVar[float] = 0.0  # the loss of identical boxes; this and the next two with the default settings
+    symmetric: ClassVar[bool] = True  # in pred and target
+    scale_invariant: ClassVar[bool] = True
+
+    def prepare(self, pred, target):
+        check_same_shape(pred, target, "rotated boxes (N, 5) as (cx, cy, w, h, theta)")
+        if pred.shape[-1] != 5:
+            raise ValueError(f"Rotated boxes have 5 values (cx, cy, w, h, theta in radians), not {pred.shape[-1]}.")
+        return super().prepare(pred, target)
+
+    @classmethod
+    def sample(cls, n=64, seed=0, dtype=torch.float32):
+        """``n`` predictions and targets in pixels, at all angles: most overlap, a quarter is turned at will."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def uniform(low, high, columns=2):
+            return torch.rand(n, columns, generator=generator, dtype=torch.float64) * (high - low) + low
+
+        center, sides, angle = uniform(100, 500), uniform(10, 120), uniform(-torch.pi, torch.pi, 1)
+        moved, resized = center + sides * uniform(-0.8, 0.8), sides * uniform(0.4, 1.6)
+        turn, anyhow = uniform(-0.6, 0.6, 1), uniform(-torch.pi, torch.pi, 1)
+        turned = angle + torch.where(uniform(0, 1, 1) < 0.25, anyhow, turn)
+        target, pred = torch.cat([center, sides, angle], -1), torch.cat([moved, resized, turned], -1)
         return pred.to(dtype), target.to(dtype)

@@ -1,4 +1,4 @@
-"""Geometry shared by the box losses: plain functions on aligned boxes ``(..., 4)`` in ``(x1, y1, x2, y2)``.
+"""Geometry shared by the box losses, on aligned boxes ``(..., 4)`` in ``(x1, y1, x2, y2)``; each quantity is here once.
 
 Where a denominator vanishes beside the size of the hull (the smallest enclosing box), its quotient counts as zero; eps
 is that relative bound and is never added: pixels, stride units and normalised coordinates give the same answer.
@@ -27,23 +27,18 @@ def area(boxes):
     return w * h
 
 
-def hull(pred, target):
-    """Sides ``(..., 2)`` of the smallest box that encloses both, whatever the order of the corners."""
-    low = torch.minimum(pred, target)
-    high = torch.maximum(pred, target)
-    # An inverted box has its high corner first; for a valid one these two lines change nothing.
-    low = torch.minimum(low[..., :2], low[..., 2:])
-    high = torch.maximum(high[..., :2], high[..., 2:])
-    return high - low
+def resized(boxes, factor):
+    """Boxes with sides ``factor`` times as long about the same centres.
 
-
-def diagonal2(sides):
-    """Squared diagonal ``(...)`` of sides ``(..., 2)``."""
-    return sides.square().sum(-1)
+    >>> resized(torch.tensor([0.0, 0, 4, 2]), 0.5)
+    tensor([1.0000, 0.5000, 3.0000, 1.5000])
+    """
+    middle, half = center(boxes), factor / 2 * wh(boxes)
+    return torch.cat([middle - half, middle + half], -1)
 
 
 def ratio(numerator, denominator, scale, eps):
-    """``numerator / denominator``, and zero without a gradient where the denominator is below ``eps * scale``.
+    """``numerator / denominator``, and zero without a gradient where the denominator is at most ``eps * scale``.
 
     ``scale`` is the size of the hull in the denominator's unit: below that the quotient is the 0/0 of boxes without
     extent, whose gradient would be rounding noise times a huge number.
@@ -52,54 +47,130 @@ def ratio(numerator, denominator, scale, eps):
     return torch.where(vanishes, 0.0, numerator / torch.where(vanishes, 1.0, denominator))
 
 
-def intersection(pred, target):
-    """Area of the intersection ``(...)``."""
-    sides = torch.minimum(pred[..., 2:], target[..., 2:]) - torch.maximum(pred[..., :2], target[..., :2])
-    w, h = sides.clamp(min=0).unbind(-1)
-    return w * h
+def power(base, exponent, eps):
+    """``base ** exponent`` for a base in [0, inf), and zero without a gradient where the base is at most ``eps``.
 
-
-def iou_union(pred, target, eps):
-    """IoU in [0, 1] and area of the union, both ``(...)``.
-
-    >>> iou_union(torch.tensor([0.0, 0, 2, 2]), torch.tensor([1.0, 0, 3, 2]), 1e-7)
-    (tensor(0.3333), tensor(6.))
+    A power below one has an infinite slope at zero.
     """
-    overlap = intersection(pred, target)
-    union = area(pred) + area(target) - overlap
-    return ratio(overlap, union, diagonal2(hull(pred, target)), eps), union
+    return torch.where(base <= eps, 0.0, base.clamp(min=eps).pow(exponent))
 
 
-def center_gap(pred, target, eps):
-    """Squared distance of the centres over the squared diagonal of the hull, ``(...)``, in [0, 1).
+class Pair:
+    """Aligned predictions and targets, and what the losses measure between them; all quantities ``(...)``.
 
-    >>> center_gap(torch.tensor([0.0, 0, 2, 2]), torch.tensor([0.0, 0, 4, 2]), 1e-7)  # 1 / (16 + 4)
-    tensor(0.0500)
+    Args:
+        pred, target: boxes ``(..., 4)``.
+        eps: see above.
+
+    Attributes:
+        hull: sides ``(..., 2)`` of the smallest box that encloses both, whatever the order of the corners.
+        diagonal2: squared diagonal of the hull.
+        offset: from the predicted centre to the target's, ``(..., 2)``.
+        union: area.
+        iou: in [0, 1].
+
+    >>> pair = Pair(torch.tensor([0.0, 0, 2, 2]), torch.tensor([1.0, 0, 3, 2]), 1e-7)
+    >>> pair.iou, pair.union, pair.hull
+    (tensor(0.3333), tensor(6.), tensor([3., 2.]))
     """
-    distance2 = (center(pred) - center(target)).square().sum(-1)
-    diagonal = diagonal2(hull(pred, target))
-    return ratio(distance2, diagonal, diagonal, eps)
 
+    def __init__(self, pred, target, eps):
+        self.pred, self.target, self.eps = pred, target, eps
+        low, high = torch.minimum(pred, target), torch.maximum(pred, target)
+        # An inverted box has its high corner first; for a valid one the inner minimum and maximum change nothing.
+        self.hull = torch.maximum(high[..., 2:], high[..., :2]) - torch.minimum(low[..., :2], low[..., 2:])
+        self.diagonal2 = self.hull.square().sum(-1)
+        self.offset = center(target) - center(pred)
+        width, height = (low[..., 2:] - high[..., :2]).clamp(min=0).unbind(-1)
+        overlap = width * height
+        self.union = area(pred) + area(target) - overlap
+        self.iou = self.ratio(overlap, self.union)
 
-def side_gap(pred, target, eps):
-    """Squared differences of width and height, each over the squared side of the hull, summed: ``(...)``.
+    def ratio(self, numerator, denominator):
+        """A quotient of areas; see :func:`ratio`."""
+        return ratio(numerator, denominator, self.diagonal2, self.eps)
 
-    >>> side_gap(torch.tensor([0.0, 0, 2, 2]), torch.tensor([0.0, 0, 4, 2]), 1e-7)  # 2^2 / 4^2 + 0
-    tensor(0.2500)
-    """
-    sides = hull(pred, target)
-    scale = diagonal2(sides).unsqueeze(-1)
-    return ratio((wh(pred) - wh(target)).square(), sides.square(), scale, eps**2).sum(-1)
+    @property
+    def distance2(self):
+        """Squared distance of the centres."""
+        return self.offset.square().sum(-1)
 
+    def floor(self):
+        """What counts as a side of no length, ``(..., 1)``, without a gradient."""
+        return (self.eps * self.diagonal2.detach().sqrt()).clamp(min=torch.finfo(self.pred.dtype).tiny).unsqueeze(-1)
 
-def aspect_gap(pred, target, eps):
-    """CIoU's v: ``4 / pi^2 * (atan(w_g / h_g) - atan(w / h))^2``, ``(...)``, in [0, 1).
+    def hull_gap(self):
+        """Share of the hull that is outside the union, in [0, 1).
 
-    >>> aspect_gap(torch.tensor([0.0, 0, 2, 2]), torch.tensor([0.0, 0, 4, 2]), 1e-7)  # (atan 2 - atan 1) / (pi / 2)
-    tensor(0.0420)
-    """
-    floor = eps * diagonal2(hull(pred, target)).detach().sqrt().unsqueeze(-1)
-    floor = floor.clamp(min=torch.finfo(pred.dtype).tiny)
-    # A side of no length has no aspect ratio: kept at the floor, it gets no gradient instead of an exploding one.
-    angle_pred, angle_target = (torch.atan2(*torch.maximum(wh(b), floor).unbind(-1)) for b in (pred, target))
-    return 4 / torch.pi**2 * (angle_target - angle_pred).square()
+        >>> Pair(torch.tensor([0.0, 0, 1, 1]), torch.tensor([1.0, 1, 2, 2]), 1e-7).hull_gap()  # (4 - 2) / 4
+        tensor(0.5000)
+        """
+        width, height = self.hull.unbind(-1)
+        return self.ratio(width * height - self.union, width * height)
+
+    def center_gap(self):
+        """Squared distance of the centres over the squared diagonal of the hull, in [0, 1).
+
+        >>> Pair(torch.tensor([0.0, 0, 2, 2]), torch.tensor([0.0, 0, 4, 2]), 1e-7).center_gap()  # 1 / (16 + 4)
+        tensor(0.0500)
+        """
+        return self.ratio(self.distance2, self.diagonal2)
+
+    def over_hull2(self, lengths):
+        """Squares of horizontal and vertical lengths ``(..., 2)`` over the squared sides of the hull."""
+        return ratio(lengths.square(), self.hull.square(), self.diagonal2.unsqueeze(-1), self.eps**2)
+
+    def side_gap(self):
+        """Squared differences of width and height, each over the squared side of the hull, summed.
+
+        >>> Pair(torch.tensor([0.0, 0, 2, 2]), torch.tensor([0.0, 0, 4, 2]), 1e-7).side_gap()  # 2^2 / 4^2 + 0
+        tensor(0.2500)
+        """
+        return self.over_hull2(wh(self.pred) - wh(self.target)).sum(-1)
+
+    def side_change(self):
+        """Differences of width and height, each over the longer of the two: ``(..., 2)``, in [0, 1] for valid boxes.
+
+        >>> Pair(torch.tensor([0.0, 0, 2, 2]), torch.tensor([0.0, 0, 4, 2]), 1e-7).side_change()
+        tensor([0.5000, 0.0000])
+        """
+        pred, target = wh(self.pred), wh(self.target)
+        return ratio((pred - target).abs(), torch.maximum(pred, target), self.floor(), 1.0)
+
+    def corner_distance2(self):
+        """Squared distances of the two upper left and of the two lower right corners, summed.
+
+        >>> Pair(torch.tensor([0.0, 0, 2, 2]), torch.tensor([0.0, 0, 4, 3]), 1e-7).corner_distance2()
+        tensor(5.)
+        """
+        return (self.pred - self.target).square().sum(-1)
+
+    def slant(self):
+        """``|sin 2a|`` of the angle a of the line between the centres: 0 along an axis, 1 on a diagonal.
+
+        >>> Pair(torch.tensor([0.0, 0, 2, 2]), torch.tensor([1.0, 3, 3, 5]), 1e-7).slant()  # 2 * 1 * 3 / (1 + 9)
+        tensor(0.6000)
+        """
+        dx, dy = self.offset.unbind(-1)
+        return self.ratio(2 * (dx * dy).abs(), self.distance2)
+
+    def aspect_gap(self):
+        """CIoU's v: ``4 / pi^2 * (atan(w_g / h_g) - atan(w / h))^2``, in [0, 1).
+
+        >>> pair = Pair(torch.tensor([0.0, 0, 2, 2]), torch.tensor([0.0, 0, 4, 2]), 1e-7)
+        >>> pair.aspect_gap()  # (atan 2 - atan 1)^2 / (pi / 2)^2
+        tensor(0.0420)
+        """
+        # A side of no length has no aspect ratio: kept at the floor, it gets no gradient instead of an exploding one.
+        sides = (torch.maximum(wh(boxes), self.floor()) for boxes in (self.pred, self.target))
+        angle_pred, angle_target = (torch.atan2(*side.unbind(-1)) for side in sides)
+        return 4 / torch.pi**2 * (angle_target - angle_pred).square()
+
+    def aspect_weight(self, v):
+        """CIoU's alpha of its v: ``v / (1 - IoU + v)``, a constant.
+
+        >>> Pair(torch.tensor([0.0, 0, 2, 2]), torch.tensor([0.0, 0, 4, 2]), 1e-7).aspect_weight(torch.tensor(0.5))
+        tensor(0.5000)
+        """
+        v = v.detach()
+        return v / (1 - self.iou.detach() + v).clamp(min=self.eps)

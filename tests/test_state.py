@@ -9,6 +9,8 @@ import torch
 import torch.multiprocessing as mp
 from compare import registered
 
+from detloss_plugins.base import average_state
+
 # Settings that give a loss its state where the defaults do not.
 MOMENTUM = {"GHMC": {"momentum": 0.75}, "GHMR": {"momentum": 0.7}}
 
@@ -37,7 +39,18 @@ def same(a, b):
 
 
 def test_the_known_ones_are_found():
-    assert {cls.__name__ for cls in STATEFUL} >= {"GHMC", "GHMR", "SeesawLoss", "EQLV2Loss", "SlideLoss"}
+    assert {cls.__name__ for cls in STATEFUL} >= {"GHMC", "GHMR", "SeesawLoss", "EQLV2Loss", "SlideLoss", "WIoULoss"}
+
+
+@stateful
+def test_a_loss_on_positives_waits_for_no_other_rank(cls, monkeypatch):
+    """A head may leave it out on a rank without positives; were it to wait there, the training would hang."""
+    waited = []
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", waited.append)
+    call(make(cls))
+    assert bool(waited) == cls.every_rank == (cls.family == "classification")
 
 
 @stateful
@@ -97,6 +110,8 @@ def rank_states(rank, folder):
     for cls in STATEFUL:
         loss = make(cls)
         call(loss, seed=rank)
+        if not cls.every_rank:
+            average_state(loss)  # what the adapters do in every step
         loss.eval()
         if rank == 0:
             call(loss, seed=9)  # validation on one rank must not wait for the other

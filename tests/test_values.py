@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from detloss_plugins import build_loss
+from detloss_plugins.geometry import Pair
 from detloss_plugins.losses import confidence_weight
 
 BOX_A = ([1.0, 2, 5, 7], [2.0, 1, 7, 6])
@@ -13,19 +14,66 @@ BOX_B = ([0.5, 0.2, 10.4, 8], [1.0, 0, 10, 10])
 BOX_C = ([0.0, 0, 2, 2], [4.0, 3, 6, 7])  # disjoint
 
 # type and settings: losses at A, B, C and the gradient at B
-BOXES = {
-    ("IoULoss", "linear"): ((0.636364, 0.276438, 1.0), (-0.058171, 0.086052, 0.058171, -0.086052)),
-    ("IoULoss", "square"): ((0.867769, 0.476458, 1.0), None),
-    ("IoULoss", "log"): ((1.011601, 0.323569, 13.815511), None),
-    ("GIoULoss",): ((0.719697, 0.296438, 1.714286), (-0.078373, 0.095143, 0.078373, -0.095143)),
-    ("DIoULoss",): ((0.681503, 0.280541, 1.376471), (-0.058014, 0.081507, 0.057509, -0.090598)),
-    ("CIoULoss", None): ((0.681541, 0.281025, 1.378160), (-0.058292, 0.081860, 0.057787, -0.090951)),
-    ("CIoULoss", 0.5): ((0.681503, 0.281025, 1.376471), (-0.058292, 0.081860, 0.057787, -0.090951)),
-    ("EfficientIoULoss",): ((0.709280, 0.337206, 1.458103), (-0.074709, 0.125507, 0.074204, -0.134598)),
-    ("FocalEfficientIoULoss", True): ((0.427712, 0.286835, 0.0), (-0.063550, 0.106759, 0.063120, -0.114492)),
-    ("FocalEfficientIoULoss", False): ((0.427712, 0.286835, 0.0), (-0.052020, 0.089703, 0.051590, -0.097435)),
-}
-OPTION = {"IoULoss": "mode", "CIoULoss": "alpha_gate", "FocalEfficientIoULoss": "detach_weight"}
+BOXES = [
+    ({"type": "IoULoss", "mode": "linear"}, (0.636364, 0.276438, 1.0), (-0.058171, 0.086052, 0.058171, -0.086052)),
+    ({"type": "IoULoss", "mode": "square"}, (0.867769, 0.476458, 1.0), None),
+    ({"type": "IoULoss", "mode": "log"}, (1.011601, 0.323569, 13.815511), None),
+    ({"type": "GIoULoss"}, (0.719697, 0.296438, 1.714286), (-0.078373, 0.095143, 0.078373, -0.095143)),
+    ({"type": "DIoULoss"}, (0.681503, 0.280541, 1.376471), (-0.058014, 0.081507, 0.057509, -0.090598)),
+    ({"type": "CIoULoss"}, (0.681541, 0.281025, 1.378160), (-0.058292, 0.081860, 0.057787, -0.090951)),
+    (
+        {"type": "CIoULoss", "alpha_gate": 0.5},
+        (0.681503, 0.281025, 1.376471),
+        (-0.058292, 0.081860, 0.057787, -0.090951),
+    ),
+    ({"type": "EfficientIoULoss"}, (0.709280, 0.337206, 1.458103), (-0.074709, 0.125507, 0.074204, -0.134598)),
+    ({"type": "FocalEfficientIoULoss"}, (0.427712, 0.286835, 0.0), (-0.063550, 0.106759, 0.063120, -0.114492)),
+    (
+        {"type": "FocalEfficientIoULoss", "detach_weight": False},
+        (0.427712, 0.286835, 0.0),
+        (-0.052020, 0.089703, 0.051590, -0.097435),
+    ),
+    # The floor concerns C only: a quarter of EIoU.
+    (
+        {"type": "FocalEfficientIoULoss", "floor": 0.25},
+        (0.427712, 0.286835, 1.458103 / 4),
+        (-0.063550, 0.106759, 0.063120, -0.114492),
+    ),
+    ({"type": "SIoULoss"}, (0.684185, 0.284844, 1.330683), (-0.054354, 0.078671, 0.062200, -0.095906)),
+    ({"type": "AlphaIoULoss"}, (0.951916, 0.621185, 1.0), None),
+    ({"type": "AlphaIoULoss", "penalty": "giou"}, (0.952495, None, 1.364431), None),
+    ({"type": "AlphaIoULoss", "penalty": "diou"}, (0.952008, None, 1.053357), None),
+    ({"type": "AlphaIoULoss", "penalty": "ciou"}, (None, None, 1.053357), None),
+    (
+        {"type": "WIoULoss", "version": 1},
+        (0.665747, 0.277574, 1.457133),
+        (-0.058481, 0.085144, 0.058340, -0.087668),
+    ),
+    ({"type": "WIoULoss", "version": 2}, (0.751063, 0.206392, 2.060697), None),
+    ({"type": "WIoULoss"}, (0.855867, 0.246054, 1.845701), None),
+    ({"type": "WIoULoss", "alpha": 1.7, "delta": 2.7}, (0.669259, 0.177601, 1.564875), None),
+    ({"type": "MPDIoULoss", "image_size": (10, 10)}, (0.671364, 0.298688, 1.330000), None),
+    ({"type": "InnerIoULoss", "ratio": 0.75, "base": None}, (0.744186, 0.292279, 1.0), None),
+    ({"type": "InnerIoULoss", "ratio": 1.25, "base": None}, (0.554913, 0.276438, None), None),
+    ({"type": "InnerIoULoss", "ratio": 0.75}, (0.789363, 0.296866, 1.378160), None),
+    ({"type": "FocalerIoULoss", "base": None}, (0.617225, 0.238356, 1.0), None),
+    ({"type": "FocalerIoULoss"}, (0.662402, 0.242943, 1.378160), None),
+    ({"type": "ShapeIoULoss"}, (0.682042, 0.281330, 1.388455), None),
+    ({"type": "ShapeIoULoss", "scale": 1.0}, (0.682042, 0.280988, 1.379699), None),
+    ({"type": "PowerfulIoULoss"}, (0.696951, 0.282817, 1.894601), None),
+    ({"type": "PowerfulIoULoss", "version": 2}, (0.759495, 0.241207, 1.515650), None),
+    ({"type": "NWDLoss"}, (0.135979, 0.110001, 0.361602), None),
+    (
+        {"type": "BoundedIoULoss"},
+        (
+            (0.650031, 0.471490, 0.100160, 0.0),
+            (0.001219, 0.205144, 0.020703, 0.120078),
+            (0.9, 0.9, 0.000001, 0.400125),
+        ),
+        None,
+    ),
+    ({"type": "ExtendedIoULoss"}, (0.586364, 0.226438, 1.521429), None),
+]
 
 
 def close(actual, expected):
@@ -34,18 +82,36 @@ def close(actual, expected):
     torch.testing.assert_close(actual.detach(), expected.reshape(actual.shape), atol=6e-7, rtol=0)
 
 
-@pytest.mark.parametrize("case", BOXES, ids=str)
-def test_boxes(case):
-    name, *option = case
-    loss = build_loss({"type": name, "reduction": "none", **dict.fromkeys([OPTION[name]] if option else [], *option)})
+@pytest.mark.parametrize(("cfg", "values", "gradient"), BOXES, ids=lambda x: str(x)[:70])
+def test_boxes(cfg, values, gradient):
+    loss = build_loss({**cfg, "reduction": "none"}).eval()
+    if getattr(loss, "mean", None) is not None:
+        loss.mean.fill_(0.5)
     pred, target = (torch.tensor(boxes, dtype=torch.float64) for boxes in zip(BOX_A, BOX_B, BOX_C, strict=True))
     pred.requires_grad_()
     value = loss(pred, target)
-    values, gradient = BOXES[case]
-    close(value, values)
+    for row, expected in zip(value, values, strict=True):
+        if expected is not None:
+            close(row, expected)
     if gradient:
         (actual,) = torch.autograd.grad(value[1], pred)
         close(actual[1], gradient)
+
+
+def test_building_blocks_of_the_catalogue():
+    """What lies inside CIoU, SIoU and PIoU on the fixed boxes."""
+    pred, target = (torch.tensor(boxes, dtype=torch.float64) for boxes in zip(BOX_A, BOX_B, BOX_C, strict=True))
+    pair = Pair(pred, target, 1e-7)
+    close(pair.iou, (0.363636, 0.723562, 0.0))
+    close(pair.union, (33.0, 97.02, 12.0))
+    close(pair.hull, ((6.0, 6.0), (9.9, 10.0), (6.0, 7.0)))
+    close(pair.distance2, (3.25, 0.8125, 32.0))
+    v = pair.aspect_gap()
+    close(v, (0.004963, 0.011806, 0.041956))
+    close(pair.aspect_weight(v)[1], 0.040958)
+    close(pair.slant()[0], 0.923077)
+    close((1 - torch.exp((pair.slant() - 2).unsqueeze(-1) * pair.over_hull2(pair.offset))).sum(-1)[0], 0.094564)
+    close((1 - torch.exp(-pair.side_change())).pow(4).sum(-1)[0], 0.001080)
 
 
 def logits(*probabilities):

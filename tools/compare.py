@@ -106,7 +106,8 @@ def calls(loss, pred):
     }
     if loss.family in ("box", "regression"):
         found["weight (N, 4)"] = {"weight": rows.unsqueeze(-1).expand_as(pred), "avg_factor": 7.5}
-    if loss.family in ("regression", "heatmap"):  # mmdet's broadcast, so a row weight must be a column
+    per_row = loss.family not in ("regression", "heatmap") and getattr(loss, "values_per_box", 1) == 1
+    if not per_row:  # mmdet's broadcast, so a row weight must be a column
         for kwargs in found.values():
             if "weight" in kwargs:
                 kwargs["weight"] = kwargs["weight"].reshape(len(pred), -1)
@@ -155,7 +156,7 @@ def upstream_call(upstream, loss):
         return reduce_rows(found(pred, target, reduction="none", **theirs).sum(-1), reduction_override)
 
     def iou(pred, target, reduction_override="mean"):
-        return reduce_rows(1 - found(pred, target, **theirs).squeeze(-1), reduction_override)
+        return reduce_rows(1 - found(pred, target, **theirs).reshape(len(pred)), reduction_override)
 
     def ultralytics_class(pred, target, reduction_override="sum"):
         """They average over dim 1 and sum over the rest; ours is the sum."""
@@ -178,7 +179,7 @@ def upstream_call(upstream, loss):
         return mmdet, None
     if name == "DFLoss":
         return ultralytics_dfl, {"none", "mean", "sum"}
-    if name == "bbox_iou":
+    if name in ("bbox_iou", "probiou"):
         return iou, {"none", "mean", "sum"}
     if package == "ultralytics":
         return ultralytics_class, {"sum"}
@@ -237,6 +238,10 @@ def compare(cls, upstream, tensors):
     loss = cls.make(**upstream.ours)
     call, known = upstream_call(upstream, loss)
     worst = Difference()
+    if upstream.at:
+        pred, target = (torch.tensor([box]) for box in upstream.at)
+        none = {"reduction_override": "none"}
+        return difference(*(value_and_gradient(f, pred, target, none) for f in (loss, call)))
     for pred, target in tensors.values():
         for _, p, t in inputs_for(loss, pred, target):
             if (cls.__name__, upstream.path) in HARD_TARGETS and t.is_floating_point():

@@ -77,7 +77,8 @@ class _Harmonised:
         mask = torch.ones_like(norm) if weight is None else (self._mask(norm, weight) > 0).to(norm.dtype)
         mask = apply_weight(mask, valid)
         if self.acc_sum is not None and self.learning:
-            seen = rank_mean(bin_counts(norm, mask, self.bins))
+            seen = bin_counts(norm, mask, self.bins)
+            seen = rank_mean(seen) if self.every_rank else seen
             moved = self.momentum * self.acc_sum + (1 - self.momentum) * seen
             self.acc_sum.copy_(torch.where(seen > 0, moved, self.acc_sum))
         total = self.normalizer(None, norm, valid, weight, "mean")

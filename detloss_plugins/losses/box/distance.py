@@ -1,0 +1,222 @@
+"""Losses on the distances of corners, edges, centres and sides; some with constants in pixels."""
+
+from types import MappingProxyType
+
+import torch
+import torch.nn.functional as F
+
+from detloss_plugins.base import BoxLoss, Upstream
+from detloss_plugins.geometry import Pair, area, center, ratio, wh
+from detloss_plugins.registry import MODELS
+
+
+def mpdiou_loss(pred, target, *, image_size, eps=1e-7):
+    """``1 - IoU`` plus the squared distances of the two corners over the squared diagonal of the image.
+
+    >>> mpdiou_loss(torch.tensor([0.0, 0, 2, 2]), torch.tensor([0.0, 0, 4, 2]), image_size=(6, 8))  # 1 - 1/2 + 4/100
+    tensor(0.5400)
+    """
+    pair = Pair(pred, target, eps)
+    height, width = image_size
+    return 1 - pair.iou + pair.corner_distance2() / (height**2 + width**2)
+
+
+@MODELS.register_module()
+class MPDIoULoss(BoxLoss):
+    """Ma and Xu, MPDIoU, 2023.
+
+    Args:
+        image_size: ``(height, width)`` of the network's input in the unit of the boxes, pixels; or "batch", which the
+            Ultralytics adapter fills in for each batch, and assumes where nothing is given.
+
+    Raises:
+        ValueError: without ``image_size``, or if it is "batch" and nobody has set ``batch_image_size``.
+    """
+
+    fn = staticmethod(mpdiou_loss)
+    paper = "https://arxiv.org/abs/2307.07662"
+    scale_invariant = False
+    attracts = True
+    example = MappingProxyType({"image_size": (640, 640)})
+
+    def __init__(self, *, image_size=None, **kwargs):
+        super().__init__(**kwargs)
+        if image_size is None:
+            raise ValueError(
+                "MPDIoULoss needs the size of the network's input in pixels: write image_size=(height, width)."
+            )
+        self.image_size = image_size
+        self.batch_image_size = None
+
+    def compute(self, pred, target, valid, weight):
+        settings = self.settings
+        if self.image_size == "batch":
+            settings["image_size"] = self.batch_image_size
+        if settings["image_size"] is None:
+            raise ValueError('Nothing sets the size that image_size="batch" asks for; give MPDIoULoss (height, width).')
+        return self.fn(pred, target, **settings)
+
+
+def powerful_iou_loss(pred, target, *, version=1, lambda_=1.3, eps=1e-7):
+    """``2 - IoU - exp(-P^2)``, P the mean distance of the four edges in sides of the target.
+
+    Version 2 weighs it by ``3 x exp(-x^2)``, ``x = lambda_ exp(-P)``: most for boxes of medium quality. The weight is
+    not detached, as in the authors' code.
+
+    >>> powerful_iou_loss(torch.tensor([0.0, 0, 2, 2]), torch.tensor([0.0, 0, 4, 2]))  # P = 1/8: 2 - 1/2 - exp(-1/64)
+    tensor(0.5155)
+    """
+    pair = Pair(pred, target, eps)
+    edges = (pred - target).abs()
+    p = ratio(edges[..., :2] + edges[..., 2:], wh(target), pair.floor(), 1.0).sum(-1) / 4
+    loss = 2 - pair.iou - torch.exp(-p.square())
+    if version == 1:
+        return loss
+    quality = lambda_ * torch.exp(-p)
+    return 3 * quality * torch.exp(-quality.square()) * loss
+
+
+@MODELS.register_module()
+class PowerfulIoULoss(BoxLoss):
+    """Liu et al., Powerful-IoU, 2024 (PIoU).
+
+    Args:
+        version: 1, or 2 for the focusing weight.
+        lambda_: of the focusing weight.
+
+    Raises:
+        ValueError: for another ``version``.
+    """
+
+    fn = staticmethod(powerful_iou_loss)
+    paper = "https://www.sciencedirect.com/science/article/pii/S0893608023006640"
+    bounds = (0.0, 2.0)
+    symmetric = False
+    attracts = True
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        if self.version not in (1, 2):
+            raise ValueError(f"version of PowerfulIoULoss is 1 or 2, not {self.version!r}.")
+
+
+def nwd_loss(pred, target, *, constant=12.8):
+    """``1 - exp(-W / constant)``, W the Wasserstein distance of the boxes' Gaussians.
+
+    ``W^2 = dx^2 + dy^2 + (dw^2 + dh^2) / 4``. Its gradient has length ``1 / constant`` however close two boxes are, and
+    is zero where they are the same.
+
+    >>> nwd_loss(torch.tensor([0.0, 0, 2, 2]), torch.tensor([3.0, 4, 5, 6]), constant=10.0)  # 1 - exp(-5 / 10)
+    tensor(0.3935)
+    """
+    distance2 = (center(pred) - center(target)).square().sum(-1) + (wh(pred) - wh(target)).square().sum(-1) / 4
+    same = distance2 == 0
+    distance = torch.where(same, 0.0, torch.where(same, 1.0, distance2).sqrt())
+    return -torch.expm1(-distance / constant)
+
+
+@MODELS.register_module()
+class NWDLoss(BoxLoss):
+    """Wang et al., Normalized Gaussian Wasserstein Distance, 2021.
+
+    Args:
+        constant: in the unit of the boxes, pixels; about the mean size of the data set's objects. A box much further
+            away than that gets hardly any gradient. 12.8 is that of AI-TOD, a data set of tiny objects.
+
+    Raises:
+        ValueError: if ``constant`` is not above 0.
+    """
+
+    fn = staticmethod(nwd_loss)
+    paper = "https://arxiv.org/abs/2110.13389"
+    bounds = (0.0, 1.0)
+    scale_invariant = False
+    attracts = True
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        if self.constant <= 0:
+            raise ValueError(f"constant of NWDLoss must be above 0, not {self.constant}.")
+
+
+def bounded_iou_loss(pred, target, *, beta=0.2, eps=1e-3):
+    """Smooth L1 of one minus the largest IoU that x, y, w and h each leave possible: ``(..., 4)``.
+
+    ``x: (w_g - 2 |dx|) / (w_g + 2 |dx| + eps)``, not below 0; ``w: min(w_g / (w + eps), w / (w_g + eps))``; y and h
+    likewise. ``eps`` is in the unit of the boxes.
+
+    >>> bounded_iou_loss(torch.tensor([0.0, 0, 2, 2]), torch.tensor([0.0, 0, 4, 2]), eps=0.0)  # 2/3 and 1/2, minus .1
+    tensor([0.5667, 0.0000, 0.4000, 0.0000])
+    """
+    gap, sides = 2 * (center(pred) - center(target)).abs(), wh(target).clamp(min=0)
+    own = wh(pred)
+    position = ((sides - gap) / (sides + gap + eps)).clamp(min=0)
+    # A prediction of no length, or inverted, is on the right-hand branch, whose gradient rights it.
+    size = torch.minimum(sides / (own.clamp(min=0) + eps), own / (sides + eps))
+    bound = torch.cat([position, size], -1)
+    return F.smooth_l1_loss(bound, torch.ones_like(bound), beta=beta, reduction="none")
+
+
+@MODELS.register_module()
+class BoundedIoULoss(BoxLoss):
+    """Tychsen-Smith and Petersson, Fitness NMS and Bounded IoU Loss, 2017.
+
+    Four losses a box, ``(..., 4)``: a mean over them is a quarter of their sum. A centre further away than half the
+    target gets no gradient.
+
+    Args:
+        beta: where smooth L1 turns linear.
+        eps: in the unit of the boxes, pixels.
+    """
+
+    fn = staticmethod(bounded_iou_loss)
+    paper = "https://arxiv.org/abs/1711.00164"
+    symmetric = False
+    scale_invariant = False
+    values_per_box = 4
+    upstream = (Upstream("mmdet.models.losses.BoundedIoULoss"),)
+
+
+def extended_iou_loss(pred, target, *, smooth_point=0.1, eps=1e-7):
+    """``1 - I / U``, smooth below ``smooth_point``, with an intersection that goes below zero for disjoint boxes.
+
+    >>> extended_iou_loss(torch.tensor([0.0, 0, 2, 2]), torch.tensor([0.0, 0, 4, 2]))  # 1 - 1/2 - .1 / 2
+    tensor(0.4500)
+    """
+    low, high = torch.maximum(pred[..., :2], target[..., :2]), torch.minimum(pred[..., 2:], target[..., 2:])
+    origin = torch.minimum(pred[..., :2], target[..., :2])
+    # From the outer corner: the near and the far end of the overlap, which swap where the boxes are apart.
+    near, far = torch.minimum(low, high) - origin, torch.maximum(low, high) - origin
+    ends = (high - origin, near, low - origin, far)
+    (end_x, near_x, start_x, far_x), (end_y, near_y, start_y, far_y) = zip(*(e.unbind(-1) for e in ends), strict=True)
+    overlap = end_x * end_y + near_x * near_y - start_x * far_y - far_x * start_y
+    pair = Pair(pred, target, eps)
+    loss = 1 - pair.ratio(overlap, area(pred) + area(target) - overlap)
+    return torch.where(loss < smooth_point, loss.square() / (2 * smooth_point), loss - smooth_point / 2)
+
+
+@MODELS.register_module()
+class ExtendedIoULoss(BoxLoss):
+    """Peng and Yu, A Systematic IoU-Related Method, 2021 (mmdet's EIoULoss).
+
+    Args:
+        smooth_point: below it the loss is quadratic, above 0.
+
+    Raises:
+        ValueError: if ``smooth_point`` is not above 0.
+    """
+
+    fn = staticmethod(extended_iou_loss)
+    paper = "https://ieeexplore.ieee.org/document/9429909"
+    bounds = (0.0, 2.0)
+    attracts = True
+    upstream = (Upstream("mmdet.models.losses.EIoULoss"),)
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        if self.smooth_point <= 0:
+            raise ValueError(f"smooth_point of ExtendedIoULoss must be above 0, not {self.smooth_point}.")
+
+
+# What is defined here is public; a new loss is exported by being here.
+__all__ = [k for k, v in list(globals().items()) if getattr(v, "__module__", "") == __name__ and k[0] != "_"]

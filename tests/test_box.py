@@ -1,0 +1,190 @@
+"""What is particular to one box loss: options, state, and errors that come before a training starts."""
+
+import pytest
+import torch
+from compare import registered
+
+from detloss_plugins import build_loss
+from detloss_plugins.base import average_state
+from detloss_plugins.losses import CIoULoss, FocalEfficientIoULoss, IoULoss, MPDIoULoss, NWDLoss, WIoULoss
+
+BOX_LOSSES = [cls for cls in registered().values() if cls.family == "box"]
+
+
+def boxes(dtype=torch.float64, n=32, seed=0):
+    pred, target = CIoULoss.sample(n, seed, dtype)
+    return pred.requires_grad_(), target
+
+
+def gradient(loss, pred, target):
+    return torch.autograd.grad(loss(pred, target, reduction_override="sum"), pred)[0]
+
+
+def test_gradients_of_the_iou_modes():
+    pred, target = boxes()
+    iou = 1 - IoULoss(mode="linear", reduction="none")(pred, target).detach().unsqueeze(-1)
+    linear = gradient(IoULoss(mode="linear"), pred, target)
+    overlap = (iou > 0).squeeze()
+    torch.testing.assert_close(gradient(IoULoss(mode="square"), pred, target), 2 * iou * linear)
+    torch.testing.assert_close(gradient(IoULoss(), pred, target)[overlap], (linear / iou)[overlap])
+
+
+@pytest.mark.parametrize("cls", BOX_LOSSES, ids=lambda cls: cls.__name__)
+def test_encoded_deltas_are_refused(cls):
+    """Deltas of a box coder hover about zero; boxes with a wrong annotation or two, and small batches, go through."""
+    loss = cls.make()
+    pred, target = cls.sample(64)
+    wrong = target.clone()
+    wrong[:3] = wrong[:3, [2, 3, 0, 1]]
+    loss(pred, wrong)
+    deltas = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="reg_decoded_bbox=True"):
+        cls.make()(deltas, deltas.flip(0))
+    few = cls.make()
+    with pytest.raises(ValueError, match="reg_decoded_bbox=True"):
+        [few(row[None], row[None]) for row in deltas]  # a head that finds one positive a batch
+
+
+def test_targets_are_looked_at_in_the_first_calls_only():
+    """Each look makes the host wait for the device."""
+    loss = CIoULoss()
+    pred, target = CIoULoss.sample(64)
+    for _ in range(100):
+        loss(pred, target)
+    loss(pred, target[:, [2, 3, 0, 1]])
+    loss = CIoULoss()
+    for _ in range(100):
+        loss(pred[:0], target[:0])
+    with pytest.raises(ValueError, match="reg_decoded_bbox"):
+        loss(pred, target[:, [2, 3, 0, 1]])
+
+
+def test_focal_eiou_floor_keeps_disjoint_boxes_alive():
+    pred = torch.tensor([[0.0, 0, 2, 2]], requires_grad=True)
+    target = torch.tensor([[4.0, 3, 6, 7]])
+    assert (gradient(FocalEfficientIoULoss(), pred, target) == 0).all(), "as published"
+    pull = gradient(FocalEfficientIoULoss(floor=0.1), pred, target)
+    torch.testing.assert_close(pull, 0.1 * gradient(build_loss({"type": "EIoULoss"}), pred, target))
+
+
+def running_mean(loss):
+    return loss.mean.item()
+
+
+def iou_losses(pred, target):
+    return IoULoss(mode="linear", reduction="none")(pred, target).detach()
+
+
+def test_wiou_mean_moves_before_it_is_used():
+    pred, target = boxes(torch.float32)
+    loss = WIoULoss(momentum=0.25)
+    value = loss(pred, target)
+    assert running_mean(loss) == pytest.approx(0.75 + 0.25 * iou_losses(pred, target).mean().item())
+    frozen = WIoULoss().eval()
+    frozen.mean.copy_(loss.mean)
+    assert value == frozen(pred, target)
+
+
+@pytest.mark.parametrize("form", ["row", "column", "four"])
+def test_wiou_counts_boxes_of_weight_above_zero_only(form):
+    """mmdet's dense heads hand over every anchor, with weight 0 for the negatives."""
+    pred, target = boxes(torch.float32)
+    weight = (torch.arange(len(pred)) % 4 == 0).float()
+    loss = WIoULoss(momentum=1.0)
+    loss(pred, target, {"row": weight, "column": weight[:, None], "four": weight[:, None].expand(-1, 4)}[form])
+    assert running_mean(loss) == pytest.approx(iou_losses(pred, target)[::4].mean().item())
+    before = running_mean(loss)
+    loss(pred, target, torch.zeros(len(pred)))
+    assert running_mean(loss) == before, "nothing counts"
+
+
+def test_wiou_inside_another_loss_keeps_its_state():
+    loss = build_loss({"type": "InnerIoULoss", "base": {"type": "WIoULoss", "momentum": 1.0}})
+    pred, target = boxes(torch.float32)
+    weight = (torch.arange(len(pred)) % 2).float()
+    loss(pred, target, weight)
+    expected = iou_losses(pred, target)[1::2].mean().item()
+    assert loss.state_dict()["base.mean"].item() == pytest.approx(expected)
+    loss.eval()
+    loss(pred, target)
+    assert loss.state_dict()["base.mean"].item() == pytest.approx(expected)
+
+
+def test_wiou_version_1_has_no_state():
+    assert not WIoULoss(version=1).state_dict()
+    average_state(WIoULoss(version=1))
+
+
+def test_mpdiou_must_know_the_image():
+    with pytest.raises(ValueError, match=r"write image_size=\(height, width\)"):
+        MPDIoULoss()
+    loss = MPDIoULoss(image_size="batch")
+    pred, target = boxes()
+    with pytest.raises(ValueError, match=r"give MPDIoULoss \(height, width\)"):
+        loss(pred, target)
+    loss.batch_image_size = torch.tensor([480.0, 640.0])
+    assert loss(pred, target) == MPDIoULoss(image_size=(480, 640))(pred, target)
+
+
+@pytest.mark.parametrize(
+    ("cfg", "message"),
+    [
+        ({"type": "AlphaIoULoss", "penalty": "eiou"}, '"iou", "giou", "diou" or "ciou"'),
+        ({"type": "AlphaIoULoss", "alpha": 0}, "above 0"),
+        ({"type": "WIoULoss", "version": 4}, "1, 2 or 3"),
+        ({"type": "WIoULoss", "momentum": 0}, r"\(0, 1\]"),
+        ({"type": "PowerfulIoULoss", "version": "2"}, "wrong type"),
+        ({"type": "PowerfulIoULoss", "version": 3}, "1 or 2"),
+        ({"type": "InnerIoULoss", "ratio": 0}, "above 0"),
+        ({"type": "InnerIoULoss", "base": {"type": "FocalLoss"}}, "one value a box, not FocalLoss"),
+        ({"type": "FocalerIoULoss", "base": {"type": "BoundedIoULoss"}}, "one value a box, not BoundedIoULoss"),
+        ({"type": "FocalerIoULoss", "d": 0.5, "u": 0.5}, "0 <= d < u <= 1"),
+        ({"type": "FocalEIoULoss", "floor": 2.0}, "between 0 and 1"),
+        ({"type": "SIoULoss", "theta": 0.5}, "at least 1"),
+        ({"type": "ShapeIoULoss", "theta": 0.5}, "at least 1"),
+        ({"type": "ExtendedIoULoss", "smooth_point": 0}, "above 0"),
+        ({"type": "NWDLoss", "constant": 0}, "above 0"),
+    ],
+    ids=lambda x: str(x)[:60],
+)
+def test_a_bad_setting_fails_when_the_loss_is_built(cfg, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        build_loss(cfg)
+
+
+BASES = [cls for cls in BOX_LOSSES if cls.values_per_box == 1 and "base" not in cls.inputs]
+
+
+@pytest.mark.parametrize("cls", BASES, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("around", ["InnerIoULoss", "FocalerIoULoss"])
+def test_inner_and_focaler_over_any_base(around, cls):
+    """``base + IoU - other``, where the plain form is ``1 - other``."""
+    pred, target = boxes()
+    base = {"type": cls.__name__, **cls.example}
+    rows = lambda cfg: build_loss({**cfg, "reduction": "none"}).eval()(pred, target)  # noqa: E731
+    combined, plain = rows({"type": around, "base": base}), rows({"type": around, "base": None})
+    torch.testing.assert_close(combined, rows(base) + plain - iou_losses(pred, target))
+
+
+def test_plain_forms_have_a_true_gradient():
+    pred, target = boxes(n=6)
+    for cfg in (
+        {"type": "InnerIoULoss", "base": None},
+        {"type": "InnerIoULoss", "base": {"type": "EIoULoss"}},
+        {"type": "FocalerIoULoss", "base": None, "d": 0.01},
+        {"type": "AlphaIoULoss", "penalty": "giou", "alpha": 0.5},
+        {"type": "AlphaIoULoss", "penalty": "diou"},
+        {"type": "PowerfulIoULoss", "version": 2},
+        {"type": "ShapeIoULoss", "scale": 1.5},
+    ):
+        loss = build_loss({**cfg, "reduction": "none"})
+        assert torch.autograd.gradcheck(lambda p, loss=loss: loss(p, target), pred)
+
+
+def test_nwd_pulls_as_hard_however_near():
+    """Its slope is 1 / constant about the target, where a squared distance would vanish."""
+    target = torch.tensor([[0.0, 0, 8, 8]])
+    for gap in (1e-3, 1e-1):
+        pred = (target + torch.tensor([gap, 0, gap, 0])).requires_grad_()
+        assert gradient(NWDLoss(), pred, target)[0, ::2].sum() == pytest.approx(1 / 12.8, rel=1e-2)
+    assert (gradient(NWDLoss(), target.clone().requires_grad_(), target) == 0).all()
