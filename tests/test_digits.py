@@ -6,7 +6,7 @@ import json
 import digits
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 
 @pytest.fixture(scope="module")
@@ -59,3 +59,30 @@ def test_yolo_and_coco_agree(small):
 def test_train_and_validation_differ(small):
     images = {split: {p.read_bytes() for p in (small[0] / "images" / split).iterdir()} for split in ("train", "val")}
     assert not images["train"] & images["val"]
+
+
+def test_oriented_labels_frame_the_ink(tmp_path, monkeypatch):
+    """Four corners an object, of a rectangle that holds its ink: drawn on black, all the light is inside them."""
+    monkeypatch.setattr(digits, "IMAGES", {"train": 6, "val": 2})
+    monkeypatch.setattr(digits, "background", lambda rng: np.zeros((digits.SIZE, digits.SIZE, 3)))
+    monkeypatch.setenv("DETLOSS_PLUGINS_CACHE", str(tmp_path))
+    root = digits.build_digits(oriented=True)
+    assert root != digits.digits_dir()
+    angles = []
+    for number in range(6):
+        light = np.asarray(Image.open(root / "images" / "train" / f"{number:04d}.png"), dtype=float).sum(-1)
+        inside = Image.new("L", light.shape)
+        for line in np.loadtxt(root / "labels" / "train" / f"{number:04d}.txt", ndmin=2):
+            corners = line[1:].reshape(4, 2) * digits.SIZE
+            along, down = corners[1] - corners[0], corners[2] - corners[1]
+            # Labels are rounded to 1e-6 of the image: 1e-4 pixels on sides of 8 or more.
+            assert abs(along @ down) < 1e-4 * np.linalg.norm(along) * np.linalg.norm(down)
+            np.testing.assert_allclose(corners[3] - corners[0], down, atol=1e-3)
+            assert 0 <= corners.min()
+            assert corners.max() <= digits.SIZE
+            angles.append(np.degrees(np.arctan2(*along[::-1])))
+            ImageDraw.Draw(inside).polygon([tuple(corner) for corner in corners], fill=1)
+        assert (light * (np.asarray(inside) == 0)).sum() < 0.02 * light.sum()
+        assert np.asarray(inside).mean() < 0.7, "or everything is inside"
+    assert min(angles) < -30
+    assert max(angles) > 30

@@ -1,7 +1,8 @@
 """The embedded data set: scikit-learn's handwritten digits scattered over textured images, in YOLO and COCO layout.
 
 It exists so that a detector can be trained on two cores in two minutes with nothing downloaded. The glyphs of the
-training and the validation images are disjoint, and the same files come out on every machine.
+training and the validation images are disjoint, and the same files come out on every machine. Its oriented form has
+turned digits and labels of four corners, for Ultralytics' oriented-box task only.
 
 Run it to build the set and print its folder.
 """
@@ -22,10 +23,10 @@ IMAGES = {"train": 400, "val": 100}
 NAMES = [str(digit) for digit in range(10)]
 
 
-def digits_dir():
+def digits_dir(oriented=False):
     """The folder of the set, in ``$DETLOSS_PLUGINS_CACHE`` or ``~/.cache/detloss_plugins``; it may not exist yet."""
     cache = os.environ.get("DETLOSS_PLUGINS_CACHE") or Path.home() / ".cache" / "detloss_plugins"
-    return Path(cache) / f"digits-v{VERSION}"
+    return Path(cache) / f"{'oriented-' if oriented else ''}digits-v{VERSION}"
 
 
 def background(rng):
@@ -43,6 +44,15 @@ def glyph_mask(glyph, width, height):
     return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC), dtype=float) / 255
 
 
+def turned(mask, degrees):
+    """A mask turned counter-clockwise on a canvas that holds it, and its corners ``(4, 2)`` in pixels there."""
+    image = Image.fromarray((mask * 255).astype(np.uint8)).rotate(degrees, Image.Resampling.BICUBIC, expand=True)
+    height, width = mask.shape
+    sides = np.array([[-1, -1], [1, -1], [1, 1], [-1, 1]]) / 2 * (width, height)
+    cos, sin = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+    return np.asarray(image, dtype=float) / 255, sides @ np.array([[cos, -sin], [sin, cos]]) + np.array(image.size) / 2
+
+
 def overlap(box, others):
     """The largest share of ``box``, or of another box, that the two have in common."""
     shares = [0.0]
@@ -53,45 +63,58 @@ def overlap(box, others):
     return max(shares)
 
 
-def draw_image(rng, glyphs, digits):
-    """One image and its objects as ``(class, x, y, w, h)`` in pixels."""
-    image, objects = background(rng), []
+def draw_image(rng, glyphs, digits, oriented=False):
+    """One image, its objects as ``(class, x, y, w, h)`` in pixels, and their corners ``(4, 2)`` if they are turned."""
+    image, objects, corners = background(rng), [], []
     for _ in range(rng.integers(2, 7)):
         index = rng.integers(len(glyphs))
         height = int(np.exp(rng.uniform(np.log(16), np.log(64))))
         width = int(np.clip(height * np.exp(rng.uniform(-0.7, 0.3)), 8, 64))
+        mask = glyph_mask(glyphs[index], width, height)
+        if oriented:
+            mask, own_corners = turned(mask, rng.uniform(-85, 85))  # upside down, a 6 is a 9
+            height, width = mask.shape
         for _ in range(20):
             x, y = int(rng.integers(0, SIZE - width + 1)), int(rng.integers(0, SIZE - height + 1))
             if overlap((x, y, width, height), [o[1:] for o in objects]) < 0.25:
                 break
         else:
             continue
-        mask = glyph_mask(glyphs[index], width, height)[..., None]
+        mask = mask[..., None]
         colour = rng.uniform(170, 255, 3)
         patch = image[y : y + height, x : x + width]
         image[y : y + height, x : x + width] = patch * (1 - mask) + colour * mask
         objects.append((int(digits[index]), x, y, width, height))
-    return Image.fromarray(np.clip(image, 0, 255).astype(np.uint8)), objects
+        if oriented:
+            corners.append(own_corners + np.array([x, y]))
+    return Image.fromarray(np.clip(image, 0, 255).astype(np.uint8)), objects, corners
 
 
-def write_split(root, split, rng, glyphs, digits):
-    """Images, YOLO labels and the COCO annotation file of one split."""
+def write_split(root, split, rng, glyphs, digits, oriented):
+    """Images and labels of one split: YOLO's and the COCO annotation file, or YOLO's with corners."""
     images, annotations = [], []
     for folder in ("images", "labels"):
         (root / folder / split).mkdir(parents=True)
     for number in range(IMAGES[split]):
-        image, objects = draw_image(rng, glyphs, digits)
+        image, objects, corners = draw_image(rng, glyphs, digits, oriented)
         image.save(root / "images" / split / f"{number:04d}.png")
         lines = [
             f"{c} {(x + w / 2) / SIZE:.6f} {(y + h / 2) / SIZE:.6f} {w / SIZE:.6f} {h / SIZE:.6f}"
             for c, x, y, w, h in objects
         ]
+        if oriented:
+            lines = [
+                f"{c} " + " ".join(f"{value / SIZE:.6f}" for value in four.flat)
+                for (c, *_), four in zip(objects, corners, strict=True)
+            ]
         (root / "labels" / split / f"{number:04d}.txt").write_text("\n".join(lines) + "\n")
         images.append({"id": number, "file_name": f"{number:04d}.png", "width": SIZE, "height": SIZE})
         annotations += [
             {"image_id": number, "category_id": c, "bbox": [x, y, w, h], "area": w * h, "iscrowd": 0}
             for c, x, y, w, h in objects
         ]
+    if oriented:
+        return
     coco = {
         "images": images,
         "annotations": [{"id": i, **annotation} for i, annotation in enumerate(annotations, 1)],
@@ -101,13 +124,13 @@ def write_split(root, split, rng, glyphs, digits):
     (root / "annotations" / f"{split}.json").write_text(json.dumps(coco))
 
 
-def build_digits():
+def build_digits(oriented=False):
     """Write the set into the cache unless it is there; return its folder.
 
-    The folder holds ``digits.yaml`` (for Ultralytics), ``images/{train,val}``, ``labels/{train,val}`` and
-    ``annotations/{train,val}.json`` (COCO).
+    The folder holds ``digits.yaml`` (for Ultralytics), ``images/{train,val}``, ``labels/{train,val}`` and, unless the
+    digits are turned, ``annotations/{train,val}.json`` (COCO).
     """
-    root = digits_dir()
+    root = digits_dir(oriented)
     if root.exists():
         return root
     root.parent.mkdir(parents=True, exist_ok=True)
@@ -116,7 +139,7 @@ def build_digits():
     with tempfile.TemporaryDirectory(dir=root.parent) as folder:
         new = Path(folder) / "digits"
         for seed, (split, chosen) in enumerate({"train": ~is_val, "val": is_val}.items()):
-            write_split(new, split, np.random.default_rng(seed), data.images[chosen], data.target[chosen])
+            write_split(new, split, np.random.default_rng(seed), data.images[chosen], data.target[chosen], oriented)
         names = "".join(f"  {i}: '{name}'\n" for i, name in enumerate(NAMES))
         (new / "digits.yaml").write_text(f"path: {root}\ntrain: images/train\nval: images/val\nnames:\n{names}")
         try:
@@ -128,5 +151,6 @@ def build_digits():
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(description=__doc__).parse_args()
-    print(build_digits())
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--oriented", action="store_true", help="build the oriented form")
+    print(build_digits(parser.parse_args().oriented))

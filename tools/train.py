@@ -4,6 +4,7 @@
   tools/train.py configs/ultralytics/qfl.yaml       a .yaml of losses goes to Ultralytics
   tools/train.py configs/mmdetection/NAME.py        a .py config goes to mmengine's Runner
   tools/train.py --data data.yaml model=yolo11n.yaml epochs=50 cls.loss_weight=2
+  tools/train.py configs/ultralytics/obb.yaml model=yolov8n-obb.yaml      oriented boxes, here of turned digits
 
 KEY=VALUE overrides: for Ultralytics a training argument (epochs=3, resume=runs/x/weights/last.pt) or a setting of a
 slot's loss (box.type=CIoULoss); for mmengine a dotted config key (train_cfg.max_epochs=2).
@@ -73,10 +74,10 @@ def yolo_losses(config, overrides):
     return losses
 
 
-def yolo_data(data):
+def yolo_data(data, task):
     """Path of the data YAML and the training arguments that go with it."""
     if data is None:
-        return build_digits() / "digits.yaml", DIGITS_ARGS
+        return build_digits(oriented=task == "obb") / "digits.yaml", DIGITS_ARGS
     if data.is_dir():
         found = sorted([*data.glob("*.yaml"), *data.glob("*.yml")])
         if len(found) != 1:
@@ -93,10 +94,13 @@ def train_yolo(args):
 
     overrides = {key: yaml.safe_load(value) for key, value in args.overrides.items()}
     try:
-        trainer = make_trainer(yolo_losses(args.config, overrides))
-    except (TypeError, ValueError) as error:
+        losses = yolo_losses(args.config, overrides)
+        yolo = YOLO(overrides.get("resume") or overrides.get("model", "yolov8n.yaml"))
+        trainer = make_trainer(losses, yolo.task)
+        check_head(yolo.model, trainer.plugin_losses)
+    except (FileNotFoundError, TypeError, ValueError) as error:
         raise UsageError(error) from error
-    data, defaults = yolo_data(args.data)
+    data, defaults = yolo_data(args.data, yolo.task)
     place = args.work_dir or Path("runs") / args.config.stem
     settings = {
         "data": str(data),
@@ -107,14 +111,9 @@ def train_yolo(args):
         **defaults,
         **overrides,
     }
-    model = settings.pop("resume", None) or settings.pop("model", "yolov8n.yaml")
+    settings.pop("model", None)
     if "resume" in overrides:
         settings = {"resume": True}
-    try:
-        yolo = YOLO(model)
-        check_head(yolo.model, trainer.plugin_losses)
-    except (FileNotFoundError, ValueError) as error:
-        raise UsageError(error) from error
     try:
         metrics = yolo.train(trainer=trainer, **settings)
     except SyntaxError as error:  # how Ultralytics refuses an unknown argument
