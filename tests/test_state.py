@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from compare import registered
+from mmengine.dist import all_reduce_params
 
 from detloss_plugins.base import average_state
 
@@ -111,7 +112,10 @@ def rank_states(rank, folder):
         loss = make(cls)
         call(loss, seed=rank)
         if not cls.every_rank:
-            average_state(loss)  # what the adapters do in every step
+            hooked = copy.deepcopy(loss)
+            average_state(loss)  # what the Ultralytics adapter does in every step
+            all_reduce_params(hooked.buffers(), op="mean")  # what mmengine's SyncBuffersHook does after an epoch
+            assert same(state(loss), state(hooked))
         loss.eval()
         if rank == 0:
             call(loss, seed=9)  # validation on one rank must not wait for the other

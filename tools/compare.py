@@ -123,90 +123,128 @@ def load(path):
         return None
 
 
-def upstream_call(upstream, loss):
-    """``call(pred, target, **kwargs)`` for one counterpart, and whether it knows mmdet's whole contract."""
-    found, theirs = load(upstream.path), upstream.theirs
-    package = upstream.path.split(".")[0]
-    name = upstream.path.rsplit(".", 1)[1]
-
-    def mmdet(pred, target, **kwargs):
-        module = found(**theirs)
-        if name.startswith("GHM"):
-            return module(pred, target, **_label_weight(pred, target, kwargs))
-        if name == "SeesawLoss" and "weight" in kwargs:
-            kwargs = {**kwargs, "label_weights": kwargs["weight"]}
-            del kwargs["weight"]
-        if name == "QualityFocalLoss" and (theirs.get("activated") or target.dim() == 1):
-            target = _label_and_score(pred, target)
-        if name == "VarifocalLoss":
-            target = loss.prepare(pred, target)[1]
-        if name == "KnowledgeDistillationKLDivLoss":  # takes the teacher's logits and averages over the classes
-            return pred.shape[-1] * module(pred, loss.temperature * target.log(), **kwargs)
-        if "weight" in kwargs and loss.family == "classification" and loss.use_sigmoid and not loss.sums_classes:
-            kwargs = {**kwargs, "weight": kwargs["weight"].unsqueeze(-1)}  # theirs broadcasts as torch does
-        return module(pred, target, **kwargs)
-
-    def function(pred, target, reduction_override="mean"):
-        if name != "cross_entropy" and loss.family == "classification" and target.dim() < pred.dim():
-            target = loss.prepare(pred, target)[1]
-        if name == "kl_div":  # takes the model's logarithms
-            pred = pred.log_softmax(-1)
-        if not (name == "kl_div" or loss.sums_classes):
-            return found(pred, target, reduction=reduction_override, **theirs)
-        return reduce_rows(found(pred, target, reduction="none", **theirs).sum(-1), reduction_override)
-
-    def iou(pred, target, reduction_override="mean"):
-        return reduce_rows(1 - found(pred, target, **theirs).reshape(len(pred)), reduction_override)
-
-    def ultralytics_class(pred, target, reduction_override="sum"):
-        """They average over dim 1 and sum over the rest; ours is the sum."""
-        target = loss.prepare(pred, target)[1]
-        extra = {"label": (target > 0).to(pred.dtype)} if name == "VarifocalLoss" else {}
-        args = (pred, target, *extra.values())
-        return found(**theirs)(*args) * pred.shape[1]
-
-    def ultralytics_dfl(pred, target, reduction_override="mean"):
-        rows = found(pred.shape[-1])(pred, target.clone().unsqueeze(-1)).squeeze(-1)
-        return reduce_rows(rows, reduction_override)
-
-    if name == "EQLV2Loss":  # has one way only
-        return mmdet, {"mean"}
-    if name.startswith("GHM"):  # they have a normaliser always, which they refuse to combine with a sum
-        return mmdet, {"none", "mean", "weight", "weight, avg_factor", "weight (N, 4)"}
-    if name == "SeesawLoss":  # its class part leaves the rows of background out, and so cannot give its rows
-        return mmdet, {"mean", "sum", "weight", "weight, avg_factor", "weight, sum"}
-    if package == "mmdet":
-        return mmdet, None
-    if name == "DFLoss":
-        return ultralytics_dfl, {"none", "mean", "sum"}
-    if name in ("bbox_iou", "probiou"):
-        return iou, {"none", "mean", "sum"}
-    if package == "ultralytics":
-        return ultralytics_class, {"sum"}
-    return function, {"none", "mean", "sum"}
+def mmdet(found, theirs, loss, pred, target, kwargs):
+    """A class of mmdet's, under our own contract."""
+    if "weight" in kwargs and loss.family == "classification" and loss.use_sigmoid and not loss.sums_classes:
+        kwargs = {**kwargs, "weight": kwargs["weight"].unsqueeze(-1)}  # theirs broadcasts as torch does
+    return found(**theirs)(pred, target, **kwargs)
 
 
-def reduce_rows(rows, reduction):
-    """A plain reduction of one loss a row."""
-    return {"none": rows, "mean": rows.mean(), "sum": rows.sum()}[reduction]
-
-
-def _label_weight(pred, target, kwargs):
-    """The arguments of mmdet's GHM losses, which must have a weight, in the target's shape."""
+def mmdet_ghm(found, theirs, loss, pred, target, kwargs):
+    """They must have a weight, in the target's shape."""
     kwargs = dict(kwargs)
     weight = kwargs.pop("weight", torch.ones_like(pred))
     shape = target.shape
     if weight.shape != shape:
         weight = weight.reshape(len(pred), -1)[:, :1].expand(len(pred), shape[1:].numel()).reshape(shape)
-    return {"label_weight": weight, **kwargs}
+    return found(**theirs)(pred, target, label_weight=weight, **kwargs)
 
 
-def _label_and_score(pred, target):
-    """mmdet's tuple from class indices or from a dense target."""
+def mmdet_seesaw(found, theirs, loss, pred, target, kwargs):
+    """Another name for the weight."""
+    kwargs = {"label_weights" if name == "weight" else name: value for name, value in kwargs.items()}
+    return found(**theirs)(pred, target, **kwargs)
+
+
+def mmdet_quality(found, theirs, loss, pred, target, kwargs):
+    """It takes a (label, score) tuple for class indices, and for probabilities."""
     if target.dim() == 1:
-        return target, (target < pred.shape[-1]).to(pred.dtype)
-    score, label = target.max(-1)
-    return torch.where(score > 0, label, pred.shape[-1]), score
+        target = target, (target < pred.shape[-1]).to(pred.dtype)
+    elif theirs.get("activated"):
+        score, label = target.max(-1)
+        target = torch.where(score > 0, label, pred.shape[-1]), score
+    return mmdet(found, theirs, loss, pred, target, kwargs)
+
+
+def mmdet_varifocal(found, theirs, loss, pred, target, kwargs):
+    """It takes dense targets only."""
+    return mmdet(found, theirs, loss, pred, loss.prepare(pred, target)[1], kwargs)
+
+
+def mmdet_distillation(found, theirs, loss, pred, target, kwargs):
+    """It takes the teacher's logits and averages over the classes."""
+    return pred.shape[-1] * found(**theirs)(pred, loss.temperature * target.log(), **kwargs)
+
+
+def function(found, theirs, loss, pred, target, kwargs):
+    """A function of torch's or torchvision's, on dense targets."""
+    if loss.family == "classification" and target.dim() < pred.dim():
+        target = loss.prepare(pred, target)[1]
+    return indexed_function(found, theirs, loss, pred, target, kwargs)
+
+
+def indexed_function(found, theirs, loss, pred, target, kwargs):
+    """A function of torch's that takes class indices too."""
+    reduction = kwargs.get("reduction_override", "mean")
+    if loss.sums_classes:
+        return reduce_rows(found(pred, target, reduction="none", **theirs).sum(-1), reduction)
+    return found(pred, target, reduction=reduction, **theirs)
+
+
+def kl_div(found, theirs, loss, pred, target, kwargs):
+    """It takes the model's logarithms."""
+    rows = found(pred.log_softmax(-1), target, reduction="none", **theirs).sum(-1)
+    return reduce_rows(rows, kwargs.get("reduction_override", "mean"))
+
+
+def similarity(found, theirs, loss, pred, target, kwargs):
+    """A function that returns the similarity of boxes, not the loss."""
+    return reduce_rows(1 - found(pred, target, **theirs).reshape(len(pred)), kwargs.get("reduction_override", "mean"))
+
+
+def ultralytics(found, theirs, loss, pred, target, kwargs):
+    """They average over dim 1 and sum over the rest; ours is the sum."""
+    return found(**theirs)(pred, loss.prepare(pred, target)[1]) * pred.shape[1]
+
+
+def ultralytics_varifocal(found, theirs, loss, pred, target, kwargs):
+    """The same, with the label beside the quality."""
+    target = loss.prepare(pred, target)[1]
+    return found(**theirs)(pred, target, (target > 0).to(pred.dtype)) * pred.shape[1]
+
+
+def ultralytics_dfl(found, theirs, loss, pred, target, kwargs):
+    """It takes the number of bins, and changes its target."""
+    rows = found(pred.shape[-1])(pred, target.clone().unsqueeze(-1)).squeeze(-1)
+    return reduce_rows(rows, kwargs.get("reduction_override", "mean"))
+
+
+PLAIN = {"none", "mean", "sum"}
+# Package, or package and name where that is called otherwise: how to call it, and the ways that it knows (None: all).
+ADAPTERS = {
+    "mmdet": (mmdet, None),
+    "mmdet QualityFocalLoss": (mmdet_quality, None),
+    "mmdet VarifocalLoss": (mmdet_varifocal, None),
+    "mmdet KnowledgeDistillationKLDivLoss": (mmdet_distillation, None),
+    "mmdet EQLV2Loss": (mmdet, {"mean"}),
+    # They have a normaliser always, which they refuse to combine with a sum.
+    "mmdet GHMC": (mmdet_ghm, {"none", "mean", "weight", "weight, avg_factor"}),
+    "mmdet GHMR": (mmdet_ghm, {"none", "mean", "weight", "weight, avg_factor", "weight (N, 4)"}),
+    # Its class part leaves the rows of background out, and so cannot give its rows.
+    "mmdet SeesawLoss": (mmdet_seesaw, {"mean", "sum", "weight", "weight, avg_factor", "weight, sum"}),
+    "torch": (function, PLAIN),
+    "torch cross_entropy": (indexed_function, PLAIN),
+    "torch kl_div": (kl_div, PLAIN),
+    "torchvision": (function, PLAIN),
+    "ultralytics": (ultralytics, {"sum"}),
+    "ultralytics VarifocalLoss": (ultralytics_varifocal, {"sum"}),
+    "ultralytics DFLoss": (ultralytics_dfl, PLAIN),
+    "ultralytics bbox_iou": (similarity, PLAIN),
+    "ultralytics probiou": (similarity, PLAIN),
+}
+
+
+def upstream_call(upstream, loss):
+    """``call(pred, target, **kwargs)`` for one counterpart, and the ways of calling that it knows (None: all)."""
+    found = load(upstream.path)
+    package, *_, name = upstream.path.split(".")
+    adapt, known = ADAPTERS.get(f"{package} {name}") or ADAPTERS[package]
+    return lambda pred, target, **kwargs: adapt(found, upstream.theirs, loss, pred, target, kwargs), known
+
+
+def reduce_rows(rows, reduction):
+    """A plain reduction of one loss a row."""
+    return {"none": rows, "mean": rows.mean(), "sum": rows.sum()}[reduction]
 
 
 def value_and_gradient(call, pred, target, kwargs):

@@ -1,0 +1,337 @@
+"""Losses between rotated boxes ``(cx, cy, w, h, theta)``, each box read as a Gaussian.
+
+Its mean is the centre, its covariance ``S = R diag(k w^2, k h^2) R^T``, k = 1/4 or, for ProbIoU, 1/12. Hence
+``theta + pi`` and ``(h, w, theta + pi/2)`` are the same box, and the angle of a square has no gradient. Every distance
+is a sum of terms that are not negative, each zero for identical boxes: nothing cancels, and float32 keeps its accuracy.
+
+``eps`` is a share of the longest side of the two boxes, or of the gap between their centres where that is longer. A
+side shorter than that (none, or a negative one) counts as one of that length and gets no gradient.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from detloss_plugins.base import RotatedLoss, Upstream
+from detloss_plugins.registry import MODELS
+
+
+class _Box(NamedTuple):
+    """Long and short side ``(...)``, and the gap of the centres along the two."""
+
+    long: torch.Tensor
+    short: torch.Tensor
+    along: torch.Tensor
+    across: torch.Tensor
+
+
+class _Pair(NamedTuple):
+    """Two boxes in the unit ``scale``, their squared gap, and the angle between their long sides: all ``(...)``."""
+
+    pred: _Box
+    target: _Box
+    gap2: torch.Tensor
+    turn: torch.Tensor
+    scale: torch.Tensor
+
+
+def _pair(pred, target, eps):
+    gap = target[..., :2] - pred[..., :2]
+    longest = torch.maximum(pred[..., 2:4], target[..., 2:4]).amax(-1)
+    # The tiny bound is for twice the same point.
+    scale = torch.maximum(longest, gap.abs().amax(-1)).detach().clamp(min=torch.finfo(pred.dtype).tiny).unsqueeze(-1)
+    (p, tall_p), (t, tall_t) = (_box(boxes, gap / scale, scale, eps) for boxes in (pred, target))
+    turn = pred[..., 4] - target[..., 4]
+    turn = torch.where(tall_p ^ tall_t, turn + math.pi / 2, turn)
+    return _Pair(p, t, (gap / scale).square().sum(-1), turn, scale.squeeze(-1))
+
+
+def _box(boxes, gap, scale, eps):
+    """The box, and whether its long side is the height."""
+    w, h = (boxes[..., 2:4] / scale).clamp(min=eps).unbind(-1)
+    (x, y), cos, sin = gap.unbind(-1), boxes[..., 4].cos(), boxes[..., 4].sin()
+    sides, offsets = (w, h), (x * cos + y * sin, y * cos - x * sin)
+    tall = w < h  # not maximum and minimum, which would mix the gradients of a square's two sides
+    long, along = (torch.where(tall, b, a) for a, b in (sides, offsets))
+    short, across = (torch.where(tall, a, b) for a, b in (sides, offsets))
+    return _Box(long, short, along, across), tall
+
+
+def _area(box):
+    return box.long * box.short
+
+
+def _elongation(box):
+    return (box.long - box.short) * (box.long + box.short)
+
+
+def _skew(pair):
+    """``(sin turn)^2`` times the elongations: what the turn changes a trace or a determinant by."""
+    return pair.turn.sin().square() * _elongation(pair.pred) * _elongation(pair.target)
+
+
+def _mismatch(pair):
+    """``det M / sqrt(det S_p det S_t) - 1`` with ``M = (S_p + S_t) / 2``; zero for boxes of one shape."""
+    p, t = pair.pred, pair.target
+    along = (p.long - t.long).square() / (2 * p.long * t.long)
+    across = (p.short - t.short).square() / (2 * p.short * t.short)
+    return along + across + along * across + _skew(pair) / (4 * _area(p) * _area(t))
+
+
+def _adjugate_form(box, gap2):
+    """``gap^T adj(S) gap / k``; over ``k area^2`` it is the squared Mahalanobis distance."""
+    # Not by both offsets: so the angle of a square has no gradient to the last digit.
+    return box.short.square() * gap2 + _elongation(box) * box.across.square()
+
+
+def _sqrt(x):
+    """The square root, with no gradient where it would be infinite: at zero."""
+    vanishes = x <= torch.finfo(x.dtype).tiny  # false for NaN, which is not ours to hide
+    return torch.where(vanishes, 0.0, torch.where(vanishes, 1.0, x).sqrt())
+
+
+_FUNCTIONS = {"log1p": torch.log1p, "sqrt": _sqrt, "none": lambda distance: distance}
+
+
+def _settle(distance, fun, tau):
+    """``1 - 1 / (tau + fun(distance))``, or ``fun(distance)`` for ``tau=0``."""
+    value = _FUNCTIONS[fun](distance)
+    return 1 - 1 / (tau + value) if tau else value
+
+
+def _check_choice(loss, name, choices):
+    if getattr(loss, name) not in choices:
+        known = ", ".join(f'"{choice}"' for choice in choices)
+        raise ValueError(f"{name} of {type(loss).__name__} must be one of {known}, not {getattr(loss, name)!r}.")
+
+
+def _check_settle(loss):
+    _check_choice(loss, "fun", _FUNCTIONS)
+    if loss.tau != 0 and not loss.tau >= 1:
+        raise ValueError(f"tau of {type(loss).__name__} must be 0 or at least 1, but is {loss.tau}.")
+
+
+def probiou_loss(pred, target, *, mode="l1", floor=0.0, eps=1e-4):
+    """The Hellinger distance ``H = sqrt(1 - e^-B)`` (mode "l1") or the Bhattacharyya distance ``B`` ("l2") itself.
+
+    ``B = 1/8 gap^T M^-1 gap + 1/2 ln(det M / sqrt(det S_p det S_t))``, with ``M = (S_p + S_t) / 2`` and k = 1/12.
+
+    >>> pred, target = torch.tensor([0.0, 0, 2, 2, 0]), torch.tensor([2.0, 0, 2, 2, 0.7])
+    >>> probiou_loss(pred, target, mode="l2")  # S = M = I / 3: B = 1/8 * 2^2 * 3, and ln 1 = 0
+    tensor(1.5000)
+    >>> probiou_loss(pred, target)  # sqrt(1 - e^-1.5) = sqrt(1 - 0.22313)
+    tensor(0.8814)
+    """
+    if floor:
+        pred, target = (_grow(boxes, 12 * floor) for boxes in (pred, target))
+    pair = _pair(pred, target, eps)
+    p, t, mismatch = pair.pred, pair.target, _mismatch(pair)
+    gap = 3 * (_adjugate_form(p, pair.gap2) + _adjugate_form(t, pair.gap2)) / (4 * _area(p) * _area(t) * (1 + mismatch))
+    distance = gap + torch.log1p(mismatch) / 2
+    if mode == "l2":
+        return distance
+    # expm1 is exact for near boxes, but its gradient, computed from its value, is lost for far ones.
+    return _sqrt(torch.where(distance < 1, -torch.expm1(-distance), 1 - torch.exp(-distance)))
+
+
+def _grow(boxes, square):
+    """Boxes with ``square`` added to their squared sides."""
+    sides = (boxes[..., 2:4].clamp(min=0).square() + square).sqrt()
+    return torch.cat([boxes[..., :2], sides, boxes[..., 4:]], -1)
+
+
+@MODELS.register_module()
+class ProbIoULoss(RotatedLoss):
+    """Llerena et al., Gaussian Bounding Boxes and Probabilistic Intersection-over-Union, 2021.
+
+    Zero for identical boxes. Mode "l1" is at most 1 and saturates: squares 3 sides apart keep 5 millionths of the
+    gradient that they have when close, 9 sides apart none in float32. "l2" is unbounded and does not: use it where
+    boxes start far apart.
+
+    Args:
+        mode: "l1" or "l2".
+        floor: added to ``w^2 / 12`` and ``h^2 / 12`` of both boxes, in their squared unit. It bounds the gradient of
+            boxes smaller than that unit, and the loss is scale-invariant no more. Ultralytics trains with 0.01, in
+            stride units.
+        eps: the shortest side, as a share of the longest of both boxes or of the gap between their centres.
+
+    Raises:
+        ValueError: if ``mode`` is not "l1" or "l2", or ``floor`` is negative.
+    """
+
+    fn = staticmethod(probiou_loss)
+    paper = "https://arxiv.org/abs/2106.06072"
+    upstream = tuple(
+        Upstream("ultralytics.utils.metrics.probiou", {"floor": floor}, {"floor": floor}) for floor in (0.0, 0.01)
+    )
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        _check_choice(self, "mode", ("l1", "l2"))
+        if self.floor < 0:
+            raise ValueError(f"floor of ProbIoULoss must not be negative, but is {self.floor}.")
+
+
+def gwd_loss(pred, target, *, fun="log1p", tau=2.0, normalize=False, eps=1e-4):
+    """``1 - 1 / (tau + fun(d^2))`` of the Wasserstein distance d of the Gaussians, k = 1/4.
+
+    ``d^2 = |gap|^2 + tr S_p + tr S_t - 2 tr((S_p^1/2 S_t S_p^1/2)^1/2)``. With ``normalize`` it is
+    ``d / (w_p h_p w_t h_t)^(1/4)`` in place of ``d^2``: the distance over the geometric mean of the sides.
+
+    >>> pred, target = torch.tensor([0.0, 0, 4, 2, 0]), torch.tensor([1.0, 0, 6, 2, 0])
+    >>> gwd_loss(pred, target)  # axes in line: d^2 = 1 + (6 - 4)^2 / 4 = 2; 1 - 1 / (2 + ln 3)
+    tensor(0.6773)
+    """
+    pair = _pair(pred, target, eps)
+    p, t = pair.pred, pair.target
+    # The last trace is half the hypotenuse of these two, the first its value for axes in line.
+    straight, crossed = p.long * t.long + p.short * t.short, p.long * t.short + p.short * t.long
+    trace = ((straight * pair.turn.cos()).square() + (crossed * pair.turn.sin()).square()).sqrt()
+    sides = (p.long - t.long).square() + (p.short - t.short).square()
+    distance2 = pair.gap2 + (sides + 2 * _skew(pair) / (straight + trace)) / 4
+    if normalize:
+        return _settle(_sqrt(distance2) / (_area(p) * _area(t)).pow(1 / 4), fun, tau)
+    return _settle(pair.scale.square() * distance2, fun, tau)
+
+
+@MODELS.register_module()
+class GWDLoss(RotatedLoss):
+    """Yang et al., Rethinking Rotated Object Detection with Gaussian Wasserstein Distance Loss, 2021.
+
+    The minimum, for identical boxes, is ``1 - 1 / tau`` (0 for ``tau=0``), the bound 1. ``d^2`` has the squared unit of
+    the boxes, and the loss is meant for pixels; with ``normalize`` it is scale-invariant. mmrotate's
+    ``GDLoss("gwd")`` is ``normalize=True, tau=0``, its ``GDLoss_v1("gwd")`` is ``fun="sqrt", tau=1``.
+
+    Args:
+        fun: "log1p", "sqrt" or "none", on the distance.
+        tau: at least 1, or 0 for ``fun(d^2)`` itself, without a bound.
+        normalize: divide the distance by the size of the boxes.
+        eps: the shortest side, as a share of the longest of both boxes or of the gap between their centres.
+
+    Raises:
+        ValueError: if ``fun`` is unknown or ``tau`` is neither 0 nor at least 1.
+    """
+
+    fn = staticmethod(gwd_loss)
+    paper = "https://arxiv.org/abs/2101.11952"
+    minimum = 0.5
+    scale_invariant = False
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        _check_settle(self)
+
+
+def kld_loss(pred, target, *, direction="pred||target", fun="log1p", tau=1.0, root=False, factor=1.0, eps=1e-4):
+    """``1 - 1 / (tau + fun(KL))`` of the Kullback-Leibler divergence of the Gaussians, k = 1/4.
+
+    ``KL(a || b) = 1/2 gap^T S_b^-1 gap + 1/2 tr(S_b^-1 S_a) + 1/2 ln(det S_b / det S_a) - 1``, times ``factor``; with
+    ``root`` the square root of that, before ``fun``.
+
+    >>> pred, target = torch.tensor([0.0, 0, 4, 2, 0]), torch.tensor([1.0, 0, 4, 2, 0])
+    >>> kld_loss(pred, target)  # S = diag(4, 1): KL = 1/2 * 1^2 / 4 = 1/8; 1 - 1 / (1 + ln 9/8)
+    tensor(0.1054)
+    """
+    pair = _pair(pred, target, eps)
+    a, b = (pair.pred, pair.target) if direction == "pred||target" else (pair.target, pair.pred)
+    gap = (4 * _adjugate_form(b, pair.gap2) + _skew(pair)) / (2 * _area(b).square())
+    divergence = factor * (gap + _side_divergence(a.long, b.long) + _side_divergence(a.short, b.short))
+    return _settle(_sqrt(divergence) if root else divergence, fun, tau)
+
+
+def _side_divergence(a, b):
+    """``(r^2 - 1) / 2 - ln r`` for the ratio r of two sides."""
+    excess = (a - b) / b
+    return excess + excess.square() / 2 - torch.log1p(excess)
+
+
+@MODELS.register_module()
+class KLDLoss(RotatedLoss):
+    """Yang et al., Learning High-Precision Bounding Box via Kullback-Leibler Divergence, 2021.
+
+    The minimum, for identical boxes, is ``1 - 1 / tau`` (0 for ``tau=0``), the bound 1. mmrotate's ``GDLoss("kld")`` is
+    ``direction="target||pred", root=True, tau=0``; its ``GDLoss_v1("kld", fun="log1p")`` has ``factor=2``, for it
+    leaves the 1/2 out.
+
+    Args:
+        direction: "pred||target" or "target||pred"; the second is what the authors' code and GDLoss compute.
+        fun: "log1p", "sqrt" or "none", on the divergence.
+        tau: at least 1, or 0 for ``fun(KL)`` itself, without a bound.
+        root: take the square root first.
+        factor: of the divergence.
+        eps: the shortest side, as a share of the longest of both boxes or of the gap between their centres.
+
+    Raises:
+        ValueError: if ``direction`` or ``fun`` is unknown, or ``tau`` is neither 0 nor at least 1.
+    """
+
+    fn = staticmethod(kld_loss)
+    paper = "https://arxiv.org/abs/2106.01883"
+    symmetric = False
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        _check_settle(self)
+        _check_choice(self, "direction", ("pred||target", "target||pred"))
+
+
+def kfiou_loss(pred, target, *, mode="linear", center_weight=1.0, eps=1e-4):
+    """``1 - KFIoU`` (mode "linear"), ``-ln KFIoU`` ("log") or ``e^(1 - KFIoU) - 1`` ("exp"), plus the centres' term.
+
+    ``KFIoU = V / (V_p + V_t - V)`` with the boxes' areas and the area V of the Gaussians' product, whose covariance is
+    ``S_p (S_p + S_t)^-1 S_t``, k = 1/4. The centres' term is ``center_weight`` times the smooth L1 (beta = 1/9) of the
+    gap along the target's sides, each offset over its side.
+
+    >>> pred, target = torch.tensor([0.0, 0, 2, 2, 0.7]), torch.tensor([1.0, 0, 4, 2, 0])
+    >>> kfiou_loss(pred, target, center_weight=0)  # V = 4 * 8 / sqrt((4 + 16)(4 + 4)) = 2.5298; 1 - V / (12 - V)
+    tensor(0.7329)
+    >>> kfiou_loss(pred, target)  # an offset of 1/4: + 1/4 - 1/18
+    tensor(0.9273)
+    """
+    pair = _pair(pred, target, eps)
+    t, (a, b) = pair.target, (_area(pair.pred), _area(pair.target))
+    overlap = (a * b / (1 + _mismatch(pair))).sqrt() / 2
+    kfiou = overlap / (a + b - overlap)
+    loss = {"linear": 1 - kfiou, "log": -kfiou.log(), "exp": torch.expm1(1 - kfiou)}[mode]
+    if not center_weight:
+        return loss
+    offset = torch.stack([t.along / t.long, t.across / t.short], -1)
+    center = F.smooth_l1_loss(offset, torch.zeros_like(offset), reduction="none", beta=1 / 9).sum(-1)
+    return loss + center_weight * center
+
+
+@MODELS.register_module()
+class KFIoULoss(RotatedLoss):
+    """Yang et al., The KFIoU Loss for Rotated Object Detection, 2022.
+
+    KFIoU compares shapes only: it is the same wherever the centres are, so the paper adds a loss on the centres. Here
+    that is on the offsets that a rotated box coder with the target as its anchor would give: the loss needs nothing but
+    the boxes, and moves centres too. KFIoU is at most 1/3: identical boxes give the minimum, 2/3 (mode "linear"),
+    ln 3 = 1.0986 ("log") or e^(2/3) - 1 = 0.9477 ("exp").
+
+    Args:
+        mode: "linear", "log" or "exp".
+        center_weight: 0 for the plain form, whose centres another loss must move: mmrotate's ``kfiou_loss`` where its
+            offsets are zero. The plain form is symmetric in the two boxes.
+        eps: the shortest side, as a share of the longest of both boxes or of the gap between their centres.
+
+    Raises:
+        ValueError: if ``mode`` is unknown or ``center_weight`` negative.
+    """
+
+    fn = staticmethod(kfiou_loss)
+    paper = "https://arxiv.org/abs/2201.12558"
+    minimum = 2 / 3
+    symmetric = False
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        _check_choice(self, "mode", ("linear", "log", "exp"))
+        if self.center_weight < 0:
+            raise ValueError(f"center_weight of KFIoULoss must not be negative, but is {self.center_weight}.")
+
+
+# What is defined here is public; a new loss is exported by being here.
+__all__ = [k for k, v in list(globals().items()) if getattr(v, "__module__", "") == __name__ and k[0] != "_"]
