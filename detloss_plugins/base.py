@@ -4,7 +4,7 @@ A family says what pred and target look like and how to sample them for a test.
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import ClassVar, NamedTuple
 
@@ -22,6 +22,34 @@ class Upstream(NamedTuple):
     theirs: Mapping = MappingProxyType({})
     differs: str = ""  # why the two are *not* the same loss although they share a name; empty: they must agree
     at: tuple = ()  # the boxes (pred, target), in float32, on which they differ; empty: on any
+
+
+class Rule(NamedTuple):
+    """Which values a hyper-parameter may have."""
+
+    words: str
+    holds: Callable
+
+
+def rules(**rules):
+    """What a class states as ``allowed``."""
+    return MappingProxyType(rules)
+
+
+def at_least(low):
+    """Numbers from ``low`` on."""
+    return Rule(f"at least {low}", lambda value: value >= low)
+
+
+def above(low):
+    """Numbers greater than ``low``."""
+    return Rule(f"above {low}", lambda value: value > low)
+
+
+def one_of(*choices):
+    """Any of these."""
+    words = [f'"{choice}"' if isinstance(choice, str) else str(choice) for choice in choices]
+    return Rule(f"{', '.join(words[:-1])} or {words[-1]}", lambda value: value in choices)
 
 
 def float32(tensor):
@@ -47,6 +75,7 @@ class Loss(nn.Module):
     Raises:
         TypeError: for an unknown hyper-parameter (the message lists the accepted ones), or a string where a number is
             expected and the reverse.
+        ValueError: for a value that the class does not allow.
     """
 
     fn: ClassVar
@@ -61,6 +90,7 @@ class Loss(nn.Module):
     self_normalized: ClassVar[bool] = False  # True: "mean" has a normaliser of its own, whatever avg_factor says
     yolo_gain: ClassVar[float] = 1.0  # default loss_weight in a slot of the Ultralytics adapter
     hyper: ClassVar[tuple[str, ...]] = ()
+    allowed: ClassVar[Mapping[str, Rule]] = rules()  # values of hyper-parameters
     inputs: ClassVar[tuple[str, ...]] = ()  # keyword-only arguments of fn that the class computes: its state
     example: ClassVar[Mapping] = MappingProxyType({})  # settings that suit the sample where the defaults do not
 
@@ -95,7 +125,15 @@ class Loss(nn.Module):
                     f"{name}={value!r} of {type(self).__name__} has the wrong type; the default is {accepted[name]}."
                 )
             setattr(self, name, value)
+        for name, rule in self.allowed.items():
+            self.check(name, rule)
         self.reduction = check_reduction(reduction)
+
+    def check(self, name, rule):
+        """Raise ``ValueError`` if a setting breaks a rule."""
+        value = getattr(self, name)
+        if not rule.holds(value):
+            raise ValueError(f"{name} of {type(self).__name__} must be {rule.words}, not {value!r}.")
 
     def extra_repr(self):
         """The settings that differ from the defaults."""
@@ -347,13 +385,12 @@ class RegionLoss(Loss):
         activate: False if ``pred`` is a probability already, as QueryInst's and decoupled SOLO's heads give it.
 
     Raises:
-        ValueError: if ``use_sigmoid`` is False and ``activate`` is not, a hyper-parameter in ``not_negative`` is
-            negative, the shapes differ or have no pixels' dimension.
+        ValueError: if ``use_sigmoid`` is False and ``activate`` is not, or the shapes differ or have no pixels'
+            dimension.
     """
 
     family = "region"
     bounds = (0.0, 1.0)
-    not_negative: ClassVar[tuple[str, ...]] = ()  # hyper-parameters
 
     def __init__(self, *, use_sigmoid=True, activate=True, **kwargs):
         if activate and not use_sigmoid:
@@ -363,9 +400,6 @@ class RegionLoss(Loss):
             )
         super().__init__(**kwargs)
         self.use_sigmoid, self.activate = use_sigmoid, activate
-        for name in self.not_negative:
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} of {type(self).__name__} must not be negative, but is {getattr(self, name)}.")
 
     def prepare(self, pred, target):
         if pred.shape != target.shape or pred.dim() < 2:

@@ -67,6 +67,12 @@ def test_string_where_a_number_belongs(loss_cls):
         loss_cls(loss_weight="2")
 
 
+def test_a_value_that_is_not_allowed(loss_cls):
+    for name in loss_cls.allowed:
+        with pytest.raises((ValueError, TypeError), match=name):
+            loss_cls.make(**{name: float("nan")})
+
+
 def test_bounds(loss_cls, device):
     for loss in variants(loss_cls):
         value = loss(*sample_for(loss, device, 500, torch.float64), reduction_override="none")

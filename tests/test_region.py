@@ -236,10 +236,10 @@ def test_a_step_down_the_gradient_lowers_the_loss(cfg):
     ("cfg", "words"),
     [
         ({"type": "DiceLoss", "use_sigmoid": False}, "use_sigmoid=True, or activate=False"),
-        ({"type": "DiceLoss", "eps": -1.0}, "eps of DiceLoss must not be negative"),
-        ({"type": "JaccardLoss", "smooth": -1.0}, "smooth of JaccardLoss must not be negative"),
-        ({"type": "TverskyLoss", "alpha": -0.1}, "alpha of TverskyLoss must not be negative"),
-        ({"type": "TverskyLoss", "gamma": 0.0}, "gamma of TverskyLoss must be positive"),
+        ({"type": "DiceLoss", "eps": -1.0}, "eps of DiceLoss must be at least 0"),
+        ({"type": "JaccardLoss", "smooth": -1.0}, "smooth of JaccardLoss must be at least 0"),
+        ({"type": "TverskyLoss", "alpha": -0.1}, "alpha of TverskyLoss must be at least 0"),
+        ({"type": "TverskyLoss", "gamma": 0.0}, "gamma of TverskyLoss must be above 0"),
     ],
     ids=str,
 )

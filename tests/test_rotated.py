@@ -355,14 +355,14 @@ def test_weight_of_five_columns(rows):
 
 
 WRONG = [
-    ({"type": "ProbIoULoss", "mode": "L1"}, '"l1", "l2", not \'L1\''),
-    ({"type": "ProbIoULoss", "floor": -1.0}, "must not be negative"),
-    ({"type": "GWDLoss", "fun": "log"}, '"log1p", "sqrt", "none", not \'log\''),
-    ({"type": "GWDLoss", "tau": 0.5}, "0 or at least 1, but is 0.5"),
-    ({"type": "KLDLoss", "direction": "both"}, r'"pred\|\|target", "target\|\|pred", not'),
+    ({"type": "ProbIoULoss", "mode": "L1"}, '"l1" or "l2", not \'L1\''),
+    ({"type": "ProbIoULoss", "floor": -1.0}, "at least 0"),
+    ({"type": "GWDLoss", "fun": "log"}, '"log1p", "sqrt" or "none", not \'log\''),
+    ({"type": "GWDLoss", "tau": 0.5}, "0 or at least 1, not 0.5"),
+    ({"type": "KLDLoss", "direction": "both"}, r'"pred\|\|target" or "target\|\|pred", not'),
     ({"type": "KLDLoss", "tau": -1.0}, "0 or at least 1"),
-    ({"type": "KFIoULoss", "mode": "ln"}, '"linear", "log", "exp", not'),
-    ({"type": "KFIoULoss", "center_weight": -1.0}, "must not be negative"),
+    ({"type": "KFIoULoss", "mode": "ln"}, '"linear", "log" or "exp", not'),
+    ({"type": "KFIoULoss", "center_weight": -1.0}, "at least 0"),
 ]
 
 

@@ -10,7 +10,7 @@ from types import MappingProxyType
 import torch
 import torch.nn.functional as F
 
-from detloss_plugins.base import ClassificationLoss, RegressionLoss, Upstream, rank_mean
+from detloss_plugins.base import ClassificationLoss, RegressionLoss, Rule, Upstream, rank_mean
 from detloss_plugins.reduction import apply_weight, check_reduction, reduce
 from detloss_plugins.registry import MODELS, build_loss
 
@@ -67,9 +67,8 @@ class _Harmonised:
     self_normalized = True
 
     def _init_state(self, momentum):
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum of {type(self).__name__} must be in [0, 1), not {momentum}.")
         self.momentum = momentum
+        self.check("momentum", Rule("in [0, 1)", lambda value: 0 <= value < 1))
         # None keeps a loss without a moving average free of state, as mmdet's.
         self.register_buffer("acc_sum", torch.zeros(self.bins, dtype=torch.float64) if momentum else None)
 

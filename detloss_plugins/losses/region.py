@@ -7,7 +7,7 @@ the ``1 - right / all`` of the papers without its cancellation near a perfect ma
 
 import torch
 
-from detloss_plugins.base import RegionLoss, Upstream
+from detloss_plugins.base import RegionLoss, Upstream, above, at_least, rules
 from detloss_plugins.geometry import power, ratio
 from detloss_plugins.registry import MODELS
 
@@ -68,7 +68,7 @@ class DiceLoss(RegionLoss):
         Upstream("mmdet.models.losses.DiceLoss", {"naive_dice": True}, {"naive_dice": True}),
         Upstream("mmdet.models.losses.DiceLoss", {"naive_dice": True, "eps": 1.0}, {"naive_dice": True, "eps": 1.0}),
     )
-    not_negative = ("eps",)
+    allowed = rules(eps=at_least(0))
 
 
 def jaccard_loss(pred, target, *, smooth=0.0):
@@ -101,7 +101,7 @@ class JaccardLoss(RegionLoss):
 
     fn = staticmethod(jaccard_loss)
     paper = "https://doi.org/10.1007/978-3-319-50835-1_22"
-    not_negative = ("smooth",)
+    allowed = rules(smooth=at_least(0))
 
 
 def tversky_loss(pred, target, *, alpha=0.3, beta=0.7, gamma=1.0):
@@ -139,12 +139,7 @@ class TverskyLoss(RegionLoss):
 
     fn = staticmethod(tversky_loss)
     paper = "https://arxiv.org/abs/1706.05721"
-    not_negative = ("alpha", "beta")
-
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        if self.gamma <= 0:
-            raise ValueError(f"gamma of TverskyLoss must be positive, but is {self.gamma}.")
+    allowed = rules(alpha=at_least(0), beta=at_least(0), gamma=above(0))
 
 
 # What is defined here is public; a new loss is exported by being here.

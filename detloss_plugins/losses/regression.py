@@ -5,7 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from detloss_plugins.base import RegressionLoss, Upstream
+from detloss_plugins.base import RegressionLoss, Upstream, above, at_least, rules
 from detloss_plugins.reduction import check_reduction, reduce
 from detloss_plugins.registry import MODELS
 
@@ -100,16 +100,12 @@ class SmoothL1Loss(RegressionLoss):
 
     fn = staticmethod(smooth_l1_loss)
     paper = "https://arxiv.org/abs/1504.08083"
+    allowed = rules(beta=at_least(0))
     upstream = tuple(
         Upstream(path, {"beta": beta}, {"beta": beta})
         for path in ("torch.nn.functional.smooth_l1_loss", "mmdet.models.losses.SmoothL1Loss")
         for beta in (1.0, 1 / 9)
     )
-
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        if self.beta < 0:
-            raise ValueError(f"beta of SmoothL1Loss must not be negative, but is {self.beta}.")
 
 
 def huber_loss(pred, target, *, delta=1.0):
@@ -132,16 +128,12 @@ class HuberLoss(RegressionLoss):
     """
 
     fn = staticmethod(huber_loss)
+    allowed = rules(delta=above(0))
     upstream = (
         Upstream("torch.nn.functional.huber_loss"),
         Upstream("torch.nn.functional.huber_loss", {"delta": 0.5}, {"delta": 0.5}),
         Upstream("mmdet.models.losses.SmoothL1Loss", {"delta": 0.5}, {"beta": 0.5, "loss_weight": 0.5}),
     )
-
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        if self.delta <= 0:
-            raise ValueError(f"delta of HuberLoss must be positive, but is {self.delta}.")
 
 
 def balanced_l1_loss(pred, target, *, alpha=0.5, gamma=1.5, beta=1.0, upstream_form=False):
@@ -178,6 +170,7 @@ class BalancedL1Loss(RegressionLoss):
 
     fn = staticmethod(balanced_l1_loss)
     paper = "https://arxiv.org/abs/1904.02701"
+    allowed = rules(alpha=above(0), gamma=above(0), beta=above(0))
     upstream = (
         Upstream("mmdet.models.losses.BalancedL1Loss"),
         Upstream("mmdet.models.losses.BalancedL1Loss", {"upstream_form": True, "beta": 0.11}, {"beta": 0.11}),
@@ -188,12 +181,6 @@ class BalancedL1Loss(RegressionLoss):
             differs="mmdet's form for beta != 1 has a kink at zero; upstream_form=True gives it",
         ),
     )
-
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        for name in ("alpha", "gamma", "beta"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} of BalancedL1Loss must be positive, but is {getattr(self, name)}.")
 
 
 # What is defined here is public; a new loss is exported by being here.

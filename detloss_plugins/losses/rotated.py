@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from detloss_plugins.base import RotatedLoss, Upstream
+from detloss_plugins.base import RotatedLoss, Rule, Upstream, at_least, one_of, rules
 from detloss_plugins.registry import MODELS
 
 
@@ -101,16 +101,7 @@ def _settle(distance, fun, tau):
     return 1 - 1 / (tau + value) if tau else value
 
 
-def _check_choice(loss, name, choices):
-    if getattr(loss, name) not in choices:
-        known = ", ".join(f'"{choice}"' for choice in choices)
-        raise ValueError(f"{name} of {type(loss).__name__} must be one of {known}, not {getattr(loss, name)!r}.")
-
-
-def _check_settle(loss):
-    _check_choice(loss, "fun", _FUNCTIONS)
-    if loss.tau != 0 and not loss.tau >= 1:
-        raise ValueError(f"tau of {type(loss).__name__} must be 0 or at least 1, but is {loss.tau}.")
+_SETTLE = {"fun": one_of(*_FUNCTIONS), "tau": Rule("0 or at least 1", lambda tau: tau == 0 or tau >= 1)}
 
 
 def probiou_loss(pred, target, *, mode="l1", floor=0.0, eps=1e-4):
@@ -163,15 +154,10 @@ class ProbIoULoss(RotatedLoss):
 
     fn = staticmethod(probiou_loss)
     paper = "https://arxiv.org/abs/2106.06072"
+    allowed = rules(mode=one_of("l1", "l2"), floor=at_least(0))
     upstream = tuple(
         Upstream("ultralytics.utils.metrics.probiou", {"floor": floor}, {"floor": floor}) for floor in (0.0, 0.01)
     )
-
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        _check_choice(self, "mode", ("l1", "l2"))
-        if self.floor < 0:
-            raise ValueError(f"floor of ProbIoULoss must not be negative, but is {self.floor}.")
 
 
 def gwd_loss(pred, target, *, fun="log1p", tau=2.0, normalize=False, eps=1e-4):
@@ -216,12 +202,9 @@ class GWDLoss(RotatedLoss):
 
     fn = staticmethod(gwd_loss)
     paper = "https://arxiv.org/abs/2101.11952"
+    allowed = rules(**_SETTLE)
     minimum = 0.5
     scale_invariant = False
-
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        _check_settle(self)
 
 
 def kld_loss(pred, target, *, direction="pred||target", fun="log1p", tau=1.0, root=False, factor=1.0, eps=1e-4):
@@ -269,12 +252,8 @@ class KLDLoss(RotatedLoss):
 
     fn = staticmethod(kld_loss)
     paper = "https://arxiv.org/abs/2106.01883"
+    allowed = rules(**_SETTLE, direction=one_of("pred||target", "target||pred"))
     symmetric = False
-
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        _check_settle(self)
-        _check_choice(self, "direction", ("pred||target", "target||pred"))
 
 
 def kfiou_loss(pred, target, *, mode="linear", center_weight=1.0, eps=1e-4):
@@ -323,14 +302,9 @@ class KFIoULoss(RotatedLoss):
 
     fn = staticmethod(kfiou_loss)
     paper = "https://arxiv.org/abs/2201.12558"
+    allowed = rules(mode=one_of("linear", "log", "exp"), center_weight=at_least(0))
     minimum = 2 / 3
     symmetric = False
-
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        _check_choice(self, "mode", ("linear", "log", "exp"))
-        if self.center_weight < 0:
-            raise ValueError(f"center_weight of KFIoULoss must not be negative, but is {self.center_weight}.")
 
 
 # What is defined here is public; a new loss is exported by being here.

@@ -5,7 +5,7 @@ from types import MappingProxyType
 import torch
 import torch.nn.functional as F
 
-from detloss_plugins.base import BoxLoss, Upstream
+from detloss_plugins.base import BoxLoss, Upstream, above, one_of, rules
 from detloss_plugins.geometry import Pair, area, center, ratio, wh
 from detloss_plugins.registry import MODELS
 
@@ -90,14 +90,10 @@ class PowerfulIoULoss(BoxLoss):
 
     fn = staticmethod(powerful_iou_loss)
     paper = "https://www.sciencedirect.com/science/article/pii/S0893608023006640"
+    allowed = rules(version=one_of(1, 2))
     bounds = (0.0, 2.0)
     symmetric = False
     attracts = True
-
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        if self.version not in (1, 2):
-            raise ValueError(f"version of PowerfulIoULoss is 1 or 2, not {self.version!r}.")
 
 
 def nwd_loss(pred, target, *, constant=12.8):
@@ -129,14 +125,10 @@ class NWDLoss(BoxLoss):
 
     fn = staticmethod(nwd_loss)
     paper = "https://arxiv.org/abs/2110.13389"
+    allowed = rules(constant=above(0))
     bounds = (0.0, 1.0)
     scale_invariant = False
     attracts = True
-
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        if self.constant <= 0:
-            raise ValueError(f"constant of NWDLoss must be above 0, not {self.constant}.")
 
 
 def bounded_iou_loss(pred, target, *, beta=0.2, eps=1e-3):
@@ -171,6 +163,7 @@ class BoundedIoULoss(BoxLoss):
 
     fn = staticmethod(bounded_iou_loss)
     paper = "https://arxiv.org/abs/1711.00164"
+    allowed = rules(beta=above(0), eps=above(0))
     symmetric = False
     scale_invariant = False
     values_per_box = 4
@@ -208,14 +201,10 @@ class ExtendedIoULoss(BoxLoss):
 
     fn = staticmethod(extended_iou_loss)
     paper = "https://ieeexplore.ieee.org/document/9429909"
+    allowed = rules(smooth_point=above(0))
     bounds = (0.0, 2.0)
     attracts = True
     upstream = (Upstream("mmdet.models.losses.EIoULoss"),)
-
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        if self.smooth_point <= 0:
-            raise ValueError(f"smooth_point of ExtendedIoULoss must be above 0, not {self.smooth_point}.")
 
 
 # What is defined here is public; a new loss is exported by being here.

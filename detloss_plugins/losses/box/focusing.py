@@ -4,7 +4,7 @@ from types import MappingProxyType
 
 import torch
 
-from detloss_plugins.base import BoxLoss
+from detloss_plugins.base import BoxLoss, Rule, above, one_of, rules
 from detloss_plugins.geometry import Pair, resized
 from detloss_plugins.losses.box.iou import ciou_loss
 from detloss_plugins.reduction import apply_weight
@@ -51,16 +51,14 @@ class WIoULoss(BoxLoss):
     fn = staticmethod(wiou_loss)
     inputs = ("mean",)
     paper = "https://arxiv.org/abs/2301.10051"
+    allowed = rules(version=one_of(1, 2, 3))
     true_gradient = False
     attracts = True
 
     def __init__(self, *, momentum=0.01, **kwargs):
         super().__init__(**kwargs)
-        if self.version not in (1, 2, 3):
-            raise ValueError(f"version of WIoULoss is 1, 2 or 3, not {self.version!r}.")
-        if not 0 < momentum <= 1:
-            raise ValueError(f"momentum of WIoULoss must be in (0, 1], not {momentum}.")
         self.momentum = momentum
+        self.check("momentum", Rule("in (0, 1]", lambda value: 0 < value <= 1))
         self.register_buffer("mean", torch.tensor(1.0) if self.version > 1 else None)
 
     @torch.no_grad()
@@ -154,11 +152,7 @@ class InnerIoULoss(_OverABase):
 
     fn = staticmethod(inner_iou_loss)
     paper = "https://arxiv.org/abs/2311.02877"
-
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        if self.ratio <= 0:
-            raise ValueError(f"ratio of InnerIoULoss must be above 0, not {self.ratio}.")
+    allowed = rules(ratio=above(0))
 
 
 @MODELS.register_module()
@@ -175,11 +169,11 @@ class FocalerIoULoss(_OverABase):
 
     fn = staticmethod(focaler_iou_loss)
     paper = "https://arxiv.org/abs/2401.10525"
+    allowed = rules(u=Rule("in (0, 1]", lambda u: 0 < u <= 1))
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        if not 0 <= self.d < self.u <= 1:
-            raise ValueError(f"FocalerIoULoss needs 0 <= d < u <= 1, not d={self.d} and u={self.u}.")
+        self.check("d", Rule(f"at least 0 and below u={self.u}", lambda d: 0 <= d < self.u))
 
 
 # What is defined here is public; a new loss is exported by being here.

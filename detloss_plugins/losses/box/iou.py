@@ -2,7 +2,7 @@
 
 import torch
 
-from detloss_plugins.base import BoxLoss, Upstream
+from detloss_plugins.base import BoxLoss, Rule, Upstream, above, at_least, one_of, rules
 from detloss_plugins.geometry import Pair, power, wh
 from detloss_plugins.registry import MODELS
 
@@ -38,14 +38,10 @@ class IoULoss(BoxLoss):
 
     fn = staticmethod(iou_loss)
     paper = "https://arxiv.org/abs/1608.01471"
+    allowed = rules(mode=one_of("log", "linear", "square"))
     upstream = tuple(
         Upstream("mmdet.models.losses.IoULoss", {"mode": mode}, {"mode": mode}) for mode in ("log", "linear", "square")
     )
-
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        if self.mode not in ("log", "linear", "square"):
-            raise ValueError(f'mode of IoULoss must be "log", "linear" or "square", not {self.mode!r}.')
 
 
 def giou_loss(pred, target, *, eps=1e-7):
@@ -213,22 +209,13 @@ class FocalEfficientIoULoss(BoxLoss):
     """
 
     fn = staticmethod(focal_eiou_loss)
+    allowed = rules(floor=Rule("in [0, 1]", lambda floor: 0 <= floor <= 1))
     paper = "https://arxiv.org/abs/2101.08158"
     bounds = (0.0, 4.0)
     true_gradient = False
 
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        if not 0 <= self.floor <= 1:
-            raise ValueError(f"floor of FocalEfficientIoULoss must be between 0 and 1, not {self.floor}.")
-
 
 FocalEIoULoss = FocalEfficientIoULoss
-
-
-def _check_theta(loss):
-    if loss.theta < 1:
-        raise ValueError(f"theta of {type(loss).__name__} must be at least 1, not {loss.theta}.")
 
 
 def siou_loss(pred, target, *, theta=4.0, eps=1e-7):
@@ -259,6 +246,7 @@ class SIoULoss(BoxLoss):
 
     fn = staticmethod(siou_loss)
     paper = "https://arxiv.org/abs/2205.12740"
+    allowed = rules(theta=at_least(1))
     bounds = (0.0, 2.1)
     attracts = True
     upstream = (
@@ -275,10 +263,6 @@ class SIoULoss(BoxLoss):
             at=((0.0, 0, 2, 2), (4.0, 3, 6, 7)),
         ),
     )
-
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        _check_theta(self)
 
 
 def alpha_iou_loss(pred, target, *, alpha=3.0, penalty="iou", eps=1e-7):
@@ -317,14 +301,8 @@ class AlphaIoULoss(BoxLoss):
 
     fn = staticmethod(alpha_iou_loss)
     paper = "https://arxiv.org/abs/2110.13675"
+    allowed = rules(alpha=above(0), penalty=one_of("iou", "giou", "diou", "ciou"))
     bounds = (0.0, 3.0)
-
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        if self.penalty not in ("iou", "giou", "diou", "ciou"):
-            raise ValueError(f'penalty of AlphaIoULoss is "iou", "giou", "diou" or "ciou", not {self.penalty!r}.')
-        if self.alpha <= 0:
-            raise ValueError(f"alpha of AlphaIoULoss must be above 0, not {self.alpha}.")
 
 
 def shape_iou_loss(pred, target, *, scale=0.0, theta=4.0, eps=1e-7):
@@ -359,13 +337,10 @@ class ShapeIoULoss(BoxLoss):
 
     fn = staticmethod(shape_iou_loss)
     paper = "https://arxiv.org/abs/2312.17663"
+    allowed = rules(theta=at_least(1))
     bounds = (0.0, 4.0)
     symmetric = False
     attracts = True
-
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        _check_theta(self)
 
 
 # What is defined here is public; a new loss is exported by being here.

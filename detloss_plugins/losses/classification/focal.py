@@ -2,7 +2,7 @@
 
 import torch
 
-from detloss_plugins.base import ClassificationLoss, Loss, Upstream, check_same_shape
+from detloss_plugins.base import ClassificationLoss, Loss, Upstream, at_least, check_same_shape, rules
 from detloss_plugins.losses.classification.common import SoftmaxOrSigmoid, bce, class_vector, index_target, power
 from detloss_plugins.registry import MODELS
 
@@ -157,6 +157,7 @@ class PolyLoss(SoftmaxOrSigmoid):
 
     fn = staticmethod(poly_loss)
     paper = "https://arxiv.org/abs/2204.12511"
+    allowed = rules(epsilon=at_least(-1))
     upstream = (
         Upstream("torch.nn.functional.cross_entropy", {"epsilon": 0.0, "use_sigmoid": False}),
         Upstream("torchvision.ops.sigmoid_focal_loss", {"epsilon": 0.0, "gamma": 2.0, "alpha": 0.25}),
@@ -164,8 +165,6 @@ class PolyLoss(SoftmaxOrSigmoid):
 
     def __init__(self, *, use_sigmoid=True, **kwargs):
         super().__init__(use_sigmoid=use_sigmoid, **kwargs)
-        if self.epsilon < -1:
-            raise ValueError(f"epsilon of PolyLoss must be at least -1, but is {self.epsilon}.")
 
 
 def generalized_focal_loss(pred, target, *, beta=2.0, values=(0.0, 1.0)):
