@@ -213,6 +213,15 @@ def check_same_shape(pred, target, what):
         raise ValueError(f"pred {tuple(pred.shape)} and target {tuple(target.shape)} must both be {what}.")
 
 
+def check_use_sigmoid(loss, given):
+    """Raise ``ValueError`` if a config's ``use_sigmoid`` is not what the loss's other settings make it."""
+    if given not in (None, loss.use_sigmoid):
+        raise ValueError(
+            f"use_sigmoid={given} of {type(loss).__name__} does not fit its other settings, which are those of a loss "
+            f"with use_sigmoid={loss.use_sigmoid}."
+        )
+
+
 class BoxLoss(Loss):
     """Losses between aligned boxes.
 

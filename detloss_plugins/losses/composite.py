@@ -4,18 +4,10 @@ from types import MappingProxyType
 
 import torch
 
-from detloss_plugins.base import ClassificationLoss, Loss, float32
+from detloss_plugins.base import ClassificationLoss, Loss, check_use_sigmoid, float32
 from detloss_plugins.losses.classification import confidence_weight
 from detloss_plugins.reduction import apply_weight, check_reduction
 from detloss_plugins.registry import MODELS, build_loss
-
-
-def check_use_sigmoid(loss, given):
-    """Raise ``ValueError`` if a config's ``use_sigmoid`` is not that of the losses a loss is made of."""
-    if given not in (None, loss.use_sigmoid):
-        raise ValueError(
-            f"use_sigmoid={given} of {type(loss).__name__} does not fit its parts, which have {loss.use_sigmoid}."
-        )
 
 
 def joint_loss(pred, target, *, losses):

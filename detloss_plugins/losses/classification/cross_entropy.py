@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from detloss_plugins.base import ClassificationLoss, Loss, Upstream
+from detloss_plugins.base import ClassificationLoss, Loss, Upstream, above, rules
 from detloss_plugins.losses.classification.common import SoftmaxOrSigmoid, bce, class_vector, index_target
 from detloss_plugins.reduction import apply_weight
 from detloss_plugins.registry import MODELS
@@ -192,17 +192,13 @@ class KLDivLoss(Loss):
     """
 
     fn = staticmethod(kl_div_loss)
+    allowed = rules(temperature=above(0))
     family = "soft label"
     upstream = (
         Upstream("torch.nn.functional.kl_div"),
         Upstream("mmdet.models.losses.KnowledgeDistillationKLDivLoss", theirs={"T": 1}),
         Upstream("mmdet.models.losses.KnowledgeDistillationKLDivLoss", {"temperature": 4.0}, {"T": 4}),
     )
-
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        if self.temperature <= 0:
-            raise ValueError(f"temperature of KLDivLoss must be positive, but is {self.temperature}.")
 
     def prepare(self, pred, target):
         if not isinstance(target, torch.Tensor) or target.shape != pred.shape or not target.is_floating_point():

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from detloss_plugins.base import ClassificationLoss, Upstream
+from detloss_plugins.base import ClassificationLoss, Rule, Upstream, check_use_sigmoid, one_of, rules
 from detloss_plugins.losses.classification import common
 from detloss_plugins.registry import MODELS
 
@@ -62,6 +62,7 @@ class ModifiedCrossEntropyLoss(ClassificationLoss):
     """
 
     fn = staticmethod(modified_cross_entropy_loss)
+    allowed = rules(activation=one_of("sigmoid", "softmax"))
     sums_classes = True
     sigmoid_only = False
     upstream = (
@@ -70,15 +71,8 @@ class ModifiedCrossEntropyLoss(ClassificationLoss):
     )
 
     def __init__(self, *, activation="sigmoid", use_sigmoid=None, **kwargs):
-        if activation not in ("sigmoid", "softmax"):
-            raise ValueError(
-                f'activation of ModifiedCrossEntropyLoss must be "sigmoid" or "softmax", not {activation!r}.'
-            )
-        sigmoid = activation == "sigmoid"
-        if use_sigmoid not in (None, sigmoid):
-            other = "softmax" if sigmoid else "sigmoid"
-            raise ValueError(f'use_sigmoid={use_sigmoid} of ModifiedCrossEntropyLoss goes with activation="{other}".')
-        super().__init__(use_sigmoid=sigmoid, activation=activation, **kwargs)
+        super().__init__(use_sigmoid=activation == "sigmoid", activation=activation, **kwargs)
+        check_use_sigmoid(self, use_sigmoid)
 
 
 def asymmetric_loss(pred, target, *, gamma_neg=4.0, gamma_pos=1.0, clip=0.05, detach_focusing=True):
@@ -114,6 +108,7 @@ class AsymmetricLoss(ClassificationLoss):
     """
 
     fn = staticmethod(asymmetric_loss)
+    allowed = rules(clip=Rule("in [0, 1)", lambda clip: 0 <= clip < 1))
     paper = "https://arxiv.org/abs/2009.14119"
     yolo_gain = 64.0
     true_gradient = False
@@ -124,11 +119,6 @@ class AsymmetricLoss(ClassificationLoss):
             {"alpha": -1, "gamma": 2.0},
         ),
     )
-
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        if not 0 <= self.clip < 1:
-            raise ValueError(f"clip of AsymmetricLoss must be in [0, 1), but is {self.clip}.")
 
 
 def confidence_weight(q_fg, q_bg, power, *, detach=True):
