@@ -116,8 +116,9 @@ def test_wiou_version_1_has_no_state():
 
 
 def test_mpdiou_must_know_the_image():
-    with pytest.raises(ValueError, match=r"write image_size=\(height, width\)"):
-        MPDIoULoss()
+    for wrong in ({}, {"image_size": 640}, {"image_size": (640, 0)}, {"image_size": "input"}):
+        with pytest.raises(ValueError, match=r"image_size of MPDIoULoss must be \(height, width\)"):
+            MPDIoULoss(**wrong)
     loss = MPDIoULoss(image_size="batch")
     pred, target = boxes()
     with pytest.raises(ValueError, match=r"give MPDIoULoss \(height, width\)"):

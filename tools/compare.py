@@ -209,6 +209,12 @@ def ultralytics_dfl(found, theirs, loss, pred, target, kwargs):
     return reduce_rows(rows, kwargs.get("reduction_override", "mean"))
 
 
+def ultralytics_dice(found, theirs, loss, pred, target, kwargs):
+    """It averages over the channels: here one."""
+    module = found(reduction=kwargs.get("reduction_override", "mean"), **theirs)
+    return module(pred.unsqueeze(1), target.unsqueeze(1))
+
+
 PLAIN = {"none", "mean", "sum"}
 # Package, or package and name where that is called otherwise: how to call it, and the ways that it knows (None: all).
 ADAPTERS = {
@@ -229,6 +235,7 @@ ADAPTERS = {
     "ultralytics": (ultralytics, {"sum"}),
     "ultralytics VarifocalLoss": (ultralytics_varifocal, {"sum"}),
     "ultralytics DFLoss": (ultralytics_dfl, PLAIN),
+    "ultralytics MultiChannelDiceLoss": (ultralytics_dice, PLAIN),
     "ultralytics bbox_iou": (similarity, PLAIN),
     "ultralytics probiou": (similarity, PLAIN),
 }
@@ -265,7 +272,8 @@ def difference(ours, theirs):
         gap, size = (a - b).abs(), b.abs()
         gaps.append(gap.max().item() if gap.numel() else 0.0)
         largest = size.max().item() if size.numel() else 0.0
-        relative = max(relative, gaps[-1] / max(largest, 1e-12))
+        share = gaps[-1] / max(largest, 1e-12)
+        relative = relative if share <= relative else share  # a NaN is the largest
         # `<=` so that a NaN disagrees.
         agree = agree and bool((gap <= ATOL + RTOL * size.clamp(min=largest)).all())
     return Difference(*gaps, relative, agree)
@@ -277,7 +285,7 @@ def compare(cls, upstream, tensors):
     call, known = upstream_call(upstream, loss)
     worst = Difference()
     if upstream.at:
-        pred, target = (torch.tensor([box]) for box in upstream.at)
+        pred, target = (torch.tensor([box], dtype=torch.float32) for box in upstream.at)
         none = {"reduction_override": "none"}
         return difference(*(value_and_gradient(f, pred, target, none) for f in (loss, call)))
     for pred, target in tensors.values():
@@ -325,12 +333,13 @@ def rows(names, sources, progress=lambda x, **_: x):
             found.append(
                 {
                     **row,
-                    "inputs": list(tensors),
+                    "inputs": [] if upstream.at else list(tensors),
                     "value": worst.value,
                     "gradient": worst.gradient,
                     "relative": worst.relative,
                     "verdict": verdict(upstream, worst),
                     "reason": upstream.differs,
+                    "at": upstream.at,
                 }
             )
     return found
@@ -342,6 +351,8 @@ def print_table(found):
     for row in found:
         numbers = [f"{row[key]:.1e}" if key in row else "" for key in ("value", "gradient", "relative")]
         same = row.get("reason") or row.get("settings", "")
+        if row.get("at"):
+            same += ": {} and {}".format(*row["at"])
         table.add_row(row["loss"], row["upstream"], same, *numbers, row["verdict"])
     Console(width=None if sys.stdout.isatty() else 180).print(table)
 

@@ -7,6 +7,7 @@ import warnings
 from collections import defaultdict
 from contextlib import contextmanager, redirect_stdout, suppress
 
+import numpy as np
 import torch
 from digits import NAMES, build_digits
 
@@ -29,10 +30,12 @@ def quiet():
 
 
 def _yolo_step(model_yaml, captured):
-    """Capture the inputs of the stock criterion's parts in a few steps of a YOLO model."""
+    """Capture the inputs of the stock criterion's parts in a few steps of a YOLO model; boxes in pixels."""
     from ultralytics import YOLO
-    from ultralytics.models.yolo.detect import DetectionTrainer
     from ultralytics.utils.tal import bbox2dist
+
+    yolo = YOLO(model_yaml)
+    oriented = yolo.task == "obb"
 
     def on_class(module, args):
         scores, target = args
@@ -40,7 +43,11 @@ def _yolo_step(model_yaml, captured):
 
     def on_box(module, args):
         dist, boxes, anchors, target, _, _, positive, imgsz, stride = args
-        captured["box"] = (boxes[positive], target[positive])
+        unit = stride[positive.nonzero(as_tuple=True)[1]]
+        pixels = (torch.cat([b[positive][:, :4] * unit, b[positive][:, 4:]], -1) for b in (boxes, target))
+        captured["rotated" if oriented else "box"] = tuple(pixels)
+        if oriented:
+            return
         bins = dist.shape[-1] // 4
         if bins > 1:
             sides = bbox2dist(anchors, target, bins - 1)[positive]
@@ -52,7 +59,7 @@ def _yolo_step(model_yaml, captured):
     class Captured(Exception):
         pass
 
-    class Capture(DetectionTrainer):
+    class Capture(yolo.task_map[yolo.task]["trainer"]):
         def _setup_train(self):
             super()._setup_train()
             self.model.criterion = criterion = self.model.init_criterion()
@@ -67,15 +74,14 @@ def _yolo_step(model_yaml, captured):
                 raise Captured
 
     settings = {"imgsz": 128, "batch": 8, "nbs": 8, "device": "cpu", "plots": False, "verbose": False}
-    data = str(build_digits() / "digits.yaml")
+    data = str(build_digits(oriented) / "digits.yaml")
     with tempfile.TemporaryDirectory() as folder, suppress(Captured):
-        YOLO(model_yaml).train(
-            trainer=Capture, data=data, project=folder, pretrained=False, warmup_epochs=0, **settings
-        )
+        yolo.train(trainer=Capture, data=data, project=folder, pretrained=False, warmup_epochs=0, **settings)
 
 
 def _mmdet_step(config, captured):
     """Capture the inputs of every loss of an mmdet detector, by family, in a few steps."""
+    from mmdet.structures.mask import BitmapMasks
     from mmengine.runner import Runner
 
     from detloss_plugins.base import Loss
@@ -98,7 +104,7 @@ def _mmdet_step(config, captured):
     model = config.model
     model.backbone.update(depth=18, init_cfg=None)
     model.neck.in_channels = [64, 128, 256, 512]
-    model.bbox_head.num_classes = len(NAMES)
+    (model.get("bbox_head") or model.mask_head).num_classes = len(NAMES)
     from mmdet.registry import MODELS
     from mmengine.registry import DefaultScope
 
@@ -117,11 +123,22 @@ def _mmdet_step(config, captured):
     for _ in range(STEPS + 1):
         captured.clear()
         data = detector.data_preprocessor(next(batches), training=True)
+        for sample in data["data_samples"]:  # the digits have no masks; their boxes make good ones
+            height, width = sample.img_shape
+            masks = [_filled(box, height, width) for box in sample.gt_instances.bboxes.round().int().tolist()]
+            sample.gt_instances.masks = BitmapMasks(masks, height, width)
         losses = detector(**data, mode="loss")
         total, _ = detector.parse_losses(losses)
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
+
+
+def _filled(box, height, width):
+    mask = np.zeros((height, width), np.uint8)
+    left, top, right, bottom = box
+    mask[top:bottom, left:right] = 1
+    return mask
 
 
 def _detached(tensors):
@@ -138,18 +155,25 @@ def _join(calls):
 
 @quiet()
 def training_tensors():
-    """``{source: {family: (pred, target)}}`` captured from yolov8n, yolo26n and two mmdet detectors."""
+    """``{source: {family: (pred, target)}}`` captured from yolov8n, yolov8n-obb, yolo26n and three mmdet detectors."""
     from mmengine.hub import get_config
 
-    yolo, yolo26 = {}, {}
+    yolo, oriented, yolo26 = {}, {}, {}
     _yolo_step("yolov8n.yaml", yolo)
+    _yolo_step("yolov8n-obb.yaml", oriented)
     _yolo_step("yolo26n.yaml", yolo26)
+    yolo["rotated"] = oriented["rotated"]
     yolo["regression"] = yolo26["regression"]
 
     mmdet = {}
-    for name in ("gfl/gfl_r50_fpn_1x_coco.py", "retinanet/retinanet_r50_fpn_1x_coco.py"):
+    for name in (
+        "gfl/gfl_r50_fpn_1x_coco.py",
+        "retinanet/retinanet_r50_fpn_1x_coco.py",
+        "solo/solo_r50_fpn_1x_coco.py",
+    ):
         config = get_config(f"mmdet::{name}")
-        for key, loss in config.model.bbox_head.items():
+        head = config.model.get("bbox_head") or config.model.mask_head
+        for key, loss in head.items():
             if key.startswith("loss_"):
                 loss["type"] = f"detloss_plugins.{loss['type']}"
         calls = defaultdict(list)

@@ -67,6 +67,8 @@ class DiceLoss(RegionLoss):
         Upstream("mmdet.models.losses.DiceLoss", {"eps": 5e-6}, {"eps": 5e-6}),
         Upstream("mmdet.models.losses.DiceLoss", {"naive_dice": True}, {"naive_dice": True}),
         Upstream("mmdet.models.losses.DiceLoss", {"naive_dice": True, "eps": 1.0}, {"naive_dice": True, "eps": 1.0}),
+        Upstream("ultralytics.utils.loss.MultiChannelDiceLoss", {"naive_dice": True, "eps": 1e-6}),
+        Upstream("ultralytics.utils.loss.MultiChannelDiceLoss", {"naive_dice": True, "eps": 1.0}, {"smooth": 1.0}),
     )
     allowed = rules(eps=at_least(0))
 

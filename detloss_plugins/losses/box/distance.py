@@ -1,11 +1,12 @@
 """Losses on the distances of corners, edges, centres and sides; some with constants in pixels."""
 
+from collections.abc import Sequence
 from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
 
-from detloss_plugins.base import BoxLoss, Upstream, above, one_of, rules
+from detloss_plugins.base import BoxLoss, Rule, Upstream, above, one_of, rules
 from detloss_plugins.geometry import Pair, area, center, ratio, wh
 from detloss_plugins.registry import MODELS
 
@@ -21,6 +22,10 @@ def mpdiou_loss(pred, target, *, image_size, eps=1e-7):
     return 1 - pair.iou + pair.corner_distance2() / (height**2 + width**2)
 
 
+def _is_size(value):
+    return value == "batch" or (isinstance(value, Sequence) and len(value) == 2 and min(value) > 0)
+
+
 @MODELS.register_module()
 class MPDIoULoss(BoxLoss):
     """Ma and Xu, MPDIoU, 2023.
@@ -30,7 +35,7 @@ class MPDIoULoss(BoxLoss):
             Ultralytics adapter fills in for each batch, and assumes where nothing is given.
 
     Raises:
-        ValueError: without ``image_size``, or if it is "batch" and nobody has set ``batch_image_size``.
+        ValueError: for any other ``image_size``, or if it is "batch" and nobody has set ``batch_image_size``.
     """
 
     fn = staticmethod(mpdiou_loss)
@@ -41,11 +46,8 @@ class MPDIoULoss(BoxLoss):
 
     def __init__(self, *, image_size=None, **kwargs):
         super().__init__(**kwargs)
-        if image_size is None:
-            raise ValueError(
-                "MPDIoULoss needs the size of the network's input in pixels: write image_size=(height, width)."
-            )
         self.image_size = image_size
+        self.check("image_size", Rule("(height, width) of the network's input in pixels", _is_size))
         self.batch_image_size = None
 
     def compute(self, pred, target, valid, weight):

@@ -66,11 +66,11 @@ class GIoULoss(BoxLoss):
         Upstream("mmdet.models.losses.GIoULoss"),
         Upstream("torchvision.ops.generalized_box_iou_loss"),
         Upstream("ultralytics.utils.metrics.bbox_iou", theirs={"xywh": False, "GIoU": True}),
-        Upstream("mmdet.models.losses.GIoULoss", differs=_INVERTED, at=((20.0, 20, 10, 10), (10.0, 10, 20, 20))),
+        Upstream("mmdet.models.losses.GIoULoss", differs=_INVERTED, at=((20, 20, 10, 10), (10, 10, 20, 20))),
         Upstream(
             "torchvision.ops.generalized_box_iou_loss",
             differs=_INVERTED,
-            at=((20.0, 20, 10, 10), (10.0, 10, 20, 20)),
+            at=((20, 20, 10, 10), (10, 10, 20, 20)),
         ),
     )
 
@@ -137,18 +137,18 @@ class CIoULoss(BoxLoss):
             "mmdet.models.losses.CIoULoss",
             {"alpha_gate": 0.5},
             differs="mmdet's alpha is 0/0 = NaN for identical boxes",
-            at=((10.0, 10, 20, 20), (10.0, 10, 20, 20)),
+            at=((10, 10, 20, 20), (10, 10, 20, 20)),
         ),
         Upstream(
             "torchvision.ops.complete_box_iou_loss",
             differs="torchvision's aspect ratio is 0/0 = NaN for a box without extent",
-            at=((5.0, 5, 5, 5), (3.0, 3, 9, 9)),
+            at=((5, 5, 5, 5), (3, 3, 9, 9)),
         ),
         Upstream(
             "ultralytics.utils.metrics.bbox_iou",
             theirs={"xywh": False, "CIoU": True},
             differs="Ultralytics' aspect term has a gradient of a million for a box without extent",
-            at=((6.0, 6, 6, 6), (3.0, 3, 9, 9)),
+            at=((6, 6, 6, 6), (3, 3, 9, 9)),
         ),
     )
 
@@ -255,12 +255,12 @@ class SIoULoss(BoxLoss):
             "mmdet.models.losses.SIoULoss",
             theirs={"neg_gamma": True},
             differs="mmdet's is 0/0 = NaN for two boxes without extent",
-            at=((5.0, 5, 5, 5), (5.0, 5, 5, 5)),
+            at=((5, 5, 5, 5), (5, 5, 5, 5)),
         ),
         Upstream(
             "mmdet.models.losses.SIoULoss",
             differs="mmdet's default has the distance term's sign reversed: far boxes cost less and are pushed away",
-            at=((0.0, 0, 2, 2), (4.0, 3, 6, 7)),
+            at=((0, 0, 2, 2), (4, 3, 6, 7)),
         ),
     )
 
