@@ -1,4 +1,6 @@
-"""Geometry shared by the box losses, on aligned boxes ``(..., 4)`` in ``(x1, y1, x2, y2)``; each quantity is here once.
+"""Geometry shared by the box losses; each quantity is here once.
+
+Aligned boxes ``(..., 4)`` are measured as rows ``(4, ...)``: x1, y1, x2, y2, each contiguous and so faster than columns.
 
 Where a denominator vanishes beside the size of the hull (the smallest enclosing box), its quotient counts as zero; eps
 is that relative bound and is never added: pixels, stride units and normalised coordinates give the same answer.
@@ -7,34 +9,40 @@ is that relative bound and is never added: pixels, stride units and normalised c
 import torch
 
 
+def rows(boxes):
+    """Boxes ``(..., 4)`` as rows ``(4, ...)``."""
+    return boxes.movedim(-1, 0).contiguous()
+
+
 def wh(boxes):
-    """Signed sides ``(..., 2)``; negative where a box is inverted, so that a loss on the sides can right it."""
-    return boxes[..., 2:] - boxes[..., :2]
+    """Signed sides ``(2, ...)`` of rows; negative where a box is inverted, so that a loss on the sides can right it."""
+    return boxes[2:] - boxes[:2]
 
 
 def center(boxes):
-    """Centres ``(..., 2)``."""
-    return (boxes[..., :2] + boxes[..., 2:]) / 2
+    """Centres ``(2, ...)`` of rows."""
+    return (boxes[:2] + boxes[2:]) / 2
 
 
 def area(boxes):
-    """Areas ``(...)``; an inverted box has none.
+    """Areas ``(...)`` of rows; an inverted box has none.
 
-    >>> area(torch.tensor([[0.0, 0, 3, 2], [3, 2, 0, 0]]))
+    >>> area(rows(torch.tensor([[0.0, 0, 3, 2], [3, 2, 0, 0]])))
     tensor([6., 0.])
     """
-    w, h = wh(boxes).clamp(min=0).unbind(-1)
+    w, h = wh(boxes).clamp(min=0)
     return w * h
 
 
 def resized(boxes, factor):
-    """Boxes with sides ``factor`` times as long about the same centres.
+    """Boxes ``(..., 4)`` with sides ``factor`` times as long about the same centres.
 
     >>> resized(torch.tensor([0.0, 0, 4, 2]), 0.5)
     tensor([1.0000, 0.5000, 3.0000, 1.5000])
     """
+    boxes = rows(boxes)
     middle, half = center(boxes), factor / 2 * wh(boxes)
-    return torch.cat([middle - half, middle + half], -1)
+    return torch.cat([middle - half, middle + half]).movedim(0, -1)
 
 
 def ratio(numerator, denominator, scale, eps):
@@ -63,9 +71,10 @@ class Pair:
         eps: see above.
 
     Attributes:
-        hull: sides ``(..., 2)`` of the smallest box that encloses both, whatever the order of the corners.
+        pred, target: the boxes as rows ``(4, ...)``.
+        hull: sides ``(2, ...)`` of the smallest box that encloses both, whatever the order of the corners.
         diagonal2: squared diagonal of the hull.
-        offset: from the predicted centre to the target's, ``(..., 2)``.
+        offset: from the predicted centre to the target's, ``(2, ...)``.
         union: area.
         iou: in [0, 1].
 
@@ -75,13 +84,14 @@ class Pair:
     """
 
     def __init__(self, pred, target, eps):
+        pred, target = rows(pred), rows(target)
         self.pred, self.target, self.eps = pred, target, eps
         low, high = torch.minimum(pred, target), torch.maximum(pred, target)
         # An inverted box has its high corner first; for a valid one the inner minimum and maximum change nothing.
-        self.hull = torch.maximum(high[..., 2:], high[..., :2]) - torch.minimum(low[..., :2], low[..., 2:])
-        self.diagonal2 = self.hull.square().sum(-1)
+        self.hull = torch.maximum(high[2:], high[:2]) - torch.minimum(low[:2], low[2:])
+        self.diagonal2 = self.hull.square().sum(0)
         self.offset = center(target) - center(pred)
-        width, height = (low[..., 2:] - high[..., :2]).clamp(min=0).unbind(-1)
+        width, height = (low[2:] - high[:2]).clamp(min=0)
         overlap = width * height
         self.union = area(pred) + area(target) - overlap
         self.iou = self.ratio(overlap, self.union)
@@ -93,11 +103,11 @@ class Pair:
     @property
     def distance2(self):
         """Squared distance of the centres."""
-        return self.offset.square().sum(-1)
+        return self.offset.square().sum(0)
 
     def floor(self):
-        """What counts as a side of no length, ``(..., 1)``, without a gradient."""
-        return (self.eps * self.diagonal2.detach().sqrt()).clamp(min=torch.finfo(self.pred.dtype).tiny).unsqueeze(-1)
+        """What counts as a side of no length, without a gradient."""
+        return (self.eps * self.diagonal2.detach().sqrt()).clamp(min=torch.finfo(self.pred.dtype).tiny)
 
     def hull_gap(self):
         """Share of the hull that is outside the union, in [0, 1).
@@ -105,7 +115,7 @@ class Pair:
         >>> Pair(torch.tensor([0.0, 0, 1, 1]), torch.tensor([1.0, 1, 2, 2]), 1e-7).hull_gap()  # (4 - 2) / 4
         tensor(0.5000)
         """
-        width, height = self.hull.unbind(-1)
+        width, height = self.hull
         return self.ratio(width * height - self.union, width * height)
 
     def center_gap(self):
@@ -117,8 +127,8 @@ class Pair:
         return self.ratio(self.distance2, self.diagonal2)
 
     def over_hull2(self, lengths):
-        """Squares of horizontal and vertical lengths ``(..., 2)`` over the squared sides of the hull."""
-        return ratio(lengths.square(), self.hull.square(), self.diagonal2.unsqueeze(-1), self.eps**2)
+        """Squares of horizontal and vertical lengths ``(2, ...)`` over the squared sides of the hull."""
+        return ratio(lengths.square(), self.hull.square(), self.diagonal2, self.eps**2)
 
     def side_gap(self):
         """Squared differences of width and height, each over the squared side of the hull, summed.
@@ -126,10 +136,10 @@ class Pair:
         >>> Pair(torch.tensor([0.0, 0, 2, 2]), torch.tensor([0.0, 0, 4, 2]), 1e-7).side_gap()  # 2^2 / 4^2 + 0
         tensor(0.2500)
         """
-        return self.over_hull2(wh(self.pred) - wh(self.target)).sum(-1)
+        return self.over_hull2(wh(self.pred) - wh(self.target)).sum(0)
 
     def side_change(self):
-        """Differences of width and height, each over the longer of the two: ``(..., 2)``, in [0, 1] for valid boxes.
+        """Differences of width and height, each over the longer of the two: ``(2, ...)``, in [0, 1] for valid boxes.
 
         >>> Pair(torch.tensor([0.0, 0, 2, 2]), torch.tensor([0.0, 0, 4, 2]), 1e-7).side_change()
         tensor([0.5000, 0.0000])
@@ -143,7 +153,7 @@ class Pair:
         >>> Pair(torch.tensor([0.0, 0, 2, 2]), torch.tensor([0.0, 0, 4, 3]), 1e-7).corner_distance2()
         tensor(5.)
         """
-        return (self.pred - self.target).square().sum(-1)
+        return (self.pred - self.target).square().sum(0)
 
     def slant(self):
         """``|sin 2a|`` of the angle a of the line between the centres: 0 along an axis, 1 on a diagonal.
@@ -151,7 +161,7 @@ class Pair:
         >>> Pair(torch.tensor([0.0, 0, 2, 2]), torch.tensor([1.0, 3, 3, 5]), 1e-7).slant()  # 2 * 1 * 3 / (1 + 9)
         tensor(0.6000)
         """
-        dx, dy = self.offset.unbind(-1)
+        dx, dy = self.offset
         return self.ratio(2 * (dx * dy).abs(), self.distance2)
 
     def aspect_gap(self):
@@ -163,7 +173,7 @@ class Pair:
         """
         # A side of no length has no aspect ratio: kept at the floor, it gets no gradient instead of an exploding one.
         sides = (torch.maximum(wh(boxes), self.floor()) for boxes in (self.pred, self.target))
-        angle_pred, angle_target = (torch.atan2(*side.unbind(-1)) for side in sides)
+        angle_pred, angle_target = (torch.atan2(*side) for side in sides)
         return 4 / torch.pi**2 * (angle_target - angle_pred).square()
 
     def aspect_weight(self, v):

@@ -30,7 +30,7 @@ def test_areas_by_counting_cells():
         width, height = columns.max() - columns.min() + 1, rows.max() - rows.min() + 1
         assert pair.union[row] == either.sum()
         assert pair.iou[row] == both / either.sum().double()
-        assert pair.hull[row].tolist() == [width, height]
+        assert pair.hull[:, row].tolist() == [width, height]
         torch.testing.assert_close(pair.hull_gap()[row], 1 - either.sum() / (width * height).double())
         assert pair.diagonal2[row] == width**2 + height**2
 

@@ -104,14 +104,14 @@ def test_building_blocks_of_the_catalogue():
     pair = Pair(pred, target, 1e-7)
     close(pair.iou, (0.363636, 0.723562, 0.0))
     close(pair.union, (33.0, 97.02, 12.0))
-    close(pair.hull, ((6.0, 6.0), (9.9, 10.0), (6.0, 7.0)))
+    close(pair.hull.t(), ((6.0, 6.0), (9.9, 10.0), (6.0, 7.0)))
     close(pair.distance2, (3.25, 0.8125, 32.0))
     v = pair.aspect_gap()
     close(v, (0.004963, 0.011806, 0.041956))
     close(pair.aspect_weight(v)[1], 0.040958)
     close(pair.slant()[0], 0.923077)
-    close((1 - torch.exp((pair.slant() - 2).unsqueeze(-1) * pair.over_hull2(pair.offset))).sum(-1)[0], 0.094564)
-    close((1 - torch.exp(-pair.side_change())).pow(4).sum(-1)[0], 0.001080)
+    close((1 - torch.exp((pair.slant() - 2) * pair.over_hull2(pair.offset))).sum(0)[0], 0.094564)
+    close((1 - torch.exp(-pair.side_change())).pow(4).sum(0)[0], 0.001080)
 
 
 def logits(*probabilities):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from detloss_plugins.base import BoxLoss, Rule, Upstream, above, one_of, rules
-from detloss_plugins.geometry import Pair, area, center, ratio, wh
+from detloss_plugins.geometry import Pair, area, center, ratio, rows, wh
 from detloss_plugins.registry import MODELS
 
 
@@ -69,8 +69,8 @@ def powerful_iou_loss(pred, target, *, version=1, lambda_=1.3, eps=1e-7):
     tensor(0.5155)
     """
     pair = Pair(pred, target, eps)
-    edges = (pred - target).abs()
-    p = ratio(edges[..., :2] + edges[..., 2:], wh(target), pair.floor(), 1.0).sum(-1) / 4
+    edges = (pair.pred - pair.target).abs()
+    p = ratio(edges[:2] + edges[2:], wh(pair.target), pair.floor(), 1.0).sum(0) / 4
     loss = 2 - pair.iou - torch.exp(-p.square())
     if version == 1:
         return loss
@@ -107,7 +107,8 @@ def nwd_loss(pred, target, *, constant=12.8):
     >>> nwd_loss(torch.tensor([0.0, 0, 2, 2]), torch.tensor([3.0, 4, 5, 6]), constant=10.0)  # 1 - exp(-5 / 10)
     tensor(0.3935)
     """
-    distance2 = (center(pred) - center(target)).square().sum(-1) + (wh(pred) - wh(target)).square().sum(-1) / 4
+    pred, target = rows(pred), rows(target)
+    distance2 = ((center(pred) - center(target)).square() + (wh(pred) - wh(target)).square() / 4).sum(0)
     same = distance2 == 0
     distance = torch.where(same, 0.0, torch.where(same, 1.0, distance2).sqrt())
     return -torch.expm1(-distance / constant)
@@ -142,12 +143,13 @@ def bounded_iou_loss(pred, target, *, beta=0.2, eps=1e-3):
     >>> bounded_iou_loss(torch.tensor([0.0, 0, 2, 2]), torch.tensor([0.0, 0, 4, 2]), eps=0.0)  # 2/3 and 1/2, minus .1
     tensor([0.5667, 0.0000, 0.4000, 0.0000])
     """
+    pred, target = rows(pred), rows(target)
     gap, sides = 2 * (center(pred) - center(target)).abs(), wh(target).clamp(min=0)
     own = wh(pred)
     position = ((sides - gap) / (sides + gap + eps)).clamp(min=0)
     # A prediction of no length, or inverted, is on the right-hand branch, whose gradient rights it.
     size = torch.minimum(sides / (own.clamp(min=0) + eps), own / (sides + eps))
-    bound = torch.cat([position, size], -1)
+    bound = torch.cat([position, size]).movedim(0, -1)
     return F.smooth_l1_loss(bound, torch.ones_like(bound), beta=beta, reduction="none")
 
 
@@ -178,14 +180,14 @@ def extended_iou_loss(pred, target, *, smooth_point=0.1, eps=1e-7):
     >>> extended_iou_loss(torch.tensor([0.0, 0, 2, 2]), torch.tensor([0.0, 0, 4, 2]))  # 1 - 1/2 - .1 / 2
     tensor(0.4500)
     """
-    low, high = torch.maximum(pred[..., :2], target[..., :2]), torch.minimum(pred[..., 2:], target[..., 2:])
-    origin = torch.minimum(pred[..., :2], target[..., :2])
+    pair = Pair(pred, target, eps)
+    pred, target = pair.pred, pair.target
+    low, high = torch.maximum(pred[:2], target[:2]), torch.minimum(pred[2:], target[2:])
+    origin = torch.minimum(pred[:2], target[:2])
     # From the outer corner: the near and the far end of the overlap, which swap where the boxes are apart.
     near, far = torch.minimum(low, high) - origin, torch.maximum(low, high) - origin
-    ends = (high - origin, near, low - origin, far)
-    (end_x, near_x, start_x, far_x), (end_y, near_y, start_y, far_y) = zip(*(e.unbind(-1) for e in ends), strict=True)
+    (end_x, end_y), (start_x, start_y), (near_x, near_y), (far_x, far_y) = high - origin, low - origin, near, far
     overlap = end_x * end_y + near_x * near_y - start_x * far_y - far_x * start_y
-    pair = Pair(pred, target, eps)
     loss = 1 - pair.ratio(overlap, area(pred) + area(target) - overlap)
     return torch.where(loss < smooth_point, loss.square() / (2 * smooth_point), loss - smooth_point / 2)
 

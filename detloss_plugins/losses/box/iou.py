@@ -228,9 +228,9 @@ def siou_loss(pred, target, *, theta=4.0, eps=1e-7):
     tensor(0.7663)
     """
     pair = Pair(pred, target, eps)
-    distance = 1 - torch.exp((pair.slant() - 2).unsqueeze(-1) * pair.over_hull2(pair.offset))
+    distance = 1 - torch.exp((pair.slant() - 2) * pair.over_hull2(pair.offset))
     shape = (1 - torch.exp(-pair.side_change())).pow(theta)
-    return 1 - pair.iou + (distance + shape).sum(-1) / 2
+    return 1 - pair.iou + (distance + shape).sum(0) / 2
 
 
 @MODELS.register_module()
@@ -316,10 +316,10 @@ def shape_iou_loss(pred, target, *, scale=0.0, theta=4.0, eps=1e-7):
     """
     pair = Pair(pred, target, eps)
     # The powers' shares: 2 softmax(s ln side), which neither overflows nor divides by zero.
-    sides = torch.maximum(wh(target), pair.floor())
-    weight = 2 * (scale * sides.log()).softmax(-1).flip(-1)
-    distance = pair.ratio((weight * pair.offset.square()).sum(-1), pair.diagonal2)
-    shape = (1 - torch.exp(-weight * pair.side_change())).pow(theta).sum(-1)
+    sides = torch.maximum(wh(pair.target), pair.floor())
+    weight = 2 * (scale * sides.log()).softmax(0).flip(0)
+    distance = pair.ratio((weight * pair.offset.square()).sum(0), pair.diagonal2)
+    shape = (1 - torch.exp(-weight * pair.side_change())).pow(theta).sum(0)
     return 1 - pair.iou + distance + shape / 2
 
 
