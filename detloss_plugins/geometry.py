@@ -1,6 +1,6 @@
 """Geometry shared by the box losses; each quantity is here once.
 
-Aligned boxes ``(..., 4)`` are measured as rows ``(4, ...)``: x1, y1, x2, y2, each contiguous and so faster than columns.
+Aligned boxes ``(..., 4)`` are measured as rows ``(4, ...)``: x1, y1, x2, y2, each contiguous, so faster than columns.
 
 Where a denominator vanishes beside the size of the hull (the smallest enclosing box), its quotient counts as zero; eps
 is that relative bound and is never added: pixels, stride units and normalised coordinates give the same answer.
