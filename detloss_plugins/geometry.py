@@ -10,7 +10,7 @@ import torch
 
 
 def rows(boxes):
-    """Boxes ``(..., 4)`` as rows ``(4, ...)``."""
+    """Boxes ``(..., 4)`` as rows ``(4, ...)``; rotated ones ``(..., 5)`` likewise."""
     return boxes.movedim(-1, 0).contiguous()
 
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from detloss_plugins.base import RotatedLoss, Rule, Upstream, at_least, one_of, rules
+from detloss_plugins.geometry import rows
 from detloss_plugins.registry import MODELS
 
 
@@ -38,20 +39,21 @@ class _Pair(NamedTuple):
 
 
 def _pair(pred, target, eps):
-    gap = target[..., :2] - pred[..., :2]
-    longest = torch.maximum(pred[..., 2:4], target[..., 2:4]).amax(-1)
+    pred, target = rows(pred), rows(target)
+    gap = target[:2] - pred[:2]
+    longest = torch.maximum(pred[2:4], target[2:4]).amax(0)
     # The tiny bound is for twice the same point.
-    scale = torch.maximum(longest, gap.abs().amax(-1)).detach().clamp(min=torch.finfo(pred.dtype).tiny).unsqueeze(-1)
+    scale = torch.maximum(longest, gap.abs().amax(0)).detach().clamp(min=torch.finfo(pred.dtype).tiny)
     (p, tall_p), (t, tall_t) = (_box(boxes, gap / scale, scale, eps) for boxes in (pred, target))
-    turn = pred[..., 4] - target[..., 4]
+    turn = pred[4] - target[4]
     turn = torch.where(tall_p ^ tall_t, turn + math.pi / 2, turn)
-    return _Pair(p, t, (gap / scale).square().sum(-1), turn, scale.squeeze(-1))
+    return _Pair(p, t, (gap / scale).square().sum(0), turn, scale)
 
 
 def _box(boxes, gap, scale, eps):
-    """The box, and whether its long side is the height."""
-    w, h = (boxes[..., 2:4] / scale).clamp(min=eps).unbind(-1)
-    (x, y), cos, sin = gap.unbind(-1), boxes[..., 4].cos(), boxes[..., 4].sin()
+    """The box of rows, and whether its long side is the height."""
+    w, h = (boxes[2:4] / scale).clamp(min=eps)
+    (x, y), cos, sin = gap, boxes[4].cos(), boxes[4].sin()
     sides, offsets = (w, h), (x * cos + y * sin, y * cos - x * sin)
     tall = w < h  # not maximum and minimum, which would mix the gradients of a square's two sides
     long, along = (torch.where(tall, b, a) for a, b in (sides, offsets))
@@ -276,8 +278,8 @@ def kfiou_loss(pred, target, *, mode="linear", center_weight=1.0, eps=1e-4):
     loss = {"linear": 1 - kfiou, "log": -kfiou.log(), "exp": torch.expm1(1 - kfiou)}[mode]
     if not center_weight:
         return loss
-    offset = torch.stack([t.along / t.long, t.across / t.short], -1)
-    center = F.smooth_l1_loss(offset, torch.zeros_like(offset), reduction="none", beta=1 / 9).sum(-1)
+    offset = torch.stack([t.along / t.long, t.across / t.short])
+    center = F.smooth_l1_loss(offset, torch.zeros_like(offset), reduction="none", beta=1 / 9).sum(0)
     return loss + center_weight * center
 
 
