@@ -205,6 +205,7 @@ class GWDLoss(RotatedLoss):
     fn = staticmethod(gwd_loss)
     paper = "https://arxiv.org/abs/2101.11952"
     allowed = rules(**_SETTLE)
+    yolo_gain = 0.5
     minimum = 0.5
     scale_invariant = False
 
@@ -254,6 +255,7 @@ class KLDLoss(RotatedLoss):
 
     fn = staticmethod(kld_loss)
     paper = "https://arxiv.org/abs/2106.01883"
+    yolo_gain = 0.25
     allowed = rules(**_SETTLE, direction=one_of("pred||target", "target||pred"))
     symmetric = False
 
@@ -305,6 +307,7 @@ class KFIoULoss(RotatedLoss):
     fn = staticmethod(kfiou_loss)
     paper = "https://arxiv.org/abs/2201.12558"
     allowed = rules(mode=one_of("linear", "log", "exp"), center_weight=at_least(0))
+    yolo_gain = 0.5
     minimum = 2 / 3
     symmetric = False
 

@@ -171,6 +171,7 @@ class BoundedIoULoss(BoxLoss):
     symmetric = False
     scale_invariant = False
     values_per_box = 4
+    yolo_gain = 0.25  # a box counts as the mean of its four, as in the dfl slot
     upstream = (Upstream("mmdet.models.losses.BoundedIoULoss"),)
 
 
