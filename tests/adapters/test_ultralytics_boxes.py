@@ -82,6 +82,7 @@ def test_boxes_in_the_slot_are_in_pixels(name, batches):  # noqa: F811
 def test_constants_are_pixels(cfg, batches):  # noqa: F811
     """The slot's value is that of the loss on boxes in pixels, and on stride units it would be another."""
     model, batch = detector("yolov8n"), batches["detect"]
+    cfg = {"loss_weight": 1.0, **cfg}
     criterion = first_branch(model, {"box": cfg})
     items, seen = assigned(criterion, predictions(model, batch["img"]), batch)
     size = {"image_size": (64, 64)} if cfg["type"] == "MPDIoULoss" else {}
