@@ -1,0 +1,89 @@
+"""A distributed training in which one rank has no objects: nobody waits for ever, and the state becomes one."""
+
+import os
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from mmdet.structures import DetDataSample
+from mmengine.dist import all_reduce_params
+from mmengine.registry import DefaultScope
+from mmengine.structures import InstanceData
+from test_mmdetection import CONFIG_DIR, build, small
+from test_ultralytics import detector
+from torch.nn.parallel import DistributedDataParallel
+
+from detloss_plugins.adapters.ultralytics import install
+
+STEPS = 2
+WIOU = {"type": "WIoULoss", "momentum": 0.5}
+
+
+def two_ranks(run, folder):
+    """What ``run(rank)`` returns on each of two ranks."""
+    mp.spawn(in_rank, (run, str(folder)), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def in_rank(rank, run, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
+    torch.save(run(rank), f"{folder}/{rank}.pt")
+    torch.distributed.barrier()
+    os._exit(0)  # gloo's own destructor hangs now and then
+
+
+BOXES = torch.tensor([[10.0, 12, 58, 76], [60, 70, 110, 104]])
+
+
+def mmdet_rank(rank):
+    """The running mean after some steps of FCOS, whose head skips the box loss without positives, and once averaged."""
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        cfg = small(CONFIG_DIR / "fcos_r50_fpn_1x_coco.py")
+        cfg.model.bbox_head.loss_bbox = {**WIOU, "type": "detloss_plugins.WIoULoss"}
+        model = build(cfg)
+        ranks = DistributedDataParallel(model, find_unused_parameters=True, broadcast_buffers=False)
+        sample = DetDataSample(metainfo=dict(img_shape=(128, 128), ori_shape=(128, 128), pad_shape=(128, 128)))
+        boxes = BOXES[: 2 * (rank == 0)]
+        sample.gt_instances = InstanceData(bboxes=boxes, labels=torch.arange(len(boxes)))
+        image = torch.randint(0, 256, (3, 128, 128), dtype=torch.uint8)
+        for _ in range(STEPS):
+            data = model.data_preprocessor({"inputs": [image] * 2, "data_samples": [sample] * 2}, training=True)
+            model.parse_losses(ranks(**data, mode="loss"))[0].backward()
+    mean = model.bbox_head.loss_bbox.mean
+    own = mean.clone()
+    all_reduce_params(mean.unsqueeze(0), op="mean")  # what mmengine's SyncBuffersHook does with every buffer
+    return own, mean
+
+
+def yolo_rank(rank):
+    """The running mean after each step of yolov8n."""
+    model = detector("yolov8n")
+    install(model, {"box": WIOU})
+    boxes = torch.tensor([[0.3, 0.4, 0.4, 0.5], [0.7, 0.7, 0.4, 0.3]])[: 2 * (rank == 0)]
+    batch = {"img": torch.rand(1, 3, 64, 64), "bboxes": boxes, "cls": torch.zeros(len(boxes), 1)}
+    batch["batch_idx"] = torch.zeros(len(boxes))
+    means = []
+    for _ in range(STEPS):
+        model(batch)[0].sum().backward()
+        means.append(model.criterion.built["box"].mean.clone())
+    return means
+
+
+@pytest.mark.slow
+def test_mmdet_head_without_positives_on_a_rank(tmp_path):
+    (busy, first), (idle, second) = two_ranks(mmdet_rank, tmp_path)
+    assert busy < 1, "it has seen boxes"
+    assert idle == 1, "it has seen none"
+    torch.testing.assert_close(first, (busy + idle) / 2)
+    assert first == second
+
+
+@pytest.mark.slow
+def test_yolo_without_objects_on_a_rank(tmp_path):
+    first, second = two_ranks(yolo_rank, tmp_path)
+    assert first == second, "averaged in every step"
+    assert 1 > first[0] > first[1]
