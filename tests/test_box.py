@@ -38,6 +38,7 @@ def test_encoded_deltas_are_refused(cls):
     wrong[:3] = wrong[:3, [2, 3, 0, 1]]
     loss(pred, wrong)
     deltas = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    cls.make()(pred[:3], wrong[:3])
     with pytest.raises(ValueError, match="reg_decoded_bbox=True"):
         cls.make()(deltas, deltas.flip(0))
     few = cls.make()
@@ -49,8 +50,8 @@ def test_targets_are_looked_at_in_the_first_calls_only():
     """Each look makes the host wait for the device."""
     loss = CIoULoss()
     pred, target = CIoULoss.sample(64)
-    for _ in range(100):
-        loss(pred, target)
+    for _ in range(30):
+        loss(pred[:1], target[:1])
     loss(pred, target[:, [2, 3, 0, 1]])
     loss = CIoULoss()
     for _ in range(100):
@@ -110,6 +111,16 @@ def test_wiou_inside_another_loss_keeps_its_state():
     assert loss.state_dict()["base.mean"].item() == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("version", [2, 3])
+def test_the_focusing_of_wiou_is_a_constant(version):
+    """Its gradient is that of version 1, times the factor."""
+    pred, target = boxes()
+    plain, focused = WIoULoss(version=1, reduction="none"), WIoULoss(version=version, reduction="none").eval()
+    factor = (focused(pred, target) / plain(pred, target)).detach().unsqueeze(-1)
+    assert factor.std() > 0.1
+    torch.testing.assert_close(gradient(focused, pred, target), factor * gradient(plain, pred, target))
+
+
 def test_wiou_version_1_has_no_state():
     assert not WIoULoss(version=1).state_dict()
     average_state(WIoULoss(version=1))
@@ -161,10 +172,25 @@ BASES = [cls for cls in BOX_LOSSES if cls.values_per_box == 1 and "base" not in 
 def test_inner_and_focaler_over_any_base(around, cls):
     """``base + IoU - other``, where the plain form is ``1 - other``."""
     pred, target = boxes()
-    base = {"type": cls.__name__, **cls.example}
+    base = {"type": cls.__name__, "loss_weight": 0.7, **cls.example}
     rows = lambda cfg: build_loss({**cfg, "reduction": "none"}).eval()(pred, target)  # noqa: E731
     combined, plain = rows({"type": around, "base": base}), rows({"type": around, "base": None})
     torch.testing.assert_close(combined, rows(base) + plain - iou_losses(pred, target))
+
+
+def test_focaler_iou_stays_between_0_and_1():
+    pred, target = torch.tensor([[0.0, 0, 2, 2]] * 3), torch.tensor([[4.0, 3, 6, 7], [0, 0, 2, 2], [0, 0, 4, 2]])
+    loss = build_loss({"type": "FocalerIoULoss", "base": None, "d": 0.25, "u": 0.75, "reduction": "none"})
+    assert loss(pred, target).tolist() == [1.0, 0.0, 0.5]
+
+
+def test_bounded_iou_rights_an_inverted_box():
+    target = torch.tensor([[0.0, 0, 8, 8]])
+    for width in (-1e-3, -1.0, -5.0):  # the first is minus eps
+        pred = torch.tensor([[4 - width / 2, 0, 4 + width / 2, 8]], requires_grad=True)
+        pull = gradient(build_loss({"type": "BoundedIoULoss"}), pred, target)
+        assert pull.isfinite().all()
+        assert pull[0, 0] > 0 > pull[0, 2], "x1 falls and x2 grows"
 
 
 def test_plain_forms_have_a_true_gradient():

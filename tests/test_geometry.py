@@ -40,7 +40,17 @@ def test_the_hull_of_an_inverted_box_is_that_of_the_righted_one():
     for inverted in ([9.0, 1, 2, 3], [2.0, 3, 9, 1], [9.0, 3, 2, 1]):
         pair = Pair(torch.tensor(inverted), target, 1e-7)
         assert pair.hull.tolist() == [7.0, 6.0]
-        assert pair.iou == 0, "it has no area"
+        assert pair.iou == 0
+        assert pair.union == 6, "the target's: it has no area itself"
+
+
+def test_a_side_of_no_length_is_a_matter_of_scale():
+    """Sides far below the eps are compared like any others, as long as the hull is of their size."""
+    pred, target = torch.tensor([0.0, 0, 2, 1], dtype=torch.float64), torch.tensor([1.0, 0, 3, 4], dtype=torch.float64)
+    large, small = (Pair(pred * scale, target * scale, 1e-7) for scale in (1.0, 1e-9))
+    torch.testing.assert_close(small.side_change(), large.side_change())
+    torch.testing.assert_close(small.aspect_gap(), large.aspect_gap())
+    assert large.aspect_gap() > 0.01
 
 
 def test_quotient_of_nothing():
