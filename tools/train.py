@@ -90,11 +90,11 @@ def train_yolo(args):
     """Train with Ultralytics and print what came out."""
     from ultralytics import YOLO
 
-    from detloss_plugins.adapters.ultralytics import check_head, describe, make_trainer
+    from detloss_plugins.adapters.ultralytics import check_head, describe, load_losses, make_trainer
 
     overrides = {key: yaml.safe_load(value) for key, value in args.overrides.items()}
     try:
-        losses = yolo_losses(args.config, overrides)
+        losses = load_losses(yolo_losses(args.config, overrides))  # before a model is looked for
         yolo = YOLO(overrides.get("resume") or overrides.get("model", "yolov8n.yaml"))
         trainer = make_trainer(losses, yolo.task)
         check_head(yolo.model, trainer.plugin_losses)
