@@ -1,14 +1,12 @@
 """Losses with state: a buffer that moves in training only, survives empty and NaN input, and is one over the ranks."""
 
 import copy
-import os
-from datetime import timedelta
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from compare import registered
 from mmengine.dist import all_reduce_params
+from ranks import two_ranks
 
 from detloss_plugins.base import average_state
 
@@ -102,11 +100,8 @@ def test_restored_state_goes_on_as_if_never_stopped(cls):
     assert same(state(loss), state(copied))
 
 
-def rank_states(rank, folder):
-    """What one of two ranks does: a training step of every loss on data of its own; its states go into a file."""
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=60)
-    )
+def rank_states(rank):
+    """The states after a training step of every loss on a rank's own data."""
     states = {}
     for cls in STATEFUL:
         loss = make(cls)
@@ -120,15 +115,12 @@ def rank_states(rank, folder):
         if rank == 0:
             call(loss, seed=9)  # validation on one rank must not wait for the other
         states[cls.__name__] = state(loss)
-    torch.save(states, f"{folder}/{rank}.pt")
-    torch.distributed.barrier()
-    os._exit(0)  # gloo's own destructor hangs now and then
+    return states
 
 
 def test_one_state_over_the_ranks(tmp_path):
     """Two processes with different data end with one state, which is neither's own."""
-    mp.spawn(rank_states, (str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    first, second = two_ranks(rank_states, tmp_path)
     for cls in STATEFUL:
         assert same(first[cls.__name__], second[cls.__name__]), cls.__name__
         alone = make(cls)

@@ -1,15 +1,12 @@
 """A distributed training in which one rank has no objects: nobody waits for ever, and the state becomes one."""
 
-import os
-from datetime import timedelta
-
 import pytest
 import torch
-import torch.multiprocessing as mp
 from mmdet.structures import DetDataSample
 from mmengine.dist import all_reduce_params
 from mmengine.registry import DefaultScope
 from mmengine.structures import InstanceData
+from ranks import two_ranks
 from test_mmdetection import CONFIG_DIR, build, small
 from test_ultralytics import detector
 from torch.nn.parallel import DistributedDataParallel
@@ -18,22 +15,6 @@ from detloss_plugins.adapters.ultralytics import install
 
 STEPS = 2
 WIOU = {"type": "WIoULoss", "momentum": 0.5}
-
-
-def two_ranks(run, folder):
-    """What ``run(rank)`` returns on each of two ranks."""
-    mp.spawn(in_rank, (run, str(folder)), nprocs=2)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
-
-
-def in_rank(rank, run, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=60)
-    )
-    torch.save(run(rank), f"{folder}/{rank}.pt")
-    torch.distributed.barrier()
-    os._exit(0)  # gloo's own destructor hangs now and then
 
 
 BOXES = torch.tensor([[10.0, 12, 58, 76], [60, 70, 110, 104]])
