@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from detloss_plugins.base import RotatedLoss, Rule, Upstream, at_least, one_of, rules
-from detloss_plugins.geometry import rows
+from detloss_plugins.geometry import power, rows
 from detloss_plugins.registry import MODELS
 
 
@@ -89,9 +89,7 @@ def _adjugate_form(box, gap2):
 
 
 def _sqrt(x):
-    """The square root, with no gradient where it would be infinite: at zero."""
-    vanishes = x <= torch.finfo(x.dtype).tiny  # false for NaN, which is not ours to hide
-    return torch.where(vanishes, 0.0, torch.where(vanishes, 1.0, x).sqrt())
+    return power(x, 0.5, torch.finfo(x.dtype).tiny)
 
 
 _FUNCTIONS = {"log1p": torch.log1p, "sqrt": _sqrt, "none": lambda distance: distance}

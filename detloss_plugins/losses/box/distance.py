@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from detloss_plugins.base import BoxLoss, Rule, Upstream, above, one_of, rules
-from detloss_plugins.geometry import Pair, area, center, ratio, rows, wh
+from detloss_plugins.geometry import Pair, area, center, power, ratio, rows, wh
 from detloss_plugins.registry import MODELS
 
 
@@ -109,8 +109,7 @@ def nwd_loss(pred, target, *, constant=12.8):
     """
     pred, target = rows(pred), rows(target)
     distance2 = ((center(pred) - center(target)).square() + (wh(pred) - wh(target)).square() / 4).sum(0)
-    same = distance2 == 0
-    distance = torch.where(same, 0.0, torch.where(same, 1.0, distance2).sqrt())
+    distance = power(distance2, 0.5, torch.finfo(distance2.dtype).tiny)
     return -torch.expm1(-distance / constant)
 
 
