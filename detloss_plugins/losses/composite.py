@@ -46,6 +46,7 @@ class JointLoss(Loss):
         if len(families) != 1:
             raise ValueError("losses of JointLoss must be one or more config dicts of losses of one family.")
         (self.family,) = families
+        self.every_rank = self.losses[0].every_rank
         self.use_sigmoid = all(getattr(loss, "use_sigmoid", True) for loss in self.losses)
         check_use_sigmoid(self, use_sigmoid)
 

@@ -8,6 +8,7 @@ from detloss_plugins.registry import MODELS
 
 # Inputs on which upstream is wrong, and why.
 _INVERTED = "an inverted box has a positive area there: this one, fully inverted, costs nothing"
+_FULLY_INVERTED = ((20, 20, 10, 10), (10, 10, 20, 20))
 _ABSOLUTE_EPS = "eps is added to areas there, so identical boxes in normalised coordinates cost something"
 _NORMALISED = ((1e-3, 1e-3, 2e-3, 2e-3), (1e-3, 1e-3, 2e-3, 2e-3))
 
@@ -66,12 +67,8 @@ class GIoULoss(BoxLoss):
         Upstream("mmdet.models.losses.GIoULoss"),
         Upstream("torchvision.ops.generalized_box_iou_loss"),
         Upstream("ultralytics.utils.metrics.bbox_iou", theirs={"xywh": False, "GIoU": True}),
-        Upstream("mmdet.models.losses.GIoULoss", differs=_INVERTED, at=((20, 20, 10, 10), (10, 10, 20, 20))),
-        Upstream(
-            "torchvision.ops.generalized_box_iou_loss",
-            differs=_INVERTED,
-            at=((20, 20, 10, 10), (10, 10, 20, 20)),
-        ),
+        Upstream("mmdet.models.losses.GIoULoss", differs=_INVERTED, at=_FULLY_INVERTED),
+        Upstream("torchvision.ops.generalized_box_iou_loss", differs=_INVERTED, at=_FULLY_INVERTED),
     )
 
 
