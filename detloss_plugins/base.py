@@ -11,7 +11,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import nn
 
-from detloss_plugins.reduction import apply_weight, check_reduction, reduce
+from detloss_plugins.reduction import apply_weight, check_reduction, fit_weight, reduce
 
 
 class Upstream(NamedTuple):
@@ -88,7 +88,9 @@ class Loss(nn.Module):
     mean_of_rows: ClassVar[bool] = True  # "mean" is the mean of what "none" gives
     every_rank: ClassVar[bool] = False  # True: called in every step on every rank of a distributed run
     self_normalized: ClassVar[bool] = False  # True: "mean" has a normaliser of its own, whatever avg_factor says
+    counts_positives: ClassVar[bool] = False  # True: their number decides shapes, so the host waits for the device
     yolo_gain: ClassVar[float] = 1.0  # default loss_weight in a slot of the Ultralytics adapter
+    yolo_prior: ClassVar[float | None] = None  # class score that a new head of theirs starts with; None: as stock
     hyper: ClassVar[tuple[str, ...]] = ()
     allowed: ClassVar[Mapping[str, Rule]] = rules()  # values of hyper-parameters
     inputs: ClassVar[tuple[str, ...]] = ()  # keyword-only arguments of fn that the class computes: its state
@@ -313,14 +315,16 @@ class ClassificationLoss(Loss):
         """The dense form of a target of any form, and the mask of its valid rows or None."""
         if isinstance(target, (tuple, list)):
             label, quality = target
-            one_hot, valid = cls._one_hot(pred, label)
+            one_hot, valid = cls.one_hot(pred, label)
             return one_hot * quality.to(pred.dtype).unsqueeze(-1), valid
         if target.shape == pred.shape:
             return target.to(pred.dtype), None
-        return cls._one_hot(pred, target)
+        one_hot, valid = cls.one_hot(pred, target)
+        return one_hot.to(pred.dtype), valid
 
     @classmethod
-    def _one_hot(cls, pred, label):
+    def one_hot(cls, pred, label):
+        """Where the label's channel is, and the mask of rows that are not ignored."""
         if label.shape != pred.shape[:-1] or label.is_floating_point():
             raise ValueError(
                 f"{cls.__name__} with logits {tuple(pred.shape)} takes class indices {tuple(pred.shape[:-1])} "
@@ -328,7 +332,7 @@ class ClassificationLoss(Loss):
                 f"not {label.dtype} {tuple(label.shape)}."
             )
         classes = torch.arange(pred.shape[-1], device=label.device)
-        return (label.unsqueeze(-1) == classes).to(pred.dtype), label >= 0
+        return label.unsqueeze(-1) == classes, label >= 0
 
     @classmethod
     def sample(cls, n=64, seed=0, dtype=torch.float32, classes=10):
@@ -339,6 +343,52 @@ class ClassificationLoss(Loss):
         quality = torch.rand(n, 1, generator=generator, dtype=torch.float64)
         target = torch.where(label == torch.arange(classes), quality, 0.0)
         return logits.to(dtype), target.to(dtype)
+
+
+class RankingLoss(ClassificationLoss):
+    """Losses on the order of the scores: every positive against every negative of all that ``pred`` holds.
+
+    Call once a step, with the logits ``(..., C)`` of all levels and images of a batch. Each class score is a cell of
+    its own: positive if its target is above 0 (the value is its IoU, for the losses that read it), negative if it is 0,
+    ignored if it is below. Targets have the forms of a classification loss; a positive of quality 0 stays one.
+
+    The per-element losses are one per positive, ``(P,)``, in the order of ``pred.flatten()``; their mean is over the
+    positives. ``weight`` 0 takes a row or a cell out of the ranking; any other weight multiplies the loss of a positive
+    and has no effect on a negative. Without positives the loss is zero.
+    """
+
+    family = "ranking"
+    counts_positives = True
+    # Order is all that these losses see. From the stock scores, which are a thousandth and less and differ from level
+    # to level, objects would stay below the thresholds of validation.
+    yolo_prior = 0.01
+
+    def prepare(self, pred, target):
+        tiny = torch.finfo(pred.dtype).tiny
+        if isinstance(target, (tuple, list)):
+            label, quality = target
+            target, valid = self.dense(pred, (label, quality.to(pred.dtype).clamp(min=tiny)))
+        elif target.shape == pred.shape:
+            return pred, target, None
+        else:
+            target, valid = self.one_hot(pred, target)
+            target = target.to(torch.int8)
+        return pred, target.masked_fill(~valid.unsqueeze(-1), -1), None
+
+    def weighed(self, pred, target, weight):
+        """The target with the cells of weight 0 ignored, and the weights of the positives or None."""
+        if weight is None:
+            return target, None
+        weight = fit_weight(weight, pred).expand_as(pred)
+        target = target.masked_fill(weight == 0, -1)
+        return target, weight.masked_select(target > 0)
+
+    def compute(self, pred, target, valid, weight):
+        target, weight = self.weighed(pred, target, weight)
+        return apply_weight(self.fn(pred, target, **self.settings), weight)
+
+    def weigh(self, loss, weight, valid):
+        return loss
 
 
 class DistributionLoss(Loss):

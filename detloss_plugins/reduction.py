@@ -23,8 +23,15 @@ def apply_weight(loss, weight):
     >>> apply_weight(torch.ones(2), torch.tensor([[1.0, 1, 0, 0], [4, 4, 4, 4]]))
     tensor([0.5000, 4.0000])
     """
-    if weight is None:
-        return loss
+    return loss if weight is None else loss * fit_weight(weight, loss)
+
+
+def fit_weight(weight, loss):
+    """A weight in a shape and type that broadcasts with per-element losses; see :func:`apply_weight`.
+
+    Raises:
+        ValueError: if there is no such shape.
+    """
     given = weight.shape
     weight = weight.to(loss.dtype)
     if weight.dim() == loss.dim() + 1:
@@ -39,7 +46,7 @@ def apply_weight(loss, weight):
             f"A weight of shape {tuple(given)} does not fit losses of shape {tuple(loss.shape)}; "
             "give one weight per element or one per row."
         )
-    return loss * weight
+    return weight
 
 
 def reduce(loss, weight=None, avg_factor=None, reduction="mean"):

@@ -46,7 +46,7 @@ class JointLoss(Loss):
         if len(families) != 1:
             raise ValueError("losses of JointLoss must be one or more config dicts of losses of one family.")
         (self.family,) = families
-        self.every_rank = self.losses[0].every_rank
+        self.every_rank, self.yolo_prior = self.losses[0].every_rank, self.losses[0].yolo_prior
         self.use_sigmoid = all(getattr(loss, "use_sigmoid", True) for loss in self.losses)
         check_use_sigmoid(self, use_sigmoid)
 

@@ -1,0 +1,499 @@
+"""Losses on the order of the scores, at the price of a sort of the positives.
+
+AP, aLRP and Rank & Sort compare scores by a step with a slope, ``H(x) = clamp(x / (2 delta) + 1 / 2, 0, 1)``, and hand
+back an error-driven update in place of a derivative: what a positive loses by the negatives above it is taken from
+them and given to it. Their authors loop over the positives, ``O(P (P + N))``. Seen from one score, a sum of steps over
+the positives is piecewise linear with kinks at ``s_i - delta`` and ``s_i + delta``. So the kinks are sorted, every
+negative is looked up among them once, and all sums over either side come from running sums over the kinks, in
+``O((P + N) log P)``. They are float64, and of terms that are not negative.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from detloss_plugins.base import RankingLoss, above, at_least, float32, rules
+from detloss_plugins.reduction import check_reduction, reduce
+from detloss_plugins.registry import MODELS
+
+DR_LAMBDA = 0.1 / math.log(3.5)  # the authors' temperature of the negatives
+CELLS = 64  # of the look-up on a CPU, for each kink
+MOST_IN_A_CELL = 6  # kinks, for the look-up to pay
+LEAST_BLOCK = 2**14  # pairs of positives that Rank & Sort compares at a time, if an eighth of the scores is less
+ALRP_EPS = 1e-5  # a positive outranked by less than this has no classification error, here and in Rank & Sort
+RANK_SORT_EPS = 1e-10
+
+
+def _from_the_top(values):
+    """Running sums from the end."""
+    return values.flip(0).cumsum(0).flip(0)
+
+
+def _from_zero(values):
+    return torch.cat([values.new_zeros(1), values])
+
+
+class _Steps(NamedTuple):
+    """``H(t - s_i)`` of positive scores ``s_i``, to be summed over queries ``t`` or over the positives."""
+
+    kinks: torch.Tensor  # (2P,), ascending
+    low: torch.Tensor  # (P,) the place of s_i - delta among them, where the slope of a positive begins
+    high: torch.Tensor  # (P,) that of s_i + delta, where it ends
+
+    @classmethod
+    def of(cls, scores, delta):
+        kinks, order = torch.cat([scores - delta, scores + delta]).sort()
+        return cls(kinks, *order.argsort().chunk(2))
+
+    def pieces(self, queries, delta):
+        """On which linear piece each query lies: how many kinks are below it, in int32."""
+        # With delta = 0, a query on the step has passed it.
+        passed = torch.ge if delta == 0 else torch.gt
+        if queries.device.type == "cpu" and len(queries) > CELLS * len(self.kinks):
+            found = _by_cells(self.kinks, queries, passed)
+            if found is not None:
+                return found
+        return torch.searchsorted(self.kinks, queries, right=delta == 0, out_int32=True)
+
+    def along(self, queries, pieces, delta):
+        """How far each query is from the start of its piece; no piece with a slope is longer than 2 delta."""
+        start = torch.cat([self.kinks[:1], self.kinks]).index_select(0, pieces)
+        return torch.sub(queries, start, out=start).clamp_(0, 2 * delta)
+
+    def lengths(self, delta):
+        """Of the pieces between two kinks."""
+        return self.kinks.double().diff().clamp(max=2 * delta)
+
+    def over_queries(self, pieces, along, delta, weight=None):
+        """``sum_j w_j H(t_j - s_i)`` for every positive, ``(P,)`` in float64; exactly 0 where no step has begun."""
+        table = torch.zeros(len(self.kinks) + 1, dtype=torch.float64, device=along.device)
+        size = len(table)
+        on_piece = torch.bincount(pieces, minlength=size) if weight is None else table.index_add(0, pieces, weight)
+        passed = _from_the_top(on_piece.double())[1:]  # the weight of the queries beyond each kink
+        if delta == 0:
+            return passed[self.low]
+        # sum_j w_j max(t_j - kink, 0): H is the difference of two ramps.
+        along = along.double()
+        beyond = table.index_add_(0, pieces, along if weight is None else along.mul_(weight))[1:]
+        beyond[:-1] += passed[1:] * self.lengths(delta)
+        beyond = _from_the_top(beyond)
+        sums = (beyond[self.low] - beyond[self.high]) / (2 * delta)
+        return torch.where(passed[self.low] == 0, 0.0, sums)
+
+    def over_positives(self, pieces, along, delta, weight):
+        """``sum_i w_i H(t_j - s_i)`` for every query, in the type of the scores."""
+        table = weight.new_zeros(len(self.kinks))
+        begun = table.index_add(0, self.low, weight)
+        if delta == 0:
+            return _from_zero(begun.cumsum(0)).to(along.dtype).index_select(0, pieces)
+        slope = (begun - table.index_add(0, self.high, weight)).cumsum(0) / (2 * delta)
+        value = _from_zero((slope[:-1] * self.lengths(delta)).cumsum(0))  # at each kink
+        slope, value = (_from_zero(t).to(along.dtype).index_select(0, pieces) for t in (slope, value))
+        return value.addcmul_(slope, along)
+
+
+def _by_cells(kinks, queries, passed):
+    """What searchsorted gives, faster on a CPU: a table of equal cells, then a walk past the few kinks of a cell.
+
+    None where some cell has many kinks, or the kinks are not finite.
+    """
+    count = CELLS * len(kinks)
+    scale = count / (kinks[-1] - kinks[0])
+    if not 0 < scale < math.inf:
+        return None
+
+    def cell(scores):
+        # Kinks and queries go through the same monotonic map, so whatever it rounds, their order stays. NaN is last.
+        return (scores - kinks[0]).mul_(scale).clamp_(0, count).nan_to_num_(count).to(torch.int32)
+
+    first, inside = cell(kinks).unique_consecutive(return_counts=True)
+    most = int(inside.max())
+    if most > MOST_IN_A_CELL:
+        return None
+    before = torch.zeros(count + 2, dtype=torch.int32)  # how many kinks are in lower cells
+    before[first + 1] = inside.to(torch.int32)
+    pieces = before.cumsum(0, dtype=torch.int32).index_select(0, cell(queries))
+    kinks = torch.cat([kinks, kinks.new_full((1,), math.nan)])  # which nothing passes
+    next_kink = torch.empty_like(queries)
+    for _ in range(most):
+        pieces += passed(queries, torch.index_select(kinks, 0, pieces, out=next_kink))
+    return pieces
+
+
+class _Ranking(NamedTuple):
+    """What places the positives and negatives of a batch, ``M`` scores in one row, beside one another."""
+
+    positive: torch.Tensor  # (P,) where the positives are
+    scores: torch.Tensor  # (P,) theirs
+    pieces: torch.Tensor  # (M,) the negatives' linear pieces; 0, where all steps are zero, for the other scores
+    along: torch.Tensor  # (M,)
+    kinks: torch.Tensor
+    low: torch.Tensor
+    high: torch.Tensor
+
+    @classmethod
+    def of(cls, pred, target, delta):
+        scores, target = pred.detach().flatten(), target.flatten()
+        positive = (target > 0).nonzero().squeeze(-1)
+        if not len(positive):
+            return None
+        steps = _Steps.of(scores[positive], delta)
+        pieces = steps.pieces(scores, delta).masked_fill_(target != 0, 0)
+        return cls(positive, scores[positive], pieces, steps.along(scores, pieces, delta), *steps)
+
+    @property
+    def steps(self):
+        return _Steps(self.kinks, self.low, self.high)
+
+    @property
+    def pairs(self):
+        """How many pairs of positives may be compared at a time, so that memory grows with the scores."""
+        return max(len(self.pieces) // 8, LEAST_BLOCK)
+
+    def above(self, delta, weight=None):
+        """``sum_k w_k H(s_k - s_i)`` over the positives, i itself included with ``H(0)``."""
+        pieces = self.steps.pieces(self.scores, delta)
+        return self.steps.over_queries(pieces, self.steps.along(self.scores, pieces, delta), delta, weight)
+
+    def outranked(self, delta):
+        """``sum_j H(t_j - s_i)`` over the negatives."""
+        return self.steps.over_queries(self.pieces, self.along, delta)
+
+
+class _Update(NamedTuple):
+    """What backward gives the logits for each positive's loss, each ``(P,)`` in float64."""
+
+    own: torch.Tensor  # how much the positive itself is pushed up
+    share: torch.Tensor  # times H(t_j - s_i): how much each negative is pushed down
+    quality: torch.Tensor | None = None  # with the next: Rank & Sort pushes positives of lower quality down too
+    sorting: torch.Tensor | None = None  # times H(s_k - s_i)
+
+
+class _ErrorDriven(torch.autograd.Function):
+    """Hands out one loss a positive; backward gives its update, scaled by what comes in, in place of a derivative."""
+
+    @staticmethod
+    def forward(ctx, pred, losses, update, ranking, delta):
+        ctx.save_for_backward(*update, *ranking)
+        ctx.shape, ctx.delta = pred.shape, delta
+        return losses.to(pred.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, incoming):
+        saved, delta = ctx.saved_tensors, ctx.delta
+        count = len(_Update._fields)
+        update, ranking, incoming = _Update(*saved[:count]), _Ranking(*saved[count:]), incoming.double()
+        up = -incoming * update.own
+        if update.sorting is not None:
+            up += _missorted(ranking.scores, update.quality, incoming * update.sorting, delta, ranking.pairs)
+        gradient = ranking.steps.over_positives(ranking.pieces, ranking.along, delta, incoming * update.share)
+        gradient[ranking.positive] = up.to(gradient.dtype)
+        return gradient.reshape(ctx.shape), None, None, None, None
+
+
+@torch.compiler.disable  # the shapes depend on the data; the rest of a compiled model stays compiled
+def _error_driven(pred, target, delta, errors):
+    """Losses of the positives; ``errors(ranking)`` gives them with their update."""
+    ranking = _Ranking.of(pred, target, delta)
+    if ranking is None:
+        return pred.flatten()[:0]
+    return _ErrorDriven.apply(pred, *errors(ranking), ranking, delta)
+
+
+def ap_loss(pred, target, *, delta=1.0):
+    """One minus the interpolated precision of every positive; backward is the error-driven update.
+
+    With ``a_i = 1 + sum_k H(s_k - s_i)`` over the other positives and ``b_i = sum_j H(t_j - s_i)`` over the negatives,
+    the error is ``b_i / (a_i + b_i)``, and the loss its least value at or below the score. A positive is pushed up by
+    its loss, and as much is taken from the negatives, each by its share ``H(t_j - s_i)`` of ``b_i``.
+
+    Args:
+        pred: logits, any shape.
+        target: same shape; above 0 positive, 0 negative, below 0 ignored.
+
+    Returns:
+        One loss a positive, ``(P,)``.
+
+    >>> ap_loss(torch.tensor([0.0, 0.0, -3.0]), torch.tensor([1, 0, 0]))  # a = 1, b = 1/2
+    tensor([0.3333])
+    """
+
+    def errors(ranking):
+        outranked = ranking.outranked(delta)
+        error = outranked / (ranking.above(delta) + 0.5 + outranked)
+        order = ranking.scores.argsort()
+        least = torch.empty_like(error).index_copy_(0, order, error[order].cummin(0).values)
+        return least, _Update(least, least / outranked.where(outranked != 0, 1.0))
+
+    return _error_driven(pred, target, delta, errors)
+
+
+@MODELS.register_module()
+class APLoss(RankingLoss):
+    """Chen et al., Towards Accurate One-Stage Object Detection with AP-Loss, 2019.
+
+    Args:
+        delta: half the width of the step, in logits.
+
+    Raises:
+        ValueError: if ``delta`` is not positive.
+    """
+
+    fn = staticmethod(ap_loss)
+    yolo_gain = 20.0
+    paper = "https://arxiv.org/abs/1904.06373"
+    bounds = (0.0, 1.0)
+    true_gradient = False
+    allowed = rules(delta=above(0))
+
+
+def alrp_loss(pred, target, *, delta=1.0, loc_error=None):
+    """``1 -`` precision of every positive, updated by what its rank costs in precision and in localisation.
+
+    With ``rank_i = a_i + b_i`` as in :func:`ap_loss` and ``E_i = sum_k H(s_k - s_i) e_k`` over the other positives, the
+    value is ``b_i / rank_i`` and the update ``(E_i + b_i) / rank_i``; none where ``b_i`` is below 1e-5.
+
+    Args:
+        pred: logits, any shape.
+        target: same shape; above 0 positive, 0 negative, below 0 ignored.
+        loc_error: localisation error ``e_i`` of each positive in [0, 1], ``(P,)``. Without it, one minus a soft target.
+
+    Returns:
+        One loss a positive, ``(P,)``. With ``loc_error``, a pair with the localisation component:
+        ``sum_k e_k / rank_i`` over the positives with ``s_k >= s_i``, whose gradient goes to ``loc_error`` only.
+
+    >>> logits, target = torch.tensor([0.0, 0.0, 3.0]), torch.tensor([1, 0, 1])  # a = 2 and 1, b = 1/2 and 0
+    >>> alrp_loss(logits, target, loc_error=torch.tensor([0.5, 0.3]))  # 0.5 / 2.5, 0; 0.8 / 2.5, 0.3 / 1
+    (tensor([0.2000, 0.0000]), tensor([0.3200, 0.3000]))
+    """
+    localisation = []
+
+    def errors(ranking):
+        outranked = ranking.outranked(delta)
+        rank = ranking.above(delta) + 0.5 + outranked
+        if loc_error is None:
+            own_error = 1 - target.flatten()[ranking.positive].double()
+        else:
+            own_error = loc_error.detach().double()
+            localisation.append(_cumulated(loc_error, ranking.scores) / rank)
+        others = ranking.above(delta, own_error) - own_error / 2
+        own = torch.where(outranked > ALRP_EPS, (others + outranked) / rank, 0.0)
+        return outranked / rank, _Update(own, own / outranked.clamp(min=ALRP_EPS))
+
+    losses = _error_driven(pred, target, delta, errors)
+    if loc_error is None:
+        return losses
+    return losses, (localisation[0] if localisation else loc_error).to(losses.dtype)
+
+
+def _cumulated(values, scores):
+    """``sum_k v_k`` over ``s_k >= s_i``, equal scores included whatever their order."""
+    ascending, order = scores.sort()
+    sums = _from_the_top(values.double()[order])
+    return sums[torch.searchsorted(ascending, scores)]
+
+
+@MODELS.register_module()
+class ALRPLoss(RankingLoss):
+    """Oksuz et al., A Ranking-based, Balanced Loss Function Unifying Classification and Localisation, 2020 (aLRP).
+
+    Called with ``loc_error``, the localisation error of each positive in the order of ``pred.flatten()``, it returns
+    the pair (classification, localisation), both weighed and reduced; the gradient of the second goes to ``loc_error``
+    only. The authors' error is the GIoU loss, and their self-balancing factor for the second is left to the head.
+    Without ``loc_error`` it returns the first alone, with the error ``1 - quality`` of a soft target.
+
+    Args:
+        delta: half the width of the step, in logits.
+
+    Raises:
+        ValueError: if ``delta`` is not positive, or ``loc_error`` has not one value a positive.
+    """
+
+    fn = staticmethod(alrp_loss)
+    yolo_gain = 30.0
+    yolo_prior = 0.1
+    paper = "https://arxiv.org/abs/2009.13592"
+    bounds = (0.0, 1.0)
+    true_gradient = False
+    inputs = ("loc_error",)
+    allowed = rules(delta=above(0))
+
+    def forward(self, pred, target, weight=None, avg_factor=None, reduction_override=None, loc_error=None):
+        """Compute the loss; with ``loc_error``, both components."""
+        if loc_error is None:
+            return super().forward(pred, target, weight, avg_factor, reduction_override)
+        reduction = check_reduction(self.reduction if reduction_override is None else reduction_override)
+        with torch.autocast(pred.device.type, enabled=False):
+            pred, target, _ = self.prepare(float32(pred), target)
+            target, weight = self.weighed(pred, target, weight)
+            count = int((target > 0).sum())
+            if loc_error.shape != (count,):
+                raise ValueError(f"loc_error must have one value for each of {count} positives, not {loc_error.shape}.")
+            parts = self.fn(pred, target, **self.settings, loc_error=float32(loc_error))
+        return tuple(self.loss_weight * reduce(part, weight, avg_factor, reduction) for part in parts)
+
+
+def _pairs(scores, quality, delta, pairs):
+    """For blocks of positives i: their slice, ``H(s_k - s_i)``, and where k is of lower quality than i."""
+    rows = max(pairs // len(scores), 1)
+    for start in range(0, len(scores), rows):
+        block = slice(start, start + rows)
+        gap = scores - scores[block, None]
+        step = (gap >= 0).double() if delta == 0 else gap.div_(2 * delta).add_(0.5).clamp_(0, 1)
+        yield block, step, quality < quality[block, None]
+
+
+def _sorting_errors(scores, quality, above, delta, pairs):
+    """The sorting error of every positive, and the weight of the positives of lower quality above it."""
+    badness, errors, weights = 1 - quality, torch.zeros_like(scores), torch.zeros_like(scores)
+    for block, step, worse in _pairs(scores, quality, delta, pairs):
+        wrong = step * worse
+        right = step - wrong
+        weight = wrong.sum(1)
+        # The mean badness of all above minus that of those which belong there, without its cancellation.
+        errors[block] = (wrong @ badness - weight * (right @ badness) / right.sum(1)) / above[block]
+        weights[block] = weight
+    return errors, weights
+
+
+def _missorted(scores, quality, sorting, delta, pairs):
+    """What each positive of lower quality is pushed down by: ``sum_i c_i H(s_k - s_i)`` over ``y_i > y_k``."""
+    pushed = torch.zeros_like(sorting)
+    for block, step, worse in _pairs(scores.double(), quality, delta, pairs):
+        pushed += sorting[block] @ (step * worse)
+    return pushed
+
+
+def rank_sort_errors(pred, target, *, delta=0.5):
+    """The ranking and the sorting error of every positive, as constants: the two parts of :func:`rank_sort_loss`."""
+    ranking = _Ranking.of(pred, target, delta)
+    return (pred.detach().flatten()[:0],) * 2 if ranking is None else _rank_sort(ranking, target, delta)[:2]
+
+
+def _rank_sort(ranking, target, delta):
+    """Ranking error, sorting error and the update of both."""
+    quality = target.flatten()[ranking.positive].double()
+    above, outranked = ranking.above(delta), ranking.outranked(delta)
+    rank = above + outranked
+    ranked = outranked / rank
+    sorted_, weight = _sorting_errors(ranking.scores.double(), quality, above, delta, ranking.pairs)
+    missorted = weight > RANK_SORT_EPS
+    misranked = outranked > RANK_SORT_EPS
+    own = torch.where(misranked, ranked, 0.0) + torch.where(missorted, sorted_, 0.0)
+    sorting = torch.where(missorted, sorted_ / weight.clamp(min=RANK_SORT_EPS), 0.0)
+    return ranked, sorted_, _Update(own, torch.where(misranked, 1 / rank, 0.0), quality, sorting)
+
+
+def rank_sort_loss(pred, target, *, delta=0.5):
+    """Ranking plus sorting error of every positive; backward is the error-driven update of both.
+
+    With ``r_i = sum_k H(s_k - s_i)`` over all positives (``H(0)`` for itself) and ``b_i`` as in :func:`ap_loss`, the
+    ranking error is ``b_i / (r_i + b_i)``. The sorting error is the mean of ``1 - y_k`` over the positives above i less
+    that over those of them with ``y_k >= y_i``, both weighted by ``H(s_k - s_i)``.
+
+    Args:
+        pred: logits, any shape.
+        target: same shape; above 0 the IoU ``y`` of a positive, 0 negative, below 0 ignored.
+        delta: half the width of the step; 0 is the hard step ``s_k >= s_i``, where a positive counts itself whole.
+
+    Returns:
+        One loss a positive, ``(P,)``.
+
+    >>> logits, target = torch.tensor([0.0, 0.0, 3.0]), torch.tensor([0.8, 0.0, 0.4])
+    >>> rank_sort_loss(logits, target)  # 0.5 / (1.5 + 0.5) + (0.5 * 0.2 + 0.6) / 1.5 - 0.2; 0
+    tensor([0.5167, 0.0000])
+    """
+
+    def errors(ranking):
+        ranked, sorted_, update = _rank_sort(ranking, target, delta)
+        return ranked + sorted_, update
+
+    return _error_driven(pred, target, delta, errors)
+
+
+@MODELS.register_module()
+class RankSortLoss(RankingLoss):
+    """Oksuz et al., Rank & Sort Loss for Object Detection and Instance Segmentation, 2021.
+
+    The IoU of each positive is a soft target or the quality of a ``(label, quality)`` tuple; hard targets leave the
+    ranking error alone. The value is the sum of the authors' two; :func:`rank_sort_errors` gives them apart.
+
+    Args:
+        delta: half the width of the step, in logits; 0 for a hard step.
+
+    Raises:
+        ValueError: if ``delta`` is negative.
+    """
+
+    fn = staticmethod(rank_sort_loss)
+    yolo_gain = 20.0
+    paper = "https://arxiv.org/abs/2107.11669"
+    bounds = (0.0, 2.0)
+    true_gradient = False
+    allowed = rules(delta=at_least(0))
+
+
+def distributional_ranking(positives, negatives, *, pos_lambda, neg_lambda, margin, L, tau):
+    """The DR loss of two sets of probabilities: ``tau / L ln(1 + exp(L (d- - d+ + margin)))``.
+
+    ``d-`` is the mean of the negatives under the weights ``softmax(p / neg_lambda)``, the hardest first, and ``d+``
+    that of the positives under ``softmax(-p / pos_lambda)``. An empty set of positives has ``d+ = 1``, one of negatives
+    ``d- = 0``.
+    """
+    high = ((negatives / neg_lambda).softmax(0) * negatives).sum()
+    low = ((-positives / pos_lambda).softmax(0) * positives).sum() if len(positives) else 1.0
+    return tau / L * F.softplus(L * (high - low + margin))
+
+
+def dr_loss(pred, target, *, pos_lambda=1.0, neg_lambda=DR_LAMBDA, margin=0.5, L=6.0, tau=4.0):
+    """Distributional ranking: the hard negatives' mean probability must lie ``margin`` below the hard positives'.
+
+    Args:
+        pred: logits, any shape.
+        target: same shape; above 0 positive, 0 negative, below 0 ignored.
+
+    Returns:
+        The one loss of :func:`distributional_ranking`, once for each positive, ``(P,)``.
+
+    >>> dr_loss(torch.tensor([0.0, 0.0]), torch.tensor([1, 0]))  # d+ = d- = 1/2: 4 / 6 ln(1 + e^3)
+    tensor([2.0324])
+    """
+    positives, negatives = (pred.masked_select(mask).sigmoid() for mask in (target > 0, target == 0))
+    if not len(positives):
+        return pred.flatten()[:0]
+    hyper = {"pos_lambda": pos_lambda, "neg_lambda": neg_lambda, "margin": margin, "L": L, "tau": tau}
+    return distributional_ranking(positives, negatives, **hyper).expand(len(positives))
+
+
+@MODELS.register_module()
+class DRLoss(RankingLoss):
+    """Qian et al., DR Loss: Improving Object Detection by Distributional Ranking, 2019.
+
+    One value for all that ``pred`` holds, so that its mean over the positives is that value. Its gradient is the true
+    derivative. Without positives it is zero, where the authors' code goes on pushing the negatives down.
+
+    Args:
+        pos_lambda: temperature of the positives' distribution; small for the hardest only.
+        neg_lambda: that of the negatives.
+        margin: by how much the positives' mean must exceed the negatives'.
+        L: steepness of the logistic loss.
+        tau: factor on the loss.
+
+    Raises:
+        ValueError: if ``pos_lambda``, ``neg_lambda`` or ``L`` is not positive, or ``tau`` is negative.
+    """
+
+    fn = staticmethod(dr_loss)
+    yolo_gain = 20.0
+    yolo_prior = 0.1
+    paper = "https://arxiv.org/abs/1907.10156"
+    bounds = (0.0, 6.1)  # 4 / 6 ln(1 + exp(6 * 1.5))
+    allowed = rules(pos_lambda=above(0), neg_lambda=above(0), L=above(0), tau=at_least(0))
+
+
+# What is defined here is public; a new loss is exported by being here.
+__all__ = [k for k, v in list(globals().items()) if getattr(v, "__module__", "") == __name__ and k[0] != "_"]
