@@ -19,6 +19,7 @@ from ultralytics.utils.dist import generate_ddp_file
 from ultralytics.utils.loss import E2ELoss, VarifocalLoss
 
 from detloss_plugins.adapters.ultralytics import (
+    SLOTS,
     TASKS,
     PluginDetectionLoss,
     criterion_state,
@@ -175,7 +176,9 @@ def test_class_loss_is_summed_over_anchors_and_divided_by_the_scores(batch):
     torch.testing.assert_close(items["cls_loss"], expected, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("cls", ["VarifocalLoss", "QualityFocalLoss", "FocalLoss", "BinaryCrossEntropyLoss"])
+@pytest.mark.parametrize(
+    "cls", ["VarifocalLoss", "QualityFocalLoss", "FocalLoss", "BinaryCrossEntropyLoss", "APLoss", "DRLoss"]
+)
 def test_class_weights_keep_working(cls, batch):
     model = detector("yolov8n")
     criteria = []
@@ -205,7 +208,7 @@ def test_end_to_end_head(name):
     assert criterion.o2m < 0.8
 
 
-CLASS_LOSSES = [cls for cls in registered().values() if cls.family == "classification" and cls.make().use_sigmoid]
+CLASS_LOSSES = [cls for cls in registered().values() if cls.family in SLOTS["cls"] and cls.make().use_sigmoid]
 # Those that the source documents describe.
 DOCUMENTED = """BinaryCrossEntropyLoss BalancedCrossEntropyLoss FocalLoss ModifiedCrossEntropyLoss QualityFocalLoss
 VarifocalLoss GeneralizedFocalLoss ConfidenceWeightedLoss JointLoss""".split()

@@ -11,7 +11,7 @@ from detloss_plugins.registry import build_loss, loss_class
 
 # Slot -> the families of losses it takes.
 SLOTS = {
-    "cls": ("classification",),
+    "cls": ("classification", "ranking"),
     "box": ("box", "rotated"),
     "dfl": ("distribution", "regression"),
 }

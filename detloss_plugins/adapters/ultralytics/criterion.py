@@ -23,11 +23,20 @@ class _ClassSlot:
 
     def __call__(self, pred_scores, target_scores):
         elements, valid = self.loss.elements(pred_scores, target_scores)
+        if self.loss.family == "ranking":
+            elements = self.in_their_places(elements, target_scores)
         if self.loss.self_normalized:
             # The criterion divides the sum by the scores; a loss with a normaliser of its own keeps that.
             own = self.loss.normalizer(None, elements, valid, None, "mean")
             elements = elements * (target_scores.sum().clamp(min=1) / own)
         return self.loss.loss_weight * elements
+
+    @staticmethod
+    def in_their_places(losses, target_scores):
+        """The losses of the positives where class weights find them, so scaled that the criterion gives their mean."""
+        share = target_scores.sum().clamp(min=1) / max(len(losses), 1)
+        nothing = torch.zeros(target_scores.shape, dtype=losses.dtype, device=losses.device)
+        return nothing.masked_scatter(target_scores > 0, losses * share)
 
 
 def _in_pixels(boxes, stride):

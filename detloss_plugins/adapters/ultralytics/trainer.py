@@ -1,6 +1,7 @@
 """The trainer: it gives a model our criterion, keeps its state and writes checkpoints of stock classes only."""
 
 import functools
+import math
 from contextlib import contextmanager
 from pathlib import Path
 from types import MethodType
@@ -84,6 +85,17 @@ def trained_losses(model):
     return getattr(getattr(model, "model", model), RECORD, None) or getattr(model, RECORD, None)
 
 
+def start_at_prior(model, losses):
+    """Give a new head the class scores that its class loss should start with, if that has a preference."""
+    prior = build_loss(losses["cls"]).yolo_prior if "cls" in losses else None
+    if prior is None:
+        return
+    head = model.model[-1]
+    for branch in (*head.cv3, *(getattr(head, "one2one_cv3", None) or ())):
+        torch.nn.init.constant_(branch[-1].bias, math.log(prior / (1 - prior)))
+    LOGGER.info(f"detloss_plugins: class scores start at {prior:g}, unless weights are loaded")
+
+
 def describe(losses, args):
     """One line per slot: the active loss, its settings, its weight and the training's gain for the slot."""
     lines = []
@@ -137,7 +149,10 @@ def make_trainer(losses, task="detect"):
                 raise ValueError(f"The model's task is {given!r}; write make_trainer(losses, task={given!r}).")
 
         def get_model(self, cfg=None, weights=None, verbose=True):
-            model = super().get_model(cfg, weights, verbose)
+            model = super().get_model(cfg, None, verbose)
+            start_at_prior(model, self.plugin_losses)
+            if weights:
+                model.load(weights)
             self.check_same_task(guess_model_task(model))
             check_head(model, self.plugin_losses)
             before = getattr(weights, RECORD, None)
