@@ -2,13 +2,16 @@
 
 import json
 
+import bench
 import compare
 import pytest
 import table
+import torch
 import train
 from mmengine.config import ConfigDict
 
 from detloss_plugins.base import Upstream
+from detloss_plugins.losses import ap_loss
 
 
 def refused(capsys, *argv, status):
@@ -116,3 +119,40 @@ def test_an_outdated_table_is_noticed(tmp_path, monkeypatch, capsys):
     assert table.main([]) == 0
     assert table.main(["--check"]) == 0
     assert "CIoULoss" in readme.read_text()
+
+
+def test_the_loop_of_the_benchmark_is_ap_loss():
+    logits, target = (x.double() for x in bench.scene(40, 500))
+    value, up, down = bench.plain_ap_loss(logits, target)
+    logits.requires_grad_()
+    mine = ap_loss(logits, target).mean()
+    mine.backward()
+    torch.testing.assert_close(value, mine.detach())
+    torch.testing.assert_close(up, logits.grad[target > 0])
+    torch.testing.assert_close(down, logits.grad[target == 0])
+
+
+def test_peak_memory_is_what_is_there_at_once():
+    def run():
+        for _ in range(3):
+            torch.zeros(1000, 1000)  # freed in every turn
+        kept = torch.zeros(1000, 1000)
+        return kept + 1
+
+    assert bench.peak_memory(run, torch.device("cpu")) == pytest.approx(8e6, rel=0.01)
+
+
+def test_bench_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench, "SIZES", ((20, 4000),))
+    file = tmp_path / "rows.json"
+    assert bench.main(["--loss", "APLoss", "--loss", "DRLoss", "--runs", "3", "--json", str(file)]) == 0
+    report = json.loads(file.read_text())
+    assert [row["loss"] for row in report["rows"]] == ["FocalLoss", "APLoss", "DRLoss"]
+    for row in report["rows"]:
+        assert 0 < row["least"] <= row["ms"] <= row["most"]
+        assert row["memory"] > 0
+    assert report["rows"][1]["faster"] == report["rows"][1]["loop_ms"] / report["rows"][1]["ms"]
+    assert report["machine"]["torch"] == torch.__version__
+    with pytest.raises(SystemExit):
+        bench.main(["--loss", "GIoULoss"])
+    assert "GIoULoss is not a ranking loss" in capsys.readouterr().err

@@ -123,12 +123,14 @@ def train_yolo(args):
 
 
 def our_losses(config, path=""):
-    """``(key, dict)`` of every loss of ours in a nested config."""
+    """``(key, dict)`` of every loss of ours in a nested config; a head of ours has a longer path for its type."""
     items = config.items() if isinstance(config, dict) else enumerate(config) if isinstance(config, list) else ()
     for key, value in items:
         where = f"{path}.{key}" if path else str(key)
-        if isinstance(value, dict) and str(value.get("type")).startswith("detloss_plugins."):
-            yield where, value
+        if isinstance(value, dict):
+            package, *name = str(value.get("type")).split(".")
+            if package == "detloss_plugins" and len(name) == 1:
+                yield where, value
         yield from our_losses(value, where)
 
 
