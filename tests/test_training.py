@@ -31,7 +31,7 @@ def test_main_job(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qfl", "focal"])
+@pytest.mark.parametrize("name", ["qfl", "focal", "ap", "alrp", "rank_sort", "dr"])
 def test_class_losses_at_their_default_gain(tmp_path, name):
     map50, _ = train(tmp_path / "run", str(ROOT / "configs" / "ultralytics" / f"{name}.yaml"))
     assert map50 >= 0.5
