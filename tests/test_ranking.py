@@ -414,6 +414,8 @@ def test_localisation_errors_of_the_wrong_number():
     nothing = torch.zeros_like(target)
     parts = ALRPLoss()(pred.requires_grad_(), nothing, loc_error=torch.rand(0, requires_grad=True))
     assert [part.item() for part in parts] == [0, 0]
+    with pytest.raises(ValueError, match="each of 0 positives"):
+        ALRPLoss()(pred, nothing, loc_error=torch.rand(3))
 
 
 def test_localisation_errors_under_weights():

@@ -23,8 +23,8 @@ DR_LAMBDA = 0.1 / math.log(3.5)  # the authors' temperature of the negatives
 CELLS = 64  # of the look-up on a CPU, for each kink
 MOST_IN_A_CELL = 6  # kinks, for the look-up to pay
 LEAST_BLOCK = 2**14  # pairs of positives that Rank & Sort compares at a time, if an eighth of the scores is less
-ALRP_EPS = 1e-5  # a positive outranked by less than this has no classification error, here and in Rank & Sort
-RANK_SORT_EPS = 1e-10
+ALRP_EPS = 1e-5  # a positive that is outranked by less gives no update
+RANK_SORT_EPS = 1e-10  # the same, for both parts
 
 
 def _from_the_top(values):
@@ -262,6 +262,9 @@ def alrp_loss(pred, target, *, delta=1.0, loc_error=None):
         target: same shape; above 0 positive, 0 negative, below 0 ignored.
         loc_error: localisation error ``e_i`` of each positive in [0, 1], ``(P,)``. Without it, one minus a soft target.
 
+    Raises:
+        ValueError: if ``loc_error`` has not one value a positive.
+
     Returns:
         One loss a positive, ``(P,)``. With ``loc_error``, a pair with the localisation component:
         ``sum_k e_k / rank_i`` over the positives with ``s_k >= s_i``, whose gradient goes to ``loc_error`` only.
@@ -278,6 +281,7 @@ def alrp_loss(pred, target, *, delta=1.0, loc_error=None):
         if loc_error is None:
             own_error = 1 - target.flatten()[ranking.positive].double()
         else:
+            _check_one_a_positive(loc_error, len(rank))
             own_error = loc_error.detach().double()
             localisation.append(_cumulated(loc_error, ranking.scores) / rank)
         others = ranking.above(delta, own_error) - own_error / 2
@@ -287,7 +291,15 @@ def alrp_loss(pred, target, *, delta=1.0, loc_error=None):
     losses = _error_driven(pred, target, delta, errors)
     if loc_error is None:
         return losses
+    if not localisation:
+        _check_one_a_positive(loc_error, 0)
     return losses, (localisation[0] if localisation else loc_error).to(losses.dtype)
+
+
+def _check_one_a_positive(loc_error, count):
+    if loc_error.shape != (count,):
+        shape = tuple(loc_error.shape)
+        raise ValueError(f"loc_error must have one value for each of {count} positives, ({count},), not {shape}.")
 
 
 def _cumulated(values, scores):
@@ -330,9 +342,6 @@ class ALRPLoss(RankingLoss):
         with torch.autocast(pred.device.type, enabled=False):
             pred, target, _ = self.prepare(float32(pred), target)
             target, weight = self.weighed(pred, target, weight)
-            count = int((target > 0).sum())
-            if loc_error.shape != (count,):
-                raise ValueError(f"loc_error must have one value for each of {count} positives, not {loc_error.shape}.")
             parts = self.fn(pred, target, **self.settings, loc_error=float32(loc_error))
         return tuple(self.loss_weight * reduce(part, weight, avg_factor, reduction) for part in parts)
 
