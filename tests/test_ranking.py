@@ -405,6 +405,9 @@ def test_a_nan_is_not_hidden_wherever_it_is(loss):
         broken = pred.clone()
         broken[tuple(where)] = float("nan")
         assert loss(broken, target).isnan()
+        if isinstance(loss, ALRPLoss):
+            error = torch.rand(int((target > 0).sum()))
+            assert loss(broken, target, loc_error=error)[0].isnan()
 
 
 def test_localisation_errors_of_the_wrong_number():

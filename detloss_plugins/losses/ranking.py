@@ -306,7 +306,7 @@ def _cumulated(values, scores):
     """``sum_k v_k`` over ``s_k >= s_i``, equal scores included whatever their order."""
     ascending, order = scores.sort()
     sums = _from_the_top(values.double()[order])
-    return sums[torch.searchsorted(ascending, scores)]
+    return sums[torch.searchsorted(ascending, scores).clamp(max=len(scores) - 1)]  # a NaN is beyond all
 
 
 @MODELS.register_module()

@@ -342,9 +342,10 @@ def test_weights_are_the_stock_heads(name, loss):
     assert stock >= missing
 
 
-def test_centerness_of_a_base_config_is_left_alone():
+@pytest.mark.parametrize("given", [None, dict(type="mmdet.CrossEntropyLoss", use_sigmoid=True)])
+def test_centerness_of_a_base_config_is_left_alone(given):
     """The type may be the only change to a stock config."""
-    model = head("ATSSHead", "RankSortLoss", loss_centerness=dict(type="mmdet.CrossEntropyLoss", use_sigmoid=True))
+    model = head("ATSSHead", "RankSortLoss", loss_centerness=given)
     assert not hasattr(model, "loss_centerness")
     assert model.loss(features(), samples("objects")).keys() == {"loss_cls", "loss_bbox"}
 
