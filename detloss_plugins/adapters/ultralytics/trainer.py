@@ -150,11 +150,11 @@ def make_trainer(losses, task="detect"):
 
         def get_model(self, cfg=None, weights=None, verbose=True):
             model = super().get_model(cfg, None, verbose)
+            self.check_same_task(guess_model_task(model))
+            check_head(model, self.plugin_losses)
             start_at_prior(model, self.plugin_losses)
             if weights:
                 model.load(weights)
-            self.check_same_task(guess_model_task(model))
-            check_head(model, self.plugin_losses)
             before = getattr(weights, RECORD, None)
             if self.resume and before is not None:
                 if before["losses"] == self.plugin_losses:
