@@ -17,7 +17,7 @@ from detloss_plugins.losses import (
     distributional_ranking,
     rank_sort_errors,
 )
-from detloss_plugins.losses.ranking import CELLS, _by_cells
+from detloss_plugins.losses.ranking.error_driven import CELLS, _by_cells
 
 RANKING = {"APLoss": APLoss, "ALRPLoss": ALRPLoss, "RankSortLoss": RankSortLoss}
 SCORES = [1, 0.2, -0.5, 0.6, 0.1, -0.4, -2]

@@ -1,8 +1,8 @@
-"""Losses on the order of the scores, at the price of a sort of the positives.
+"""AP, aLRP and Rank & Sort loss at the price of a sort of the positives.
 
-AP, aLRP and Rank & Sort compare scores by a step with a slope, ``H(x) = clamp(x / (2 delta) + 1 / 2, 0, 1)``, and hand
-back an error-driven update in place of a derivative: what a positive loses by the negatives above it is taken from
-them and given to it. Their authors loop over the positives, ``O(P (P + N))``. Seen from one score, a sum of steps over
+They compare scores by a step with a slope, ``H(x) = clamp(x / (2 delta) + 1 / 2, 0, 1)``, and hand back an
+error-driven update in place of a derivative: what a positive loses by the negatives above it is taken from them and
+given to it. Their authors loop over the positives, ``O(P (P + N))``. Seen from one score, a sum of steps over
 the positives is piecewise linear with kinks at ``s_i - delta`` and ``s_i + delta``. So the kinks are sorted, every
 negative is looked up among them once, and all sums over either side come from running sums over the kinks, in
 ``O((P + N) log P)``. They are float64, and of terms that are not negative.
@@ -12,14 +12,12 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from detloss_plugins.base import RankingLoss, above, at_least, float32, rules
 from detloss_plugins.reduction import check_reduction, reduce
 from detloss_plugins.registry import MODELS
 
-DR_LAMBDA = 0.1 / math.log(3.5)  # the authors' temperature of the negatives
 CELLS = 64  # of the look-up on a CPU, for each kink
 MOST_IN_A_CELL = 6  # kinks, for the look-up to pay
 LEAST_BLOCK = 2**14  # pairs of positives that Rank & Sort compares at a time, if an eighth of the scores is less
@@ -348,7 +346,7 @@ class ALRPLoss(RankingLoss):
 
 def _pairs(scores, quality, delta, pairs):
     """For blocks of positives i: their slice, ``H(s_k - s_i)``, and where k is of lower quality than i."""
-    rows = max(pairs // len(scores), 1)
+    scores, rows = scores.double(), max(pairs // len(scores), 1)
     for start in range(0, len(scores), rows):
         block = slice(start, start + rows)
         gap = scores - scores[block, None]
@@ -358,7 +356,7 @@ def _pairs(scores, quality, delta, pairs):
 
 def _sorting_errors(scores, quality, above, delta, pairs):
     """The sorting error of every positive, and the weight of the positives of lower quality above it."""
-    badness, errors, weights = 1 - quality, torch.zeros_like(scores), torch.zeros_like(scores)
+    badness, errors, weights = 1 - quality, torch.zeros_like(quality), torch.zeros_like(quality)
     for block, step, worse in _pairs(scores, quality, delta, pairs):
         wrong = step * worse
         right = step - wrong
@@ -372,7 +370,7 @@ def _sorting_errors(scores, quality, above, delta, pairs):
 def _missorted(scores, quality, sorting, delta, pairs):
     """What each positive of lower quality is pushed down by: ``sum_i c_i H(s_k - s_i)`` over ``y_i > y_k``."""
     pushed = torch.zeros_like(sorting)
-    for block, step, worse in _pairs(scores.double(), quality, delta, pairs):
+    for block, step, worse in _pairs(scores, quality, delta, pairs):
         pushed += sorting[block] @ (step * worse)
     return pushed
 
@@ -389,7 +387,7 @@ def _rank_sort(ranking, target, delta):
     above, outranked = ranking.above(delta), ranking.outranked(delta)
     rank = above + outranked
     ranked = outranked / rank
-    sorted_, weight = _sorting_errors(ranking.scores.double(), quality, above, delta, ranking.pairs)
+    sorted_, weight = _sorting_errors(ranking.scores, quality, above, delta, ranking.pairs)
     missorted = weight > RANK_SORT_EPS
     misranked = outranked > RANK_SORT_EPS
     own = torch.where(misranked, ranked, 0.0) + torch.where(missorted, sorted_, 0.0)
@@ -444,64 +442,6 @@ class RankSortLoss(RankingLoss):
     bounds = (0.0, 2.0)
     true_gradient = False
     allowed = rules(delta=at_least(0))
-
-
-def distributional_ranking(positives, negatives, *, pos_lambda, neg_lambda, margin, L, tau):
-    """The DR loss of two sets of probabilities: ``tau / L ln(1 + exp(L (d- - d+ + margin)))``.
-
-    ``d-`` is the mean of the negatives under the weights ``softmax(p / neg_lambda)``, the hardest first, and ``d+``
-    that of the positives under ``softmax(-p / pos_lambda)``. An empty set of positives has ``d+ = 1``, one of negatives
-    ``d- = 0``.
-    """
-    high = ((negatives / neg_lambda).softmax(0) * negatives).sum()
-    low = ((-positives / pos_lambda).softmax(0) * positives).sum() if len(positives) else 1.0
-    return tau / L * F.softplus(L * (high - low + margin))
-
-
-def dr_loss(pred, target, *, pos_lambda=1.0, neg_lambda=DR_LAMBDA, margin=0.5, L=6.0, tau=4.0):
-    """Distributional ranking: the hard negatives' mean probability must lie ``margin`` below the hard positives'.
-
-    Args:
-        pred: logits, any shape.
-        target: same shape; above 0 positive, 0 negative, below 0 ignored.
-
-    Returns:
-        The one loss of :func:`distributional_ranking`, once for each positive, ``(P,)``.
-
-    >>> dr_loss(torch.tensor([0.0, 0.0]), torch.tensor([1, 0]))  # d+ = d- = 1/2: 4 / 6 ln(1 + e^3)
-    tensor([2.0324])
-    """
-    positives, negatives = (pred.masked_select(mask).sigmoid() for mask in (target > 0, target == 0))
-    if not len(positives):
-        return pred.flatten()[:0]
-    hyper = {"pos_lambda": pos_lambda, "neg_lambda": neg_lambda, "margin": margin, "L": L, "tau": tau}
-    return distributional_ranking(positives, negatives, **hyper).expand(len(positives))
-
-
-@MODELS.register_module()
-class DRLoss(RankingLoss):
-    """Qian et al., DR Loss: Improving Object Detection by Distributional Ranking, 2019.
-
-    One value for all that ``pred`` holds, so that its mean over the positives is that value. Its gradient is the true
-    derivative. Without positives it is zero, where the authors' code goes on pushing the negatives down.
-
-    Args:
-        pos_lambda: temperature of the positives' distribution; small for the hardest only.
-        neg_lambda: that of the negatives.
-        margin: by how much the positives' mean must exceed the negatives'.
-        L: steepness of the logistic loss.
-        tau: factor on the loss.
-
-    Raises:
-        ValueError: if ``pos_lambda``, ``neg_lambda`` or ``L`` is not positive, or ``tau`` is negative.
-    """
-
-    fn = staticmethod(dr_loss)
-    yolo_gain = 20.0
-    yolo_prior = 0.1
-    paper = "https://arxiv.org/abs/1907.10156"
-    bounds = (0.0, 6.1)  # 4 / 6 ln(1 + exp(6 * 1.5))
-    allowed = rules(pos_lambda=above(0), neg_lambda=above(0), L=above(0), tau=at_least(0))
 
 
 # What is defined here is public; a new loss is exported by being here.

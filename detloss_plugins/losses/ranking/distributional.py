@@ -1,0 +1,72 @@
+"""DR loss: the distributions of the hard positives and of the hard negatives, ranked."""
+
+import math
+
+import torch
+
+from detloss_plugins.base import RankingLoss, above, at_least, rules
+from detloss_plugins.registry import MODELS
+
+DR_LAMBDA = 0.1 / math.log(3.5)  # the authors' temperature of the negatives
+
+
+def distributional_ranking(positives, negatives, *, pos_lambda, neg_lambda, margin, L, tau):
+    """The DR loss of two sets of probabilities: ``tau / L ln(1 + exp(L (d- - d+ + margin)))``.
+
+    ``d-`` is the mean of the negatives under the weights ``softmax(p / neg_lambda)``, the hardest first, and ``d+``
+    that of the positives under ``softmax(-p / pos_lambda)``. An empty set of positives has ``d+ = 1``, one of negatives
+    ``d- = 0``.
+    """
+    high = ((negatives / neg_lambda).softmax(0) * negatives).sum()
+    low = ((-positives / pos_lambda).softmax(0) * positives).sum() if len(positives) else 1.0
+    return tau / L * torch.nn.functional.softplus(L * (high - low + margin))
+
+
+def dr_loss(pred, target, *, pos_lambda=1.0, neg_lambda=DR_LAMBDA, margin=0.5, L=6.0, tau=4.0):
+    """Distributional ranking: the hard negatives' mean probability must lie ``margin`` below the hard positives'.
+
+    Args:
+        pred: logits, any shape.
+        target: same shape; above 0 positive, 0 negative, below 0 ignored.
+
+    Returns:
+        The one loss of :func:`distributional_ranking`, once for each positive, ``(P,)``.
+
+    >>> dr_loss(torch.tensor([0.0, 0.0]), torch.tensor([1, 0]))  # d+ = d- = 1/2: 4 / 6 ln(1 + e^3)
+    tensor([2.0324])
+    """
+    positives, negatives = (pred.masked_select(mask).sigmoid() for mask in (target > 0, target == 0))
+    if not len(positives):
+        return pred.flatten()[:0]
+    hyper = {"pos_lambda": pos_lambda, "neg_lambda": neg_lambda, "margin": margin, "L": L, "tau": tau}
+    return distributional_ranking(positives, negatives, **hyper).expand(len(positives))
+
+
+@MODELS.register_module()
+class DRLoss(RankingLoss):
+    """Qian et al., DR Loss: Improving Object Detection by Distributional Ranking, 2019.
+
+    One value for all that ``pred`` holds, so that its mean over the positives is that value. Its gradient is the true
+    derivative. Without positives it is zero, where the authors' code goes on pushing the negatives down.
+
+    Args:
+        pos_lambda: temperature of the positives' distribution; small for the hardest only.
+        neg_lambda: that of the negatives.
+        margin: by how much the positives' mean must exceed the negatives'.
+        L: steepness of the logistic loss.
+        tau: factor on the loss.
+
+    Raises:
+        ValueError: if ``pos_lambda``, ``neg_lambda`` or ``L`` is not positive, or ``tau`` is negative.
+    """
+
+    fn = staticmethod(dr_loss)
+    yolo_gain = 20.0
+    yolo_prior = 0.1
+    paper = "https://arxiv.org/abs/1907.10156"
+    bounds = (0.0, 6.1)  # 4 / 6 ln(1 + exp(6 * 1.5))
+    allowed = rules(pos_lambda=above(0), neg_lambda=above(0), L=above(0), tau=at_least(0))
+
+
+# What is defined here is public; a new loss is exported by being here.
+__all__ = [k for k, v in list(globals().items()) if getattr(v, "__module__", "") == __name__ and k[0] != "_"]
