@@ -99,7 +99,7 @@ class Loss(nn.Module):
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         parameters = {}
-        if "fn" in vars(cls):
+        if hasattr(cls, "fn"):  # its own, or that of the loss it derives from
             parameters.update((k, v) for k, v in _keyword_only(cls.fn).items() if k not in cls.inputs)
             cls.hyper = tuple(parameters)
         for base in reversed(cls.__mro__):  # a subclass's default wins

@@ -1,7 +1,7 @@
 """A small YOLOv3 whose confidence is regressed by MSE and whose classes are learnt by the softmax focal loss.
 
-The files beside this one that start with its name change one loss. Whatever the class loss, mmdet's YOLOv3 scores every
-class with a sigmoid at test time: a softmax loss ranks the classes of a box, but their scores are not probabilities.
+The files beside this one that start with its name change one loss. The head is mmdet's, but for its class scores: they
+are a softmax if the class loss is one.
 """
 
 _base_ = "_base_/digits.py"
@@ -14,7 +14,7 @@ model = dict(
     neck=dict(_delete_=True, type="YOLOV3Neck", num_scales=3, in_channels=[128, 64, 32], out_channels=[64, 32, 32]),
     bbox_head=dict(
         _delete_=True,
-        type="YOLOV3Head",
+        type="detloss_plugins.adapters.mmdetection.PluginYOLOV3Head",
         num_classes=10,
         in_channels=[64, 32, 32],
         out_channels=[64, 64, 64],

@@ -7,6 +7,7 @@ import copy
 import functools
 import inspect
 import json
+import re
 import subprocess
 import sys
 import time
@@ -70,6 +71,8 @@ def loss_dicts(cfg):
 
 
 SMALL = dict(in_channels=32, feat_channels=32, out_channels=32, fc_out_channels=32, stacked_convs=1, num_classes=10)
+# Of transformers; two layers, because the last one is a case of its own.
+SMALL |= dict(feedforward_channels=32, num_layers=2, num_queries=20, num_dn_queries=10)
 
 
 def small(path):
@@ -80,11 +83,15 @@ def small(path):
 def shrink(cfg):
     """A config made small, see above."""
     for part in dicts(cfg.model):
-        part.update({key: value for key, value in SMALL.items() if isinstance(part.get(key), int)})
+        for key, value in SMALL.items():
+            if isinstance(part.get(key), int | list):  # YOLO's channels are lists, one number a level
+                part[key] = value if isinstance(part[key], int) else [value] * len(part[key])
     cfg.model.backbone.update(depth=18, base_channels=8, frozen_stages=-1, norm_eval=False, init_cfg=None)
     cfg.model.backbone.update(style="pytorch", norm_cfg=dict(type="BN", requires_grad=True))
-    # YOLOv3's neck takes the last stages only, the deepest first.
-    cfg.model.neck.in_channels = [64, 32, 16] if cfg.model.neck.type == "YOLOV3Neck" else [8, 16, 32, 64]
+    channels = [8 * 2**stage for stage in cfg.model.backbone.out_indices]
+    cfg.model.neck.in_channels = channels[::-1] if cfg.model.neck.type == "YOLOV3Neck" else channels
+    if "decoder" in cfg.model:
+        cfg.model.neck.out_channels = 256  # DINO's decoder works with this number only
     return cfg
 
 
@@ -107,9 +114,11 @@ def backward(model, batch):
 
 def branches(model):
     """The parameters of the last layers that predict classes and boxes; YOLOv3 has the same ones for both."""
-    named = [(name.split("."), parameter) for name, parameter in model.named_parameters() if "head" in name]
+    named = [(name, parameter) for name, parameter in model.named_parameters() if "head" in name]
     for branch in ("cls", "reg"):
-        found = [parameter for name, parameter in named if branch in name[-2].split("_") or "convs_pred" in name]
+        # A transformer's have numbers: layers for classes, sequences that end with the fourth layer for boxes.
+        last = rf"[._]{branch}(_\w+)?\.\w+$|convs_pred|{branch}_branches\.\d+(\.4)?\.\w+$"
+        found = [parameter for name, parameter in named if re.search(last, name)]
         assert found, branch
         yield from found
 

@@ -12,6 +12,7 @@ from detloss_plugins.adapters.mmdetection.pixels import (
     PixelTOODHead,
 )
 from detloss_plugins.adapters.mmdetection.ranking import RankingATSSHead, RankingRetinaHead
+from detloss_plugins.adapters.mmdetection.yolo import PluginYOLOV3Head
 
 __all__ = [
     "PixelBoxInstBboxHead",
@@ -23,6 +24,7 @@ __all__ = [
     "PixelNASFCOSHead",
     "PixelRepPointsHead",
     "PixelTOODHead",
+    "PluginYOLOV3Head",
     "RankingATSSHead",
     "RankingRetinaHead",
 ]

@@ -2,8 +2,15 @@
 
 import torch
 
-from detloss_plugins.base import ClassificationLoss, Loss, Upstream, at_least, check_same_shape, rules
-from detloss_plugins.losses.classification.common import SoftmaxOrSigmoid, bce, class_vector, index_target, power
+from detloss_plugins.base import Loss, Upstream, at_least, check_same_shape, rules
+from detloss_plugins.losses.classification.common import (
+    QualityLoss,
+    SoftmaxOrSigmoid,
+    bce,
+    class_vector,
+    index_target,
+    power,
+)
 from detloss_plugins.registry import MODELS
 
 
@@ -85,7 +92,7 @@ def quality_focal_loss(pred, target, *, beta=2.0, alpha=None, activated=False):
 
 
 @MODELS.register_module()
-class QualityFocalLoss(ClassificationLoss):
+class QualityFocalLoss(QualityLoss):
     """Li et al., Generalized Focal Loss, 2020 (QFL).
 
     The class sums over the classes: ``reduction="none"`` gives ``(...)``. In Ultralytics' ``cls`` slot the default
@@ -114,7 +121,7 @@ def varifocal_loss(pred, target, *, alpha=0.75, gamma=2.0, iou_weighted=True):
 
 
 @MODELS.register_module()
-class VarifocalLoss(ClassificationLoss):
+class VarifocalLoss(QualityLoss):
     """Zhang et al., VarifocalNet, 2020 (VFL).
 
     A positive whose quality is 0 counts as a negative. In Ultralytics' ``cls`` slot the default ``loss_weight`` is 16,
@@ -183,7 +190,7 @@ def generalized_focal_loss(pred, target, *, beta=2.0, values=(0.0, 1.0)):
 
 
 @MODELS.register_module()
-class GeneralizedFocalLoss(ClassificationLoss):
+class GeneralizedFocalLoss(QualityLoss):
     """Li et al., Generalized Focal Loss, 2020 (GFL).
 
     ``pred`` is the logit of the right value, in any shape; the per-element losses have its shape. With the values 0 and
