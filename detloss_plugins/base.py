@@ -300,6 +300,7 @@ class ClassificationLoss(Loss):
     family = "classification"
     every_rank = True
     sigmoid_only: ClassVar[bool] = True
+    needs_mining: ClassVar[bool] = True  # False: stands the many easy negatives of a dense detector by itself
 
     def __init__(self, *, use_sigmoid=True, **kwargs):
         if self.sigmoid_only and not use_sigmoid:
@@ -359,6 +360,7 @@ class RankingLoss(ClassificationLoss):
 
     family = "ranking"
     counts_positives = True
+    needs_mining = False
     # Order is all that these losses see. From the stock scores, which are a thousandth and less and differ from level
     # to level, objects would stay below the thresholds of validation.
     yolo_prior = 0.01

@@ -113,6 +113,7 @@ class GHMC(_Harmonised, ClassificationLoss):
     fn = staticmethod(ghmc_loss)
     inputs = ("weight",)
     paper = "https://arxiv.org/abs/1811.05181"
+    needs_mining = False
     upstream = (Upstream("mmdet.models.losses.GHMC"), Upstream("mmdet.models.losses.GHMC", {"bins": 30}, {"bins": 30}))
 
     def __init__(self, *, momentum=0.0, **kwargs):
@@ -433,7 +434,7 @@ class SlideLoss(ClassificationLoss):
         self.base = build_loss(base)
         if self.base.family != "classification" or not self.base.use_sigmoid:
             raise ValueError(f"base of SlideLoss must be a sigmoid classification loss, not {base['type']}.")
-        self.sums_classes = self.base.sums_classes
+        self.sums_classes, self.needs_mining = self.base.sums_classes, self.base.needs_mining
         self.register_buffer("mean_iou", torch.tensor(0.5))
 
     def compute(self, pred, target, valid, weight):

@@ -48,6 +48,7 @@ class JointLoss(Loss):
         (self.family,) = families
         self.every_rank, self.yolo_prior = self.losses[0].every_rank, self.losses[0].yolo_prior
         self.use_sigmoid = all(getattr(loss, "use_sigmoid", True) for loss in self.losses)
+        self.needs_mining = any(getattr(loss, "needs_mining", True) for loss in self.losses)
         check_use_sigmoid(self, use_sigmoid)
 
     def elements(self, pred, target, weight=None):
@@ -107,7 +108,7 @@ class ConfidenceWeightedLoss(ClassificationLoss):
         super().__init__(use_sigmoid=base.use_sigmoid, **kwargs)
         check_use_sigmoid(self, use_sigmoid)
         self.base = base
-        self.sums_classes = base.sums_classes
+        self.sums_classes, self.needs_mining = base.sums_classes, base.needs_mining
 
     def prepare(self, pred, target):
         return self.base.prepare(pred, target)

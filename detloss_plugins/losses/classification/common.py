@@ -62,6 +62,8 @@ class QualityLoss(ClassificationLoss):
     other loss. So this class takes that one, where it is loaded, as a further base, of which nothing is used.
     """
 
+    needs_mining = False
+
     def __new__(cls, *args, **kwargs):  # not __init__, which unpickling skips
         theirs = getattr(sys.modules.get("mmdet.models.losses"), "QualityFocalLoss", None)
         if theirs is not None and not issubclass(QualityLoss, theirs):

@@ -149,6 +149,7 @@ class BalancedCrossEntropyLoss(ClassificationLoss):
 
     fn = staticmethod(balanced_cross_entropy_loss)
     paper = "https://arxiv.org/abs/1504.06375"
+    needs_mining = False
     upstream = (
         Upstream("torchvision.ops.sigmoid_focal_loss", {"alpha": 0.3}, {"alpha": 0.3, "gamma": 0.0}),
         Upstream("torchvision.ops.sigmoid_focal_loss", {"alpha": 0.75}, {"alpha": 0.75, "gamma": 0.0}),

@@ -66,6 +66,7 @@ class FocalLoss(SoftmaxOrSigmoid):
     fn = staticmethod(focal_loss)
     paper = "https://arxiv.org/abs/1708.02002"
     yolo_gain = 16.0
+    needs_mining = False
     upstream = (
         Upstream("mmdet.models.losses.FocalLoss", theirs={"use_sigmoid": True}),
         Upstream("mmdet.models.losses.FocalLoss", {"activated": True}, {"use_sigmoid": True, "activated": True}),

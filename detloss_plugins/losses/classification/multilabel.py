@@ -111,6 +111,7 @@ class AsymmetricLoss(ClassificationLoss):
     allowed = rules(clip=Rule("in [0, 1)", lambda clip: 0 <= clip < 1))
     paper = "https://arxiv.org/abs/2009.14119"
     yolo_gain = 64.0
+    needs_mining = False
     true_gradient = False
     upstream = (
         Upstream(

@@ -1,0 +1,208 @@
+"""SSD's loss: classes and boxes of all anchors together, with hard negative mining."""
+
+import torch
+
+from detloss_plugins.base import Loss, Rule, float32
+from detloss_plugins.reduction import check_reduction, fit_weight
+from detloss_plugins.registry import MODELS, build_loss
+
+RATIO = Rule('"auto", None or a number of at least 0', lambda value: value is None or value == "auto" or value >= 0)
+
+
+def hard_negatives(loss, positive, negative, ratio):
+    """Which negatives of each row cost the most, at most ``ratio`` for every positive; of equal ones, the first.
+
+    Args:
+        loss: ``(..., A)``, of A anchors.
+        positive, negative: masks ``(..., A)``.
+        ratio: a number of at least 0.
+
+    Returns:
+        A mask ``(..., A)``.
+
+    >>> positive = torch.tensor([True, False, False, False])
+    >>> hard_negatives(torch.tensor([9.0, 1.0, 3.0, 2.0]), positive, ~positive, ratio=2)
+    tensor([False, False,  True,  True])
+    """
+    order = loss.masked_fill(~negative, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+    rank = torch.arange(1, loss.shape[-1] + 1, device=loss.device)
+    kept = rank <= ratio * positive.sum(-1, keepdim=True)
+    return torch.zeros_like(negative).scatter(-1, order, kept) & negative
+
+
+def multibox_loss(
+    pred, target, weight=(None, None), avg_factor=None, reduction="mean", *, neg_pos_ratio=3, loss_cls, loss_bbox
+):
+    """The class loss of the positives and of the hardest negatives of each image, and the box loss of the positives.
+
+    Both are over ``avg_factor``; None is the number of positives, where an image counts as one at least. The choice
+    of the negatives is a constant.
+
+    Args:
+        pred: logits ``(B, A, K)`` and boxes ``(B, A, 4)`` of A anchors in B images.
+        target: labels ``(B, A)`` and boxes ``(B, A, 4)``. The background is label ``K - 1`` for a softmax loss and
+            label K for a sigmoid loss; a negative label is ignored.
+        weight: of the class losses, ``(B, A)``, and of the box losses, ``(B, A)`` or ``(B, A, 4)``; None is 1.
+        neg_pos_ratio: negatives for each positive of an image; None for all.
+        loss_cls, loss_bbox: loss modules, ours or mmdet's.
+
+    Returns:
+        The class loss and the box loss; for ``reduction="none"`` those of each anchor, ``(B, A)``.
+
+    >>> from detloss_plugins.losses import CrossEntropyLoss, SmoothL1Loss
+    >>> logits = [[1.0, -0.5, 0.2], [0.1, 0.0, 1.5], [0.3, 0.2, 0.0], [-1.0, -1.0, 2.0], [0.5, 0.1, 0.4]]
+    >>> boxes = torch.tensor([0.3, -1.4, 0.05, 2.0]).expand(1, 5, 4)
+    >>> target = torch.tensor([[0, 2, 2, 2, 2]]), torch.zeros(1, 5, 4)  # two of the four negatives have a part
+    >>> parts = dict(loss_cls=CrossEntropyLoss(), loss_bbox=SmoothL1Loss())
+    >>> multibox_loss((torch.tensor([logits]), boxes), target, neg_pos_ratio=2, **parts)
+    (tensor(2.8331), tensor(2.4462))
+    """
+    (logits, boxes), (labels, true_boxes) = pred, target
+    background = logits.shape[-1] - (not getattr(loss_cls, "use_sigmoid", False))
+    positive, negative = (labels >= 0) & (labels < background), labels == background
+    class_weight, box_weight = (_masked(mask, w) for mask, w in zip((labels >= 0, positive), weight, strict=True))
+    flat = float32(logits).flatten(0, 1), labels.flatten()
+    if neg_pos_ratio is not None:
+        with torch.no_grad():
+            cost = _rows(loss_cls(*flat, reduction_override="none"), labels.shape) * class_weight
+        class_weight = class_weight * (positive | hard_negatives(cost, positive, negative, neg_pos_ratio))
+    if avg_factor is None and reduction == "mean":
+        avg_factor = positive.sum(-1).clamp(min=1).sum()
+    options = dict(avg_factor=avg_factor, reduction_override=reduction)
+    classes = loss_cls(*flat, class_weight.flatten(), **options)
+    places = loss_bbox(float32(boxes).flatten(0, 1), true_boxes.flatten(0, 1), box_weight.flatten(0, 1), **options)
+    return (_rows(classes, labels.shape), _rows(places, labels.shape)) if reduction == "none" else (classes, places)
+
+
+def _masked(mask, weight):
+    """A weight, ``(B, A)`` or ``(B, A, 4)``, without what is masked out."""
+    if weight is None:
+        return mask.float()
+    return weight * (mask if weight.dim() == mask.dim() else mask.unsqueeze(-1))
+
+
+def _rows(loss, shape):
+    """The losses of each anchor, summed over its classes or coordinates."""
+    return (loss.flatten(1).sum(1) if loss.dim() > 1 else loss).reshape(shape)
+
+
+def mining_ratio(neg_pos_ratio, loss_cls, loss_bbox, auto=3):
+    """The ``neg_pos_ratio`` to use with two losses: what is given, or for "auto" what ``loss_cls`` needs.
+
+    Raises:
+        ValueError: if one of the losses has no place in a multibox loss, or a loss that ranks all negatives would get
+            a few of them.
+    """
+    for slot, loss, families in (
+        ("loss_cls", loss_cls, ("classification", "ranking")),
+        ("loss_bbox", loss_bbox, ("regression", "box")),
+    ):
+        if isinstance(loss, Loss) and loss.family not in families:
+            raise ValueError(
+                f"{slot} of a multibox loss must be a {' or '.join(families)} loss, not {type(loss).__name__}."
+            )
+    if getattr(loss_cls, "custom_cls_channels", False):
+        raise ValueError(
+            f"{type(loss_cls).__name__} has channels of its own beside the classes; take a loss without them."
+        )
+    if neg_pos_ratio == "auto":
+        return auto if getattr(loss_cls, "needs_mining", True) else None
+    if neg_pos_ratio is not None and getattr(loss_cls, "family", "") == "ranking":
+        raise ValueError(f"{type(loss_cls).__name__} ranks all negatives; write neg_pos_ratio=None or leave it out.")
+    return neg_pos_ratio
+
+
+@MODELS.register_module()
+class MultiBoxLoss(Loss):
+    """Liu et al., SSD: Single Shot MultiBox Detector, 2016.
+
+    Call with A anchors in each of B images: ``pred`` is a pair of class logits ``(B, A, K)`` and boxes ``(B, A, 4)``,
+    ``target`` a pair of labels ``(B, A)`` and boxes ``(B, A, 4)``. Either may be one tensor: the logits and boxes side
+    by side, ``(B, A, K + 4)``, and the label and the box, ``(B, A, 5)``. The boxes are whatever ``loss_bbox`` compares:
+    encoded offsets, or corners for a box loss; those of an anchor without an object have no part.
+
+    A softmax loss has a channel for the background, the last, and K - 1 classes; a sigmoid loss has K classes. The
+    background's label is the number of classes; a negative label is ignored. (In the authors' code it is label 0.)
+
+    ``weight`` is one a anchor, ``(B, A)``, or one an image, ``(B,)``. "mean" is over ``avg_factor``, or the number of
+    positives, where an image counts as one at least; "none" gives ``(B, A)``. In an image without positives no negative
+    has a part.
+
+    Args:
+        loss_cls, loss_bbox: configs of a classification or ranking loss, and of a point-wise or box loss; softmax cross
+            entropy and smooth L1 if they are not given. Their ``loss_weight`` balances the two.
+        neg_pos_ratio: how many negatives an image has for each positive, those with the highest class loss; None for
+            all. "auto" is 3, or None if ``loss_cls`` is a loss that balances positives and negatives itself
+            (``needs_mining=False``), as focal loss does.
+        return_dict: True for a dict of ``loss_cls`` and ``loss_bbox`` in place of their sum.
+
+    Raises:
+        ValueError: if ``neg_pos_ratio`` is negative, or a loss has no place here, or shapes do not fit.
+    """
+
+    fn = staticmethod(multibox_loss)
+    inputs = ("loss_cls", "loss_bbox")
+    family = "multibox"
+    paper = "https://arxiv.org/abs/1512.02325"
+    mean_of_rows = False
+
+    def __init__(self, *, loss_cls=None, loss_bbox=None, neg_pos_ratio="auto", return_dict=False, **kwargs):
+        super().__init__(**kwargs)
+        self.loss_cls = build_loss(loss_cls or {"type": "CrossEntropyLoss"})
+        self.loss_bbox = build_loss(loss_bbox or {"type": "SmoothL1Loss"})
+        self.neg_pos_ratio, self.return_dict = neg_pos_ratio, return_dict
+        self.check("neg_pos_ratio", RATIO)
+        self.neg_pos_ratio = mining_ratio(neg_pos_ratio, self.loss_cls, self.loss_bbox)
+        self.every_rank = self.loss_cls.every_rank
+
+    def forward(self, pred, target, weight=None, avg_factor=None, reduction_override=None):
+        """The sum of both losses, or with ``return_dict=True`` both."""
+        reduction = check_reduction(self.reduction if reduction_override is None else reduction_override)
+        pred = pred if isinstance(pred, (tuple, list)) else (pred[..., :-4], pred[..., -4:])
+        target = target if isinstance(target, (tuple, list)) else (target[..., 0].long(), target[..., 1:])
+        self._check_shapes(*pred, *target)
+        if weight is not None:
+            weight = fit_weight(weight, float32(pred[0])[..., 0]).expand(target[0].shape)
+        with torch.autocast(pred[0].device.type, enabled=False):
+            parts = self.fn(
+                pred,
+                target,
+                (weight, weight),
+                avg_factor,
+                reduction,
+                **self.settings,
+                loss_cls=self.loss_cls,
+                loss_bbox=self.loss_bbox,
+            )
+        parts = [self.loss_weight * part for part in parts]
+        return dict(zip(self.inputs, parts, strict=True)) if self.return_dict else sum(parts)
+
+    def _check_shapes(self, logits, boxes, labels, true_boxes):
+        anchors = logits.shape[:-1]
+        if (
+            len(anchors) != 2
+            or labels.shape != anchors
+            or boxes.shape != true_boxes.shape
+            or boxes.shape != (*anchors, 4)
+        ):
+            raise ValueError(
+                "MultiBoxLoss takes logits (B, A, K), boxes (B, A, 4), labels (B, A) and boxes (B, A, 4), not "
+                f"{', '.join(str(tuple(x.shape)) for x in (logits, boxes, labels, true_boxes))}."
+            )
+
+    @classmethod
+    def sample(cls, n=64, seed=0, dtype=torch.float32, anchors=16, classes=3):
+        """Logits and offsets side by side, ``(n, anchors, classes + 5)``, and labels and offsets, ``(n, anchors, 5)``.
+
+        An image has a few positives, or none, and an ignored anchor.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        pred = torch.randn(n, anchors, classes + 5, generator=generator, dtype=torch.float64)
+        boxes = torch.randn(n, anchors, 4, generator=generator, dtype=torch.float64)
+        label = torch.randint(0, 8 * classes, (n, anchors, 1), generator=generator).clamp(max=classes)
+        label[:, 0] = -1
+        return pred.to(dtype), torch.cat([label, boxes], -1).to(dtype)
+
+
+# What is defined here is public; a new loss is exported by being here.
+__all__ = [k for k, v in list(globals().items()) if getattr(v, "__module__", "") == __name__ and k[0] != "_"]
