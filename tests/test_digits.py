@@ -66,7 +66,7 @@ def test_oriented_labels_frame_the_ink(tmp_path, monkeypatch):
     monkeypatch.setattr(digits, "IMAGES", {"train": 6, "val": 2})
     monkeypatch.setattr(digits, "background", lambda rng: np.zeros((digits.SIZE, digits.SIZE, 3)))
     monkeypatch.setenv("DETLOSS_PLUGINS_CACHE", str(tmp_path))
-    root = digits.build_digits(oriented=True)
+    root = digits.build_digits("obb")
     assert root != digits.digits_dir()
     angles = []
     for number in range(6):

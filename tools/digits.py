@@ -1,8 +1,9 @@
 """The embedded data set: scikit-learn's handwritten digits scattered over textured images, in YOLO and COCO layout.
 
 It exists so that a detector can be trained on two cores in two minutes with nothing downloaded. The glyphs of the
-training and the validation images are disjoint, and the same files come out on every machine. Its oriented form has
-turned digits and labels of four corners, for Ultralytics' oriented-box task only.
+training and the validation images are disjoint, and the same files come out on every machine. For Ultralytics' other
+tasks it has turned digits with labels of four corners (obb), outlines of the ink (segment) and the ink's outermost
+points as keypoints (pose).
 
 Run it to build the set and print its folder.
 """
@@ -15,18 +16,20 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from scipy.spatial import ConvexHull
 from sklearn.datasets import load_digits
 
 VERSION = 1  # part of the folder's name: raise it when a line below changes the images
 SIZE = 128
 IMAGES = {"train": 400, "val": 100}
 NAMES = [str(digit) for digit in range(10)]
+PREFIXES = {"detect": "", "obb": "oriented-", "segment": "segment-", "pose": "pose-"}  # of a task's folder
 
 
-def digits_dir(oriented=False):
+def digits_dir(task="detect"):
     """The folder of the set, in ``$DETLOSS_PLUGINS_CACHE`` or ``~/.cache/detloss_plugins``; it may not exist yet."""
     cache = os.environ.get("DETLOSS_PLUGINS_CACHE") or Path.home() / ".cache" / "detloss_plugins"
-    return Path(cache) / f"{'oriented-' if oriented else ''}digits-v{VERSION}"
+    return Path(cache) / f"{PREFIXES[task]}digits-v{VERSION}"
 
 
 def background(rng):
@@ -63,17 +66,33 @@ def overlap(box, others):
     return max(shares)
 
 
-def draw_image(rng, glyphs, digits, oriented=False):
-    """One image, its objects as ``(class, x, y, w, h)`` in pixels, and their corners ``(4, 2)`` if they are turned."""
-    image, objects, corners = background(rng), [], []
+def ink(mask):
+    """The outline of the ink of a mask, its convex hull, ``(n, 2)`` corners in pixels, n at least 3."""
+    rows, columns = np.where(mask > 0.5 * mask.max())
+    pixels = np.stack([columns, rows], 1)[:, None] + np.array([[0, 0], [1, 0], [1, 1], [0, 1]])
+    points = pixels.reshape(-1, 2)
+    return points[ConvexHull(points).vertices].astype(float)
+
+
+def outermost(outline):
+    """The topmost, rightmost, lowest and leftmost points of an outline, ``(4, 2)``."""
+    x, y = outline.T
+    return outline[[y.argmin(), x.argmax(), y.argmax(), x.argmin()]]
+
+
+def draw_image(rng, glyphs, digits, task="detect"):
+    """One image, its objects as ``(class, x, y, w, h)`` in pixels, and the points ``(n, 2)`` of each."""
+    image, objects, points = background(rng), [], []
     for _ in range(rng.integers(2, 7)):
         index = rng.integers(len(glyphs))
         height = int(np.exp(rng.uniform(np.log(16), np.log(64))))
         width = int(np.clip(height * np.exp(rng.uniform(-0.7, 0.3)), 8, 64))
         mask = glyph_mask(glyphs[index], width, height)
-        if oriented:
-            mask, own_corners = turned(mask, rng.uniform(-85, 85))  # upside down, a 6 is a 9
+        if task == "obb":
+            mask, own = turned(mask, rng.uniform(-85, 85))  # upside down, a 6 is a 9
             height, width = mask.shape
+        else:
+            own = ink(mask)
         for _ in range(20):
             x, y = int(rng.integers(0, SIZE - width + 1)), int(rng.integers(0, SIZE - height + 1))
             if overlap((x, y, width, height), [o[1:] for o in objects]) < 0.25:
@@ -85,35 +104,38 @@ def draw_image(rng, glyphs, digits, oriented=False):
         patch = image[y : y + height, x : x + width]
         image[y : y + height, x : x + width] = patch * (1 - mask) + colour * mask
         objects.append((int(digits[index]), x, y, width, height))
-        if oriented:
-            corners.append(own_corners + np.array([x, y]))
-    return Image.fromarray(np.clip(image, 0, 255).astype(np.uint8)), objects, corners
+        points.append(own + np.array([x, y]))
+    return Image.fromarray(np.clip(image, 0, 255).astype(np.uint8)), objects, points
 
 
-def write_split(root, split, rng, glyphs, digits, oriented):
-    """Images and labels of one split: YOLO's and the COCO annotation file, or YOLO's with corners."""
+def label(task, digit, box, points):
+    """A line of a YOLO label file: the class and, in shares of the image, what the task wants to know."""
+    x, y, w, h = box
+    numbers = [x + w / 2, y + h / 2, w, h]
+    if task in ("obb", "segment"):
+        numbers = points.flat
+    words = [f"{value / SIZE:.6f}" for value in numbers]
+    if task == "pose":
+        words += [f"{a / SIZE:.6f} {b / SIZE:.6f} 2" for a, b in outermost(points)]  # 2: visible
+    return " ".join([str(digit), *words])
+
+
+def write_split(root, split, rng, glyphs, digits, task):
+    """Images and labels of one split: YOLO's and, of the plain set, the COCO annotation file."""
     images, annotations = [], []
     for folder in ("images", "labels"):
         (root / folder / split).mkdir(parents=True)
     for number in range(IMAGES[split]):
-        image, objects, corners = draw_image(rng, glyphs, digits, oriented)
+        image, objects, points = draw_image(rng, glyphs, digits, task)
         image.save(root / "images" / split / f"{number:04d}.png")
-        lines = [
-            f"{c} {(x + w / 2) / SIZE:.6f} {(y + h / 2) / SIZE:.6f} {w / SIZE:.6f} {h / SIZE:.6f}"
-            for c, x, y, w, h in objects
-        ]
-        if oriented:
-            lines = [
-                f"{c} " + " ".join(f"{value / SIZE:.6f}" for value in four.flat)
-                for (c, *_), four in zip(objects, corners, strict=True)
-            ]
+        lines = [label(task, c, box, own) for (c, *box), own in zip(objects, points, strict=True)]
         (root / "labels" / split / f"{number:04d}.txt").write_text("\n".join(lines) + "\n")
         images.append({"id": number, "file_name": f"{number:04d}.png", "width": SIZE, "height": SIZE})
         annotations += [
             {"image_id": number, "category_id": c, "bbox": [x, y, w, h], "area": w * h, "iscrowd": 0}
             for c, x, y, w, h in objects
         ]
-    if oriented:
+    if task != "detect":
         return
     coco = {
         "images": images,
@@ -124,13 +146,13 @@ def write_split(root, split, rng, glyphs, digits, oriented):
     (root / "annotations" / f"{split}.json").write_text(json.dumps(coco))
 
 
-def build_digits(oriented=False):
-    """Write the set into the cache unless it is there; return its folder.
+def build_digits(task="detect"):
+    """Write the set for a task of Ultralytics into the cache unless it is there; return its folder.
 
-    The folder holds ``digits.yaml`` (for Ultralytics), ``images/{train,val}``, ``labels/{train,val}`` and, unless the
-    digits are turned, ``annotations/{train,val}.json`` (COCO).
+    The folder holds ``digits.yaml`` (for Ultralytics), ``images/{train,val}``, ``labels/{train,val}`` and, for
+    "detect", ``annotations/{train,val}.json`` (COCO).
     """
-    root = digits_dir(oriented)
+    root = digits_dir(task)
     if root.exists():
         return root
     root.parent.mkdir(parents=True, exist_ok=True)
@@ -139,9 +161,12 @@ def build_digits(oriented=False):
     with tempfile.TemporaryDirectory(dir=root.parent) as folder:
         new = Path(folder) / "digits"
         for seed, (split, chosen) in enumerate({"train": ~is_val, "val": is_val}.items()):
-            write_split(new, split, np.random.default_rng(seed), data.images[chosen], data.target[chosen], oriented)
+            write_split(new, split, np.random.default_rng(seed), data.images[chosen], data.target[chosen], task)
         names = "".join(f"  {i}: '{name}'\n" for i, name in enumerate(NAMES))
-        (new / "digits.yaml").write_text(f"path: {root}\ntrain: images/train\nval: images/val\nnames:\n{names}")
+        keypoints = "kpt_shape: [4, 3]\nflip_idx: [0, 3, 2, 1]\n" if task == "pose" else ""
+        (new / "digits.yaml").write_text(
+            f"path: {root}\ntrain: images/train\nval: images/val\n{keypoints}names:\n{names}"
+        )
         try:
             new.rename(root)  # whole or not at all, also when two processes build it at once
         except OSError:
@@ -152,5 +177,5 @@ def build_digits(oriented=False):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--oriented", action="store_true", help="build the oriented form")
-    print(build_digits(parser.parse_args().oriented))
+    parser.add_argument("--task", choices=PREFIXES, default="detect", help="the task of Ultralytics that it is for")
+    print(build_digits(parser.parse_args().task))

@@ -24,7 +24,7 @@ def hyper_parameters(cls):
 
 def fits_a_slot(cls):
     """Whether a loss goes into a slot of the Ultralytics adapter; class scores there are independent sigmoids."""
-    families = [family for takes in SLOTS.values() for family in takes]
+    families = {family for slots in SLOTS.values() for takes in slots.values() for family in takes}
     try:
         return cls.family in families and (cls.family != "classification" or cls.make(use_sigmoid=True).use_sigmoid)
     except (TypeError, ValueError):

@@ -67,7 +67,8 @@ def yolo_losses(config, overrides):
     from detloss_plugins.adapters.ultralytics import SLOTS
 
     losses = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
-    for key in [key for key in overrides if key.split(".")[0] in SLOTS and "." in key]:
+    slots = {slot for of_task in SLOTS.values() for slot in of_task}
+    for key in [key for key in overrides if key.split(".")[0] in slots and "." in key]:
         slot, name = key.split(".", 1)
         value = overrides.pop(key)
         losses[slot] = {"type": value} if name == "type" else {**losses.get(slot, {}), name: value}
@@ -77,7 +78,7 @@ def yolo_losses(config, overrides):
 def yolo_data(data, task):
     """Path of the data YAML and the training arguments that go with it."""
     if data is None:
-        return build_digits(oriented=task == "obb") / "digits.yaml", DIGITS_ARGS
+        return build_digits("detect" if task == "rtdetr" else task) / "digits.yaml", DIGITS_ARGS
     if data.is_dir():
         found = sorted([*data.glob("*.yaml"), *data.glob("*.yml")])
         if len(found) != 1:
@@ -88,19 +89,21 @@ def yolo_data(data, task):
 
 def train_yolo(args):
     """Train with Ultralytics and print what came out."""
-    from ultralytics import YOLO
+    from ultralytics import RTDETR, YOLO
 
-    from detloss_plugins.adapters.ultralytics import check_head, describe, load_losses, make_trainer
+    from detloss_plugins.adapters.ultralytics import check_head, describe, make_trainer, model_task
 
     overrides = {key: yaml.safe_load(value) for key, value in args.overrides.items()}
     try:
-        losses = load_losses(yolo_losses(args.config, overrides))  # before a model is looked for
-        yolo = YOLO(overrides.get("resume") or overrides.get("model", "yolov8n.yaml"))
-        trainer = make_trainer(losses, yolo.task)
+        losses = yolo_losses(args.config, overrides)
+        model = overrides.get("resume") or overrides.get("model", "yolov8n.yaml")
+        yolo = (RTDETR if "rtdetr" in Path(model).stem else YOLO)(model)  # YOLO knows a checkpoint's, not a YAML's
+        task = model_task(yolo.model)
+        trainer = make_trainer(losses, task)
         check_head(yolo.model, trainer.plugin_losses)
     except (FileNotFoundError, TypeError, ValueError) as error:
         raise UsageError(error) from error
-    data, defaults = yolo_data(args.data, yolo.task)
+    data, defaults = yolo_data(args.data, task)
     place = args.work_dir or Path("runs") / args.config.stem
     settings = {
         "data": str(data),
@@ -118,7 +121,7 @@ def train_yolo(args):
         metrics = yolo.train(trainer=trainer, **settings)
     except SyntaxError as error:  # how Ultralytics refuses an unknown argument
         raise UsageError(str(error).strip().splitlines()[0]) from error
-    active = describe(yolo.trainer.plugin_losses, yolo.trainer.args)
+    active = describe(yolo.trainer.plugin_losses, yolo.trainer.args, task)
     report(metrics.box.map50, metrics.box.map, yolo.trainer.best, active)
 
 

@@ -74,7 +74,7 @@ def _yolo_step(model_yaml, captured):
                 raise Captured
 
     settings = {"imgsz": 128, "batch": 8, "nbs": 8, "device": "cpu", "plots": False, "verbose": False}
-    data = str(build_digits(oriented) / "digits.yaml")
+    data = str(build_digits(yolo.task) / "digits.yaml")
     with tempfile.TemporaryDirectory() as folder, suppress(Captured):
         yolo.train(trainer=Capture, data=data, project=folder, pretrained=False, warmup_epochs=0, **settings)
 

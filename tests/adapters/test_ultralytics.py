@@ -11,17 +11,25 @@ import pytest
 import torch
 import yaml
 from compare import registered
-from ultralytics import YOLO
+from ultralytics import RTDETR, YOLO
 from ultralytics.cfg import get_cfg
-from ultralytics.nn.tasks import DetectionModel, OBBModel
+from ultralytics.nn.tasks import (
+    DetectionModel,
+    OBBModel,
+    PoseModel,
+    RTDETRDetectionModel,
+    SegmentationModel,
+    yaml_model_load,
+)
 from ultralytics.utils import LOGGER
 from ultralytics.utils.dist import generate_ddp_file
 from ultralytics.utils.loss import E2ELoss, VarifocalLoss
 
 from detloss_plugins.adapters.ultralytics import (
     SLOTS,
-    TASKS,
+    TRAINERS,
     PluginDetectionLoss,
+    PluginRTDETRLoss,
     criterion_state,
     describe,
     install,
@@ -32,11 +40,20 @@ from detloss_plugins.adapters.ultralytics import (
 from detloss_plugins.registry import loss_class
 
 MODELS = ("yolov8n", "yolo11n", "yolo26n", "yolov8n-obb", "yolo26n-obb")
-CLASSES = {"detect": DetectionModel, "obb": OBBModel}
+# With those of the tasks whose boxes and classes have the same criterion.
+TASK_MODELS = (*MODELS, "yolov10n", "yolov8n-seg", "yolo26n-seg", "yolov8n-pose", "yolo26n-pose")
+CLASSES = {
+    "detect": DetectionModel,
+    "obb": OBBModel,
+    "segment": SegmentationModel,
+    "pose": functools.partial(PoseModel, data_kpt_shape=(4, 3)),
+    "rtdetr": RTDETRDetectionModel,
+}
 # The stock loss of oriented boxes has a floor on their size, which is not ours to repeat.
-STOCK = {"detect": {"box": {"type": "CIoULoss"}}, "obb": {}}
+STOCK_BOX = {"box": {"type": "CIoULoss"}}
 LOSSES = {"cls": {"type": "VarifocalLoss"}, "box": {"type": "EIoULoss"}}
 ORIENTED = {"cls": {"type": "VarifocalLoss"}, "box": {"type": "KLDLoss"}}
+FOR_RTDETR = {"loss_class": {"type": "VarifocalLoss"}, "loss_giou": {"type": "EIoULoss"}}
 SETTINGS = {
     "imgsz": 64,
     "batch": 8,
@@ -61,11 +78,12 @@ def head(model):
 
 
 def task_of(name):
-    return "obb" if name.endswith("-obb") else "detect"
+    endings = {"-obb": "obb", "-seg": "segment", "-pose": "pose", "-rtdetr": "rtdetr"}
+    return next((task for ending, task in endings.items() if name.endswith(ending)), "detect")
 
 
 def losses_for(name):
-    return ORIENTED if task_of(name) == "obb" else LOSSES
+    return {"obb": ORIENTED, "rtdetr": FOR_RTDETR}.get(task_of(name), LOSSES)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +92,8 @@ def datasets(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(digits, "IMAGES", {"train": 16, "val": 8})
         patch.setenv("DETLOSS_PLUGINS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        return {task: str(digits.build_digits(task == "obb") / "digits.yaml") for task in TASKS}
+        folders = {task: digits.build_digits(task) for task in digits.PREFIXES}
+        return {task: str(folders.get(task, folders["detect"]) / "digits.yaml") for task in TRAINERS}
 
 
 @pytest.fixture(scope="module")
@@ -89,9 +108,9 @@ def batches(datasets, tmp_path_factory):
 
 
 def real_batch(task, data, place):
-    name = "yolov8n-obb" if task == "obb" else "yolov8n"
+    name = next(name for name in (*TASK_MODELS, "yolov8n-rtdetr") if task_of(name) == task)
     overrides = {**SETTINGS, "data": data, "model": f"{name}.yaml", "project": str(place)}
-    trainer = TASKS[task].trainer(overrides=overrides)
+    trainer = TRAINERS[task](overrides=overrides)
     trainer.model = detector(name)
     loader = trainer.get_dataloader(trainer.data["train"], batch_size=8, rank=-1, mode="train")
     return trainer.preprocess_batch(next(iter(loader)))
@@ -102,11 +121,26 @@ def batch(batches):
     return batches["detect"]
 
 
+def model_cfg(name):
+    """The model's YAML as a dict; RT-DETR's real decoder with fewer channels, queries and layers."""
+    cfg = yaml_model_load(f"{name}.yaml")
+    if task_of(name) == "rtdetr":
+        cfg["head"][-1][3] = ["nc", 64, 50, 4, 4, 2, 128]
+    return cfg
+
+
+def model_file(name, folder):
+    """That YAML as a file."""
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump({key: value for key, value in model_cfg(name).items() if key != "yaml_file"}))
+    return str(path)
+
+
 @functools.cache
 def detector(name):
     torch.manual_seed(0)
-    model = CLASSES[task_of(name)](f"{name}.yaml", nc=10, verbose=False).train()
-    model.args = get_cfg()
+    model = CLASSES[task_of(name)](model_cfg(name), nc=10, verbose=False).train()
+    model.args, model.nc = get_cfg(), 10
     return model
 
 
@@ -120,6 +154,9 @@ def result(model, criterion, batch):
     parameters = [p for p in model.parameters() if p.requires_grad]
     gradients = torch.autograd.grad(loss.sum(), parameters, allow_unused=True)
     return loss.detach(), items, [g for g in gradients if g is not None]
+
+
+PLUGINS = (PluginDetectionLoss, PluginRTDETRLoss)
 
 
 def branches(criterion):
@@ -137,11 +174,12 @@ def assert_same(a, b, **tolerance):
     assert list(a[1]) == list(b[1])
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", TASK_MODELS)
 def test_stock_equivalent_losses_reproduce_stock(name, batches):
     model, batch = detector(name), batches[task_of(name)]
     stock = result(model, stock_criterion(model), batch)
-    losses = {"cls": {"type": "BinaryCrossEntropyLoss"}, **STOCK[task_of(name)], "dfl": third(model)}
+    box = {} if task_of(name) == "obb" else STOCK_BOX
+    losses = {"cls": {"type": "BinaryCrossEntropyLoss"}, **box, "dfl": third(model)}
     mine = result(model, ours(model, losses), batch)
     torch.testing.assert_close(mine[0], stock[0], rtol=2e-6, atol=0)
     # Float tolerance on the scale of the whole gradient: biases before a batch norm have rounding noise only.
@@ -150,7 +188,7 @@ def test_stock_equivalent_losses_reproduce_stock(name, batches):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6 * largest)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", TASK_MODELS)
 def test_absent_slots_are_stock_bit_for_bit(name, batches):
     model, batch = detector(name), batches[task_of(name)]
     stock = result(model, stock_criterion(model), batch)
@@ -159,7 +197,7 @@ def test_absent_slots_are_stock_bit_for_bit(name, batches):
         got, want = (r[1] for r in (result(model, ours(model, {slot: cfg}), batch), stock))
         assert list(got) == list(want)
         changed = [key for key in want if not torch.equal(got[key], want[key])]
-        assert changed == [dict(zip(("box", "cls", "dfl"), want, strict=False))[slot]]
+        assert changed == [{"dfl": "dfl_loss" if head(model).reg_max > 1 else "l1_loss"}.get(slot, f"{slot}_loss")]
 
 
 def test_class_loss_is_summed_over_anchors_and_divided_by_the_scores(batch):
@@ -208,7 +246,7 @@ def test_end_to_end_head(name):
     assert criterion.o2m < 0.8
 
 
-CLASS_LOSSES = [cls for cls in registered().values() if cls.family in SLOTS["cls"] and cls.make().use_sigmoid]
+CLASS_LOSSES = [cls for cls in registered().values() if cls.family in SLOTS["detect"]["cls"] and cls.make().use_sigmoid]
 # Those that the source documents describe.
 DOCUMENTED = """BinaryCrossEntropyLoss BalancedCrossEntropyLoss FocalLoss ModifiedCrossEntropyLoss QualityFocalLoss
 VarifocalLoss GeneralizedFocalLoss ConfidenceWeightedLoss JointLoss""".split()
@@ -276,14 +314,20 @@ def test_losses_of_the_documents_fall_in_training(name, batch, warm):
     ids=lambda cfg: cfg["type"],
 )
 def test_class_losses_without_a_meaning_for_independent_sigmoids(cfg):
-    with pytest.raises(ValueError, match=r"slot takes|independent sigmoids"):
+    with pytest.raises(ValueError, match=r"takes a classification or ranking loss|independent sigmoids"):
         load_losses({"cls": cfg})
 
 
+def without_objects(batch):
+    """A batch of images without objects: no boxes, keypoints or masks."""
+    empty = {key: batch[key][:0] for key in ("batch_idx", "cls", "bboxes", "keypoints") if key in batch}
+    return {**batch, **empty, **{key: batch[key] * 0 for key in ("masks", "sem_masks") if key in batch}}
+
+
 def test_no_objects_in_the_batch(batches):
-    for name in MODELS:
+    for name in TASK_MODELS:
         model, batch = detector(name), batches[task_of(name)]
-        empty = {**batch, **{key: batch[key][:0] for key in ("batch_idx", "cls", "bboxes")}}
+        empty = without_objects(batch)
         loss, _, gradients = result(model, ours(model, {**losses_for(name), "dfl": third(model)}), empty)
         assert loss.isfinite().all()
         assert all(g.isfinite().all() for g in gradients)
@@ -307,7 +351,7 @@ def test_third_slot_suits_the_head():
         (
             {"box": {"type": "GWDLoss"}},
             ValueError,
-            r"oriented boxes \(task='obb'\); the task 'detect' takes .*CIoULoss",
+            r"'box' slot of task='detect' takes a box loss \(.*CIoULoss.*\), but GWDLoss .* for task='obb'",
         ),
         ({"cls": {"type": "FocalLoss", "use_sigmoid": False}}, ValueError, "use_sigmoid=True"),
         ({"cls": {"type": "FocalLoss", "activated": True}}, ValueError, "logits"),
@@ -324,13 +368,13 @@ def test_mistakes_fail_before_the_data_is_touched(losses, error, words, tmp_path
 def test_oriented_boxes_take_rotated_losses():
     joint = {"type": "JointLoss", "losses": [{"type": "GIoULoss"}]}
     for cfg in ({"type": "GIoULoss"}, joint):
-        words = "is a loss for axis-aligned boxes .*; the task 'obb' takes GWDLoss, KFIoULoss, KLDLoss or ProbIoULoss"
-        with pytest.raises(ValueError, match=f"{cfg['type']} {words}"):
+        words = rf"takes a rotated loss \(.*GWDLoss.*\), but {cfg['type']} is a box loss, for task='detect'"
+        with pytest.raises(ValueError, match=words):
             make_trainer({"box": cfg}, task="obb")
         with pytest.raises(ValueError, match=words):
             install(detector("yolov8n-obb"), {"box": cfg})
     make_trainer({"box": {**joint, "losses": [{"type": "GWDLoss"}, {"type": "KLDLoss"}]}}, task="obb")
-    with pytest.raises(ValueError, match="the tasks detect, obb, not for 'classify'"):
+    with pytest.raises(ValueError, match="the tasks detect, segment, pose, obb, rtdetr, not for 'classify'"):
         make_trainer({}, task="classify")
 
 
@@ -376,7 +420,13 @@ def interrupt(trainer):
         raise Interrupted
 
 
-@pytest.fixture(scope="module", params=["yolov8n", "yolo26n", pytest.param("yolov8n-obb", marks=pytest.mark.slow)])
+OTHER_TASKS = ("yolov10n", "yolov8n-obb", "yolo26n-seg", "yolo26n-pose", "yolov8n-rtdetr")
+
+
+@pytest.fixture(
+    scope="module",
+    params=["yolov8n", "yolo26n", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHER_TASKS)],
+)
 def trained(request):
     """The name, task and losses of a model that is trained."""
     return request.param, task_of(request.param), losses_for(request.param)
@@ -390,7 +440,7 @@ def interrupted(trained, datasets, tmp_path_factory):
     log, seen = [], []
     handler = logging.Handler()
     handler.emit = lambda record: log.append(record.getMessage())
-    yolo = YOLO(f"{name}.yaml")
+    yolo = (RTDETR if task == "rtdetr" else YOLO)(model_file(name, folder))
     yolo.add_callback("on_train_batch_end", lambda t: seen.append(("train", t.model.criterion)))
     yolo.add_callback("on_fit_epoch_end", lambda t: seen.append(("validation", t.ema.ema.criterion)))
     yolo.add_callback("on_fit_epoch_end", interrupt)
@@ -408,32 +458,33 @@ def test_our_losses_train_and_validate(interrupted, trained):
     assert {where for where, _ in seen} == {"train", "validation"}
     for where, criterion in seen:
         for branch in branches(criterion):
-            assert isinstance(branch, PluginDetectionLoss), where
-            assert branch.losses == load_losses(trained[2])
+            assert isinstance(branch, PLUGINS), where
+            assert branch.losses == load_losses(trained[2], trained[1])
 
 
 def test_start_up_says_what_is_active(interrupted, trained):
     _, log, _ = interrupted
     lines = [line for line in log if line.startswith("detloss_plugins: ")]
-    assert [line.split()[1] for line in lines] == ["cls:", "box:", "dfl:"]
-    assert "VarifocalLoss" in lines[0]
-    assert loss_class(trained[2]["box"]["type"]).__name__ in lines[1]
-    assert "stock" in lines[2]
+    said = dict(line.split(maxsplit=2)[1:] for line in lines)
+    assert list(said) == [f"{slot}:" for slot in SLOTS[trained[1]]]
+    for slot in SLOTS[trained[1]]:
+        loss = trained[2].get(slot)
+        assert said[f"{slot}:"].startswith(f"{loss_class(loss['type']).__name__}(" if loss else "stock loss x gain ")
 
 
-def test_results_csv_keeps_its_columns(interrupted):
+def test_results_csv_keeps_its_columns(interrupted, trained):
     run, _, _ = interrupted
     header = (run / "results.csv").read_text().splitlines()[0]
-    assert "train/box_loss" in header
-    assert "train/cls_loss" in header
-    assert "val/cls_loss" in header
+    boxes = "giou_loss" if trained[1] == "rtdetr" else "box_loss"
+    for column in (f"train/{boxes}", "train/cls_loss", "val/cls_loss"):
+        assert column in header
 
 
 LOAD_WITHOUT_US = """
 import sys
 sys.modules["detloss_plugins"] = None
 import torch
-from ultralytics import YOLO
+from ultralytics import RTDETR, YOLO
 from ultralytics.nn.tasks import torch_safe_load
 for path in sys.argv[1:]:
     torch_safe_load(path, safe_only=True)  # only the classes of Ultralytics' allow-list
@@ -448,7 +499,7 @@ def test_checkpoints_load_where_we_are_not_installed(interrupted, trained):
     files = [str(run / "weights" / name) for name in ("best.pt", "last.pt")]
     done = subprocess.run([sys.executable, "-c", LOAD_WITHOUT_US, *files], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    losses = load_losses(trained[2])
+    losses = load_losses(trained[2], trained[1])
     assert done.stdout.splitlines()[-1] == f"ultralytics.nn.tasks {losses}"
     for file in files:
         assert trained_losses(file)["losses"] == losses
@@ -468,10 +519,10 @@ def test_resume_continues_with_our_losses(interrupted, trained):
     yolo.train(resume=True, trainer=make_trainer(losses, task))
     epochs, found, updates = zip(*seen, strict=True)
     assert set(epochs) == {1}
-    assert all(isinstance(branch, PluginDetectionLoss) for branch in found[0])
+    assert all(isinstance(branch, PLUGINS) for branch in found[0])
     assert updates[0] == (1 if len(found[0]) == 2 else None), "the end-to-end schedule goes on where it was"
     assert len((run / "results.csv").read_text().splitlines()) == 3
-    assert trained_losses(run / "weights" / "best.pt")["losses"] == load_losses(losses)
+    assert trained_losses(run / "weights" / "best.pt")["losses"] == load_losses(losses, task)
 
 
 WORKER = """
@@ -489,9 +540,11 @@ print(type(criterion).__name__, criterion.losses)
 """
 
 
-@pytest.mark.parametrize("name", ["yolov8n", pytest.param("yolov8n-obb", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["yolov8n", *(pytest.param(name, marks=pytest.mark.slow) for name in ("yolov8n-obb", "yolov8n-rtdetr"))]
+)
 def test_workers_of_a_multi_gpu_launch_build_the_same_criterion(name, datasets, tmp_path):
-    losses, task, model = losses_for(name), task_of(name), f"{name}.yaml"
+    losses, task, model = losses_for(name), task_of(name), model_file(name, tmp_path)
     overrides = {**SETTINGS, "data": datasets[task], "model": model, "project": str(tmp_path)}
     trainer = make_trainer(losses, task)(overrides=overrides)
     trainer.model = trainer.get_model(cfg=model, verbose=False)
@@ -499,8 +552,8 @@ def test_workers_of_a_multi_gpu_launch_build_the_same_criterion(name, datasets, 
     state = script.replace(".py", ".pt")
     done = subprocess.run([sys.executable, "-c", WORKER, state], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    kind = {"detect": "PluginDetectionLoss", "obb": "PluginOBBLoss"}[task]
-    assert done.stdout.splitlines()[-1] == f"{kind} {load_losses(losses)}"
+    kind = {"detect": "PluginDetectionLoss", "obb": "PluginOBBLoss", "rtdetr": "PluginRTDETRLoss"}[task]
+    assert done.stdout.splitlines()[-1] == f"{kind} {load_losses(losses, task)}"
 
 
 STATEFUL = {"cls": {"type": "GHMC", "momentum": 0.75}, "box": {"type": "WIoULoss"}}
@@ -555,4 +608,4 @@ def test_a_stock_trainer_keeps_no_record(interrupted, trained, datasets, tmp_pat
     yolo = YOLO(str(run / "weights" / "best.pt"))
     yolo.train(data=datasets[trained[1]], epochs=1, project=str(tmp_path), name="stock", **{**SETTINGS, "val": False})
     assert trained_losses(tmp_path / "stock" / "weights" / "last.pt") is None
-    assert not any(isinstance(b, PluginDetectionLoss) for b in branches(yolo.trainer.model.init_criterion()))
+    assert not any(isinstance(b, PLUGINS) for b in branches(yolo.trainer.model.init_criterion()))

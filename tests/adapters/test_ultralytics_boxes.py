@@ -12,7 +12,7 @@ from test_training import train
 from test_ultralytics import batches, branches, datasets, detector, head, ours, task_of  # noqa: F401
 
 from detloss_plugins import base, build_loss
-from detloss_plugins.adapters.ultralytics import TASKS, describe, load_losses
+from detloss_plugins.adapters.ultralytics import SLOTS, describe, load_losses
 
 NAMES = ("yolov8n", "yolo26n", "yolov8n-obb", "yolo26n-obb")
 
@@ -177,7 +177,7 @@ def test_half_precision_boxes_become_pixels_in_float32(name):
     """Under autocast boxes, strides and image size are in half precision, which ends at 65504."""
     angle = [0.7] * (task_of(name) == "obb")
     boxes = torch.tensor([[[4096.0, 1, 4100, 9, *angle]]], dtype=torch.float16)
-    criterion = TASKS[task_of(name)].box_criterion(1, Recorder(), Recorder())
+    criterion = type(first_branch(detector(name), {"box": any_loss(name)}).bbox_loss)(1, Recorder(), Recorder())
     one, stride, size = torch.ones(1, 1, 1), torch.tensor([[32.0]]).half(), torch.tensor([640.0, 320.0]).half()
     criterion(one.expand(1, 1, 4), boxes, one[0].expand(1, 2), boxes, one, one.sum(), one[0] > 0, size, stride)
     for given in criterion.box.given[:2]:
@@ -196,7 +196,7 @@ STEPS = [
     pytest.param(name, cls, id=f"{name}-{cls.__name__}")
     for name in NAMES
     for cls in registered().values()
-    if cls.family == TASKS[task_of(name)].family
+    if cls.family in SLOTS[task_of(name)]["box"]
 ]
 
 

@@ -7,37 +7,58 @@ from pathlib import Path
 
 import yaml
 
-from detloss_plugins.registry import build_loss, loss_class
+from detloss_plugins.registry import MODELS, build_loss, loss_class
 
-# Slot -> the families of losses it takes.
-SLOTS = {
+YOLO_SLOTS = {
     "cls": ("classification", "ranking"),
-    "box": ("box", "rotated"),
+    "box": ("box",),
     "dfl": ("distribution", "regression"),
+}
+# Task -> slot -> the families of losses it takes. RT-DETR is no task of Ultralytics' own; its losses have other names.
+SLOTS = {
+    "detect": YOLO_SLOTS,
+    "segment": YOLO_SLOTS,
+    "pose": YOLO_SLOTS,
+    "obb": {**YOLO_SLOTS, "box": ("rotated",)},
+    "rtdetr": {
+        "loss_class": ("classification", "ranking"),
+        "loss_bbox": ("regression",),
+        "loss_giou": ("box",),
+    },
 }
 
 
-def load_losses(losses):
+def check_task(task):
+    """Raise ``ValueError`` if there is no such task."""
+    if task not in SLOTS:
+        raise ValueError(f"Losses can be swapped for the tasks {', '.join(SLOTS)}, not for {task!r}.")
+
+
+def load_losses(losses, task="detect"):
     """A losses dict from a dict or the path of a YAML file, checked and with every default gain written out.
 
     Args:
         losses: ``{"cls": {"type": ...}, "box": {...}, "dfl": {...}}``, every slot optional, or a path to such a YAML.
+        task: "detect", "segment", "pose", "obb" or "rtdetr", whose slots are ``loss_class``, ``loss_bbox`` and
+            ``loss_giou``.
 
     Returns:
-        A new plain dict. ``loss_weight``, where absent, is the ``yolo_gain`` of the loss's class; ``image_size``, where
-        a loss takes one and has none, is "batch", the size of the network's input.
+        A new plain dict. ``loss_weight``, where absent, is the ``yolo_gain`` of the loss's class, but 1 for RT-DETR's
+        class loss, whose stock is a varifocal loss of that weight; ``image_size``, where a loss takes one and has none,
+        is "batch", the size of the network's input.
 
     Raises:
         TypeError: if it is not a dict of dicts, or a hyper-parameter is unknown.
-        ValueError: for an unknown slot or loss, or a loss of a family that the slot does not take.
+        ValueError: for an unknown task, slot or loss, or a loss of a family that the slot does not take.
     """
+    check_task(task)
     if isinstance(losses, str | Path):
         losses = yaml.safe_load(Path(losses).read_text(encoding="utf-8"))
     if not isinstance(losses, Mapping):
         raise TypeError(f"losses must be a dict such as {{'cls': {{'type': 'VarifocalLoss'}}}}, not {losses!r}.")
-    if unknown := [slot for slot in losses if slot not in SLOTS]:
-        raise ValueError(f"There is no slot {unknown[0]!r}; the slots are {', '.join(SLOTS)}.")
-    return {slot: _checked(slot, cfg) for slot, cfg in losses.items()}
+    if unknown := [slot for slot in losses if slot not in SLOTS[task]]:
+        raise ValueError(f"There is no slot {unknown[0]!r}; the slots are {', '.join(SLOTS[task])}.")
+    return {slot: _checked(task, slot, cfg) for slot, cfg in losses.items()}
 
 
 def filled(cfg, **values):
@@ -51,18 +72,27 @@ def filled(cfg, **values):
     return {**lacks, **{name: filled(value, **values) for name, value in cfg.items()}}
 
 
-def _checked(slot, cfg):
+def _checked(task, slot, cfg):
     cfg = filled(cfg, image_size="batch")
     loss = build_loss(cfg)  # raises for an unknown loss or hyper-parameter
-    if loss.family not in SLOTS[slot]:
-        raise ValueError(
-            f"The {slot!r} slot takes a {' or '.join(SLOTS[slot])} loss, "
-            f"but {type(loss).__name__} is a {loss.family} loss."
-        )
-    if slot == "cls" and not loss.use_sigmoid:
+    if loss.family not in SLOTS[task][slot]:
+        raise ValueError(_wrong_family(task, slot, loss))
+    of_classes = "classification" in SLOTS[task][slot]
+    if of_classes and not loss.use_sigmoid:
         raise ValueError(
             f"The class scores of YOLO are independent sigmoids; write use_sigmoid=True for {type(loss).__name__}."
         )
     if getattr(loss, "activated", False):
         raise ValueError(f"YOLO hands logits to its loss; leave activated=True out of {type(loss).__name__}.")
-    return {"loss_weight": loss.yolo_gain, **cfg}
+    return {"loss_weight": 1.0 if task == "rtdetr" and of_classes else loss.yolo_gain, **cfg}
+
+
+def _wrong_family(task, slot, loss):
+    families = SLOTS[task][slot]
+    names = sorted({cls.__name__ for cls in MODELS.module_dict.values() if cls.family in families})
+    elsewhere = [f"{name!r}" for name, slots in SLOTS.items() if loss.family in slots.get(slot, ())]
+    return (
+        f"The {slot!r} slot of task={task!r} takes a {' or '.join(families)} loss ({', '.join(names)}), but "
+        f"{type(loss).__name__} is a {loss.family} loss"
+        + (f", for task={' or '.join(elsewhere)}." if elsewhere else ".")
+    )

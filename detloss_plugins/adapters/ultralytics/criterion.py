@@ -1,18 +1,76 @@
-"""The stock criteria with losses of ours in their slots, for each task."""
+"""The stock criteria with losses of ours in their slots, for every task of YOLO and for RT-DETR."""
 
 import functools
-from typing import NamedTuple
+from contextlib import contextmanager
 
 import torch
-from ultralytics.models.yolo.detect import DetectionTrainer
-from ultralytics.models.yolo.obb import OBBTrainer
+from ultralytics.cfg import get_cfg
+from ultralytics.models.utils.loss import RTDETRDetectionLoss
 from ultralytics.nn.tasks import guess_model_task
+from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER
 from ultralytics.utils.loss import BboxLoss, E2ELoss, RotatedBboxLoss, v8DetectionLoss
+from ultralytics.utils.ops import xywh2xyxy
 from ultralytics.utils.tal import bbox2dist, rbox2dist
 
-from detloss_plugins.adapters.ultralytics.config import filled, load_losses
-from detloss_plugins.base import average_state, float32
-from detloss_plugins.registry import MODELS, build_loss
+from detloss_plugins.adapters.ultralytics.config import SLOTS, check_task, filled, load_losses
+from detloss_plugins.base import RankingLoss, average_state, float32
+from detloss_plugins.losses.classification.common import QualityLoss
+from detloss_plugins.registry import build_loss
+
+
+def model_task(model):
+    """The task of a model, or of the dict of its YAML file; RT-DETR's is "rtdetr".
+
+    Raises:
+        ValueError: if losses cannot be swapped for it.
+    """
+    cfg = model if isinstance(model, dict) else model.yaml
+    task = "rtdetr" if cfg["head"][-1][2] == "RTDETRDecoder" else guess_model_task(cfg)
+    check_task(task)
+    return task
+
+
+def slot_gains(args, task="detect"):
+    """The gains on top of each loss's ``loss_weight``: the training arguments', or those of RT-DETR's criterion."""
+    if task == "rtdetr":
+        return {f"loss_{name}": gain for name, gain in RTDETRDetectionLoss().loss_gain.items()}
+    return {slot: getattr(args, slot) for slot in SLOTS[task]}
+
+
+@contextmanager
+def training_args(model):
+    """While a criterion is built, give a model that was never trained Ultralytics' defaults for its ``args``.
+
+    A model of a checkpoint has the few arguments it was saved with, as a dict. The gains are logged in both cases.
+    """
+    given = vars(model).get("args", {})
+    if not isinstance(given, dict):
+        yield
+        return
+    model.args = get_cfg(overrides={name: value for name, value in given.items() if name in DEFAULT_CFG_DICT})
+    gains = ", ".join(f"{slot} {gain:g}" for slot, gain in slot_gains(model.args).items())
+    LOGGER.info(f"detloss_plugins: this model is not in training; its losses have the gains {gains}")
+    try:
+        yield
+    finally:
+        del model.args
+        if given:
+            model.args = given
+
+
+def average_states(losses):
+    """Average the state of those losses that a rank without positives does not call; for every step of training."""
+    if torch.is_grad_enabled():  # validation is of one rank
+        for loss in losses:
+            if not loss.every_rank:
+                average_state(loss)
+
+
+def tell_image_size(loss, image_size):
+    """Hand the size ``(height, width)`` of this batch to the losses that take one, also nested ones."""
+    for part in loss.modules():
+        if hasattr(part, "batch_image_size"):
+            part.batch_image_size = image_size
 
 
 class _ClassSlot:
@@ -62,9 +120,7 @@ class _BoxCriterion(BboxLoss):
             return loss(pred, target, weight, reduction_override="sum") / scores_sum
 
         if self.box is not None:
-            for part in self.box.modules():
-                if hasattr(part, "batch_image_size"):
-                    part.batch_image_size = float32(imgsz)
+            tell_image_size(self.box, float32(imgsz))
             pred_pixels, target_pixels = (_in_pixels(b[positive], stride[positive[1]]) for b in (boxes, target))
             loss_box = total(self.box, pred_pixels, target_pixels, weight)
         if self.dfl is not None:
@@ -94,44 +150,12 @@ class _RotatedBoxCriterion(_BoxCriterion, RotatedBboxLoss):
         return rbox2dist(target[..., :4], anchors, target[..., 4:], reg_max=largest)
 
 
-class Task(NamedTuple):
-    """What differs between the tasks of Ultralytics; the criterion to subclass is the model's own."""
-
-    trainer: type
-    box_criterion: type
-    family: str  # of box losses
-
-
-TASKS = {
-    "detect": Task(DetectionTrainer, _BoxCriterion, "box"),
-    "obb": Task(OBBTrainer, _RotatedBoxCriterion, "rotated"),
-}
-BOXES = {"box": "axis-aligned boxes", "rotated": "oriented boxes"}
-
-
-def check_task(task, losses):
-    """Raise ``ValueError`` if there is no such task, or the loss of the ``box`` slot is for other boxes than its."""
-    if task not in TASKS:
-        raise ValueError(f"Losses can be swapped for the tasks {', '.join(TASKS)}, not for {task!r}.")
-    if "box" not in losses:
-        return
-    family, wanted = build_loss(losses["box"]).family, TASKS[task].family
-    if family != wanted:
-        names = sorted({cls.__name__ for cls in MODELS.module_dict.values() if cls.family == wanted})
-        tasks = " or ".join(f"task={name!r}" for name in TASKS if TASKS[name].family == family)
-        raise ValueError(
-            f"{losses['box']['type']} is a loss for {BOXES[family]} ({tasks}); "
-            f"the task {task!r} takes {', '.join(names[:-1])} or {names[-1]}."
-        )
-
-
 def check_head(model, losses):
-    """Raise ``ValueError`` if a loss does not suit the model.
+    """Raise ``ValueError`` if the loss of the ``dfl`` slot does not suit the model.
 
-    The loss of the ``box`` slot must be for the boxes of the model's task. The one of the ``dfl`` slot must be a
-    distribution loss if the head has a distribution over bins, and a point-wise loss if it has none (``reg_max=1``).
+    It must be a distribution loss if the head has a distribution over bins, and a point-wise loss if it has none
+    (``reg_max=1``).
     """
-    check_task(guess_model_task(model), losses)
     if "dfl" not in losses:
         return
     name, bins, family = losses["dfl"]["type"], model.model[-1].reg_max, build_loss(losses["dfl"]).family
@@ -147,6 +171,11 @@ def check_head(model, losses):
         )
 
 
+def build_losses(losses, num_classes, device):
+    """The losses of a checked dict on a device; one that must know the number of classes is told."""
+    return {slot: build_loss(filled(cfg, num_classes=num_classes)).to(device) for slot, cfg in losses.items()}
+
+
 class PluginDetectionLoss(v8DetectionLoss):
     """The stock detection criterion with losses of ours in its slots; see :func:`criterion_class` for other tasks.
 
@@ -156,7 +185,8 @@ class PluginDetectionLoss(v8DetectionLoss):
     training arguments apply on top of each loss's ``loss_weight``.
 
     Args:
-        model: a model with ``args``.
+        model: a model of one of YOLO's tasks. One without training arguments (``args``) gets Ultralytics' default
+            gains, which are logged.
         tal_topk, tal_topk2: as in the stock class.
         losses: see :func:`load_losses`; a slot that is absent keeps the stock loss.
 
@@ -165,28 +195,78 @@ class PluginDetectionLoss(v8DetectionLoss):
     """
 
     def __init__(self, model, tal_topk=10, tal_topk2=None, losses=None):
-        super().__init__(model, tal_topk, tal_topk2)
-        self.losses = load_losses(losses or {})
+        self.losses = load_losses(losses or {}, model_task(model))
         check_head(model, self.losses)
-        self.built = {slot: self._build(cfg) for slot, cfg in self.losses.items()}
+        with training_args(model):
+            super().__init__(model, tal_topk, tal_topk2)
+        self.built = build_losses(self.losses, self.nc, self.device)
         if "cls" in self.built:
             self.bce = _ClassSlot(self.built["cls"])
         if self.built.keys() & {"box", "dfl"}:
-            box_criterion = TASKS[guess_model_task(model)].box_criterion
-            self.bbox_loss = box_criterion(self.reg_max, self.built.get("box"), self.built.get("dfl")).to(self.device)
+            kind = _RotatedBoxCriterion if isinstance(self.bbox_loss, RotatedBboxLoss) else _BoxCriterion
+            self.bbox_loss = kind(self.reg_max, self.built.get("box"), self.built.get("dfl")).to(self.device)
 
     def loss(self, preds, batch):
-        """The stock loss; the state of losses that a rank without positives does not call is averaged here."""
+        """The stock loss; the state of its losses is averaged over the ranks."""
         found = super().loss(preds, batch)
-        if torch.is_grad_enabled():  # validation is of one rank
-            for loss in self.built.values():
-                if not loss.every_rank:
-                    average_state(loss)
+        average_states(self.built.values())
         return found
 
-    def _build(self, cfg):
-        """A loss on the model's device; one that must know the number of classes is told."""
-        return build_loss(filled(cfg, num_classes=self.nc)).to(self.device)
+
+class PluginRTDETRLoss(RTDETRDetectionLoss):
+    """RT-DETR's criterion with losses of ours for ``loss_class``, ``loss_bbox`` and ``loss_giou``.
+
+    Every loss is summed and divided by the number of objects, in every layer of the decoder and for the denoising
+    queries, and multiplied by the stock gains (class 1, bbox 5, giou 2). A class loss whose target is a quality (VFL,
+    QFL, GFL, the ranking losses) gets the IoU of the matched boxes, any other the classes. ``loss_bbox`` gets
+    ``(cx, cy, w, h)`` as shares of the image, ``loss_giou`` corners in pixels of the network's input. The costs of the
+    matching stay stock.
+
+    Args:
+        model: an RT-DETR model.
+        losses: see :func:`load_losses`; a slot that is absent keeps the stock loss.
+    """
+
+    image_size = None  # (height, width) of the batch, which the criterion is not given: set it before a call
+
+    def __init__(self, model, losses=None):
+        super().__init__(nc=model.model[-1].nc, use_vfl=True)
+        self.losses = load_losses(losses or {}, "rtdetr")
+        # In a dict, so that no state of a loss becomes a part of the model's own.
+        self.built = build_losses(self.losses, self.nc, next(model.parameters()).device)
+
+    def forward(self, *args, **kwargs):
+        """The stock losses; the state of its losses is averaged over the ranks."""
+        found = super().forward(*args, **kwargs)
+        average_states(self.built.values())
+        return found
+
+    def _get_loss_class(self, pred_scores, targets, gt_scores, num_gts, postfix=""):
+        if "loss_class" not in self.built:
+            return super()._get_loss_class(pred_scores, targets, gt_scores, num_gts, postfix)
+        loss = self.built["loss_class"]
+        of_quality = any(isinstance(part, QualityLoss | RankingLoss) for part in loss.modules())
+        value = loss(pred_scores, (targets, gt_scores) if of_quality else targets, avg_factor=max(num_gts, 1))
+        return {f"loss_class{postfix}": self.loss_gain["class"] * value}
+
+    def _get_loss_bbox(self, pred_bboxes, gt_bboxes, postfix=""):
+        found = super()._get_loss_bbox(pred_bboxes, gt_bboxes, postfix)
+        objects = max(len(gt_bboxes), 1)
+        if "loss_bbox" in self.built:
+            value = self.built["loss_bbox"](pred_bboxes, gt_bboxes, reduction_override="sum")
+            found[f"loss_bbox{postfix}"] = self.loss_gain["bbox"] * value / objects
+        if "loss_giou" in self.built:
+            value = self.built["loss_giou"](*map(self.corners, (pred_bboxes, gt_bboxes)), reduction_override="sum")
+            found[f"loss_giou{postfix}"] = self.loss_gain["giou"] * value / objects
+        return found
+
+    def corners(self, boxes):
+        """Corners in pixels of boxes ``(cx, cy, w, h)`` that are shares of the image."""
+        if self.image_size is None:
+            raise ValueError("Set criterion.image_size to (height, width) of the batch; model.loss does it by itself.")
+        size = torch.tensor(self.image_size, dtype=torch.float32, device=boxes.device)
+        tell_image_size(self.built["loss_giou"], size)
+        return xywh2xyxy(float32(boxes)) * size[[1, 0, 1, 0]]
 
 
 @functools.cache

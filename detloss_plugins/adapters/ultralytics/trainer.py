@@ -7,20 +7,27 @@ from pathlib import Path
 from types import MethodType
 
 import torch
-from ultralytics.nn.tasks import guess_model_task
+from ultralytics.models.rtdetr.train import RTDETRTrainer
+from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.models.yolo.obb import OBBTrainer
+from ultralytics.models.yolo.pose import PoseTrainer
+from ultralytics.models.yolo.segment import SegmentationTrainer
+from ultralytics.nn.tasks import yaml_model_load
 from ultralytics.utils import DEFAULT_CFG, LOGGER
 from ultralytics.utils.loss import E2ELoss
 from ultralytics.utils.torch_utils import unwrap_model
 
-from detloss_plugins.adapters.ultralytics.config import SLOTS, load_losses
+from detloss_plugins.adapters.ultralytics.config import load_losses
 from detloss_plugins.adapters.ultralytics.criterion import (
-    TASKS,
+    PluginRTDETRLoss,
     branches,
     check_head,
-    check_task,
     criterion_class,
     criterion_state,
     load_criterion_state,
+    model_task,
+    slot_gains,
+    training_args,
 )
 from detloss_plugins.base import Loss
 from detloss_plugins.registry import build_loss
@@ -28,22 +35,51 @@ from detloss_plugins.registry import build_loss
 RECORD = "detloss_plugins"  # attribute of the model, and so of the checkpoint, that records the losses
 
 
+TRAINERS = {
+    "detect": DetectionTrainer,
+    "segment": SegmentationTrainer,
+    "pose": PoseTrainer,
+    "obb": OBBTrainer,
+    "rtdetr": RTDETRTrainer,
+}
+
+
 def _init_criterion(model):
     """What ``model.init_criterion()`` does on a model of ours; the stock choice of class, with our losses."""
     record = getattr(model, RECORD)
-    stock = type(model).init_criterion(model)
-    (kind,) = {type(part) for part in branches(stock).values()}
-    make = functools.partial(criterion_class(kind), losses=record["losses"])
-    criterion = E2ELoss(model, make) if isinstance(stock, E2ELoss) else make(model)
+    if model_task(model) == "rtdetr":
+        criterion = PluginRTDETRLoss(model, record["losses"])
+    else:
+        with training_args(model):
+            stock = type(model).init_criterion(model)
+            (kind,) = {type(part) for part in branches(stock).values()}
+            make = functools.partial(criterion_class(kind), losses=record["losses"])
+            criterion = E2ELoss(model, make) if isinstance(stock, E2ELoss) else make(model)
     load_criterion_state(criterion, record["state"])
     return criterion
+
+
+def _loss(model, batch, preds=None):
+    """What ``model.loss(batch)`` does on a model of ours: a criterion that lacks the image's size is told it."""
+    if "visuals" in batch:
+        raise ValueError("YOLOE's visual prompts have a criterion of their own, in which no loss can be swapped.")
+    if model.criterion is None:
+        model.criterion = model.init_criterion()
+    if hasattr(model.criterion, "image_size"):
+        model.criterion.image_size = tuple(batch["img"].shape[2:])
+    return type(model).loss(model, batch, preds)
+
+
+# On the instance, so that the class in the checkpoint stays the stock one; a bound method follows a deep copy.
+METHODS = {"init_criterion": _init_criterion, "loss": _loss}
 
 
 def install(model, losses, state=None):
     """Make ``model.loss`` use ``losses``, also on deep copies of the model such as the EMA.
 
     Args:
-        model: a ``DetectionModel`` or ``OBBModel``; its criterion, if it has one, is dropped.
+        model: any model of a task of YOLO's, World and YOLOE included, or an RT-DETR; its criterion, if it has one, is
+            dropped.
         losses: see :func:`load_losses`.
         state: what :func:`criterion_state` took of an earlier training, to go on with.
 
@@ -52,25 +88,25 @@ def install(model, losses, state=None):
     """
     from detloss_plugins import __version__
 
-    losses = load_losses(losses)
+    losses = load_losses(losses, model_task(model))
     check_head(model, losses)
     setattr(model, RECORD, {"version": __version__, "losses": losses, "state": state or {}})
-    # On the instance, so that the class in the checkpoint stays the stock one; a bound method follows a deep copy.
-    model.init_criterion = MethodType(_init_criterion, model)
+    for name, method in METHODS.items():
+        setattr(model, name, MethodType(method, model))
     model.criterion = None
 
 
 @contextmanager
 def _stock_classes_only(model):
     """Take off a model what only a process with this package can unpickle."""
-    method, criterion = vars(model).pop("init_criterion", None), getattr(model, "criterion", None)
+    methods = {name: vars(model).pop(name) for name in METHODS if name in vars(model)}
+    criterion = getattr(model, "criterion", None)
     model.criterion = None
     try:
         yield
     finally:
         model.criterion = criterion
-        if method is not None:
-            model.init_criterion = method
+        vars(model).update(methods)
 
 
 def trained_losses(model):
@@ -85,26 +121,33 @@ def trained_losses(model):
     return getattr(getattr(model, "model", model), RECORD, None) or getattr(model, RECORD, None)
 
 
-def start_at_prior(model, losses):
-    """Give a new head the class scores that its class loss should start with, if that has a preference."""
-    prior = build_loss(losses["cls"]).yolo_prior if "cls" in losses else None
-    if prior is None:
-        return
-    head = model.model[-1]
-    for branch in (*head.cv3, *(getattr(head, "one2one_cv3", None) or ())):
-        torch.nn.init.constant_(branch[-1].bias, math.log(prior / (1 - prior)))
+def class_biases(head):
+    """The biases that set the class scores of a new head: of its last layers, or of the similarities to texts."""
+    if hasattr(head, "dec_score_head"):  # RT-DETR
+        layers = (head.enc_score_head, *head.dec_score_head)
+    else:
+        name = "cv4" if hasattr(getattr(head, "cv4", [None])[0], "logit_scale") else "cv3"
+        levels = (*getattr(head, name), *(getattr(head, f"one2one_{name}", None) or ()))
+        layers = levels if name == "cv4" else [level[-1] for level in levels]
+    return [layer.bias for layer in layers]
+
+
+def start_at_prior(model, prior):
+    """Give a new head the class scores that its class loss should start with."""
+    for bias in class_biases(model.model[-1]):
+        torch.nn.init.constant_(bias, math.log(prior / (1 - prior)))
     LOGGER.info(f"detloss_plugins: class scores start at {prior:g}, unless weights are loaded")
 
 
-def describe(losses, args):
+def describe(losses, args, task="detect"):
     """One line per slot: the active loss, its settings, its weight and the training's gain for the slot."""
     lines = []
-    for slot in SLOTS:
+    for slot, gain in slot_gains(args, task).items():
         line = "stock loss"
         if slot in losses:
             loss = build_loss(losses[slot])
             line = f"{_in_words(loss)}, weight {loss.loss_weight:g}"
-        lines.append(f"{slot}: {line} x gain {getattr(args, slot):g}")
+        lines.append(f"{slot}: {line} x gain {gain:g}")
     return lines
 
 
@@ -115,32 +158,39 @@ def _in_words(loss):
     return f"{type(loss).__name__}({', '.join(words)})"
 
 
-def make_trainer(losses, task="detect"):
+def make_trainer(losses, task="detect", trainer=None):
     """A trainer class for ``YOLO(...).train(trainer=make_trainer(losses))``.
 
     Args:
         losses: a dict ``{"cls": {"type": "VarifocalLoss"}, "box": {...}, "dfl": {...}}`` or the path of a YAML file
             with one; absent slots keep the stock loss bit for bit.
-        task: "detect", or "obb" for a model of oriented boxes, whose ``box`` slot takes losses of the rotated family
-            and whose angle loss stays stock.
+        task: "detect", "segment", "pose", "obb" for oriented boxes, whose ``box`` slot takes losses of the rotated
+            family, or "rtdetr", whose slots are ``loss_class``, ``loss_bbox`` and ``loss_giou``. The losses that a task
+            has besides (masks, keypoints, angle) stay stock.
+        trainer: the class to start from, if not Ultralytics' own for the task: ``WorldTrainer``, a ``YOLOETrainer``, or
+            a subclass of yours.
 
     Returns:
-        A subclass of Ultralytics' trainer for the task. It is made here so that multi-GPU workers, which receive it
-        pickled by value, receive the losses with it.
+        A subclass of that trainer. It is made here so that multi-GPU workers, which receive it pickled by value,
+        receive the losses with it.
 
     Raises:
         ValueError, TypeError: for a misspelt slot, loss or hyper-parameter, an unknown task or a loss that does not
             suit it, before any data is read. The trainer raises ``ValueError`` for a model of another task.
     """
-    losses = load_losses(losses)
-    check_task(task, losses)
+    losses = load_losses(losses, task)
+    base = trainer or TRAINERS[task]
+    of_classes = losses.get("cls") or losses.get("loss_class")
+    prior = build_loss(of_classes).yolo_prior if of_classes else None
 
-    class PluginTrainer(TASKS[task].trainer):
+    class PluginTrainer(base):
         plugin_losses = losses
         plugin_state = None
 
         def __init__(self, cfg=DEFAULT_CFG, overrides=None, _callbacks=None):
-            self.check_same_task((overrides or {}).get("task", task))
+            given = (overrides or {}).get("task", task)
+            if (given, task) != ("detect", "rtdetr"):  # to Ultralytics, RT-DETR detects
+                self.check_same_task(given)
             super().__init__(cfg, overrides, _callbacks)
 
         @staticmethod
@@ -149,12 +199,13 @@ def make_trainer(losses, task="detect"):
                 raise ValueError(f"The model's task is {given!r}; write make_trainer(losses, task={given!r}).")
 
         def get_model(self, cfg=None, weights=None, verbose=True):
-            model = super().get_model(cfg, None, verbose)
-            self.check_same_task(guess_model_task(model))
+            self.check_same_task(model_task(cfg if isinstance(cfg, dict) else yaml_model_load(cfg)))
+            model = super().get_model(cfg, weights if prior is None else None, verbose)
             check_head(model, self.plugin_losses)
-            start_at_prior(model, self.plugin_losses)
-            if weights:
-                model.load(weights)
+            if prior is not None:
+                start_at_prior(model, prior)
+                if weights:
+                    model.load(weights)
             before = getattr(weights, RECORD, None)
             if self.resume and before is not None:
                 if before["losses"] == self.plugin_losses:
@@ -167,8 +218,15 @@ def make_trainer(losses, task="detect"):
             super().set_model_attributes()
             # Every path to training comes through here: new, resumed, and in a worker that was handed its model.
             install(getattr(self.model, "student_model", self.model), self.plugin_losses, self.plugin_state)
-            for line in describe(self.plugin_losses, self.args):
+            for line in describe(self.plugin_losses, self.args, task):
                 LOGGER.info(f"detloss_plugins: {line}")
+
+        def set_class_weights(self):
+            super().set_class_weights()
+            if task == "rtdetr" and self.args.cls_pw:
+                LOGGER.warning(
+                    "RT-DETR's criterion has no class weights, stock or with our losses: cls_pw does nothing."
+                )
 
         def validate(self):
             self.hand_state_to_ema().criterion = None  # built again, from the record
@@ -185,3 +243,26 @@ def make_trainer(losses, task="detect"):
                 return super().save_model()
 
     return PluginTrainer
+
+
+def tune(model, trainer, iterations=10, **settings):
+    """Ultralytics' search for hyper-parameters, ``model.tune(...)``, with the trainings of a trainer of ours.
+
+    ``model.tune`` itself starts them by the command line, where there is no trainer to choose: it would tune the stock
+    losses without a word.
+
+    Args:
+        model: a ``YOLO`` or ``RTDETR``.
+        trainer: what :func:`make_trainer` returned.
+        iterations: number of trainings.
+        settings: as for ``model.tune``: ``data``, ``space``, ``epochs`` and so on.
+    """
+    from ultralytics.engine import trainer as engine
+
+    stock = engine.MultiTrainer
+    # The tuner looks the class up when it is called, and gives it no trainer.
+    engine.MultiTrainer = lambda _, args, base: stock(trainer, args, base)
+    try:
+        return model.tune(iterations=iterations, **settings)
+    finally:
+        engine.MultiTrainer = stock
