@@ -119,12 +119,12 @@ def test_weights(loss_cls, device):
             expected = torch.zeros(len(pred), *rows.shape[1:], device=device)
             expected[kept] = rows * weight[kept].reshape(-1, *[1] * (rows.dim() - 1))
         for form in (weight, weight.unsqueeze(-1)):
-            torch.testing.assert_close(value(pred, target, form, reduction_override="none"), expected)
-        zero = loss(pred, target, torch.zeros(len(pred), device=device))
+            torch.testing.assert_close(value(pred, target, weight=form, reduction_override="none"), expected)
+        zero = loss(pred, target, weight=torch.zeros(len(pred), device=device))
         assert zero == 0
         assert (torch.autograd.grad(zero, pred)[0] == 0).all()
         with pytest.raises(ValueError, match="weight of shape"):
-            loss(pred, target, torch.ones(len(pred) + 1, device=device))
+            loss(pred, target, weight=torch.ones(len(pred) + 1, device=device))
 
 
 def test_loss_weight_scales(loss_cls, device):
@@ -255,7 +255,7 @@ def test_no_synchronisation(loss_cls, device):
         for part in loss.modules():
             part.unchecked = 0  # box losses look at the targets of the first calls
         with NoSynchronisation(loss.counts_positives):
-            loss(pred, target, weight, avg_factor=torch.tensor(3.0, device=device)).backward()
+            loss(pred, target, weight=weight, avg_factor=torch.tensor(3.0, device=device)).backward()
 
 
 def test_the_synchronisation_test_can_fail():

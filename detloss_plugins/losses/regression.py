@@ -5,7 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from detloss_plugins.base import RegressionLoss, Upstream, above, at_least, rules
+from detloss_plugins.base import RegressionLoss, Upstream, above, at_least, float32, rules
 from detloss_plugins.reduction import check_reduction, reduce
 from detloss_plugins.registry import MODELS
 
@@ -181,6 +181,71 @@ class BalancedL1Loss(RegressionLoss):
             differs="mmdet's form for beta != 1 has a kink at zero; upstream_form=True gives it",
         ),
     )
+
+
+def uncertainty_kl_loss(pred, target, *, clamp=10.0, log_variance=None):
+    """``e^-a SmoothL1(pred - target) + a / 2`` with ``a`` the logarithm of the variance of ``pred``.
+
+    ``a`` outside ``[-clamp, clamp]`` counts as the nearer end, and gets the gradient of that end, so that it does not
+    stay where the clamp alone would leave it without one.
+
+    Args:
+        log_variance: same shape as ``pred``; None: 0, the smooth L1 loss.
+
+    >>> d, a = torch.tensor([0.3, -1.4, 0.05, 2.0]), torch.tensor([0.0, 0.5, -1.0, -0.2])
+    >>> uncertainty_kl_loss(d, torch.zeros(4), log_variance=a)
+    tensor([ 0.0450,  0.7959, -0.4966,  1.7321])
+    """
+    error = F.smooth_l1_loss(pred, target, reduction="none")
+    if log_variance is None:
+        return error
+    constant = log_variance.detach()
+    log_variance = constant.clamp(-clamp, clamp) + (log_variance - constant)
+    return torch.exp(-log_variance) * error + log_variance / 2
+
+
+@MODELS.register_module()
+class UncertaintyKLLoss(RegressionLoss):
+    """He et al., Bounding Box Regression with Uncertainty for Accurate Object Detection, 2018 (KL loss).
+
+    Called ``loss(pred, target, log_variance, weight=None, avg_factor=None, reduction_override=None)``: the model
+    predicts the logarithm of a variance beside each number. Large where errors are large, it makes the loss flat there;
+    the loss can be negative. It needs a head that predicts it: ``UncertaintyBBoxHead`` and ``UncertaintyRetinaHead`` of
+    the MMDetection adapter do.
+
+    Args:
+        clamp: the log variance is that far from 0 at most; one outside gets the gradient of the nearer end.
+
+    Raises:
+        ValueError: if ``clamp`` is not positive, the shapes differ, or ``log_variance`` has no gradient while ``pred``
+            has one: a head that knows nothing of variances passes its weights there.
+    """
+
+    fn = staticmethod(uncertainty_kl_loss)
+    family = "uncertainty"  # of its own: what takes a regression loss has no log variance to give
+    paper = "https://arxiv.org/abs/1809.08545"
+    bounds = (-math.inf, math.inf)
+    inputs = ("log_variance",)
+    allowed = rules(clamp=above(0))
+
+    def forward(self, pred, target, log_variance=None, weight=None, avg_factor=None, reduction_override=None):
+        """Compute the loss; without ``log_variance``, the smooth L1 loss."""
+        if log_variance is None:
+            return super().forward(pred, target, weight, avg_factor, reduction_override)
+        reduction = check_reduction(self.reduction if reduction_override is None else reduction_override)
+        self._check_predicted(pred, log_variance)
+        with torch.autocast(pred.device.type, enabled=False):
+            pred, target, _ = self.prepare(float32(pred), target)
+            loss = self.fn(pred, target, **self.settings, log_variance=float32(log_variance))
+        return self.loss_weight * reduce(loss, weight, avg_factor, reduction)
+
+    def _check_predicted(self, pred, log_variance):
+        if log_variance.shape != pred.shape or (pred.requires_grad and not log_variance.requires_grad):
+            raise ValueError(
+                f"The third argument of {type(self).__name__} is the predicted log variance, in the shape of pred "
+                f"{tuple(pred.shape)} and with a gradient, not weights {tuple(log_variance.shape)}; in MMDetection use "
+                "UncertaintyBBoxHead or UncertaintyRetinaHead, which predict it."
+            )
 
 
 # What is defined here is public; a new loss is exported by being here.

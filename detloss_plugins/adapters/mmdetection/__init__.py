@@ -12,9 +12,17 @@ from detloss_plugins.adapters.mmdetection.pixels import (
     PixelTOODHead,
 )
 from detloss_plugins.adapters.mmdetection.ranking import RankingATSSHead, RankingRetinaHead
+from detloss_plugins.adapters.mmdetection.uncertainty import (
+    CornerBBoxCoder,
+    UncertaintyBBoxHead,
+    UncertaintyRetinaHead,
+    UncertaintyRoIHead,
+    variance_voting,
+)
 from detloss_plugins.adapters.mmdetection.yolo import PluginYOLOV3Head
 
 __all__ = [
+    "CornerBBoxCoder",
     "PixelBoxInstBboxHead",
     "PixelCenterNetUpdateHead",
     "PixelCondInstBboxHead",
@@ -27,4 +35,8 @@ __all__ = [
     "PluginYOLOV3Head",
     "RankingATSSHead",
     "RankingRetinaHead",
+    "UncertaintyBBoxHead",
+    "UncertaintyRetinaHead",
+    "UncertaintyRoIHead",
+    "variance_voting",
 ]

@@ -1,0 +1,12 @@
+_base_ = "faster-rcnn_r18_fpn_digits.py"
+
+model = dict(
+    roi_head=dict(
+        type="detloss_plugins.adapters.mmdetection.UncertaintyRoIHead",
+        bbox_head=dict(
+            type="detloss_plugins.adapters.mmdetection.UncertaintyBBoxHead",
+            loss_bbox=dict(_delete_=True, type="detloss_plugins.UncertaintyKLLoss"),
+        ),
+    ),
+    test_cfg=dict(rcnn=dict(voting=dict(sigma_t=0.02))),
+)
