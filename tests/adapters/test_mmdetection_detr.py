@@ -1,0 +1,309 @@
+"""DETR-type detectors with our losses: equal to mmdet's, given the IoU where mmdet gives it, and able to train."""
+
+import copy
+import textwrap
+
+import pytest
+import torch
+from digits import build_digits
+from mmdet.registry import MODELS as MMDET_MODELS
+from mmdet.structures.bbox import bbox_cxcywh_to_xyxy, bbox_overlaps
+from mmengine.hub import get_config
+from mmengine.structures import InstanceData
+from test_mmdetection import (
+    CONFIG_DIR,
+    FORMS,
+    Interrupt,
+    backward,
+    batch,
+    box_loss_cfg,
+    branches,
+    build,
+    every_box_loss,
+    mmdet_scope,
+    python,
+    run,
+    settings_of,
+    shrink,
+    small,
+    twin_configs,
+)
+
+from detloss_plugins.losses import GeneralizedFocalLoss, NWDLoss, QualityFocalLoss, VarifocalLoss
+from detloss_plugins.registry import loss_class
+
+__all__ = ["batch", "mmdet_scope"]  # fixtures of the tests here too
+
+DEFORMABLE = CONFIG_DIR / "deformable-detr_r50_16xb2-50e_coco.py"
+DINO = CONFIG_DIR / "dino-4scale_r50_8xb2-12e_coco.py"
+DINO_QFL = CONFIG_DIR / "dino-4scale-qfl_r50_8xb2-12e_coco.py"
+QUALITY = [QualityFocalLoss, VarifocalLoss, GeneralizedFocalLoss]
+every_detector = pytest.mark.parametrize("path", [DEFORMABLE, DINO], ids=["Deformable DETR", "DINO"])
+
+
+def detector(path, **losses):
+    """A small one with those losses, whose boxes are not all one."""
+    cfg = small(path) if not isinstance(path, str) else shrink(get_config(f"mmdet::{path}"))
+    for key, value in losses.items():
+        cfg.model.bbox_head[key] = copy.deepcopy(value)
+    model = build(cfg)
+    for parameter in branches(model):
+        torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def classification(name, **settings):
+    return dict(type=f"detloss_plugins.{name}", **settings_of(loss_class(name), True), **settings)
+
+
+def calls(module):
+    """The arguments of every call of a loss from now on, in a list that grows."""
+    seen = []
+    module.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
+    return seen
+
+
+# mmdet's own configs of two more heads.
+MORE = {
+    "DETR": "detr/detr_r50_8xb2-150e_coco.py",
+    "Conditional DETR": "conditional_detr/conditional-detr_r50_8xb2-50e_coco.py",
+}
+
+
+@pytest.mark.parametrize("loss", QUALITY, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("path", [DEFORMABLE, DINO, *MORE.values()], ids=["Deformable DETR", "DINO", *MORE])
+def test_quality_losses_get_the_iou(path, loss, batch):
+    """In every call: of the matched boxes, for the encoder's, each decoder layer's and the denoising queries."""
+    model = detector(path, loss_cls=classification(loss.__name__))
+    classes, boxes = calls(model.bbox_head.loss_cls), calls(model.bbox_head.loss_bbox)
+    backward(model, batch)
+    assert len(classes) == len(boxes) == {DINO: 5}.get(path, 2)
+    for ((_, (labels, quality), *_), _), ((pred, target, *_), _) in zip(classes, boxes, strict=True):
+        found = labels < 10
+        assert found.any()
+        iou = bbox_overlaps(*(bbox_cxcywh_to_xyxy(box[found].detach()) for box in (pred, target)), is_aligned=True)
+        torch.testing.assert_close(quality[found], iou)
+        assert (quality[~found] == 0).all()
+        assert ((0 < iou) & (iou < 1)).any()
+
+
+@pytest.mark.parametrize("name", ["FocalLoss", "BinaryCrossEntropyLoss"])
+def test_other_losses_get_labels(name, batch):
+    model = detector(DINO, loss_cls=classification(name))
+    seen = calls(model.bbox_head.loss_cls)
+    backward(model, batch)
+    assert len(seen) == 5
+    assert all(isinstance(args[1], torch.Tensor) and not args[1].is_floating_point() for args, _ in seen)
+
+
+@pytest.mark.parametrize(
+    ("path", "settings"),
+    [
+        ("DETR", dict(type="CrossEntropyLoss", use_sigmoid=False, class_weight=1.0, bg_cls_weight=0.1)),
+        ("DETR", dict(type="QualityFocalLoss", use_sigmoid=True)),
+        ("Conditional DETR", dict(type="QualityFocalLoss", use_sigmoid=True, beta=1.5)),
+    ],
+)
+def test_equal_to_mmdets_losses(path, settings, batch):
+    """In the heads that no config of ours has: the same weights and batch give the same losses and gradients."""
+    box = {"loss_bbox": ("L1Loss", 5.0), "loss_iou": ("GIoULoss", 2.0)}
+    models = []
+    for scope in ("detloss_plugins", "mmdet"):
+        losses = {key: dict(type=f"{scope}.{name}", loss_weight=weight) for key, (name, weight) in box.items()}
+        models.append(detector(MORE[path], loss_cls={**settings, "type": f"{scope}.{settings['type']}"}, **losses))
+    ours, stock = models
+    assert type(ours.bbox_head.loss_cls) is loss_class(settings["type"])
+    assert type(stock.bbox_head.loss_cls).__module__.startswith("mmdet.")
+    torch.testing.assert_close(backward(ours, batch), backward(stock, batch), rtol=1e-5, atol=1e-6)
+    for (name, our_one), stock_one in zip(ours.named_parameters(), stock.parameters(), strict=True):
+        if stock_one.grad is not None:
+            scale = stock_one.grad.abs().max()
+            assert (our_one.grad - stock_one.grad).abs().max() <= 1e-4 * scale + 1e-7, name
+
+
+@pytest.fixture(scope="module")
+def headless(batch):
+    """``get(path)``: a head, and what the body gives it for the batch."""
+    made = {}
+
+    def get(path):
+        if path not in made:
+            model = detector(path)
+            data = model.data_preprocessor(copy.deepcopy(batch), training=True)
+            with torch.no_grad():
+                inputs = model.forward_transformer(model.extract_feat(data["inputs"]), data["data_samples"])
+            made[path] = model.bbox_head, {**inputs, "batch_data_samples": data["data_samples"]}
+        head, inputs = made[path]
+        return copy.deepcopy(head), inputs
+
+    return get
+
+
+def take_steps(head, inputs, part):
+    """Two; everything is finite, and that part of the losses is positive and moves."""
+    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3)
+    seen = []
+    for _ in range(2):
+        losses = head.loss(**inputs)
+        assert all(value.isfinite() for value in losses.values())
+        seen.append(torch.stack([value for name, value in losses.items() if name.endswith(part)]))
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        grads = [parameter.grad for parameter in head.parameters() if parameter.grad is not None]
+        assert all(grad.isfinite().all() for grad in grads)
+        assert sum(grad.abs().sum() for grad in grads) > 0
+        optimizer.step()
+    assert (torch.stack(seen) > 0).all()
+    assert (seen[0] != seen[1]).sum() >= 2  # those of the encoder do not move: what the body gives is fixed
+
+
+@every_detector
+@pytest.mark.parametrize("name", [name for name, use_sigmoid in FORMS if use_sigmoid])
+def test_any_classification_loss_takes_steps(name, path, headless):
+    head, inputs = headless(path)
+    head.loss_cls = MMDET_MODELS.build(classification(name))
+    take_steps(head, inputs, "loss_cls")
+
+
+@every_detector
+@every_box_loss
+def test_any_box_loss_takes_steps(loss, path, headless):
+    head, inputs = headless(path)
+    head.loss_iou = MMDET_MODELS.build(box_loss_cfg(loss))
+    take_steps(head, inputs, "loss_iou")
+
+
+@every_detector
+@pytest.mark.parametrize("name", ["SmoothL1Loss", "HuberLoss", "BalancedL1Loss", "MSELoss"])
+def test_point_losses_take_steps(name, path, headless):
+    head, inputs = headless(path)
+    head.loss_bbox = MMDET_MODELS.build(dict(type=f"detloss_plugins.{name}"))
+    take_steps(head, inputs, "loss_bbox")
+
+
+@every_detector
+def test_box_losses_get_pixels(path, batch):
+    """The targets of the matched boxes are the annotated ones."""
+    model = detector(path, loss_iou=box_loss_cfg(NWDLoss))
+    boxes = calls(model.bbox_head.loss_iou)
+    backward(model, batch)
+    annotated = torch.cat([sample.gt_instances.bboxes.tensor for sample in batch["data_samples"]])
+    for (_, target, weight, *_), _ in (args for args in boxes):
+        matched = target[weight[:, 0] > 0]
+        assert len(matched) >= len(annotated)
+        assert torch.cdist(matched, annotated).amin(1).max() < 1e-3
+
+
+@pytest.mark.parametrize("path", [DEFORMABLE, DINO, DINO_QFL], ids=lambda path: path.stem)
+def test_no_object_in_the_batch(path, batch):
+    batch = copy.deepcopy(batch)
+    for sample in batch["data_samples"]:
+        sample.gt_instances = InstanceData(bboxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long))
+    ours, stock = map(build, twin_configs(path))
+    losses = backward(ours, batch)
+    torch.testing.assert_close(losses, backward(stock, batch), rtol=1e-5, atol=1e-6)
+    assert losses["loss_cls"] > 0
+    assert all(value == 0 for name, value in losses.items() if name.endswith(("loss_bbox", "loss_iou")))
+    assert all(p.grad.isfinite().all() for p in ours.parameters() if p.grad is not None)
+
+
+def still():
+    """Deformable DETR with a quality focal loss, and without dropout, whose noise a resumed run does not repeat."""
+    model = small(DEFORMABLE).model
+    model.bbox_head.loss_cls = classification("QualityFocalLoss")
+    for part in (model.encoder.layer_cfg, model.decoder.layer_cfg):
+        for attention in ("self_attn_cfg", "cross_attn_cfg"):
+            if attention in part:
+                part[attention].dropout = 0.0
+        part.ffn_cfg.ffn_drop = 0.0
+    return model
+
+
+def test_stopped_and_resumed(tmp_path):
+    """Two epochs; the checkpoint loads without this package, and fits the detector with mmdet's losses."""
+    build_digits()
+    for folder in ("whole", "stopped"):
+        run(tmp_path / folder, Interrupt(at=1 if folder == "stopped" else None), model=still())
+    assert not (tmp_path / "stopped" / "epoch_2.pth").exists()
+    hook = Interrupt()
+    runner = run(tmp_path / "stopped", hook, model=still(), resume=True)
+    assert type(runner.model.bbox_head.loss_cls) is QualityFocalLoss
+    assert hook.began == [(1, 2)]
+    paths = [tmp_path / folder / "epoch_2.pth" for folder in ("whole", "stopped")]
+    whole, stopped = (torch.load(path, weights_only=False) for path in paths)
+    for key in ("state_dict", "optimizer"):
+        torch.testing.assert_close(stopped[key], whole[key], rtol=1e-4, atol=1e-6)
+    block = "import sys, torch; sys.modules['detloss_plugins'] = None"
+    python("-c", f"{block}; assert torch.load({str(paths[0])!r}, weights_only=False)['state_dict']")
+    build(twin_configs(DEFORMABLE)[1]).load_state_dict(whole["state_dict"], strict=True)
+
+
+ROUTES = """
+import copy, pickle, sys
+from pathlib import Path
+import torch
+import detloss_plugins
+from detloss_plugins import build_loss
+from detloss_plugins.losses import FocalLoss, GeneralizedFocalLoss, QualityFocalLoss, VarifocalLoss
+folder = Path(sys.argv[1])
+class Own(VarifocalLoss):
+    def __init__(self, name="own", **settings):
+        super().__init__(**settings)
+        self.name = name
+"""
+
+
+def script(tmp_path, code):
+    """Run code after ROUTES in a fresh process."""
+    path = tmp_path / "script.py"
+    path.write_text(ROUTES + textwrap.dedent(code))
+    return python(path, tmp_path)
+
+
+def test_recognised_whatever_the_way(tmp_path):
+    """By mmdet, once it is loaded: however a loss is built, loaded or copied. Otherwise it stays what it was."""
+    script(
+        tmp_path,
+        """
+        early = QualityFocalLoss(beta=1.5)
+        assert not [name for name in sys.modules if name.split(".")[0] == "mmdet"]
+        assert early.__class__.__mro__[-2] is torch.nn.Module
+        before = repr(early), early.state_dict(), dict(vars(early))
+        (folder / "early").write_bytes(pickle.dumps(early))
+        import mmdet.models
+        from mmdet.models.losses import FocalLoss as StockFocal, QualityFocalLoss as Stock
+        assert not isinstance(early, Stock)
+        assert isinstance(pickle.loads((folder / "early").read_bytes()), Stock)
+        from mmdet.registry import MODELS
+        cfg = dict(type="detloss_plugins.QualityFocalLoss", use_sigmoid=True, beta=3.0, loss_weight=2.0)
+        routes = [QualityFocalLoss(beta=3.0), VarifocalLoss(), GeneralizedFocalLoss(), build_loss(cfg)]
+        routes += [MODELS.build(cfg), detloss_plugins.MODELS.build(cfg), Own(gamma=1.5), early]
+        for loss in routes:
+            assert isinstance(loss, Stock), loss
+            assert type(loss).__module__.split(".")[0] in {"detloss_plugins", "__main__"}
+            for other in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
+                assert type(other) is type(loss) and isinstance(other, Stock)
+                assert repr(other) == repr(loss) and vars(other).keys() == vars(loss).keys()
+            assert not loss.state_dict()
+        built = routes[4]
+        assert type(built) is QualityFocalLoss
+        assert repr(built) == "QualityFocalLoss(beta=3.0, loss_weight=2.0)"
+        assert (repr(early), early.state_dict(), dict(vars(early))) == before
+        assert Own().name == "own" and Own(gamma=1.5).gamma == 1.5
+        assert not isinstance(FocalLoss(), (Stock, StockFocal))
+        try:
+            QualityFocalLoss(gamma=1.0)
+        except TypeError as error:
+            assert "it accepts activated, alpha, beta" in str(error), error
+        (folder / "late").write_bytes(pickle.dumps(built))
+        """,
+    )
+    script(  # where mmdet is absent
+        tmp_path,
+        """
+        sys.modules["mmdet"] = None
+        late = pickle.loads((folder / "late").read_bytes())
+        assert type(late) is QualityFocalLoss and late.beta == 3.0
+        assert late(torch.zeros(2, 3), torch.tensor([0, 3])) > 0
+        """,
+    )
