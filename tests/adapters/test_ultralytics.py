@@ -35,6 +35,7 @@ from detloss_plugins.adapters.ultralytics import (
     install,
     load_losses,
     make_trainer,
+    model_task,
     trained_losses,
 )
 from detloss_plugins.registry import loss_class
@@ -124,7 +125,7 @@ def batch(batches):
 def model_cfg(name):
     """The model's YAML as a dict; RT-DETR's real decoder with fewer channels, queries and layers."""
     cfg = yaml_model_load(f"{name}.yaml")
-    if task_of(name) == "rtdetr":
+    if model_task(cfg) == "rtdetr":
         cfg["head"][-1][3] = ["nc", 64, 50, 4, 4, 2, 128]
     return cfg
 

@@ -10,7 +10,9 @@ import digits
 import pytest
 import torch
 from compare import registered
+from table import ultralytics_detectors
 from test_ultralytics import (  # noqa: F401
+    CLASSES,
     FOR_RTDETR,
     LOSSES,
     SETTINGS,
@@ -23,6 +25,7 @@ from test_ultralytics import (  # noqa: F401
     head,
     in_slot,
     losses_for,
+    model_cfg,
     ours,
     result,
     stock_criterion,
@@ -42,6 +45,7 @@ from ultralytics.nn.tasks import (
     WorldModel,
     YOLOEModel,
     YOLOESegModel,
+    yaml_model_load,
 )
 from ultralytics.utils import LOGGER
 
@@ -53,6 +57,7 @@ from detloss_plugins.adapters.ultralytics import (
     install,
     load_losses,
     make_trainer,
+    model_task,
     trained_losses,
     tune,
 )
@@ -333,6 +338,45 @@ def test_models_with_texts_for_classes(name, batches):  # noqa: F811
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
     install(model, LOSSES)
     assert model.loss(batch)[1]["cls_loss"] != before["cls_loss"]
+
+
+def model_of(head_name, stem):
+    """The nano model of a file, with a decoder of a few channels for RT-DETR."""
+    cfg = {**model_cfg(stem), "scale": "n"}
+    of_texts = {"WorldDetect": WorldModel, "YOLOEDetect": YOLOEModel}
+    of_texts |= dict.fromkeys(["YOLOESegment", "YOLOESegment26"], YOLOESegModel)
+    torch.manual_seed(0)
+    model = of_texts.get(head_name, CLASSES[model_task(cfg)])(cfg, nc=10, verbose=False).train()
+    model.args, model.nc = get_cfg(), 10
+    return model
+
+
+@pytest.mark.parametrize(("task", "head_name"), ultralytics_detectors())
+def test_every_detector_of_the_readme_takes_steps(task, head_name, batches):  # noqa: F811
+    """A model of each task and head of the table, with a loss of ours in every slot."""
+    stems = ultralytics_detectors()[task, head_name]
+    nano = next(stem for stem in stems if "n" in yaml_model_load(f"{stem}.yaml").get("scales", {}))
+    model, batch = model_of(head_name, nano), dict(batches[task])
+    assert type(head(model)).__name__ == head_name
+    if hasattr(model, "get_text_pe"):
+        batch["txt_feats"] = texts(model, len(batch["img"]))
+    losses = {**FOR_RTDETR, "loss_bbox": {"type": "SmoothL1Loss"}} if task == "rtdetr" else {"dfl": third(model)}
+    losses |= {} if task == "rtdetr" else losses_for("-obb" if task == "obb" else "")
+    assert losses.keys() == SLOTS[task].keys()
+    install(model, losses)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    weights = [parameter.detach().clone() for parameter in trained]
+    for _ in range(3):
+        loss, items = model.loss(batch)
+        assert all(value.isfinite() for value in items.values())
+        optimizer.zero_grad()
+        loss.sum().backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+        optimizer.step()
+    assert all(part.losses == load_losses(losses, task) for part in branches(model.criterion))
+    moved = [not torch.equal(a, b) for a, b in zip(weights, trained, strict=True)]
+    assert sum(moved) > len(moved) / 2
 
 
 def test_visual_prompts_are_refused(batches):  # noqa: F811
