@@ -2,11 +2,9 @@
 
 import torch
 
-from detloss_plugins.base import Loss, Rule, float32
+from detloss_plugins.base import Loss, float32
 from detloss_plugins.reduction import check_reduction, fit_weight
 from detloss_plugins.registry import MODELS, build_loss
-
-RATIO = Rule('"auto", None or a number of at least 0', lambda value: value is None or value == "auto" or value >= 0)
 
 
 def hard_negatives(loss, positive, negative, ratio):
@@ -90,8 +88,8 @@ def mining_ratio(neg_pos_ratio, loss_cls, loss_bbox, auto=3):
     """The ``neg_pos_ratio`` to use with two losses: what is given, or for "auto" what ``loss_cls`` needs.
 
     Raises:
-        ValueError: if one of the losses has no place in a multibox loss, or a loss that ranks all negatives would get
-            a few of them.
+        ValueError: if one of the losses has no place in a multibox loss, the ratio is none, or a loss that ranks all
+            negatives would get a few of them.
     """
     for slot, loss, families in (
         ("loss_cls", loss_cls, ("classification", "ranking")),
@@ -107,7 +105,11 @@ def mining_ratio(neg_pos_ratio, loss_cls, loss_bbox, auto=3):
         )
     if neg_pos_ratio == "auto":
         return auto if getattr(loss_cls, "needs_mining", True) else None
-    if neg_pos_ratio is not None and getattr(loss_cls, "family", "") == "ranking":
+    if neg_pos_ratio is None:
+        return None
+    if not (isinstance(neg_pos_ratio, (int, float)) and neg_pos_ratio >= 0):
+        raise ValueError(f'neg_pos_ratio must be "auto", None or a number of at least 0, not {neg_pos_ratio!r}.')
+    if getattr(loss_cls, "family", "") == "ranking":
         raise ValueError(f"{type(loss_cls).__name__} ranks all negatives; write neg_pos_ratio=None or leave it out.")
     return neg_pos_ratio
 
@@ -150,8 +152,7 @@ class MultiBoxLoss(Loss):
         super().__init__(**kwargs)
         self.loss_cls = build_loss(loss_cls or {"type": "CrossEntropyLoss"})
         self.loss_bbox = build_loss(loss_bbox or {"type": "SmoothL1Loss"})
-        self.neg_pos_ratio, self.return_dict = neg_pos_ratio, return_dict
-        self.check("neg_pos_ratio", RATIO)
+        self.return_dict = return_dict
         self.neg_pos_ratio = mining_ratio(neg_pos_ratio, self.loss_cls, self.loss_bbox)
         self.every_rank = self.loss_cls.every_rank
 

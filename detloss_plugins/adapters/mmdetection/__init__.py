@@ -12,6 +12,7 @@ from detloss_plugins.adapters.mmdetection.pixels import (
     PixelTOODHead,
 )
 from detloss_plugins.adapters.mmdetection.ranking import RankingATSSHead, RankingRetinaHead
+from detloss_plugins.adapters.mmdetection.ssd import PluginSSDHead
 from detloss_plugins.adapters.mmdetection.uncertainty import (
     CornerBBoxCoder,
     UncertaintyBBoxHead,
@@ -32,6 +33,7 @@ __all__ = [
     "PixelNASFCOSHead",
     "PixelRepPointsHead",
     "PixelTOODHead",
+    "PluginSSDHead",
     "PluginYOLOV3Head",
     "RankingATSSHead",
     "RankingRetinaHead",

@@ -1,0 +1,8 @@
+_base_ = "ssd_r18_digits.py"
+
+model = dict(
+    bbox_head=dict(
+        loss_cls=dict(_delete_=True, type="detloss_plugins.FocalLoss", use_sigmoid=True, gamma=2.0, alpha=0.25),
+        neg_pos_ratio=None,  # every negative has a part: focal loss makes the easy ones small
+    )
+)
