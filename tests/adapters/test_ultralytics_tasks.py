@@ -49,7 +49,7 @@ from ultralytics.nn.tasks import (
 )
 from ultralytics.utils import LOGGER
 
-from detloss_plugins import build_loss
+from detloss_plugins import base, build_loss
 from detloss_plugins.adapters.ultralytics import (
     SLOTS,
     PluginDetectionLoss,
@@ -249,9 +249,12 @@ def test_rtdetr_state_stays_out_of_the_model(images):
     model.loss(images)
     mean = model.criterion.built["loss_giou"].mean.clone()
     assert mean != 1
+    assert sum(tensor is model.criterion.built["loss_giou"].mean for tensor in averaged) == 1, "once a step"
     assert set(model.state_dict()) == names
+    averaged.clear()
     with torch.no_grad():
         model.loss(images)
+    assert not averaged
     assert torch.equal(model.criterion.built["loss_giou"].mean, mean)
 
 
