@@ -9,6 +9,7 @@ model = dict(
             activation="sigmoid",
             alpha=0.25,
             gamma=2.0,
+            loss_weight=4.0,
             reduction="sum",
         )
     )

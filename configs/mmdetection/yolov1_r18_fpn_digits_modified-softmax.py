@@ -1,6 +1,5 @@
 _base_ = "yolov1_r18_fpn_digits.py"
 
-# Its values are smaller than those of the softmax focal loss by alpha, and a term for each class is added.
 model = dict(
     bbox_head=dict(
         loss_cls=dict(
@@ -10,6 +9,7 @@ model = dict(
             activation="softmax",
             alpha=0.25,
             gamma=2.0,
+            loss_weight=4.0,
             reduction="sum",
         )
     )

@@ -269,6 +269,7 @@ def test_recognised_whatever_the_way(tmp_path):
         assert not [name for name in sys.modules if name.split(".")[0] == "mmdet"]
         assert early.__class__.__mro__[-2] is torch.nn.Module
         before = repr(early), early.state_dict(), dict(vars(early))
+        attributes = vars(VarifocalLoss()).keys()
         (folder / "early").write_bytes(pickle.dumps(early))
         import mmdet.models
         from mmdet.models.losses import FocalLoss as StockFocal, QualityFocalLoss as Stock
@@ -289,6 +290,7 @@ def test_recognised_whatever_the_way(tmp_path):
         assert type(built) is QualityFocalLoss
         assert repr(built) == "QualityFocalLoss(beta=3.0, loss_weight=2.0)"
         assert (repr(early), early.state_dict(), dict(vars(early))) == before
+        assert vars(VarifocalLoss()).keys() == attributes  # nothing of mmdet's class, such as its beta
         assert Own().name == "own" and Own(gamma=1.5).gamma == 1.5
         assert not isinstance(FocalLoss(), (Stock, StockFocal))
         try:
