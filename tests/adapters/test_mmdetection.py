@@ -95,8 +95,9 @@ def shrink(cfg):
     """A config made small, see above."""
     if cfg.model.backbone.type == "SSDVGG":  # it has one width, and needs images of 300 pixels
         digits = Config.fromfile(CONFIG_DIR / "ssd_r18_digits.py").model
-        cfg.model.update(backbone=digits.backbone, neck=digits.neck)
-        cfg.model.bbox_head.update({key: digits.bbox_head[key] for key in ("in_channels", "anchor_generator")})
+        cfg.model.backbone, cfg.model.neck = digits.backbone, digits.neck
+        for key in ("in_channels", "anchor_generator"):
+            cfg.model.bbox_head[key] = digits.bbox_head[key]
     for part in dicts(cfg.model):
         for key, value in SMALL.items():
             if isinstance(part.get(key), int | list):  # YOLO's channels are lists, one number a level
