@@ -5,7 +5,8 @@ model = dict(
         type="detloss_plugins.adapters.mmdetection.UncertaintyRetinaHead",
         reg_decoded_bbox=False,
         bbox_coder=dict(_delete_=True, type="detloss_plugins.adapters.mmdetection.CornerBBoxCoder"),
-        loss_bbox=dict(_delete_=True, type="detloss_plugins.UncertaintyKLLoss"),
+        # From scratch, with weight 1 its gradient, which grows as sigmas fall, would hold the classes back.
+        loss_bbox=dict(_delete_=True, type="detloss_plugins.UncertaintyKLLoss", loss_weight=0.1),
     ),
     test_cfg=dict(voting=dict(sigma_t=0.02)),
 )
