@@ -245,6 +245,7 @@ def test_hard_negatives_of_one_row():
     negative = torch.tensor([False, True, False, True, True])
     assert hard_negatives(loss, positive, negative, 2).tolist() == [False, True, False, False, True]
     assert hard_negatives(loss, positive, negative, 0.9).sum() == 0
+    assert torch.equal(hard_negatives(loss, positive, negative, 9), negative)
     assert hard_negatives(loss, positive, ~positive, 1).tolist() == [False, False, True, False, False], "NaN is seen"
 
 

@@ -88,8 +88,8 @@ def mining_ratio(neg_pos_ratio, loss_cls, loss_bbox, auto=3):
     """The ``neg_pos_ratio`` to use with two losses: what is given, or for "auto" what ``loss_cls`` needs.
 
     Raises:
-        ValueError: if one of the losses has no place in a multibox loss, the ratio is none, or a loss that ranks all
-            negatives would get a few of them.
+        ValueError: if one of the losses has no place in a multibox loss, the ratio is negative or no number, or a loss
+            that ranks all negatives would get a few of them.
     """
     for slot, loss, families in (
         ("loss_cls", loss_cls, ("classification", "ranking")),
