@@ -25,6 +25,7 @@ from test_ultralytics import (  # noqa: F401
     in_slot,
     losses_for,
     model_cfg,
+    model_file,
     ours,
     result,
     stock_criterion,
@@ -459,26 +460,25 @@ def test_plugin_detection_loss_on_its_own(batches, log):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_tuning_trains_our_losses(datasets, tmp_path):  # noqa: F811
-    settings = {key: value for key, value in SETTINGS.items() if key != "optimizer"}
-    seen = []
-    trainer = make_trainer({"cls": {"type": "VarifocalLoss"}})
+@pytest.mark.parametrize("name", ["yolov8n", "yolo26n-seg", "yolov8n-pose", "yolov8n-obb", RTDETR_NAME])
+def test_tuning_trains_our_losses(name, datasets, tmp_path):  # noqa: F811
+    """Each training of the search has our losses, and the values that the search chose."""
+    task, seen = task_of(name), []
+    trainer = make_trainer(losses_for(name), task)
 
     class Seen(trainer):
         def train(self):
             super().train()
-            seen.append((trained_losses(self.best)["losses"], self.args.box))
+            seen.append((trained_losses(self.best)["losses"], self.args.lr0))
 
-    yolo = YOLO("yolov8n.yaml")
-    tune(
-        yolo, Seen, iterations=2, data=datasets["detect"], epochs=1, project=str(tmp_path), space={"box": (1.0, 9.0)},
-        **settings,
-    )  # fmt: skip
-    assert len(seen) == 2
-    assert all(losses == trainer.plugin_losses for losses, _ in seen)
+    search = {"iterations": 2, "space": {"lr0": (1e-4, 1e-3)}, "data": datasets[task], "project": str(tmp_path)}
+    settings = {key: value for key, value in SETTINGS.items() if key != "lr0"}
+    tune((RTDETR if task == "rtdetr" else YOLO)(model_file(name, tmp_path)), Seen, epochs=1, **search, **settings)
+    assert [losses for losses, _ in seen] == [trainer.plugin_losses] * 2
     (results,) = tmp_path.rglob("tune_results.ndjson")
     lines = [json.loads(line) for line in results.read_text().splitlines()]
-    assert [round(line["hyperparameters"]["box"], 3) for line in lines] == [round(box, 3) for _, box in seen]
+    assert [line["hyperparameters"]["lr0"] for line in lines] == pytest.approx([lr0 for _, lr0 in seen])
+    assert seen[0][1] != seen[1][1]
 
 
 def test_tuning_leaves_the_stock_class(datasets):  # noqa: F811
