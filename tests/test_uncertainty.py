@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from detloss_plugins.adapters.ultralytics.config import SLOTS
+from detloss_plugins.adapters.ultralytics import SLOTS
 from detloss_plugins.losses import JointLoss, SmoothL1Loss, UncertaintyKLLoss
 
 ERRORS = torch.tensor([0.3, -1.4, 0.05, 2.0], dtype=torch.float64)
