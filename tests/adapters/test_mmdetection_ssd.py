@@ -97,9 +97,15 @@ def test_equal_to_the_stock_head(scene, decoded, ratio):
     assert all((value == 0) == (scene == "nothing") for value in losses.values())
 
 
-@pytest.mark.parametrize("change", [dict(pos_weight=2.5), dict(allowed_border=0), dict(smoothl1_beta=0.2)])
+# It draws anchors at random, from the seed that features() sets, and normalises by the negatives too.
+SAMPLER = dict(type="RandomSampler", num=200, pos_fraction=0.5, neg_pos_ub=-1, add_gt_as_proposals=False)
+
+
+@pytest.mark.parametrize(
+    "change", [dict(pos_weight=2.5), dict(allowed_border=0), dict(smoothl1_beta=0.2), dict(sampler=SAMPLER)], ids=str
+)
 def test_equal_under_other_settings(change):
-    """Positives of another weight, anchors beyond the image left out, another beta."""
+    """Positives of another weight, anchors beyond the image left out, another beta, another sampler."""
     box = dict(type="detloss_plugins.SmoothL1Loss", beta=change.get("smoothl1_beta", 1.0))
     many = dict(neg_pos_ratio=50)  # so that some are beyond the image
     change = {**change, **many}
