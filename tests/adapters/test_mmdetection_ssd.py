@@ -388,4 +388,4 @@ def test_digits_config_learns(tmp_path):
     half = ["train_cfg.max_epochs=12", "train_cfg.val_interval=12", "param_scheduler.1.end=12"]
     python(TRAIN, DIGITS, "--work-dir", tmp_path, "--cfg-options", *half)
     assert time.monotonic() - start < 240
-    assert scalars(tmp_path)[-1].get("coco/bbox_mAP_50", 0) >= 0.15
+    assert scalars(tmp_path)[-1].get("coco/bbox_mAP_50", 0) >= 0.3
