@@ -69,7 +69,8 @@ def test_errors():
 def test_shipped_yaml(path):
     from detloss_plugins.adapters.ultralytics import load_losses
 
-    losses = load_losses(path)
+    task = path.stem if path.stem in ("obb", "rtdetr") else "detect"
+    losses = load_losses(path, task)
     assert losses
     assert all("loss_weight" in cfg for cfg in losses.values())
-    assert load_losses(yaml.safe_load(path.read_text())) == losses
+    assert load_losses(yaml.safe_load(path.read_text()), task) == losses
