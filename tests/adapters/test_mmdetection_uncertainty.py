@@ -289,7 +289,7 @@ def test_half_precision_of_the_box_head():
     torch.testing.assert_close(loss, expected, rtol=0.1, atol=0.02)
 
 
-@every_detector
+@pytest.mark.parametrize("name", ["Faster R-CNN", "RetinaNet"])
 def test_a_copy_stands_alone(name, batch):
     """As the moving average of a model is made: with its own layers."""
     model = detector(name)
@@ -304,7 +304,7 @@ def test_a_copy_stands_alone(name, batch):
 # Errors, when the detector is built.
 
 
-@every_detector
+@pytest.mark.parametrize("name", ["Faster R-CNN", "RetinaNet"])
 def test_other_losses_and_coders_are_refused(name):
     delta = dict(_delete_=True, type="DeltaXYWHBBoxCoder")
     for changes, message in (
