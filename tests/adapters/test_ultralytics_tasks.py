@@ -4,6 +4,8 @@ import copy
 import json
 import logging
 import math
+import sys
+from types import SimpleNamespace
 
 import digits
 import pytest
@@ -343,6 +345,33 @@ def test_models_with_texts_for_classes(name, batches):  # noqa: F811
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
     install(model, LOSSES)
     assert model.loss(batch)[1]["cls_loss"] != before["cls_loss"]
+
+
+class Alphabet:
+    """In place of the text encoder, whose weights would be downloaded: a fixed random embedding for each text."""
+
+    def tokenize(self, texts):
+        return torch.tensor([sum(text.encode()) for text in texts])
+
+    def encode_text(self, tokens):
+        vectors = [torch.randn(512, generator=torch.Generator().manual_seed(int(token))) for token in tokens]
+        return torch.nn.functional.normalize(torch.stack(vectors), dim=-1)
+
+
+@pytest.mark.slow
+def test_world_trainer(datasets, tmp_path, monkeypatch):  # noqa: F811
+    """Ultralytics' trainer for texts as the base: two epochs with validation, and a checkpoint with our record."""
+    texts = SimpleNamespace(build_text_model=lambda *_, **__: Alphabet())
+    monkeypatch.setitem(sys.modules, "ultralytics.nn.text_model", texts)
+    seen = []
+    yolo = YOLO("yolov8s-worldv2.yaml")
+    yolo.add_callback("on_train_batch_end", lambda t: seen.append(t.model.criterion))
+    yolo.add_callback("on_fit_epoch_end", lambda t: seen.append(t.ema.ema.criterion))
+    trainer = make_trainer(LOSSES, trainer=WorldTrainer)
+    yolo.train(data=datasets["detect"], epochs=2, trainer=trainer, project=str(tmp_path), name="run", **SETTINGS)
+    assert len(seen) >= 6  # four steps and two validations, and that of best.pt
+    assert all(isinstance(c, PluginDetectionLoss) and c.losses == load_losses(LOSSES) for c in seen)
+    assert trained_losses(tmp_path / "run" / "weights" / "best.pt")["losses"] == load_losses(LOSSES)
 
 
 def model_of(head_name, stem):

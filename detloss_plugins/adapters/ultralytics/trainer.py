@@ -61,7 +61,7 @@ def _init_criterion(model):
 
 def _loss(model, batch, preds=None):
     """What ``model.loss(batch)`` does on a model of ours: a criterion that lacks the image's size is told it."""
-    if "visuals" in batch:
+    if batch.get("visuals") is not None:
         raise ValueError("YOLOE's visual prompts have a criterion of their own, in which no loss can be swapped.")
     if model.criterion is None:
         model.criterion = model.init_criterion()
