@@ -58,7 +58,8 @@ class JointLoss(Loss):
         """The sum of the parts, each called with the same arguments."""
         reduction = check_reduction(self.reduction if reduction_override is None else reduction_override)
         pred = float32(pred)  # once, so that half-precision gradients are not added up in half precision
-        return self.loss_weight * sum(loss(pred, target, weight, avg_factor, reduction) for loss in self.losses)
+        given = {"weight": weight, "avg_factor": avg_factor, "reduction_override": reduction}
+        return self.loss_weight * sum(loss(pred, target, **given) for loss in self.losses)
 
     sample = ClassificationLoss.sample
 

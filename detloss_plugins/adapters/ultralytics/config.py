@@ -57,7 +57,9 @@ def load_losses(losses, task="detect"):
     if not isinstance(losses, Mapping):
         raise TypeError(f"losses must be a dict such as {{'cls': {{'type': 'VarifocalLoss'}}}}, not {losses!r}.")
     if unknown := [slot for slot in losses if slot not in SLOTS[task]]:
-        raise ValueError(f"There is no slot {unknown[0]!r}; the slots are {', '.join(SLOTS[task])}.")
+        elsewhere = _tasks(lambda slots: unknown[0] in slots)
+        hint = f" of task={task!r}; it is one of task={elsewhere}" if elsewhere else ""
+        raise ValueError(f"There is no slot {unknown[0]!r}{hint}; the slots are {', '.join(SLOTS[task])}.")
     return {slot: _checked(task, slot, cfg) for slot, cfg in losses.items()}
 
 
@@ -85,6 +87,11 @@ def _checked(task, slot, cfg):
     if getattr(loss, "activated", False):
         raise ValueError(f"YOLO hands logits to its loss; leave activated=True out of {type(loss).__name__}.")
     return {"loss_weight": 1.0 if task == "rtdetr" and of_classes else loss.yolo_gain, **cfg}
+
+
+def _tasks(fits):
+    """The tasks whose slots fit, in words."""
+    return " or ".join(repr(task) for task, slots in SLOTS.items() if fits(slots))
 
 
 def _wrong_family(task, slot, loss):
