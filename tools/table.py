@@ -1,6 +1,7 @@
 """Write the README's tables, of losses from the registry and of detectors from the configs, or check them (--check)."""
 
 import argparse
+import functools
 import inspect
 import sys
 import warnings
@@ -52,6 +53,7 @@ def in_words(names):
     return ", ".join(f"`{name}`" for name in names)
 
 
+@functools.cache
 def ultralytics_detectors():
     """``{(task, head): [models]}`` of all of Ultralytics' model files in whose losses there is a slot."""
     detectors = {}
@@ -76,6 +78,7 @@ def heads(node, path=""):
                 yield from heads(part, f"{path}.{key}".lstrip("."))
 
 
+@functools.cache
 def mmdetection_detectors():
     """``{(detector, heads): [configs]}`` of the configs of this package."""
     detectors = {}

@@ -86,15 +86,21 @@ SMALL |= dict(conv_out_channels=32)  # of a mask head
 SMALL |= dict(feedforward_channels=32, num_layers=2, num_queries=20, num_dn_queries=10)
 
 
+@functools.cache
+def config(path):
+    """A config file, read once: with its bases it takes a good part of a second."""
+    return Config.fromfile(path)
+
+
 def small(path):
     """The config with a body of a few channels and nothing to download; heads, assigners and losses are untouched."""
-    return shrink(Config.fromfile(path))
+    return shrink(copy.deepcopy(config(path)))
 
 
 def shrink(cfg):
     """A config made small, see above."""
     if cfg.model.backbone.type == "SSDVGG":  # it has one width, and needs images of 300 pixels
-        digits = Config.fromfile(CONFIG_DIR / "ssd_r18_digits.py").model
+        digits = copy.deepcopy(config(CONFIG_DIR / "ssd_r18_digits.py")).model
         cfg.model.backbone, cfg.model.neck = digits.backbone, digits.neck
         for key in ("in_channels", "anchor_generator"):
             cfg.model.bbox_head[key] = digits.bbox_head[key]
@@ -156,7 +162,7 @@ def test_every_loss_of_a_config_is_ours(path):
 @every_config
 def test_classification_losses_write_use_sigmoid(path):
     """mmdet's heads read it from the config, and without it make one channel too many."""
-    for loss in loss_dicts(Config.fromfile(path)):
+    for loss in loss_dicts(config(path)):
         assert loss_class(loss["type"]).family != "classification" or "use_sigmoid" in loss
 
 
