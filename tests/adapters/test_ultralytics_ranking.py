@@ -132,6 +132,6 @@ def test_a_joint_loss_of_ranking_losses(batch):  # noqa: F811
 @each_loss
 def test_ranking_losses_fall_in_training(cls, batch, warm):  # noqa: F811
     model, losses = copy.deepcopy(warm), {"cls": in_slot(cls)}
-    start_at_prior(model, losses)
+    start_at_prior(model, cls.yolo_prior)
     values = steps(model, ours(model, losses), batch, 60)
     assert sum(values[-5:]) < 0.9 * sum(values[:5]), values
