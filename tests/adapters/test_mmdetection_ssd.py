@@ -382,10 +382,10 @@ def test_a_few_steps_on_digits_decrease_the_losses(name, batch):
 
 @pytest.mark.slow
 def test_digits_config_learns(tmp_path):
-    """From scratch on two cores in half its schedule, and far above that mAP50, within four minutes."""
+    """From scratch on two cores in a third of its schedule, and far above that mAP50, within two minutes."""
     build_digits()
     start = time.monotonic()
-    half = ["train_cfg.max_epochs=12", "train_cfg.val_interval=12", "param_scheduler.1.end=12"]
-    python(TRAIN, DIGITS, "--work-dir", tmp_path, "--cfg-options", *half)
-    assert time.monotonic() - start < 240
-    assert scalars(tmp_path)[-1].get("coco/bbox_mAP_50", 0) >= 0.3
+    short = ["train_cfg.max_epochs=8", "train_cfg.val_interval=8", "param_scheduler.1.end=8"]
+    python(TRAIN, DIGITS, "--work-dir", tmp_path, "--cfg-options", *short)
+    assert time.monotonic() - start < 120
+    assert scalars(tmp_path)[-1].get("coco/bbox_mAP_50", 0) >= 0.2
