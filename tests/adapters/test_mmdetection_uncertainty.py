@@ -351,11 +351,12 @@ def test_stock_heads_refuse_the_loss(batch):
 # Runs.
 
 
-def test_run_is_resumed_and_its_checkpoint_loads(tmp_path, monkeypatch):
+@pytest.mark.parametrize("detector", ["Faster R-CNN", "RetinaNet"])
+def test_run_is_resumed_and_its_checkpoint_loads(detector, tmp_path, monkeypatch):
     """As if never stopped; where this package is not, and into the stock detector but for the log variances."""
     build_digits()
-    model = config("Faster R-CNN").model
-    for part in (model.train_cfg.rpn, model.train_cfg.rcnn):
+    model = config(detector).model
+    for part in (model.train_cfg.rpn, model.train_cfg.rcnn) if detector == "Faster R-CNN" else ():
         part.sampler.num = 10**6  # all: resuming does not bring back the state of the random numbers
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     run(whole, Interrupt(), model=model)
@@ -367,9 +368,9 @@ def test_run_is_resumed_and_its_checkpoint_loads(tmp_path, monkeypatch):
     full, resumed = (torch.load(d / "epoch_2.pth", weights_only=False) for d in (whole, stopped))
     for key in ("state_dict", "optimizer"):
         torch.testing.assert_close(resumed[key], full[key], rtol=1e-4, atol=1e-6)
-    trained = build(config("Faster R-CNN"))
+    trained = build(config(detector))
     trained.load_state_dict(full["state_dict"])
-    stock("Faster R-CNN", trained)
+    stock(detector, trained)
     for module in [name for name in sys.modules if name.startswith("detloss_plugins")]:
         monkeypatch.setitem(sys.modules, module, None)  # as if not installed
     with pytest.raises(ImportError):
