@@ -97,9 +97,9 @@ def _tasks(fits):
 def _wrong_family(task, slot, loss):
     families = SLOTS[task][slot]
     names = sorted({cls.__name__ for cls in MODELS.module_dict.values() if cls.family in families})
-    elsewhere = [f"{name!r}" for name, slots in SLOTS.items() if loss.family in slots.get(slot, ())]
+    elsewhere = _tasks(lambda slots: loss.family in slots.get(slot, ()))
+    hint = f", for task={elsewhere}" if elsewhere else ""
     return (
         f"The {slot!r} slot of task={task!r} takes a {' or '.join(families)} loss ({', '.join(names)}), but "
-        f"{type(loss).__name__} is a {loss.family} loss"
-        + (f", for task={' or '.join(elsewhere)}." if elsewhere else ".")
+        f"{type(loss).__name__} is a {loss.family} loss{hint}."
     )

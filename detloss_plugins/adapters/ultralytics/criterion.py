@@ -250,7 +250,8 @@ class PluginRTDETRLoss(RTDETRDetectionLoss):
         return {f"loss_class{postfix}": self.loss_gain["class"] * value}
 
     def _get_loss_bbox(self, pred_bboxes, gt_bboxes, postfix=""):
-        found = super()._get_loss_bbox(pred_bboxes, gt_bboxes, postfix)
+        both = self.built.keys() >= {"loss_bbox", "loss_giou"}
+        found = {} if both else super()._get_loss_bbox(pred_bboxes, gt_bboxes, postfix)
         objects = max(len(gt_bboxes), 1)
         if "loss_bbox" in self.built:
             value = self.built["loss_bbox"](pred_bboxes, gt_bboxes, reduction_override="sum")
