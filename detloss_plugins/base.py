@@ -11,6 +11,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import nn
 
+from detloss_plugins.execution import float32, run
 from detloss_plugins.reduction import apply_weight, check_reduction, fit_weight, reduce
 
 
@@ -52,11 +53,6 @@ def one_of(*choices):
     return Rule(f"{', '.join(words[:-1])} or {words[-1]}", lambda value: value in choices)
 
 
-def float32(tensor):
-    """Half precision up-cast to float32; anything else as it is."""
-    return tensor.float() if tensor.is_floating_point() and tensor.element_size() < 4 else tensor
-
-
 def _keyword_only(function):
     parameters = inspect.signature(function).parameters.values()
     return {p.name: p for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
@@ -71,6 +67,8 @@ class Loss(nn.Module):
     Args:
         reduction: "none", "mean" or "sum".
         loss_weight: factor on the result.
+        compile: run as one kernel of ``torch.compile``; the attribute is ``compiled``. Where the compiler fails, a
+            warning says so and the loss runs uncompiled, as one whose shapes depend on the number of positives does.
 
     Raises:
         TypeError: for an unknown hyper-parameter (the message lists the accepted ones), or a string where a number is
@@ -89,6 +87,8 @@ class Loss(nn.Module):
     every_rank: ClassVar[bool] = False  # True: called in every step on every rank of a distributed run
     self_normalized: ClassVar[bool] = False  # True: "mean" has a normaliser of its own, whatever avg_factor says
     counts_positives: ClassVar[bool] = False  # True: their number decides shapes, so the host waits for the device
+    by_rows: ClassVar[bool] = True  # a row's loss depends on that row alone; set below, False for what might not
+    by_columns: ClassVar[bool] = False  # True: pred and target hold a few unlike columns, such as x1, y1, x2, y2
     yolo_gain: ClassVar[float] = 1.0  # default loss_weight in a slot of the Ultralytics adapter
     yolo_prior: ClassVar[float | None] = None  # class score that a new head of theirs starts with; None: as stock
     hyper: ClassVar[tuple[str, ...]] = ()
@@ -105,6 +105,9 @@ class Loss(nn.Module):
         for base in reversed(cls.__mro__):  # a subclass's default wins
             if issubclass(base, Loss) and "__init__" in vars(base):
                 parameters.update(_keyword_only(base.__init__))
+        if "by_rows" not in vars(cls):
+            across = ("forward", "total", "elements", "compute", "normalizer", "weigh")
+            cls.by_rows = all(getattr(cls, name) is getattr(Loss, name) for name in across)
         cls.__signature__ = inspect.Signature(list(parameters.values()))
 
     @classmethod
@@ -112,8 +115,9 @@ class Loss(nn.Module):
         """A valid instance, on the input that ``sample`` gives: the defaults, or those of ``example``."""
         return cls(**{**cls.example, **settings})
 
-    def __init__(self, *, reduction="mean", loss_weight=1.0, **hyper):
+    def __init__(self, *, reduction="mean", loss_weight=1.0, compile=False, **hyper):
         super().__init__()
+        self.compiled = compile
         accepted = inspect.signature(type(self)).parameters
         for name in hyper:
             if name not in self.hyper:
@@ -140,7 +144,8 @@ class Loss(nn.Module):
     def extra_repr(self):
         """The settings that differ from the defaults."""
         defaults = inspect.signature(type(self)).parameters
-        settings = {name: getattr(self, name) for name in defaults if hasattr(self, name)}
+        settings = {name: getattr(self, name) for name in defaults if hasattr(self, name) and name != "compile"}
+        settings["compile"] = self.compiled  # modules have a method of that name
         changed = {k: v for k, v in settings.items() if isinstance(v, torch.Tensor) or v != defaults[k].default}
         return ", ".join(f"{name}={value!r}" for name, value in changed.items())
 
@@ -176,13 +181,29 @@ class Loss(nn.Module):
         """Per-element losses times their weights; zero where they are not valid."""
         return apply_weight(apply_weight(loss, weight), valid)
 
+    def leading(self, pred):
+        """How many dimensions of ``pred`` count rows."""
+        return pred.dim() - 1
+
+    def look(self, target):
+        """A look at the target of a call before it is run."""
+
     def forward(self, pred, target, weight=None, avg_factor=None, reduction_override=None):
         """Compute the loss; see :func:`detloss_plugins.reduction.reduce` for ``weight`` and ``avg_factor``.
 
         Returns:
             A float32 (or float64) scalar, or the per-element losses for ``reduction="none"``.
         """
+        return self._run(pred, target, weight, avg_factor, reduction_override)
+
+    def _run(self, pred, target, weight, avg_factor, reduction_override, **extra):
+        """``total``, in the fastest way; what a ``forward`` with more arguments calls."""
         reduction = check_reduction(self.reduction if reduction_override is None else reduction_override)
+        self.look(target)
+        return run(self, pred, target, weight, avg_factor, reduction, **extra)
+
+    def total(self, pred, target, weight, avg_factor, reduction):
+        """The loss as it is written: weighed and reduced."""
         loss, valid = self.elements(pred, target, weight)
         avg_factor = self.normalizer(avg_factor, loss, valid, weight, reduction)
         loss = self.weigh(loss, weight, valid)
@@ -239,6 +260,7 @@ class BoxLoss(Loss):
     symmetric: ClassVar[bool] = True  # in pred and target
     scale_invariant: ClassVar[bool] = True
     attracts: ClassVar[bool] = False  # True: falls as a disjoint box of the target's size comes nearer
+    by_columns = True
     values_per_box: ClassVar[int] = 1  # 4: per-element losses (..., 4)
 
     def __init__(self, **kwargs):
@@ -250,10 +272,12 @@ class BoxLoss(Loss):
         check_same_shape(pred, target, "boxes (N, 4) as (x1, y1, x2, y2)")
         if pred.shape[-1] != 4:
             raise ValueError(f"Boxes have 4 coordinates (x1, y1, x2, y2), not {pred.shape[-1]}.")
-        if self.unchecked and target.numel() and not torch.compiler.is_compiling():
+        return super().prepare(pred, target)
+
+    def look(self, target):
+        if self.unchecked and target.numel() and target.shape[-1] == 4 and not torch.compiler.is_compiling():
             self.unchecked -= 1
             self._check_corners(target)
-        return super().prepare(pred, target)
 
     def _check_corners(self, target):
         """Encoded deltas in place of boxes train without an error, and to no purpose."""
@@ -424,6 +448,9 @@ class RegressionLoss(Loss):
 
     family = "regression"
 
+    def leading(self, pred):
+        return max(pred.dim() - 1, min(pred.dim(), 1))
+
     def prepare(self, pred, target):
         check_same_shape(pred, target, "tensors of one shape")
         return super().prepare(pred, target)
@@ -462,6 +489,9 @@ class RegionLoss(Loss):
         super().__init__(**kwargs)
         self.use_sigmoid, self.activate = use_sigmoid, activate
 
+    def leading(self, pred):
+        return min(pred.dim(), 1)
+
     def prepare(self, pred, target):
         if pred.shape != target.shape or pred.dim() < 2:
             raise ValueError(
@@ -496,6 +526,7 @@ class RotatedLoss(Loss):
     """
 
     family = "rotated"
+    by_columns = True
     minimum: ClassVar[float] = 0.0  # the loss of identical boxes; this and the next two with the default settings
     symmetric: ClassVar[bool] = True  # in pred and target
     scale_invariant: ClassVar[bool] = True

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from detloss_plugins.base import ClassificationLoss, RegressionLoss, Rule, Upstream, rank_mean
-from detloss_plugins.reduction import apply_weight, check_reduction, reduce
+from detloss_plugins.reduction import apply_weight, reduce
 from detloss_plugins.registry import MODELS, build_loss
 
 
@@ -276,10 +276,9 @@ class SeesawLoss(ClassificationLoss):
         objectness = F.cross_entropy(pred[..., -2:], (target == self.num_classes).long(), reduction="none")
         return torch.stack([torch.where(positive, classes, 0.0), objectness], -1)
 
-    def forward(self, pred, target, weight=None, avg_factor=None, reduction_override=None):
-        """As every loss, but the classes' mean is over the positives, and the two parts come in a dict."""
-        reduction = check_reduction(self.reduction if reduction_override is None else reduction_override)
-        rows = super().forward(pred, target, weight, reduction_override="none")
+    def total(self, pred, target, weight, avg_factor, reduction):
+        """As of every loss, but the classes' mean is over the positives, and the two parts come in a dict."""
+        rows = super().total(pred, target, weight, None, "none")
         positives = ((target >= 0) & (target < self.num_classes)).sum().clamp(min=1)
         of_classes = positives if reduction == "mean" and avg_factor is None else avg_factor
         loss = {

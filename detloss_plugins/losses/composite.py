@@ -6,7 +6,7 @@ import torch
 
 from detloss_plugins.base import ClassificationLoss, Loss, check_use_sigmoid, float32
 from detloss_plugins.losses.classification import confidence_weight
-from detloss_plugins.reduction import apply_weight, check_reduction
+from detloss_plugins.reduction import apply_weight
 from detloss_plugins.registry import MODELS, build_loss
 
 
@@ -54,9 +54,8 @@ class JointLoss(Loss):
     def elements(self, pred, target, weight=None):
         return self.fn(pred, target, losses=self.losses), None
 
-    def forward(self, pred, target, weight=None, avg_factor=None, reduction_override=None):
+    def total(self, pred, target, weight, avg_factor, reduction):
         """The sum of the parts, each called with the same arguments."""
-        reduction = check_reduction(self.reduction if reduction_override is None else reduction_override)
         pred = float32(pred)  # once, so that half-precision gradients are not added up in half precision
         given = {"weight": weight, "avg_factor": avg_factor, "reduction_override": reduction}
         return self.loss_weight * sum(loss(pred, target, **given) for loss in self.losses)

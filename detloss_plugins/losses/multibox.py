@@ -3,7 +3,7 @@
 import torch
 
 from detloss_plugins.base import Loss, float32
-from detloss_plugins.reduction import check_reduction, fit_weight
+from detloss_plugins.reduction import fit_weight
 from detloss_plugins.registry import MODELS, build_loss
 
 
@@ -156,9 +156,8 @@ class MultiBoxLoss(Loss):
         self.neg_pos_ratio = mining_ratio(neg_pos_ratio, self.loss_cls, self.loss_bbox)
         self.every_rank = self.loss_cls.every_rank
 
-    def forward(self, pred, target, weight=None, avg_factor=None, reduction_override=None):
+    def total(self, pred, target, weight, avg_factor, reduction):
         """The sum of both losses, or with ``return_dict=True`` both."""
-        reduction = check_reduction(self.reduction if reduction_override is None else reduction_override)
         pred = pred if isinstance(pred, (tuple, list)) else (pred[..., :-4], pred[..., -4:])
         target = target if isinstance(target, (tuple, list)) else (target[..., 0].long(), target[..., 1:])
         self._check_shapes(*pred, *target)

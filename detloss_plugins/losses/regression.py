@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from detloss_plugins.base import RegressionLoss, Upstream, above, at_least, float32, rules
-from detloss_plugins.reduction import check_reduction, reduce
+from detloss_plugins.reduction import reduce
 from detloss_plugins.registry import MODELS
 
 
@@ -70,9 +70,8 @@ class RMSELoss(RegressionLoss):
 
     fn = staticmethod(rmse_loss)
 
-    def forward(self, pred, target, weight=None, avg_factor=None, reduction_override=None):
+    def total(self, pred, target, weight, avg_factor, reduction):
         """The root of the reduced squared errors."""
-        reduction = check_reduction(self.reduction if reduction_override is None else reduction_override)
         size, valid = self.elements(pred, target, weight)
         square = reduce(self.weigh(size.square(), weight, valid), None, avg_factor, reduction)
         # The root's slope at zero is infinite; the square itself has the right value and slope there.
@@ -230,9 +229,12 @@ class UncertaintyKLLoss(RegressionLoss):
 
     def forward(self, pred, target, log_variance=None, weight=None, avg_factor=None, reduction_override=None):
         """Compute the loss; without ``log_variance``, the smooth L1 loss."""
+        extra = {} if log_variance is None else {"log_variance": log_variance}
+        return self._run(pred, target, weight, avg_factor, reduction_override, **extra)
+
+    def total(self, pred, target, weight, avg_factor, reduction, log_variance=None):
         if log_variance is None:
-            return super().forward(pred, target, weight, avg_factor, reduction_override)
-        reduction = check_reduction(self.reduction if reduction_override is None else reduction_override)
+            return super().total(pred, target, weight, avg_factor, reduction)
         self._check_predicted(pred, log_variance)
         with torch.autocast(pred.device.type, enabled=False):
             pred, target, _ = self.prepare(float32(pred), target)

@@ -42,6 +42,7 @@ class MPDIoULoss(BoxLoss):
     paper = "https://arxiv.org/abs/2307.07662"
     scale_invariant = False
     attracts = True
+    by_rows = True
     example = MappingProxyType({"image_size": (640, 640)})
 
     def __init__(self, *, image_size=None, **kwargs):

@@ -58,6 +58,7 @@ class CrossEntropyLoss(SoftmaxOrSigmoid):
     def __init__(self, *, use_sigmoid=False, avg_non_ignore=False, ignore_index=-100, **kwargs):
         super().__init__(use_sigmoid=use_sigmoid, **kwargs)
         self.avg_non_ignore = avg_non_ignore
+        self.by_rows = not avg_non_ignore
         self.ignore_index = -100 if ignore_index is None else ignore_index
 
     def prepare(self, pred, target):
@@ -160,6 +161,7 @@ class BalancedCrossEntropyLoss(ClassificationLoss):
         if alpha != "auto" and not (isinstance(alpha, (int, float)) and 0 <= alpha <= 1):
             raise ValueError(f'alpha of BalancedCrossEntropyLoss must be "auto" or a number in [0, 1], not {alpha!r}.')
         self.alpha = alpha
+        self.by_rows = alpha != "auto"
 
     def compute(self, pred, target, valid, weight):
         for mask in (weight, valid):

@@ -2,7 +2,7 @@
 
 import torch
 
-from detloss_plugins.base import Loss, Upstream, at_least, check_same_shape, rules
+from detloss_plugins.base import Loss, RegressionLoss, Upstream, at_least, check_same_shape, rules
 from detloss_plugins.losses.classification.common import (
     QualityLoss,
     SoftmaxOrSigmoid,
@@ -252,6 +252,7 @@ class GaussianFocalLoss(Loss):
 
     fn = staticmethod(gaussian_focal_loss)
     family = "heatmap"
+    leading = RegressionLoss.leading
     paper = "https://arxiv.org/abs/1808.01244"
     upstream = (
         Upstream("mmdet.models.losses.GaussianFocalLoss"),

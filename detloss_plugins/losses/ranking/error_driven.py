@@ -15,7 +15,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from detloss_plugins.base import RankingLoss, above, at_least, float32, rules
-from detloss_plugins.reduction import check_reduction, reduce
+from detloss_plugins.reduction import reduce
 from detloss_plugins.registry import MODELS
 
 CELLS = 64  # of the look-up on a CPU, for each kink
@@ -334,9 +334,12 @@ class ALRPLoss(RankingLoss):
 
     def forward(self, pred, target, weight=None, avg_factor=None, reduction_override=None, loc_error=None):
         """Compute the loss; with ``loc_error``, both components."""
+        extra = {} if loc_error is None else {"loc_error": loc_error}
+        return self._run(pred, target, weight, avg_factor, reduction_override, **extra)
+
+    def total(self, pred, target, weight, avg_factor, reduction, loc_error=None):
         if loc_error is None:
-            return super().forward(pred, target, weight, avg_factor, reduction_override)
-        reduction = check_reduction(self.reduction if reduction_override is None else reduction_override)
+            return super().total(pred, target, weight, avg_factor, reduction)
         with torch.autocast(pred.device.type, enabled=False):
             pred, target, _ = self.prepare(float32(pred), target)
             target, weight = self.weighed(pred, target, weight)

@@ -1,0 +1,180 @@
+"""How a loss is run: as it is written, in one pass over parts of its rows, or compiled; the value is the same.
+
+As it is written, autograd keeps every intermediate result until the backward: ten or twenty times the logits of a dense
+detector. In one pass, a row's gradient is worked out along with its value, and nothing else is kept.
+"""
+
+import types
+import warnings
+import weakref
+
+import torch
+from torch.func import grad_and_value
+from torch.utils._pytree import tree_leaves, tree_map
+
+# Elements of a part: few enough for what is worked out on the way to stay in a CPU's cache, or to take little of a
+# GPU's memory; enough to keep all its cores busy.
+PART = {"cpu": 2**18}
+LARGER_PART = 2**23
+
+
+def float32(tensor):
+    """Half precision up-cast to float32; anything else as it is."""
+    return tensor.float() if tensor.is_floating_point() and tensor.element_size() < 4 else tensor
+
+
+def run(loss, pred, target, weight, avg_factor, reduction, **extra):
+    """``loss.total`` of these arguments, in the way that suits them; ``extra`` is what only some losses take."""
+    call = (pred, target, weight, avg_factor, reduction)
+    if transforming():
+        return loss.total(*call, **extra)
+    if loss.compiled and not loss.counts_positives and loss not in _not_compiled:
+        return _run_compiled(loss, *call, **extra)
+    if torch.is_tensor(pred) and pred.numel() > PART.get(pred.device.type, LARGER_PART) and not extra:
+        rows = as_rows(loss, pred, target, weight)
+        if rows is not None and one_pass(loss, *call):
+            return _OnePass.apply(rows[0], in_parts, loss, *rows[1:], avg_factor, reduction)
+    return loss.total(*call, **extra)
+
+
+def transforming():
+    """Whether a compiler or ``torch.func`` looks on, which both want the plain operators."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def one_pass(loss, pred, target, weight, avg_factor, reduction):
+    """Whether the gradient for ``pred`` is all that a backward can ask for."""
+    return (
+        loss.by_rows
+        and reduction != "none"
+        and torch.is_grad_enabled()
+        and pred.requires_grad
+        and not any(torch.is_tensor(x) and x.requires_grad for x in tree_leaves((target, weight, avg_factor)))
+    )
+
+
+def as_rows(loss, pred, target, weight):
+    """pred, target and weight with one leading dimension, the rows; None if they cannot be told apart."""
+    leading = loss.leading(pred) if loss.by_rows else 0
+    if not leading:
+        return None
+    shape = pred.shape[:leading]
+    if weight is not None and weight.numel() == shape.numel():
+        weight = weight.reshape(shape)
+    tensors = [x for x in tree_leaves((target, weight)) if torch.is_tensor(x)]
+    if any(x.shape[:leading] != shape for x in tensors):
+        return None
+    return tree_map(lambda x: x.flatten(0, leading - 1) if torch.is_tensor(x) else x, (pred, target, weight))
+
+
+class _OnePass(torch.autograd.Function):
+    """A loss whose ``kernel`` gives the gradient for pred along with the value."""
+
+    @staticmethod
+    def forward(ctx, pred, kernel, loss, *call):
+        ctx.gradient, value = kernel(loss, pred.detach(), *call)
+        ctx.save_for_backward(pred)
+        ctx.loss, ctx.call = loss, call
+        return value
+
+    @staticmethod
+    def backward(ctx, outer):
+        gradient, ctx.gradient = ctx.gradient, None  # it is changed in place, so there is one use of it
+        (pred,) = ctx.saved_tensors
+        again = torch.is_grad_enabled()  # this backward is to be differentiated
+        if gradient is None or again:
+            with torch.enable_grad():
+                value = ctx.loss.total(pred, *ctx.call)
+                (gradient,) = torch.autograd.grad(value, pred, outer, create_graph=again)
+        elif outer.device.type != "cpu" or outer != 1:  # to ask a GPU would be to wait for it
+            gradient.mul_(outer)
+        return gradient.to(pred.dtype), *[None] * (2 + len(ctx.call))
+
+
+def in_parts(loss, pred, target, weight, avg_factor, reduction):
+    """The gradient for pred, at least float32, and the value, some rows at a time."""
+    rows = len(pred)
+    step = max(PART.get(pred.device.type, LARGER_PART) * rows // pred.numel(), 1)
+    gradient, value = torch.empty_like(float32(pred[:0])).new_empty(pred.shape), 0
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        x, *call = tree_map(lambda t, part=part: t[part] if torch.is_tensor(t) else t, (pred, target, weight))
+        x = float32(x).detach().requires_grad_()
+        with torch.enable_grad():
+            share = loss.total(x, *call, avg_factor, reduction)
+            if reduction == "mean" and avg_factor is None:
+                share = share * (len(x) / rows)
+        (gradient[part],) = torch.autograd.grad(share, x)
+        value = value + share.detach()
+    return gradient, value
+
+
+def total(loss, *call, **extra):
+    """What is compiled where autograd is to differentiate it, or nobody."""
+    return loss.total(*call, **extra)
+
+
+def value_and_gradient(loss, pred, *call):
+    """What is compiled for one pass: the gradient for pred, at least float32, and the value."""
+    return grad_and_value(lambda x: loss.total(x, *call))(float32(pred))
+
+
+_graphs = weakref.WeakKeyDictionary()  # loss -> {function: its compiled form}; a loss with these could not be pickled
+_not_compiled = weakref.WeakSet()  # losses with which the compiler has failed
+_told = set()
+
+
+def compiled(loss, function):
+    """The compiled form of ``function`` for ``loss``."""
+    graphs = _graphs.setdefault(loss, {})
+    if function not in graphs:
+        # The compiler has room for few graphs by code object, which all losses would share: a copy has its own.
+        own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+        graphs[function] = torch.compile(own, dynamic=True, fullgraph=True)
+    return graphs[function]
+
+
+def _run_compiled(loss, pred, target, weight, avg_factor, reduction, **extra):
+    call = (pred, target, weight, avg_factor, reduction)
+    shape = pred.shape[: loss.leading(pred)] if loss.by_rows else ()
+    if shape and shape.numel() < 2:
+        return loss.total(*call, **extra)  # each of the sizes 0 and 1 would be compiled for itself
+    try:
+        value = _compiled(loss, *call, **extra)
+    except Exception as error:
+        value = loss.total(*call, **extra)  # if the arguments are at fault, this says it
+        _give_up(loss, error)
+        return value
+    return value.unflatten(0, shape) if reduction == "none" and len(shape) > 1 else value
+
+
+def _compiled(loss, pred, target, weight, avg_factor, reduction, **extra):
+    pred, target, weight = as_rows(loss, pred, target, weight) or (pred, target, weight)
+    cpu = torch.is_tensor(pred) and pred.device.type == "cpu"
+    if loss.by_columns and cpu and pred.dim() == 2:
+        pred, target = (x.t().contiguous().t() for x in (pred, target))  # so that one load reads x1 of many boxes
+    if avg_factor is not None and not torch.is_tensor(avg_factor):
+        avg_factor = torch.tensor(float(avg_factor))  # a number would be compiled in
+        avg_factor = avg_factor if cpu else avg_factor.to(pred.device, non_blocking=True)
+    call = (pred, target, weight, avg_factor, reduction)
+    with torch.autocast("cpu" if cpu else pred.device.type, enabled=False):
+        # On a GPU, where memory takes the time, this moves no less than autograd's forward and backward.
+        if cpu and not extra and one_pass(loss, *call):
+            return _OnePass.apply(pred, compiled_kernel, loss, *call[1:])
+        return compiled(loss, total)(loss, *call, **extra)
+
+
+def compiled_kernel(loss, *call):
+    """The compiled form of :func:`value_and_gradient`."""
+    return compiled(loss, value_and_gradient)(loss, *call)
+
+
+def _give_up(loss, error):
+    _not_compiled.add(loss)
+    if type(error) not in _told:
+        _told.add(type(error))
+        reason = next(iter(str(error).strip().splitlines()), "")
+        warnings.warn(
+            f"{type(loss).__name__} runs uncompiled: torch.compile failed with {type(error).__name__}: {reason}",
+            stacklevel=5,
+        )
