@@ -209,7 +209,8 @@ class Loss(nn.Module):
         loss = self.weigh(loss, weight, valid)
         if self.sums_classes:
             loss = loss.sum(-1)
-        return self.loss_weight * reduce(loss, None, avg_factor, reduction)
+        value = reduce(loss, None, avg_factor, reduction)
+        return value if self.loss_weight == 1 else self.loss_weight * value
 
 
 def average_state(loss):

@@ -67,6 +67,49 @@ def as_rows(loss, pred, target, weight):
     return tree_map(lambda x: x.flatten(0, leading - 1) if torch.is_tensor(x) else x, (pred, target, weight))
 
 
+def analytic(formula, *inputs):
+    """The value of an :class:`Analytic` function, or values."""
+    if transforming() or any(x.requires_grad for x in inputs[formula.known :] if torch.is_tensor(x)):
+        return formula.plain(*inputs)
+    return formula.apply(*inputs)
+
+
+class Analytic(torch.autograd.Function):
+    """A function whose backward is a formula, which keeps less and is faster than that of its operators.
+
+    A subclass has ``plain(*inputs)``, the function in differentiable operators; ``value(ctx, *inputs)``, the same,
+    which notes on ``ctx`` what ``gradients(ctx, *outer)`` needs; and how many inputs get a gradient there.
+    """
+
+    known = 1
+
+    @classmethod
+    def forward(cls, ctx, *inputs):
+        ctx.set_materialize_grads(False)
+        ctx.inputs = inputs[cls.known :]
+        ctx.save_for_backward(*inputs[: cls.known])
+        return cls.value(ctx, *inputs)
+
+    @classmethod
+    def backward(cls, ctx, *outer):
+        if all(out is None for out in outer):
+            return (None,) * len(ctx.needs_input_grad)
+        found = cls._differentiable(ctx, outer) if torch.is_grad_enabled() else cls.gradients(ctx, *outer)
+        return *found, *[None] * len(ctx.inputs)
+
+    @classmethod
+    def _differentiable(cls, ctx, outer):
+        """The gradients of a backward that is to be differentiated itself."""
+        inputs = ctx.saved_tensors
+        values = cls.plain(*inputs, *ctx.inputs)
+        values = values if isinstance(values, tuple) else (values,)
+        values, outer = zip(*((v, out) for v, out in zip(values, outer, strict=True) if out is not None), strict=True)
+        needed = ctx.needs_input_grad[: cls.known]
+        wanted = [x for x, needs in zip(inputs, needed, strict=True) if needs]
+        found = iter(torch.autograd.grad(values, wanted, outer, create_graph=True, allow_unused=True))
+        return [next(found) if needs else None for needs in needed]
+
+
 class _OnePass(torch.autograd.Function):
     """A loss whose ``kernel`` gives the gradient for pred along with the value."""
 

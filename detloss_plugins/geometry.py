@@ -8,10 +8,17 @@ is that relative bound and is never added: pixels, stride units and normalised c
 
 import torch
 
+from detloss_plugins.execution import Analytic, analytic, transforming
+
+threshold_backward = torch.ops.aten.threshold_backward  # the gradient of relu
+
 
 def rows(boxes):
     """Boxes ``(..., 4)`` as rows ``(4, ...)``; rotated ones ``(..., 5)`` likewise."""
-    return boxes.movedim(-1, 0).contiguous()
+    moved = boxes.movedim(-1, 0)
+    if transforming() or moved.is_contiguous():
+        return moved.contiguous()
+    return torch.stack(boxes.unbind(-1))  # several times faster than to copy the transposed
 
 
 def wh(boxes):
@@ -30,7 +37,7 @@ def area(boxes):
     >>> area(rows(torch.tensor([[0.0, 0, 3, 2], [3, 2, 0, 0]])))
     tensor([6., 0.])
     """
-    w, h = wh(boxes).clamp(min=0)
+    w, h = wh(boxes).relu()
     return w * h
 
 
@@ -52,7 +59,30 @@ def ratio(numerator, denominator, scale, eps):
     extent, whose gradient would be rounding noise times a huge number.
     """
     vanishes = denominator <= (eps * scale).detach()  # false for NaN, which is not ours to hide
-    return torch.where(vanishes, 0.0, numerator / torch.where(vanishes, 1.0, denominator))
+    return analytic(_Ratio, numerator, denominator, vanishes)
+
+
+class _Ratio(Analytic):
+    """A quotient, and zero without a gradient where the denominator vanishes."""
+
+    known = 2
+
+    @staticmethod
+    def plain(numerator, denominator, vanishes):
+        return torch.where(vanishes, 0.0, numerator / torch.where(vanishes, 1.0, denominator))
+
+    @staticmethod
+    def value(ctx, numerator, denominator, vanishes):
+        gone = vanishes.to(denominator.dtype)
+        ctx.kept, ctx.safe = 1 - gone, gone.add_(denominator)
+        ctx.quotient = (numerator / ctx.safe).mul_(ctx.kept)
+        return ctx.quotient
+
+    @staticmethod
+    def gradients(ctx, outer):
+        of_numerator = (outer / ctx.safe).mul_(ctx.kept)
+        of_denominator = (of_numerator * ctx.quotient).neg_() if ctx.needs_input_grad[1] else None
+        return of_numerator, of_denominator
 
 
 def power(base, exponent, eps):
@@ -61,6 +91,69 @@ def power(base, exponent, eps):
     A power below one has an infinite slope at zero.
     """
     return torch.where(base <= eps, 0.0, base.clamp(min=eps).pow(exponent))
+
+
+class _Measures(Analytic):
+    """Hull, offset, sides of the prediction, union and IoU from rows of predictions and targets."""
+
+    @staticmethod
+    def plain(pred, target, eps):
+        low, high = torch.minimum(pred, target), torch.maximum(pred, target)
+        # An inverted box has its high corner first; for a valid one the inner minimum and maximum change nothing.
+        hull = torch.maximum(high[2:], high[:2]) - torch.minimum(low[:2], low[2:])
+        shift = target - pred
+        width, height = (low[2:] - high[:2]).relu()
+        overlap = width * height
+        union = area(pred) + area(target) - overlap
+        return hull, (shift[:2] + shift[2:]) / 2, wh(pred), union, ratio(overlap, union, hull.square().sum(0), eps)
+
+    @staticmethod
+    def value(ctx, pred, target, eps):
+        (p1, p2), (t1, t2), shift = pred.chunk(2), target.chunk(2), target - pred
+        (low1, low2), (high1, high2) = torch.minimum(pred, target).chunk(2), torch.maximum(pred, target).chunk(2)
+        spans = torch.stack([low2, p2, t2]) - torch.stack([high1, p1, t1])  # of the overlap, pred and target
+        width, height = spans.relu().unbind(1)
+        overlap, *areas = (width * height).unbind(0)
+        union = (areas[0] + areas[1]).sub_(overlap)
+        hull = torch.maximum(high2, high1).sub_(torch.minimum(low1, low2))
+        ctx.kept = (union > hull.square().sum(0).mul_(eps)).to(union.dtype)
+        ctx.safe = (1 - ctx.kept).add_(union)
+        ctx.iou = overlap.mul_(ctx.kept).div_(ctx.safe)
+        ctx.spans, ctx.shift, ctx.corners = spans, shift, (low1, low2, high1, high2)
+        shift1, shift2 = shift.chunk(2)
+        return hull, (shift1 + shift2).div_(2), spans[1], union, ctx.iou
+
+    @staticmethod
+    def gradients(ctx, of_hull, of_offset, of_sides, of_union, of_iou):
+        # Signs, not masks: a masked operator branches at every element. Of two equal corners, each counts half.
+        first, last = ctx.shift.sign().chunk(2)  # 1 where pred's corner is the lower of the two
+        of_overlap, of_area = 0, 0
+        if of_iou is not None:
+            share = (of_iou / ctx.safe).mul_(ctx.kept)
+            of_area = (share * ctx.iou).neg_()
+            of_overlap = share.sub_(of_area)
+        if of_union is not None:
+            of_overlap, of_area = of_overlap - of_union, of_area + of_union
+        low = high = 0  # gradients of x1, y1 and of x2, y2
+        if of_iou is not None or of_union is not None:
+            areas, spans = torch.stack([of_overlap, of_area]).unsqueeze(1), ctx.spans[:2]
+            of_overlap, of_area = threshold_backward(areas * spans.relu().flip(1), spans, 0).unbind(0)
+            of_sides = of_area if of_sides is None else of_sides + of_area
+            of_overlap.div_(2)
+            low, high = (first - 1).mul_(of_overlap), (last + 1).mul_(of_overlap)
+        if of_sides is not None:
+            low, high = low - of_sides, high + of_sides
+        if of_offset is not None:
+            half = of_offset / 2
+            low, high = low - half, high - half
+        if of_hull is not None:
+            # The sides of the hull are high corners and low corners, 1 and 1, unless a box is inverted.
+            low1, low2, high1, high2 = ctx.corners
+            upper, lower = (high2 - high1).sign_(), (low2 - low1).sign_()
+            of_hull, both, skew = of_hull / 4, upper + lower, upper - lower
+            high = high + (both - (skew + 2).mul_(last)).mul_(of_hull)
+            low = low - (both + (2 - skew).mul_(first)).mul_(of_hull)
+        return [torch.cat([low, high])]
 
 
 class Pair:
@@ -77,6 +170,7 @@ class Pair:
         offset: from the predicted centre to the target's, ``(2, ...)``.
         union: area.
         iou: in [0, 1].
+        sides: signed width and height of the prediction, ``(2, ...)``.
 
     >>> pair = Pair(torch.tensor([0.0, 0, 2, 2]), torch.tensor([1.0, 0, 3, 2]), 1e-7)
     >>> pair.iou, pair.union, pair.hull
@@ -86,15 +180,8 @@ class Pair:
     def __init__(self, pred, target, eps):
         pred, target = rows(pred), rows(target)
         self.pred, self.target, self.eps = pred, target, eps
-        low, high = torch.minimum(pred, target), torch.maximum(pred, target)
-        # An inverted box has its high corner first; for a valid one the inner minimum and maximum change nothing.
-        self.hull = torch.maximum(high[2:], high[:2]) - torch.minimum(low[:2], low[2:])
+        self.hull, self.offset, self.sides, self.union, self.iou = analytic(_Measures, pred, target, eps)
         self.diagonal2 = self.hull.square().sum(0)
-        self.offset = center(target) - center(pred)
-        width, height = (low[2:] - high[:2]).clamp(min=0)
-        overlap = width * height
-        self.union = area(pred) + area(target) - overlap
-        self.iou = self.ratio(overlap, self.union)
 
     def ratio(self, numerator, denominator):
         """A quotient of areas; see :func:`ratio`."""
@@ -136,7 +223,7 @@ class Pair:
         >>> Pair(torch.tensor([0.0, 0, 2, 2]), torch.tensor([0.0, 0, 4, 2]), 1e-7).side_gap()  # 2^2 / 4^2 + 0
         tensor(0.2500)
         """
-        return self.over_hull2(wh(self.pred) - wh(self.target)).sum(0)
+        return self.over_hull2(self.sides - wh(self.target)).sum(0)
 
     def side_change(self):
         """Differences of width and height, each over the longer of the two: ``(2, ...)``, in [0, 1] for valid boxes.
@@ -144,7 +231,7 @@ class Pair:
         >>> Pair(torch.tensor([0.0, 0, 2, 2]), torch.tensor([0.0, 0, 4, 2]), 1e-7).side_change()
         tensor([0.5000, 0.0000])
         """
-        pred, target = wh(self.pred), wh(self.target)
+        pred, target = self.sides, wh(self.target)
         return ratio((pred - target).abs(), torch.maximum(pred, target), self.floor(), 1.0)
 
     def corner_distance2(self):
@@ -172,8 +259,8 @@ class Pair:
         tensor(0.0420)
         """
         # A side of no length has no aspect ratio: kept at the floor, it gets no gradient instead of an exploding one.
-        sides = (torch.maximum(wh(boxes), self.floor()) for boxes in (self.pred, self.target))
-        angle_pred, angle_target = (torch.atan2(*side) for side in sides)
+        floor = self.floor()
+        angle_pred, angle_target = (torch.atan2(*sides.clamp(min=floor)) for sides in (self.sides, wh(self.target)))
         return 4 / torch.pi**2 * (angle_target - angle_pred).square()
 
     def aspect_weight(self, v):

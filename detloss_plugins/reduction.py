@@ -80,7 +80,8 @@ def reduce(loss, weight=None, avg_factor=None, reduction="mean"):
     loss = apply_weight(loss, weight)
     if reduction == "none":
         return loss
-    total = _sum(loss)
     if reduction == "sum":
-        return total
-    return total / max(loss.numel(), 1) if avg_factor is None else total / (avg_factor + AVG_FACTOR_EPS)
+        return _sum(loss)
+    if avg_factor is None:
+        return _sum(loss) / max(loss.numel(), 1)
+    return _sum(loss) / (avg_factor + AVG_FACTOR_EPS)

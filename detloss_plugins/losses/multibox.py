@@ -56,7 +56,7 @@ def multibox_loss(
     (tensor(2.8331), tensor(2.4462))
     """
     (logits, boxes), (labels, true_boxes) = pred, target
-    background = logits.shape[-1] - (not getattr(loss_cls, "use_sigmoid", False))
+    background = logits.shape[-1] - int(not getattr(loss_cls, "use_sigmoid", False))
     positive, negative = (labels >= 0) & (labels < background), labels == background
     class_weight, box_weight = (_masked(mask, w) for mask, w in zip((labels >= 0, positive), weight, strict=True))
     flat = float32(logits).flatten(0, 1), labels.flatten()
