@@ -93,6 +93,58 @@ def power(base, exponent, eps):
     return torch.where(base <= eps, 0.0, base.clamp(min=eps).pow(exponent))
 
 
+def ordered(a, b):
+    """The smaller and the larger of two tensors, element by element."""
+    return analytic(_Ordered, a, b)
+
+
+class _Ordered(Analytic):
+    """The smaller and the larger; of equal ones, each has half of the gradient."""
+
+    known = 2
+
+    @staticmethod
+    def plain(a, b):
+        return torch.minimum(a, b), torch.maximum(a, b)
+
+    @staticmethod
+    def value(ctx, a, b):
+        ctx.sign = (b - a).sign_()
+        return torch.minimum(a, b), torch.maximum(a, b)
+
+    @staticmethod
+    def gradients(ctx, of_smaller, of_larger):
+        if of_larger is None:
+            share, skew = of_smaller / 2, ctx.sign * of_smaller
+        elif of_smaller is None:
+            share, skew = of_larger / 2, ctx.sign * -of_larger
+        else:
+            share, skew = (of_smaller + of_larger).div_(2), (of_smaller - of_larger).mul_(ctx.sign)
+        return share.add(skew, alpha=0.5), share.sub(skew, alpha=0.5) if ctx.needs_input_grad[1] else None
+
+
+class _AspectGap(Analytic):
+    """CIoU's v from the sides of the prediction and of the target, ``(2, ...)``, not below ``floor``."""
+
+    @staticmethod
+    def plain(pred, target, floor):
+        angle_pred, angle_target = (torch.atan2(*sides.clamp(min=floor)) for sides in (pred, target))
+        return 4 / torch.pi**2 * (angle_target - angle_pred).square()
+
+    @staticmethod
+    def value(ctx, pred, target, floor):
+        ctx.pred, ctx.floor, ctx.sides = pred, floor, pred.clamp(min=floor)
+        ctx.turn = torch.atan2(*target.clamp(min=floor)).sub_(torch.atan2(*ctx.sides))
+        return ctx.turn.square().mul_(4 / torch.pi**2)
+
+    @staticmethod
+    def gradients(ctx, outer):
+        width, height = ctx.sides
+        factor = (outer * ctx.turn).div_(ctx.sides.square().sum(0)).mul_(-8 / torch.pi**2)
+        # A side of no length has no aspect ratio: kept at the floor, it gets no gradient instead of an exploding one.
+        return [threshold_backward(torch.stack([height, -width]).mul_(factor), ctx.pred - ctx.floor, 0)]
+
+
 class _Measures(Analytic):
     """Hull, offset, sides of the prediction, union and IoU from rows of predictions and targets."""
 
@@ -232,7 +284,8 @@ class Pair:
         tensor([0.5000, 0.0000])
         """
         pred, target = self.sides, wh(self.target)
-        return ratio((pred - target).abs(), torch.maximum(pred, target), self.floor(), 1.0)
+        shorter, longer = ordered(pred, target)
+        return ratio(longer - shorter, longer, self.floor(), 1.0)
 
     def corner_distance2(self):
         """Squared distances of the two upper left and of the two lower right corners, summed.
@@ -258,10 +311,7 @@ class Pair:
         >>> pair.aspect_gap()  # (atan 2 - atan 1)^2 / (pi / 2)^2
         tensor(0.0420)
         """
-        # A side of no length has no aspect ratio: kept at the floor, it gets no gradient instead of an exploding one.
-        floor = self.floor()
-        angle_pred, angle_target = (torch.atan2(*sides.clamp(min=floor)) for sides in (self.sides, wh(self.target)))
-        return 4 / torch.pi**2 * (angle_target - angle_pred).square()
+        return analytic(_AspectGap, self.sides, wh(self.target), self.floor())
 
     def aspect_weight(self, v):
         """CIoU's alpha of its v: ``v / (1 - IoU + v)``, a constant.

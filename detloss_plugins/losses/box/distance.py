@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from detloss_plugins.base import BoxLoss, Rule, Upstream, above, one_of, rules
-from detloss_plugins.geometry import Pair, area, center, power, ratio, rows, wh
+from detloss_plugins.geometry import Pair, area, center, ordered, power, ratio, rows, wh
 from detloss_plugins.registry import MODELS
 
 
@@ -146,9 +146,9 @@ def bounded_iou_loss(pred, target, *, beta=0.2, eps=1e-3):
     pred, target = rows(pred), rows(target)
     gap, sides = 2 * (center(pred) - center(target)).abs(), wh(target).clamp(min=0)
     own = wh(pred)
-    position = ((sides - gap) / (sides + gap + eps)).clamp(min=0)
+    position = ((sides - gap) / (sides + gap + eps)).relu()
     # A prediction of no length, or inverted, is on the right-hand branch, whose gradient rights it.
-    size = torch.minimum(sides / (own.clamp(min=0) + eps), own / (sides + eps))
+    size, _ = ordered(sides / (own.relu() + eps), own / (sides + eps))
     bound = torch.cat([position, size]).movedim(0, -1)
     return F.smooth_l1_loss(bound, torch.ones_like(bound), beta=beta, reduction="none")
 
@@ -183,14 +183,15 @@ def extended_iou_loss(pred, target, *, smooth_point=0.1, eps=1e-7):
     """
     pair = Pair(pred, target, eps)
     pred, target = pair.pred, pair.target
-    low, high = torch.maximum(pred[:2], target[:2]), torch.minimum(pred[2:], target[2:])
-    origin = torch.minimum(pred[:2], target[:2])
+    (origin, high), (low, _) = (corners.chunk(2) for corners in ordered(pred, target))
     # From the outer corner: the near and the far end of the overlap, which swap where the boxes are apart.
-    near, far = torch.minimum(low, high) - origin, torch.maximum(low, high) - origin
-    (end_x, end_y), (start_x, start_y), (near_x, near_y), (far_x, far_y) = high - origin, low - origin, near, far
+    start, end = low - origin, high - origin
+    near, far = ordered(start, end)
+    (end_x, end_y), (start_x, start_y), (near_x, near_y), (far_x, far_y) = end, start, near, far
     overlap = end_x * end_y + near_x * near_y - start_x * far_y - far_x * start_y
     loss = 1 - pair.ratio(overlap, area(pred) + area(target) - overlap)
-    return torch.where(loss < smooth_point, loss.square() / (2 * smooth_point), loss - smooth_point / 2)
+    beyond = (loss - smooth_point).relu()
+    return (loss - beyond).square() / (2 * smooth_point) + beyond
 
 
 @MODELS.register_module()
