@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 # Elements of a part: few enough for what is worked out on the way to stay in a CPU's cache, or to take little of a
 # GPU's memory; enough to keep all its cores busy.
-PART = {"cpu": 2**18}
+PART = {"cpu": 2**19}
 LARGER_PART = 2**23
 
 
@@ -78,7 +78,8 @@ class Analytic(torch.autograd.Function):
     """A function whose backward is a formula, which keeps less and is faster than that of its operators.
 
     A subclass has ``plain(*inputs)``, the function in differentiable operators; ``value(ctx, *inputs)``, the same,
-    which notes on ``ctx`` what ``gradients(ctx, *outer)`` needs; and how many inputs get a gradient there.
+    which notes on ``ctx`` what ``gradients(ctx, *outer)`` needs, but nothing that it returns, as that holds on to
+    ``ctx``; and how many inputs get a gradient there.
     """
 
     known = 1

@@ -76,7 +76,7 @@ class _Ratio(Analytic):
         gone = vanishes.to(denominator.dtype)
         ctx.kept, ctx.safe = 1 - gone, gone.add_(denominator)
         ctx.quotient = (numerator / ctx.safe).mul_(ctx.kept)
-        return ctx.quotient
+        return ctx.quotient.detach()
 
     @staticmethod
     def gradients(ctx, outer):
@@ -173,7 +173,7 @@ class _Measures(Analytic):
         ctx.iou = overlap.mul_(ctx.kept).div_(ctx.safe)
         ctx.spans, ctx.shift, ctx.corners = spans, shift, (low1, low2, high1, high2)
         shift1, shift2 = shift.chunk(2)
-        return hull, (shift1 + shift2).div_(2), spans[1], union, ctx.iou
+        return hull, (shift1 + shift2).div_(2), spans[1].clone(), union, ctx.iou.detach()
 
     @staticmethod
     def gradients(ctx, of_hull, of_offset, of_sides, of_union, of_iou):
