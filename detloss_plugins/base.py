@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from detloss_plugins.execution import float32, run
-from detloss_plugins.reduction import apply_weight, check_reduction, fit_weight, reduce
+from detloss_plugins.reduction import apply_weight, check_reduction, fit_weight, of_rows, reduce
 
 
 class Upstream(NamedTuple):
@@ -206,10 +206,14 @@ class Loss(nn.Module):
         """The loss as it is written: weighed and reduced."""
         loss, valid = self.elements(pred, target, weight)
         avg_factor = self.normalizer(avg_factor, loss, valid, weight, reduction)
+        count, summed = loss.numel(), False
+        if (self.sums_classes or reduction != "none") and of_rows(loss, weight, valid):
+            loss, summed = loss.sum(-1), True  # first, as there are fewer rows to weigh
         loss = self.weigh(loss, weight, valid)
         if self.sums_classes:
-            loss = loss.sum(-1)
-        value = reduce(loss, None, avg_factor, reduction)
+            loss = loss if summed else loss.sum(-1)
+            count = loss.numel()
+        value = reduce(loss, None, avg_factor, reduction, count)
         return value if self.loss_weight == 1 else self.loss_weight * value
 
 
@@ -341,24 +345,27 @@ class ClassificationLoss(Loss):
         """The dense form of a target of any form, and the mask of its valid rows or None."""
         if isinstance(target, (tuple, list)):
             label, quality = target
-            one_hot, valid = cls.one_hot(pred, label)
-            return one_hot * quality.to(pred.dtype).unsqueeze(-1), valid
+            return cls.one_hot(pred, label, quality.to(pred.dtype))
         if target.shape == pred.shape:
             return target.to(pred.dtype), None
-        one_hot, valid = cls.one_hot(pred, target)
-        return one_hot.to(pred.dtype), valid
+        return cls.one_hot(pred, target, pred.new_ones(()))
 
     @classmethod
-    def one_hot(cls, pred, label):
-        """Where the label's channel is, and the mask of rows that are not ignored."""
+    def one_hot(cls, pred, label, value):
+        """``value`` on the label's channel, in its type, and the mask of rows that are not ignored."""
         if label.shape != pred.shape[:-1] or label.is_floating_point():
             raise ValueError(
                 f"{cls.__name__} with logits {tuple(pred.shape)} takes class indices {tuple(pred.shape[:-1])} "
                 f"as integers, a dense target {tuple(pred.shape)} or a (label, quality) tuple, "
                 f"not {label.dtype} {tuple(label.shape)}."
             )
-        classes = torch.arange(pred.shape[-1], device=label.device)
-        return label.unsqueeze(-1) == classes, label >= 0
+        if torch.compiler.is_compiling():  # which makes no tensor of it
+            channel = label.unsqueeze(-1) == torch.arange(pred.shape[-1], device=label.device)
+            return torch.where(channel, value.unsqueeze(-1), torch.zeros_like(value)), label >= 0
+        last = pred.shape[-1] - 1
+        value = torch.where((label >= 0) & (label <= last), value, torch.zeros_like(value))
+        empty = torch.zeros(pred.shape, dtype=value.dtype, device=pred.device)
+        return empty.scatter_(-1, label.clamp(0, last).long().unsqueeze(-1), value.unsqueeze(-1)), label >= 0
 
     @classmethod
     def sample(cls, n=64, seed=0, dtype=torch.float32, classes=10):
@@ -398,8 +405,7 @@ class RankingLoss(ClassificationLoss):
         elif target.shape == pred.shape:
             return pred, target, None
         else:
-            target, valid = self.one_hot(pred, target)
-            target = target.to(torch.int8)
+            target, valid = self.one_hot(pred, target, torch.ones((), dtype=torch.int8, device=pred.device))
         return pred, target.masked_fill(~valid.unsqueeze(-1), -1), None
 
     def weighed(self, pred, target, weight):

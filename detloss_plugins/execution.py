@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 # Elements of a part: few enough for what is worked out on the way to stay in a CPU's cache, or to take little of a
 # GPU's memory; enough to keep all its cores busy.
-PART = {"cpu": 2**19}
+PART = {"cpu": 2**18}
 LARGER_PART = 2**23
 
 
@@ -138,7 +138,8 @@ class _OnePass(torch.autograd.Function):
 def in_parts(loss, pred, target, weight, avg_factor, reduction):
     """The gradient for pred, at least float32, and the value, some rows at a time."""
     rows = len(pred)
-    step = max(PART.get(pred.device.type, LARGER_PART) * rows // pred.numel(), 1)
+    elements = PART.get(pred.device.type, LARGER_PART) * (2 if loss.by_columns else 1)  # worked on by column
+    step = max(elements * rows // pred.numel(), 1)
     gradient, value = torch.empty_like(float32(pred[:0])).new_empty(pred.shape), 0
     for start in range(0, rows, step):
         part = slice(start, start + step)

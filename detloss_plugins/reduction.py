@@ -49,6 +49,12 @@ def fit_weight(weight, loss):
     return weight
 
 
+def of_rows(loss, *weights):
+    """Whether all of the weights that are given, and some are, have one value for each row of the losses."""
+    given = [weight for weight in weights if weight is not None]
+    return len(given) > 0 and all(loss.dim() > 1 and weight.shape == loss.shape[:-1] for weight in given)
+
+
 def _sum(loss):
     """A compiled float32 sum adds one after the other: over millions of elements it is off in the fourth figure."""
     if torch.compiler.is_compiling() and loss.device.type != "mps":  # which has no float64
@@ -56,7 +62,7 @@ def _sum(loss):
     return loss.sum()
 
 
-def reduce(loss, weight=None, avg_factor=None, reduction="mean"):
+def reduce(loss, weight=None, avg_factor=None, reduction="mean", count=None):
     """Weight and reduce per-element losses.
 
     Args:
@@ -64,6 +70,7 @@ def reduce(loss, weight=None, avg_factor=None, reduction="mean"):
         weight: see :func:`apply_weight`.
         avg_factor: normaliser; "mean" is then ``sum / (avg_factor + eps)``, "none" ignores it.
         reduction: "none", "mean" (over the number of elements, not the sum of weights) or "sum".
+        count: the number of elements, where some have been added up already.
 
     Returns:
         The weighted losses for "none", otherwise a scalar. An empty input gives zero with its graph, never NaN.
@@ -83,5 +90,5 @@ def reduce(loss, weight=None, avg_factor=None, reduction="mean"):
     if reduction == "sum":
         return _sum(loss)
     if avg_factor is None:
-        return _sum(loss) / max(loss.numel(), 1)
+        return _sum(loss) / max(loss.numel() if count is None else count, 1)
     return _sum(loss) / (avg_factor + AVG_FACTOR_EPS)

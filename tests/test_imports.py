@@ -11,11 +11,11 @@ PACKAGE = Path(__file__).parents[1] / "detloss_plugins"
 # What a module may import of this package, by the first part of its path within the package.
 ALLOWED = {
     "reduction": set(),
-    "geometry": set(),
+    "geometry": {"execution"},
     "registry": set(),
     "execution": set(),
     "base": {"execution", "reduction"},
-    "losses": {"base", "geometry", "reduction", "registry", "losses"},
+    "losses": {"base", "execution", "geometry", "reduction", "registry", "losses"},
     "__init__": {"losses", "registry"},
     "adapters": {"base", "geometry", "losses", "reduction", "registry", "adapters", ""},
 }

@@ -7,10 +7,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from detloss_plugins.base import ClassificationLoss
+from detloss_plugins.execution import Analytic, analytic
 
 
 def power(base, exponent):
     """``base ** exponent`` for ``base >= 0`` with a finite gradient at zero for exponents below 1 too."""
+    if exponent in (1, 2):
+        return base if exponent == 1 else base.square()
     return base.clamp(min=torch.finfo(base.dtype).tiny).pow(exponent)
 
 
@@ -18,6 +21,34 @@ def bce(pred, target, activated, pos_weight=None):
     if activated:
         return F.binary_cross_entropy(pred, target, reduction="none")
     return F.binary_cross_entropy_with_logits(pred, target, reduction="none", pos_weight=pos_weight)
+
+
+def sigmoid_terms(pred, target):
+    """``p = sigmoid(pred)``, ``1 - p`` without its cancellation, and the binary cross entropy."""
+    return analytic(_SigmoidTerms, pred, target)
+
+
+class _SigmoidTerms(Analytic):
+    """See :func:`sigmoid_terms`; the cross entropy is ``max(z, 0) - y z + ln(1 + e^-|z|)``, which never cancels."""
+
+    @staticmethod
+    def plain(pred, target):
+        return pred.sigmoid(), (-pred).sigmoid(), bce(pred, target, activated=False)
+
+    @staticmethod
+    def value(ctx, pred, target):
+        p, q = pred.sigmoid(), (-pred).sigmoid_()
+        ctx.terms = p.detach(), q.detach(), target
+        return p, q, pred.relu().addcmul_(pred, target, value=-1).add_(F.softplus(pred.abs().neg_()))
+
+    @staticmethod
+    def gradients(ctx, of_p, of_q, of_ce):
+        p, q, target = ctx.terms
+        gradient = 0 if of_ce is None else (p - target).mul_(of_ce)
+        if of_p is not None or of_q is not None:
+            outer = of_p if of_q is None else -of_q if of_p is None else of_p - of_q
+            gradient = gradient + (p * q).mul_(outer)
+        return [gradient]
 
 
 def class_vector(values, pred):

@@ -58,13 +58,18 @@ class CrossEntropyLoss(SoftmaxOrSigmoid):
     def __init__(self, *, use_sigmoid=False, avg_non_ignore=False, ignore_index=-100, **kwargs):
         super().__init__(use_sigmoid=use_sigmoid, **kwargs)
         self.avg_non_ignore = avg_non_ignore
-        self.by_rows = not avg_non_ignore
+        # The softmax form keeps as little as it is; in the sigmoid form, such a mean counts all rows.
+        self.by_rows = use_sigmoid and not avg_non_ignore
         self.ignore_index = -100 if ignore_index is None else ignore_index
 
     def prepare(self, pred, target):
         if isinstance(target, (tuple, list)):
             label, quality = target
             return super().prepare(pred, (self._drop_ignored(label), quality))
+        if not self.use_sigmoid and target.shape == pred.shape[:-1] and index_target(target):
+            # torch's function leaves out what has the one label that it ignores, at no cost.
+            counted = (target >= 0) & (target != self.ignore_index) if self.avg_non_ignore else None
+            return pred, torch.where(target < 0, self.ignore_index, target).long(), counted
         if self.use_sigmoid and target.shape == pred.shape:
             valid = (target >= 0) & (target != self.ignore_index)
             return pred, torch.where(valid, target, 0).to(pred.dtype), valid

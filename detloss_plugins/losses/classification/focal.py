@@ -10,6 +10,7 @@ from detloss_plugins.losses.classification.common import (
     class_vector,
     index_target,
     power,
+    sigmoid_terms,
 )
 from detloss_plugins.registry import MODELS
 
@@ -29,10 +30,15 @@ def focal_loss(pred, target, *, gamma=2.0, alpha=0.25, use_sigmoid=True, activat
 
 def _sigmoid_focal_loss(pred, target, gamma, alpha, activated=False, epsilon=0.0):
     """``alpha_t (1 - p_t)^gamma (CE + epsilon (1 - p_t))`` of each class."""
-    p, q = (pred, 1 - pred) if activated else (pred.sigmoid(), (-pred).sigmoid())
-    miss = target * q + (1 - target) * p
-    loss = power(miss, gamma) * (bce(pred, target, activated) + epsilon * miss)
-    return loss if alpha is None else (alpha * target + (1 - alpha) * (1 - target)) * loss
+    p, q, ce = (pred, 1 - pred, bce(pred, target, activated)) if activated else sigmoid_terms(pred, target)
+    miss = torch.lerp(p, q, target)
+    loss = power(miss, gamma) * (ce + epsilon * miss if epsilon else ce)
+    return loss if alpha is None else balance(alpha, target) * loss
+
+
+def balance(alpha, target):
+    """``alpha`` for positives, ``1 - alpha`` for negatives."""
+    return (2 * alpha - 1) * target + (1 - alpha)
 
 
 def _softmax_focal_loss(pred, target, gamma, alpha, activated=False, epsilon=0.0):
@@ -87,9 +93,9 @@ def quality_focal_loss(pred, target, *, beta=2.0, alpha=None, activated=False):
     >>> quality_focal_loss(torch.tensor([0.8, -0.4, 1.5]), torch.tensor([0.6, 0.0, 1.0]))
     tensor([0.0056, 0.0826, 0.0067])
     """
-    p = pred if activated else pred.sigmoid()
-    loss = power((target - p).abs(), beta) * bce(pred, target, activated)
-    return loss if alpha is None else (alpha * target + (1 - alpha) * (1 - target)) * loss
+    p, _, ce = (pred, None, bce(pred, target, activated)) if activated else sigmoid_terms(pred, target)
+    loss = power((target - p).abs(), beta) * ce
+    return loss if alpha is None else balance(alpha, target) * loss
 
 
 @MODELS.register_module()
@@ -117,8 +123,8 @@ def varifocal_loss(pred, target, *, alpha=0.75, gamma=2.0, iou_weighted=True):
     tensor([0.4147, 0.0620, 0.2014])
     """
     positive_weight = target if iou_weighted else torch.ones_like(target)
-    weight = torch.where(target > 0, positive_weight, alpha * power(pred.sigmoid(), gamma))
-    return weight * bce(pred, target, activated=False)
+    p, _, ce = sigmoid_terms(pred, target)
+    return torch.where(target > 0, positive_weight, alpha * power(p, gamma)) * ce
 
 
 @MODELS.register_module()
@@ -187,7 +193,8 @@ def generalized_focal_loss(pred, target, *, beta=2.0, values=(0.0, 1.0)):
     width = right - left
     share = (target - left) / width  # the best p_r
     # Bracket and factor in units of the width: a cross entropy and a quality focal factor.
-    return width ** (1 + beta) * power((share - pred.sigmoid()).abs(), beta) * bce(pred, share, activated=False)
+    p, _, ce = sigmoid_terms(pred, share)
+    return width ** (1 + beta) * power((share - p).abs(), beta) * ce
 
 
 @MODELS.register_module()
