@@ -23,32 +23,69 @@ def bce(pred, target, activated, pos_weight=None):
     return F.binary_cross_entropy_with_logits(pred, target, reduction="none", pos_weight=pos_weight)
 
 
-def sigmoid_terms(pred, target):
-    """``p = sigmoid(pred)``, ``1 - p`` without its cancellation, and the binary cross entropy."""
-    return analytic(_SigmoidTerms, pred, target)
+def focused_ce(pred, target, gap, gamma, weight=None, epsilon=0.0):
+    """``weight gap^gamma (BCE + epsilon gap)`` of logits, the form that the focal losses share.
+
+    Args:
+        pred, target: logits and dense targets of one shape.
+        gap: how far the probability p is from the target y: "hard", ``y (1 - p) + (1 - y) p``; "soft", ``|y - p|``;
+            "negative", p, and 1 where the target is above 0.
+        gamma: a number of at least 0.
+        weight: a constant that broadcasts with ``pred``, or None.
+    """
+    return analytic(_FocusedCE, pred, target, gap, gamma, weight, epsilon)
 
 
-class _SigmoidTerms(Analytic):
-    """See :func:`sigmoid_terms`; the cross entropy is ``max(z, 0) - y z + ln(1 + e^-|z|)``, which never cancels."""
-
-    @staticmethod
-    def plain(pred, target):
-        return pred.sigmoid(), (-pred).sigmoid(), bce(pred, target, activated=False)
-
-    @staticmethod
-    def value(ctx, pred, target):
-        p, q = pred.sigmoid(), (-pred).sigmoid_()
-        ctx.terms = p.detach(), q.detach(), target
-        return p, q, pred.relu().addcmul_(pred, target, value=-1).add_(F.softplus(pred.abs().neg_()))
+class _FocusedCE(Analytic):
+    """See :func:`focused_ce`. Its derivative is worked out along with the value, and is all that is kept."""
 
     @staticmethod
-    def gradients(ctx, of_p, of_q, of_ce):
-        p, q, target = ctx.terms
-        gradient = 0 if of_ce is None else (p - target).mul_(of_ce)
-        if of_p is not None or of_q is not None:
-            outer = of_p if of_q is None else -of_q if of_p is None else of_p - of_q
-            gradient = gradient + (p * q).mul_(outer)
-        return [gradient]
+    def plain(pred, target, gap, gamma, weight, epsilon):
+        p = pred.sigmoid()
+        if gap == "hard":
+            gap = torch.lerp(p, (-pred).sigmoid(), target)
+        else:
+            gap = (target - p).abs() if gap == "soft" else torch.where(target > 0, 1.0, p)
+        ce = bce(pred, target, activated=False)
+        loss = power(gap, gamma) * (ce + epsilon * gap if epsilon else ce)
+        return loss if weight is None else weight * loss
+
+    @staticmethod
+    def value(ctx, pred, target, gap, gamma, weight, epsilon):
+        p = pred.sigmoid()
+        # max(z, 0) - y z + ln(1 + e^-|z|), in which nothing cancels
+        ce = F.softplus(pred.abs().neg_()).add_(pred.relu()).addcmul_(pred, target, value=-1)
+        gap, slope, surplus = _gap(pred, target, p, gap)
+        if epsilon:
+            ce.add_(gap, alpha=epsilon)
+            surplus.add_(slope, alpha=epsilon)
+        if gamma == 0:
+            ctx.slope = surplus
+        else:
+            base = power(gap, gamma - 1)  # one power less, for the slope
+            ctx.slope = slope.mul_(ce).mul_(gamma).addcmul_(gap, surplus).mul_(base)
+            ce.mul_(gap).mul_(base)
+        if weight is None:
+            return ce
+        ctx.slope.mul_(weight)
+        return ce.mul_(weight)
+
+    @staticmethod
+    def gradients(ctx, outer):
+        return [ctx.slope * outer]
+
+
+def _gap(pred, target, p, kind):
+    """The gap, its derivative, and ``p - y``, the derivative of BCE; all for their owner to change."""
+    surplus = p - target
+    if kind == "hard":
+        q = (-pred).sigmoid_()
+        return torch.lerp(p, q, target), q.mul_(p).mul_(1 - 2 * target), surplus
+    slope = torch.addcmul(p, p, p, value=-1)
+    if kind == "soft":
+        return surplus.abs(), slope.mul_(surplus.sign()), surplus
+    negative = (target <= 0).to(p.dtype)
+    return (p - 1).mul_(negative).add_(1), slope.mul_(negative), surplus
 
 
 def class_vector(values, pred):

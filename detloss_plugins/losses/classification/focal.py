@@ -8,9 +8,9 @@ from detloss_plugins.losses.classification.common import (
     SoftmaxOrSigmoid,
     bce,
     class_vector,
+    focused_ce,
     index_target,
     power,
-    sigmoid_terms,
 )
 from detloss_plugins.registry import MODELS
 
@@ -30,10 +30,11 @@ def focal_loss(pred, target, *, gamma=2.0, alpha=0.25, use_sigmoid=True, activat
 
 def _sigmoid_focal_loss(pred, target, gamma, alpha, activated=False, epsilon=0.0):
     """``alpha_t (1 - p_t)^gamma (CE + epsilon (1 - p_t))`` of each class."""
-    p, q, ce = (pred, 1 - pred, bce(pred, target, activated)) if activated else sigmoid_terms(pred, target)
-    miss = torch.lerp(p, q, target)
-    loss = power(miss, gamma) * (ce + epsilon * miss if epsilon else ce)
-    return loss if alpha is None else balance(alpha, target) * loss
+    weight = None if alpha is None else balance(alpha, target)
+    if not activated:
+        return focused_ce(pred, target, "hard", gamma, weight, epsilon)
+    loss = power(torch.lerp(pred, 1 - pred, target), gamma) * bce(pred, target, activated)
+    return loss if weight is None else weight * loss
 
 
 def balance(alpha, target):
@@ -93,9 +94,11 @@ def quality_focal_loss(pred, target, *, beta=2.0, alpha=None, activated=False):
     >>> quality_focal_loss(torch.tensor([0.8, -0.4, 1.5]), torch.tensor([0.6, 0.0, 1.0]))
     tensor([0.0056, 0.0826, 0.0067])
     """
-    p, _, ce = (pred, None, bce(pred, target, activated)) if activated else sigmoid_terms(pred, target)
-    loss = power((target - p).abs(), beta) * ce
-    return loss if alpha is None else balance(alpha, target) * loss
+    weight = None if alpha is None else balance(alpha, target)
+    if not activated:
+        return focused_ce(pred, target, "soft", beta, weight)
+    loss = power((target - pred).abs(), beta) * bce(pred, target, activated)
+    return loss if weight is None else weight * loss
 
 
 @MODELS.register_module()
@@ -123,8 +126,7 @@ def varifocal_loss(pred, target, *, alpha=0.75, gamma=2.0, iou_weighted=True):
     tensor([0.4147, 0.0620, 0.2014])
     """
     positive_weight = target if iou_weighted else torch.ones_like(target)
-    p, _, ce = sigmoid_terms(pred, target)
-    return torch.where(target > 0, positive_weight, alpha * power(p, gamma)) * ce
+    return focused_ce(pred, target, "negative", gamma, torch.where(target > 0, positive_weight, alpha))
 
 
 @MODELS.register_module()
@@ -193,8 +195,7 @@ def generalized_focal_loss(pred, target, *, beta=2.0, values=(0.0, 1.0)):
     width = right - left
     share = (target - left) / width  # the best p_r
     # Bracket and factor in units of the width: a cross entropy and a quality focal factor.
-    p, _, ce = sigmoid_terms(pred, share)
-    return width ** (1 + beta) * power((share - p).abs(), beta) * ce
+    return width ** (1 + beta) * focused_ce(pred, share, "soft", beta)
 
 
 @MODELS.register_module()
