@@ -361,7 +361,7 @@ class ClassificationLoss(Loss):
             )
         if torch.compiler.is_compiling():  # which makes no tensor of it
             channel = label.unsqueeze(-1) == torch.arange(pred.shape[-1], device=label.device)
-            return torch.where(channel, value.unsqueeze(-1), torch.zeros_like(value)), label >= 0
+            return torch.where(channel, value.unsqueeze(-1), 0), label >= 0
         last = pred.shape[-1] - 1
         value = torch.where((label >= 0) & (label <= last), value, torch.zeros_like(value))
         empty = torch.zeros(pred.shape, dtype=value.dtype, device=pred.device)

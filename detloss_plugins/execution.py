@@ -196,8 +196,6 @@ def _run_compiled(loss, pred, target, weight, avg_factor, reduction, **extra):
 def _compiled(loss, pred, target, weight, avg_factor, reduction, **extra):
     pred, target, weight = as_rows(loss, pred, target, weight) or (pred, target, weight)
     cpu = torch.is_tensor(pred) and pred.device.type == "cpu"
-    if loss.by_columns and cpu and pred.dim() == 2:
-        pred, target = (x.t().contiguous().t() for x in (pred, target))  # so that one load reads x1 of many boxes
     if avg_factor is not None and not torch.is_tensor(avg_factor):
         avg_factor = torch.tensor(float(avg_factor))  # a number would be compiled in
         avg_factor = avg_factor if cpu else avg_factor.to(pred.device, non_blocking=True)
@@ -206,12 +204,23 @@ def _compiled(loss, pred, target, weight, avg_factor, reduction, **extra):
         # On a GPU, where memory takes the time, this moves no less than autograd's forward and backward.
         if cpu and not extra and one_pass(loss, *call):
             return _OnePass.apply(pred, compiled_kernel, loss, *call[1:])
+        if cpu and loss.by_columns:
+            call = (by_columns(pred), by_columns(target), *call[2:])
         return compiled(loss, total)(loss, *call, **extra)
 
 
-def compiled_kernel(loss, *call):
+def compiled_kernel(loss, pred, target, *call):
     """The compiled form of :func:`value_and_gradient`."""
-    return compiled(loss, value_and_gradient)(loss, *call)
+    kernel = compiled(loss, value_and_gradient)
+    if not loss.by_columns:
+        return kernel(loss, pred, target, *call)
+    gradient, value = kernel(loss, by_columns(pred), by_columns(target), *call)
+    return gradient if gradient.is_contiguous() else torch.stack(gradient.unbind(-1), -1), value
+
+
+def by_columns(x):
+    """The same, with each of its last dimension's columns contiguous: one vector load then reads x1 of many boxes."""
+    return torch.stack(x.unbind(-1)).movedim(0, -1)
 
 
 def _give_up(loss, error):

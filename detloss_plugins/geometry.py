@@ -1,6 +1,7 @@
 """Geometry shared by the box losses; each quantity is here once.
 
 Aligned boxes ``(..., 4)`` are measured as rows ``(4, ...)``: x1, y1, x2, y2, each contiguous, so faster than columns.
+For a compiler the rows are a tuple, which it measures in one loop over the boxes; of one tensor it makes several.
 
 Where a denominator vanishes beside the size of the hull (the smallest enclosing box), its quotient counts as zero; eps
 is that relative bound and is never added: pixels, stride units and normalised coordinates give the same answer.
@@ -21,14 +22,35 @@ def rows(boxes):
     return torch.stack(boxes.unbind(-1))  # several times faster than to copy the transposed
 
 
+def coordinates(boxes):
+    """The rows of boxes ``(..., 4)``; for a compiler, a tuple of the four."""
+    return boxes.unbind(-1) if transforming() else rows(boxes)
+
+
+def each(function, *values):
+    """``function`` of values that have two rows, one an axis: of both rows at once, or of each row of tuples.
+
+    >>> each(torch.neg, torch.tensor([1, 2])), each(torch.neg, (torch.tensor(1), torch.tensor(2)))
+    (tensor([-1, -2]), (tensor(-1), tensor(-2)))
+    """
+    if torch.is_tensor(values[0]):
+        return function(*values)
+    return tuple(function(*row) for row in zip(*values, strict=True))
+
+
+def both(values):
+    """The sum of two rows."""
+    return values.sum(0) if torch.is_tensor(values) else values[0] + values[1]
+
+
 def wh(boxes):
     """Signed sides ``(2, ...)`` of rows; negative where a box is inverted, so that a loss on the sides can right it."""
-    return boxes[2:] - boxes[:2]
+    return each(torch.sub, boxes[2:], boxes[:2])
 
 
 def center(boxes):
     """Centres ``(2, ...)`` of rows."""
-    return (boxes[:2] + boxes[2:]) / 2
+    return each(lambda low, high: (low + high) / 2, boxes[:2], boxes[2:])
 
 
 def area(boxes):
@@ -37,7 +59,7 @@ def area(boxes):
     >>> area(rows(torch.tensor([[0.0, 0, 3, 2], [3, 2, 0, 0]])))
     tensor([6., 0.])
     """
-    w, h = wh(boxes).relu()
+    w, h = each(torch.relu, wh(boxes))
     return w * h
 
 
@@ -128,7 +150,8 @@ class _AspectGap(Analytic):
 
     @staticmethod
     def plain(pred, target, floor):
-        angle_pred, angle_target = (torch.atan2(*sides.clamp(min=floor)) for sides in (pred, target))
+        pred, target = (each(lambda side: side.clamp(min=floor), sides) for sides in (pred, target))
+        angle_pred, angle_target = torch.atan2(*pred), torch.atan2(*target)
         return 4 / torch.pi**2 * (angle_target - angle_pred).square()
 
     @staticmethod
@@ -150,14 +173,19 @@ class _Measures(Analytic):
 
     @staticmethod
     def plain(pred, target, eps):
-        low, high = torch.minimum(pred, target), torch.maximum(pred, target)
-        # An inverted box has its high corner first; for a valid one the inner minimum and maximum change nothing.
-        hull = torch.maximum(high[2:], high[:2]) - torch.minimum(low[:2], low[2:])
-        shift = target - pred
-        width, height = (low[2:] - high[:2]).relu()
+        def sides(p1, p2, t1, t2):
+            """Along one axis: of the hull, from centre to centre, of the overlap."""
+            (low1, high1), (low2, high2) = ordered(p1, t1), ordered(p2, t2)
+            # An inverted box has its high corner first; for a valid one the outer minimum and maximum change nothing.
+            hull = torch.maximum(high1, high2) - torch.minimum(low1, low2)
+            return hull, ((t1 - p1) + (t2 - p2)) / 2, (low2 - high1).relu()
+
+        found = each(sides, pred[:2], pred[2:], target[:2], target[2:])
+        hull, offset, (width, height) = found if torch.is_tensor(pred) else zip(*found, strict=True)
         overlap = width * height
         union = area(pred) + area(target) - overlap
-        return hull, (shift[:2] + shift[2:]) / 2, wh(pred), union, ratio(overlap, union, hull.square().sum(0), eps)
+        iou = ratio(overlap, union, both(each(torch.square, hull)), eps)
+        return hull, offset, wh(pred), union, iou
 
     @staticmethod
     def value(ctx, pred, target, eps):
@@ -230,10 +258,10 @@ class Pair:
     """
 
     def __init__(self, pred, target, eps):
-        pred, target = rows(pred), rows(target)
-        self.pred, self.target, self.eps = pred, target, eps
-        self.hull, self.offset, self.sides, self.union, self.iou = analytic(_Measures, pred, target, eps)
-        self.diagonal2 = self.hull.square().sum(0)
+        self.tiny = torch.finfo(pred.dtype).tiny
+        self.pred, self.target, self.eps = coordinates(pred), coordinates(target), eps
+        self.hull, self.offset, self.sides, self.union, self.iou = analytic(_Measures, self.pred, self.target, eps)
+        self.diagonal2 = both(each(torch.square, self.hull))
 
     def ratio(self, numerator, denominator):
         """A quotient of areas; see :func:`ratio`."""
@@ -242,11 +270,11 @@ class Pair:
     @property
     def distance2(self):
         """Squared distance of the centres."""
-        return self.offset.square().sum(0)
+        return both(each(torch.square, self.offset))
 
     def floor(self):
         """What counts as a side of no length, without a gradient."""
-        return (self.eps * self.diagonal2.detach().sqrt()).clamp(min=torch.finfo(self.pred.dtype).tiny)
+        return (self.eps * self.diagonal2.detach().sqrt()).clamp(min=self.tiny)
 
     def hull_gap(self):
         """Share of the hull that is outside the union, in [0, 1).
@@ -267,7 +295,9 @@ class Pair:
 
     def over_hull2(self, lengths):
         """Squares of horizontal and vertical lengths ``(2, ...)`` over the squared sides of the hull."""
-        return ratio(lengths.square(), self.hull.square(), self.diagonal2, self.eps**2)
+        return each(
+            lambda length, side: ratio(length.square(), side.square(), self.diagonal2, self.eps**2), lengths, self.hull
+        )
 
     def side_gap(self):
         """Squared differences of width and height, each over the squared side of the hull, summed.
@@ -275,7 +305,7 @@ class Pair:
         >>> Pair(torch.tensor([0.0, 0, 2, 2]), torch.tensor([0.0, 0, 4, 2]), 1e-7).side_gap()  # 2^2 / 4^2 + 0
         tensor(0.2500)
         """
-        return self.over_hull2(self.sides - wh(self.target)).sum(0)
+        return both(self.over_hull2(each(torch.sub, self.sides, wh(self.target))))
 
     def side_change(self):
         """Differences of width and height, each over the longer of the two: ``(2, ...)``, in [0, 1] for valid boxes.
@@ -283,9 +313,13 @@ class Pair:
         >>> Pair(torch.tensor([0.0, 0, 2, 2]), torch.tensor([0.0, 0, 4, 2]), 1e-7).side_change()
         tensor([0.5000, 0.0000])
         """
-        pred, target = self.sides, wh(self.target)
-        shorter, longer = ordered(pred, target)
-        return ratio(longer - shorter, longer, self.floor(), 1.0)
+        floor = self.floor()
+
+        def change(pred, target):
+            shorter, longer = ordered(pred, target)
+            return ratio(longer - shorter, longer, floor, 1.0)
+
+        return each(change, self.sides, wh(self.target))
 
     def corner_distance2(self):
         """Squared distances of the two upper left and of the two lower right corners, summed.
@@ -293,7 +327,9 @@ class Pair:
         >>> Pair(torch.tensor([0.0, 0, 2, 2]), torch.tensor([0.0, 0, 4, 3]), 1e-7).corner_distance2()
         tensor(5.)
         """
-        return (self.pred - self.target).square().sum(0)
+        pred, target = self.pred, self.target
+        first, second = (each(torch.sub, pred[part], target[part]) for part in (slice(2), slice(2, 4)))
+        return both(each(lambda d1, d2: d1.square() + d2.square(), first, second))
 
     def slant(self):
         """``|sin 2a|`` of the angle a of the line between the centres: 0 along an axis, 1 on a diagonal.

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from detloss_plugins.base import BoxLoss, Rule, Upstream, above, one_of, rules
-from detloss_plugins.geometry import Pair, area, center, ordered, power, ratio, rows, wh
+from detloss_plugins.geometry import Pair, area, both, center, coordinates, each, ordered, power, ratio, rows, wh
 from detloss_plugins.registry import MODELS
 
 
@@ -70,8 +70,13 @@ def powerful_iou_loss(pred, target, *, version=1, lambda_=1.3, eps=1e-7):
     tensor(0.5155)
     """
     pair = Pair(pred, target, eps)
-    edges = (pair.pred - pair.target).abs()
-    p = ratio(edges[:2] + edges[2:], wh(pair.target), pair.floor(), 1.0).sum(0) / 4
+    floor = pair.floor()
+
+    def shift(p1, p2, t1, t2):
+        """Of the two edges along one axis, in sides of the target."""
+        return ratio((p1 - t1).abs() + (p2 - t2).abs(), t2 - t1, floor, 1.0)
+
+    p = both(each(shift, pair.pred[:2], pair.pred[2:], pair.target[:2], pair.target[2:])) / 4
     loss = 2 - pair.iou - torch.exp(-p.square())
     if version == 1:
         return loss
@@ -108,8 +113,12 @@ def nwd_loss(pred, target, *, constant=12.8):
     >>> nwd_loss(torch.tensor([0.0, 0, 2, 2]), torch.tensor([3.0, 4, 5, 6]), constant=10.0)  # 1 - exp(-5 / 10)
     tensor(0.3935)
     """
-    pred, target = rows(pred), rows(target)
-    distance2 = ((center(pred) - center(target)).square() + (wh(pred) - wh(target)).square() / 4).sum(0)
+    pred, target = coordinates(pred), coordinates(target)
+
+    def squares(center, side, true_center, true_side):
+        return (center - true_center).square() + (side - true_side).square() / 4
+
+    distance2 = both(each(squares, center(pred), wh(pred), center(target), wh(target)))
     distance = power(distance2, 0.5, torch.finfo(distance2.dtype).tiny)
     return -torch.expm1(-distance / constant)
 
@@ -181,8 +190,7 @@ def extended_iou_loss(pred, target, *, smooth_point=0.1, eps=1e-7):
     >>> extended_iou_loss(torch.tensor([0.0, 0, 2, 2]), torch.tensor([0.0, 0, 4, 2]))  # 1 - 1/2 - .1 / 2
     tensor(0.4500)
     """
-    pair = Pair(pred, target, eps)
-    pred, target = pair.pred, pair.target
+    pair, pred, target = Pair(pred, target, eps), rows(pred), rows(target)
     (origin, high), (low, _) = (corners.chunk(2) for corners in ordered(pred, target))
     # From the outer corner: the near and the far end of the overlap, which swap where the boxes are apart.
     start, end = low - origin, high - origin

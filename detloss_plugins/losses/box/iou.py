@@ -3,7 +3,7 @@
 import torch
 
 from detloss_plugins.base import BoxLoss, Rule, Upstream, above, at_least, one_of, rules
-from detloss_plugins.geometry import Pair, power, wh
+from detloss_plugins.geometry import Pair, both, each, power, wh
 from detloss_plugins.registry import MODELS
 
 # Inputs on which upstream is wrong, and why.
@@ -225,9 +225,13 @@ def siou_loss(pred, target, *, theta=4.0, eps=1e-7):
     tensor(0.7663)
     """
     pair = Pair(pred, target, eps)
-    distance = 1 - torch.exp((pair.slant() - 2) * pair.over_hull2(pair.offset))
-    shape = (1 - torch.exp(-pair.side_change())).pow(theta)
-    return 1 - pair.iou + (distance + shape).sum(0) / 2
+    slant = pair.slant()
+
+    def cost(offset2, change):
+        """Of the distance and the shape along one axis."""
+        return 1 - torch.exp((slant - 2) * offset2) + (1 - torch.exp(-change)).pow(theta)
+
+    return 1 - pair.iou + both(each(cost, pair.over_hull2(pair.offset), pair.side_change())) / 2
 
 
 @MODELS.register_module()
@@ -312,11 +316,14 @@ def shape_iou_loss(pred, target, *, scale=0.0, theta=4.0, eps=1e-7):
     tensor(0.7436)
     """
     pair = Pair(pred, target, eps)
-    # The powers' shares: 2 softmax(s ln side), which neither overflows nor divides by zero.
-    sides = torch.maximum(wh(pair.target), pair.floor())
-    weight = 2 * (scale * sides.log()).softmax(0).flip(0)
-    distance = pair.ratio((weight * pair.offset.square()).sum(0), pair.diagonal2)
-    shape = (1 - torch.exp(-weight * pair.side_change())).pow(theta).sum(0)
+    floor = pair.floor()
+    width, height = each(lambda side: side.clamp(min=floor), wh(pair.target))
+    # The powers' shares: a sigmoid of the logarithms, which neither overflows nor divides by zero.
+    tilt = scale * (height.log() - width.log())
+    (dx, dy), (change_w, change_h) = pair.offset, pair.side_change()
+    weight_x, weight_y = 2 * tilt.sigmoid(), 2 * (-tilt).sigmoid()
+    distance = pair.ratio(weight_x * dx.square() + weight_y * dy.square(), pair.diagonal2)
+    shape = sum((1 - torch.exp(-w * change)).pow(theta) for w, change in ((weight_x, change_w), (weight_y, change_h)))
     return 1 - pair.iou + distance + shape / 2
 
 
