@@ -74,12 +74,18 @@ def tell_image_size(loss, image_size):
 
 
 class _ClassSlot:
-    """Stands in for the stock criterion's element-wise BCE; the criterion weights, sums and normalises the result."""
+    """Stands in for the stock criterion's element-wise BCE; the criterion weights, sums and normalises the result.
 
-    def __init__(self, loss):
+    Where nothing weights the classes, the sum is all that it needs, and gets: faster, and in a fraction of the memory.
+    """
+
+    def __init__(self, loss, of_elements):
         self.loss = loss
+        self.of_elements = of_elements or loss.family == "ranking" or loss.self_normalized
 
     def __call__(self, pred_scores, target_scores):
+        if not self.of_elements:
+            return self.loss(pred_scores, target_scores, reduction_override="sum")
         elements, valid = self.loss.elements(pred_scores, target_scores)
         if self.loss.family == "ranking":
             elements = self.in_their_places(elements, target_scores)
@@ -201,7 +207,7 @@ class PluginDetectionLoss(v8DetectionLoss):
             super().__init__(model, tal_topk, tal_topk2)
         self.built = build_losses(self.losses, self.nc, self.device)
         if "cls" in self.built:
-            self.bce = _ClassSlot(self.built["cls"])
+            self.bce = _ClassSlot(self.built["cls"], of_elements=self.class_weights is not None)
         if self.built.keys() & {"box", "dfl"}:
             kind = _RotatedBoxCriterion if isinstance(self.bbox_loss, RotatedBboxLoss) else _BoxCriterion
             self.bbox_loss = kind(self.reg_max, self.built.get("box"), self.built.get("dfl")).to(self.device)

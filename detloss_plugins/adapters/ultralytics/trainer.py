@@ -146,7 +146,8 @@ def describe(losses, args, task="detect"):
         line = "stock loss"
         if slot in losses:
             loss = build_loss(losses[slot])
-            line = f"{_in_words(loss)}, weight {loss.loss_weight:g}"
+            compiled = ", compiled" if loss.compiled and not loss.counts_positives else ""
+            line = f"{_in_words(loss)}{compiled}, weight {loss.loss_weight:g}"
         lines.append(f"{slot}: {line} x gain {gain:g}")
     return lines
 
@@ -158,7 +159,7 @@ def _in_words(loss):
     return f"{type(loss).__name__}({', '.join(words)})"
 
 
-def make_trainer(losses, task="detect", trainer=None):
+def make_trainer(losses, task="detect", trainer=None, compile=False):
     """A trainer class for ``YOLO(...).train(trainer=make_trainer(losses))``.
 
     Args:
@@ -169,6 +170,7 @@ def make_trainer(losses, task="detect", trainer=None):
             has besides (masks, keypoints, angle) stay stock.
         trainer: the class to start from, if not Ultralytics' own for the task: ``WorldTrainer``, a ``YOLOETrainer``, or
             a subclass of yours.
+        compile: compile all of the losses, as ``compile=True`` in the dict of each does.
 
     Returns:
         A subclass of that trainer. It is made here so that multi-GPU workers, which receive it pickled by value,
@@ -179,6 +181,8 @@ def make_trainer(losses, task="detect", trainer=None):
             suit it, before any data is read. The trainer raises ``ValueError`` for a model of another task.
     """
     losses = load_losses(losses, task)
+    if compile:
+        losses = {slot: {**cfg, "compile": True} for slot, cfg in losses.items()}
     base = trainer or TRAINERS[task]
     of_classes = losses.get("cls") or losses.get("loss_class")
     prior = build_loss(of_classes).yolo_prior if of_classes else None
