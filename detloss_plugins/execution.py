@@ -59,8 +59,6 @@ def as_rows(loss, pred, target, weight):
     if not leading:
         return None
     shape = pred.shape[:leading]
-    if weight is not None and weight.numel() == shape.numel():
-        weight = weight.reshape(shape)
     tensors = [x for x in tree_leaves((target, weight)) if torch.is_tensor(x)]
     if any(x.shape[:leading] != shape for x in tensors):
         return None
@@ -101,7 +99,7 @@ class Analytic(torch.autograd.Function):
     @classmethod
     def _differentiable(cls, ctx, outer):
         """The gradients of a backward that is to be differentiated itself."""
-        inputs = ctx.saved_tensors
+        inputs = [x.view_as(x) for x in ctx.saved_tensors]  # one may be worked out of another: not through that
         values = cls.plain(*inputs, *ctx.inputs)
         values = values if isinstance(values, tuple) else (values,)
         values, outer = zip(*((v, out) for v, out in zip(values, outer, strict=True) if out is not None), strict=True)
@@ -181,7 +179,7 @@ def compiled(loss, function):
 
 def _run_compiled(loss, pred, target, weight, avg_factor, reduction, **extra):
     call = (pred, target, weight, avg_factor, reduction)
-    shape = pred.shape[: loss.leading(pred)] if loss.by_rows else ()
+    shape = pred.shape[: loss.leading(pred)] if torch.is_tensor(pred) else ()
     if shape and shape.numel() < 2:
         return loss.total(*call, **extra)  # each of the sizes 0 and 1 would be compiled for itself
     try:
@@ -190,7 +188,7 @@ def _run_compiled(loss, pred, target, weight, avg_factor, reduction, **extra):
         value = loss.total(*call, **extra)  # if the arguments are at fault, this says it
         _give_up(loss, error)
         return value
-    return value.unflatten(0, shape) if reduction == "none" and len(shape) > 1 else value
+    return value.unflatten(0, shape) if reduction == "none" and loss.by_rows and len(shape) > 1 else value
 
 
 def _compiled(loss, pred, target, weight, avg_factor, reduction, **extra):

@@ -1,0 +1,306 @@
+"""However a loss is run - as it is written, in parts, by a formula, compiled - it is the same loss."""
+
+import copy
+import functools
+import gc
+import pickle
+import warnings
+
+import pytest
+import torch
+from bench import peak_memory
+from test_properties import EXTREME_BOXES, family, gradient, sample_for, variants
+from torch import nn
+
+from detloss_plugins import build_loss, execution
+from detloss_plugins.losses import (
+    BinaryCrossEntropyLoss,
+    CIoULoss,
+    CrossEntropyLoss,
+    FocalLoss,
+    GIoULoss,
+    QualityFocalLoss,
+    VarifocalLoss,
+)
+
+DENSE = [BinaryCrossEntropyLoss, FocalLoss, QualityFocalLoss, VarifocalLoss]
+
+
+@pytest.fixture
+def in_small_parts(monkeypatch, device):
+    """Parts of a few rows, so that a small input takes several; what ran in parts is counted."""
+    monkeypatch.setitem(execution.PART, torch.device(device).type, 64)
+    ran, in_parts = [], execution.in_parts
+    monkeypatch.setattr(execution, "in_parts", lambda *call: ran.append(call[0]) or in_parts(*call))
+    return ran
+
+
+@pytest.fixture
+def unbuilt(monkeypatch):
+    """``torch.compile`` without a C++ compiler: everything up to the kernels, which would take seconds each."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*runs uncompiled")
+        yield
+
+
+def graphs():
+    """How many graphs the compiler has made since its reset."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def plain(loss, pred, target, *args, **kwargs):
+    """Value and gradient as ``torch.func`` takes them, which are those of the plain operators."""
+    both = torch.func.grad_and_value(lambda x: loss(x, target, *args, **kwargs))(pred.detach())
+    return both[1], both[0]
+
+
+def same(loss, pred, target, rtol=1e-5, **kwargs):
+    """Assert that value and gradient are those of the plain operators."""
+    value, slope = plain(loss, pred, target, **kwargs)
+    found = loss(pred, target, **kwargs)
+    torch.testing.assert_close(found, value, rtol=rtol, atol=1e-7)
+    bound = rtol * slope.abs().max().item() + 1e-12
+    torch.testing.assert_close(torch.autograd.grad(found, pred)[0], slope, rtol=rtol, atol=bound)
+
+
+def test_parts_give_what_the_whole_gives(loss_cls, device, in_small_parts):
+    for loss in variants(loss_cls)[: 0 if loss_cls.counts_positives else None]:  # those read all rows at once
+        pred, target = sample_for(loss, device, 70, torch.float64)
+        weight = torch.rand(len(pred), device=device)
+        for kwargs in ({}, {"reduction_override": "sum"}, {"weight": weight, "avg_factor": 3.0}):
+            same(loss, pred, target, **kwargs)
+        assert in_small_parts or not loss.by_rows
+
+
+@pytest.mark.parametrize("kind", DENSE)
+def test_parts_of_several_images(kind, device, in_small_parts):
+    """Leading dimensions, labels with a background and an ignored one, and weights of every shape."""
+    loss = kind()
+    pred = torch.randn(3, 11, 6, device=device, requires_grad=True)
+    label = torch.randint(-1, 7, (3, 11), device=device)
+    quality = torch.rand(3, 11, device=device)
+    for target in (label, (label, quality), torch.rand(3, 11, 6, device=device)):
+        for shape in ((3, 11), (3, 11, 1), (3, 11, 6)):
+            same(loss, pred, target, weight=torch.rand(shape, device=device), avg_factor=5.0)
+    assert len(in_small_parts) == 9
+
+
+def test_a_scaled_gradient_in_half_precision_does_not_vanish(device, in_small_parts):
+    """A part's gradient of 1e-9 is nothing in half precision; after the scaler's factor it is something."""
+    pred = torch.randn(40, 8, device=device).half().requires_grad_()
+    target = torch.rand(40, 8, device=device)
+    (found,) = torch.autograd.grad(2.0**20 * FocalLoss()(pred, target, avg_factor=1e8), pred)
+    wide = pred.detach().float()
+    torch.testing.assert_close(found, (2.0**20 * plain(FocalLoss(), wide, target, avg_factor=1e8)[1]).half())
+    assert in_small_parts
+    assert (found != 0).all()
+
+
+def test_torch_func_agrees(loss_cls, device):
+    """It takes the plain operators, so this compares every backward by formula with autograd's."""
+    for loss in variants(loss_cls):
+        if not loss.counts_positives:
+            same(loss, *sample_for(loss, device, 40, torch.float64))
+
+
+@pytest.mark.parametrize("case", EXTREME_BOXES)
+@family("box")
+def test_formulas_agree_on_extreme_boxes(loss_cls, device, case):
+    pred, target = (torch.tensor([box], dtype=torch.float64, device=device) for box in EXTREME_BOXES[case])
+    same(loss_cls.make().eval(), pred.requires_grad_(), target)
+
+
+def test_second_derivatives(loss_cls, device, in_small_parts):
+    """By autograd twice, against ``torch.func`` twice."""
+    loss = loss_cls.make().eval()
+    if loss.counts_positives:
+        return
+    pred, target = sample_for(loss, device, 30, torch.float64)
+    direction = torch.rand_like(pred)
+    (first,) = torch.autograd.grad(loss(pred, target), pred, create_graph=True)
+    (found,) = torch.autograd.grad((first * direction).sum(), pred) if first.requires_grad else (0 * pred,)
+    once = torch.func.grad(lambda x: loss(x, target))
+    expected = torch.func.grad(lambda x: (once(x) * direction).sum())(pred.detach())
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_second_backward_through_one_graph(device, in_small_parts):
+    pred, target = sample_for(GIoULoss(), device, 40)
+    value = GIoULoss()(pred, target)
+    first, second = (torch.autograd.grad(value, pred, retain_graph=True)[0] for _ in range(2))
+    torch.testing.assert_close(first, second)
+    assert in_small_parts
+
+
+def test_a_target_with_a_gradient_gets_it(device, in_small_parts):
+    for loss in (GIoULoss(), FocalLoss()):
+        pred, target = sample_for(loss, device, 40, torch.float64)
+        expected = torch.func.grad(lambda x, loss=loss, pred=pred: loss(pred.detach(), x))(target)
+        found = torch.autograd.grad(loss(pred, target.requires_grad_()), target)[0]
+        torch.testing.assert_close(found, expected)
+
+
+def test_nothing_is_left_behind(loss_cls, device, in_small_parts):
+    """A function that notes down its own output holds on to its memory until the garbage collector comes by."""
+    loss = loss_cls.make()
+    pred, target = sample_for(loss, device, 40)
+    gc.collect()
+    gc.disable()
+    try:
+        counts = []
+        for _ in range(3):
+            loss(pred, target).backward()
+            pred.grad = None
+            counts.append(sum(type(x) is torch.Tensor for x in gc.get_objects()))
+    finally:
+        gc.enable()
+    assert counts[1] == counts[2]
+
+
+@pytest.mark.parametrize("kind", DENSE)
+def test_memory_of_dense_logits(kind):
+    """At most three times the logits, which autograd's intermediate results would take several times over."""
+    pred, target = kind.sample(17_000, classes=80)
+    pred.requires_grad_()
+    loss = kind()
+    used = peak_memory(lambda: loss(pred, target).backward(), torch.device("cpu"))
+    assert used < 3 * pred.numel() * 4
+
+
+def test_compiled_is_the_same(loss_cls, device, unbuilt):
+    """One graph for every number of rows but 0 and 1, which run uncompiled; the compiler gives up on none."""
+    loss = loss_cls.make(compile=True).eval()
+    eager = loss_cls.make().eval()
+    for n in (40, 23, 2, 1, 0):
+        pred, target = sample_for(loss, device, n, torch.float64)
+        for kwargs in ({"avg_factor": 2.5 + n}, {"reduction_override": "none"})[: 1 if n < 40 else 2]:
+            found, expected = (x(pred, target, **kwargs).sum() for x in (loss, eager))
+            torch.testing.assert_close(found, expected)
+            slopes = (torch.autograd.grad(value, pred)[0] for value in (found, expected))
+            torch.testing.assert_close(*slopes)
+    assert graphs() <= (0 if loss.counts_positives else 3)  # one or two for the first way of calling, one for the other
+
+
+def test_compiled_with_several_images(device, unbuilt):
+    loss, eager = QualityFocalLoss(compile=True), QualityFocalLoss()
+    for images, anchors in ((3, 7), (2, 9), (1, 5)):
+        pred = torch.randn(images, anchors, 6, device=device, requires_grad=True)
+        target = torch.randint(0, 7, (images, anchors), device=device), torch.rand(images, anchors, device=device)
+        rows = loss(pred, target, reduction_override="none")
+        torch.testing.assert_close(rows, eager(pred, target, reduction_override="none"))
+        torch.testing.assert_close(gradient(loss, pred, target), gradient(eager, pred, target))
+    assert graphs() == 2
+
+
+@pytest.mark.parametrize("state", [{"type": "WIoULoss"}, {"type": "SlideLoss"}, {"type": "GHMC", "momentum": 0.5}])
+def test_compiled_state_moves(state, device, unbuilt):
+    loss, eager = build_loss({**state, "compile": True}).to(device), build_loss(state).to(device)
+    for seed in range(3):
+        pred, target = type(loss).sample(20, seed=seed)
+        for x in (loss, eager):
+            x(pred.to(device).requires_grad_(), target.to(device)).backward()
+    assert graphs() == 1
+    for found, expected in zip(loss.buffers(), eager.buffers(), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+def test_compiled_loss_is_copied_and_pickled(device, unbuilt):
+    loss = CIoULoss(compile=True, loss_weight=0.5)
+    pred, target = sample_for(loss, device)
+    value = loss(pred, target)
+    for twin in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
+        assert repr(twin) == repr(loss) == "CIoULoss(loss_weight=0.5, compile=True)"
+        torch.testing.assert_close(twin(pred, target), value)
+
+
+def test_compiled_under_autocast(device, unbuilt):
+    pred, target = sample_for(CIoULoss(), device)
+    loss = CIoULoss(compile=True)
+    with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
+        found = loss(pred.bfloat16(), target)
+    torch.testing.assert_close(found, CIoULoss()(pred.bfloat16(), target))
+    assert found.dtype == torch.float32
+
+
+class Model(nn.Module):
+    """A layer and a loss that may be compiled."""
+
+    def __init__(self, compile):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.loss = nn.Linear(4, 6), FocalLoss(compile=compile)
+
+    def forward(self, x, target):
+        return self.loss(self.layer(x), target)
+
+
+def slopes(model, x, target):
+    model(x, target).backward()
+    return [parameter.grad for parameter in model.parameters()]
+
+
+def test_compiled_in_a_compiled_model(unbuilt):
+    x, target = torch.rand(20, 4), torch.rand(20, 6)
+    whole = torch.compile(Model(compile=True), fullgraph=True)
+    torch.testing.assert_close(slopes(whole, x, target), slopes(Model(compile=False), x, target))
+    assert graphs() == 1
+
+
+def test_compiled_in_a_distributed_model(unbuilt, tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        x, target = torch.rand(20, 4), torch.rand(20, 6)
+        model = nn.parallel.DistributedDataParallel(Model(compile=True))
+        torch.testing.assert_close(slopes(model, x, target), slopes(Model(compile=False), x, target))
+        assert graphs() == 1
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_without_a_compiler_there_is_one_warning(monkeypatch, device):
+    def fail(*_, **__):
+        raise RuntimeError("there is no C++ compiler")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    monkeypatch.setattr(execution, "_told", set())
+    pred, target = sample_for(CIoULoss(), device)
+    loss = CIoULoss(compile=True)
+    with pytest.warns(UserWarning, match="CIoULoss runs uncompiled.*no C\\+\\+ compiler"):
+        value = loss(pred, target)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again, other = loss(pred, target), GIoULoss(compile=True)(pred, target)
+    assert value == again == CIoULoss()(pred, target)
+    assert other == GIoULoss()(pred, target)
+
+
+def test_a_mistake_in_a_call_is_told_as_without_compiling(unbuilt):
+    loss = CIoULoss(compile=True)
+    with pytest.raises(ValueError, match="must both be boxes"):
+        loss(torch.rand(3, 4), torch.rand(4, 4))
+    assert loss not in execution._not_compiled
+
+
+@pytest.mark.parametrize("settings", [{"type": "FocalLoss"}, {"type": "CIoULoss"}], ids=lambda s: s["type"])
+def test_really_compiled(settings):
+    """The kernels too: over millions of numbers, and as exact as uncompiled."""
+    loss, eager = build_loss({**settings, "compile": True}), build_loss(settings)
+    for n in (300_000, 1000):
+        pred, target = type(loss).sample(n)
+        pred.requires_grad_()
+        value = eager(pred.double(), target.double())
+        torch.testing.assert_close(loss(pred, target).double(), value, rtol=1e-6, atol=0)
+        found, expected = gradient(loss, pred, target), gradient(eager, pred, target)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+    assert loss not in execution._not_compiled
+
+
+def test_softmax_ignores_nothing_new(device):
+    """Labels below zero and ``ignore_index`` take no part, whichever way they are left out."""
+    pred = torch.randn(5, 4, device=device, requires_grad=True)
+    target = torch.tensor([0, -1, 255, 3, -100], device=device)
+    rows = CrossEntropyLoss(ignore_index=255)(pred, target, reduction_override="none")
+    assert (rows == 0).tolist() == [False, True, True, False, True]
