@@ -113,6 +113,15 @@ def test_formulas_agree_on_extreme_boxes(loss_cls, device, case):
     same(loss_cls.make().eval(), pred.requires_grad_(), target)
 
 
+@family("box")
+def test_formulas_agree_on_any_corners(loss_cls, device):
+    """Inverted along an axis, or along both, the prediction as well as the target."""
+    pred, target = 100 * torch.rand(2, 200, 4, dtype=torch.float64, device=device)
+    loss = loss_cls.make().eval()
+    loss.unchecked = 0
+    same(loss, pred.requires_grad_(), target)
+
+
 def test_second_derivatives(loss_cls, device, in_small_parts):
     """By autograd twice, against ``torch.func`` twice."""
     loss = loss_cls.make().eval()
@@ -129,7 +138,7 @@ def test_second_derivatives(loss_cls, device, in_small_parts):
 
 def test_a_second_backward_through_one_graph(device, in_small_parts):
     pred, target = sample_for(GIoULoss(), device, 40)
-    value = GIoULoss()(pred, target)
+    value = 3 * GIoULoss()(pred, target)
     first, second = (torch.autograd.grad(value, pred, retain_graph=True)[0] for _ in range(2))
     torch.testing.assert_close(first, second)
     assert in_small_parts
@@ -182,6 +191,14 @@ def test_compiled_is_the_same(loss_cls, device, unbuilt):
             slopes = (torch.autograd.grad(value, pred)[0] for value in (found, expected))
             torch.testing.assert_close(*slopes)
     assert graphs() <= (0 if loss.counts_positives else 3)  # one or two for the first way of calling, one for the other
+
+
+def test_many_compiled_losses(device, unbuilt):
+    """The compiler keeps eight graphs of one function, and then gives up; each loss has a function of its own."""
+    pred, target = sample_for(CIoULoss(), device)
+    for weight in range(1, 11):
+        CIoULoss(compile=True, loss_weight=weight)(pred, target)
+    assert graphs() == 10
 
 
 def test_compiled_with_several_images(device, unbuilt):
