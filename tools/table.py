@@ -17,7 +17,7 @@ from detloss_plugins.adapters.ultralytics import SLOTS, model_task
 
 README = Path(__file__).parents[1] / "README.md"
 CONFIGS = Path(__file__).parents[1] / "configs" / "mmdetection"
-SHARED = {"reduction", "loss_weight"}
+SHARED = {"compile", "reduction", "loss_weight"}
 
 
 def hyper_parameters(cls):
