@@ -6,7 +6,6 @@ Exit status 1 if any comparison fails.
 
 import argparse
 import copy
-import importlib
 import json
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from twins import in_words, load, twin_of
 
 from detloss_plugins import MODELS
 from detloss_plugins.base import ClassificationLoss
@@ -114,144 +114,15 @@ def calls(loss, pred):
     return found
 
 
-def load(path):
-    """The object at a dotted path, or None where its package is absent."""
-    module, name = path.rsplit(".", 1)
-    try:
-        return getattr(importlib.import_module(module), name)
-    except ImportError:
-        return None
-
-
-def mmdet(found, theirs, loss, pred, target, kwargs):
-    """A class of mmdet's, under our own contract."""
-    if "weight" in kwargs and loss.family == "classification" and loss.use_sigmoid and not loss.sums_classes:
-        kwargs = {**kwargs, "weight": kwargs["weight"].unsqueeze(-1)}  # theirs broadcasts as torch does
-    return found(**theirs)(pred, target, **kwargs)
-
-
-def mmdet_ghm(found, theirs, loss, pred, target, kwargs):
-    """They must have a weight, in the target's shape."""
-    kwargs = dict(kwargs)
-    weight = kwargs.pop("weight", torch.ones_like(pred))
-    shape = target.shape
-    if weight.shape != shape:
-        weight = weight.reshape(len(pred), -1)[:, :1].expand(len(pred), shape[1:].numel()).reshape(shape)
-    return found(**theirs)(pred, target, label_weight=weight, **kwargs)
-
-
-def mmdet_seesaw(found, theirs, loss, pred, target, kwargs):
-    """Another name for the weight."""
-    kwargs = {"label_weights" if name == "weight" else name: value for name, value in kwargs.items()}
-    return found(**theirs)(pred, target, **kwargs)
-
-
-def mmdet_quality(found, theirs, loss, pred, target, kwargs):
-    """It takes a (label, score) tuple for class indices, and for probabilities."""
-    if target.dim() == 1:
-        target = target, (target < pred.shape[-1]).to(pred.dtype)
-    elif theirs.get("activated"):
-        score, label = target.max(-1)
-        target = torch.where(score > 0, label, pred.shape[-1]), score
-    return mmdet(found, theirs, loss, pred, target, kwargs)
-
-
-def mmdet_varifocal(found, theirs, loss, pred, target, kwargs):
-    """It takes dense targets only."""
-    return mmdet(found, theirs, loss, pred, loss.prepare(pred, target)[1], kwargs)
-
-
-def mmdet_distillation(found, theirs, loss, pred, target, kwargs):
-    """It takes the teacher's logits and averages over the classes."""
-    return pred.shape[-1] * found(**theirs)(pred, loss.temperature * target.log(), **kwargs)
-
-
-def function(found, theirs, loss, pred, target, kwargs):
-    """A function of torch's or torchvision's, on dense targets."""
-    if loss.family == "classification" and target.dim() < pred.dim():
-        target = loss.prepare(pred, target)[1]
-    return indexed_function(found, theirs, loss, pred, target, kwargs)
-
-
-def indexed_function(found, theirs, loss, pred, target, kwargs):
-    """A function of torch's that takes class indices too."""
-    reduction = kwargs.get("reduction_override", "mean")
-    if loss.sums_classes:
-        return reduce_rows(found(pred, target, reduction="none", **theirs).sum(-1), reduction)
-    return found(pred, target, reduction=reduction, **theirs)
-
-
-def kl_div(found, theirs, loss, pred, target, kwargs):
-    """It takes the model's logarithms."""
-    rows = found(pred.log_softmax(-1), target, reduction="none", **theirs).sum(-1)
-    return reduce_rows(rows, kwargs.get("reduction_override", "mean"))
-
-
-def similarity(found, theirs, loss, pred, target, kwargs):
-    """A function that returns the similarity of boxes, not the loss."""
-    return reduce_rows(1 - found(pred, target, **theirs).reshape(len(pred)), kwargs.get("reduction_override", "mean"))
-
-
-def ultralytics(found, theirs, loss, pred, target, kwargs):
-    """They average over dim 1 and sum over the rest; ours is the sum."""
-    return found(**theirs)(pred, loss.prepare(pred, target)[1]) * pred.shape[1]
-
-
-def ultralytics_varifocal(found, theirs, loss, pred, target, kwargs):
-    """The same, with the label beside the quality."""
-    target = loss.prepare(pred, target)[1]
-    return found(**theirs)(pred, target, (target > 0).to(pred.dtype)) * pred.shape[1]
-
-
-def ultralytics_dfl(found, theirs, loss, pred, target, kwargs):
-    """It takes the number of bins, and changes its target."""
-    rows = found(pred.shape[-1])(pred, target.clone().unsqueeze(-1)).squeeze(-1)
-    return reduce_rows(rows, kwargs.get("reduction_override", "mean"))
-
-
-def ultralytics_dice(found, theirs, loss, pred, target, kwargs):
-    """It averages over the channels: here one."""
-    module = found(reduction=kwargs.get("reduction_override", "mean"), **theirs)
-    return module(pred.unsqueeze(1), target.unsqueeze(1))
-
-
-PLAIN = {"none", "mean", "sum"}
-# Package, or package and name where that is called otherwise: how to call it, and the ways that it knows (None: all).
-ADAPTERS = {
-    "mmdet": (mmdet, None),
-    "mmdet QualityFocalLoss": (mmdet_quality, None),
-    "mmdet VarifocalLoss": (mmdet_varifocal, None),
-    "mmdet KnowledgeDistillationKLDivLoss": (mmdet_distillation, None),
-    "mmdet EQLV2Loss": (mmdet, {"mean"}),
-    # They have a normaliser always, which they refuse to combine with a sum.
-    "mmdet GHMC": (mmdet_ghm, {"none", "mean", "weight", "weight, avg_factor"}),
-    "mmdet GHMR": (mmdet_ghm, {"none", "mean", "weight", "weight, avg_factor", "weight (N, 4)"}),
-    # Its class part leaves the rows of background out, and so cannot give its rows.
-    "mmdet SeesawLoss": (mmdet_seesaw, {"mean", "sum", "weight", "weight, avg_factor", "weight, sum"}),
-    "torch": (function, PLAIN),
-    "torch cross_entropy": (indexed_function, PLAIN),
-    "torch kl_div": (kl_div, PLAIN),
-    "torchvision": (function, PLAIN),
-    "ultralytics": (ultralytics, {"sum"}),
-    "ultralytics VarifocalLoss": (ultralytics_varifocal, {"sum"}),
-    "ultralytics DFLoss": (ultralytics_dfl, PLAIN),
-    "ultralytics MultiChannelDiceLoss": (ultralytics_dice, PLAIN),
-    "ultralytics bbox_iou": (similarity, PLAIN),
-    "ultralytics probiou": (similarity, PLAIN),
-}
-
-
 def upstream_call(upstream, loss):
-    """``call(pred, target, **kwargs)`` for one counterpart, and the ways of calling that it knows (None: all)."""
-    found = load(upstream.path)
-    package, *_, name = upstream.path.split(".")
-    adapt, known = ADAPTERS.get(f"{package} {name}") or ADAPTERS[package]
-    return lambda pred, target, **kwargs: adapt(found, upstream.theirs, loss, pred, target, kwargs), known
+    """``call(pred, target, **kwargs)`` for one counterpart, built anew in each call, and the ways that it knows."""
+    twin = twin_of(upstream.path)
 
+    def call(pred, target, **kwargs):
+        call, given = twin.ready(upstream, loss, pred, target)
+        return call(pred, given, kwargs)
 
-def reduce_rows(rows, reduction):
-    """A plain reduction of one loss a row."""
-    return {"none": rows, "mean": rows.mean(), "sum": rows.sum()}[reduction]
+    return call, twin.ways
 
 
 def value_and_gradient(call, pred, target, kwargs):
@@ -310,11 +181,8 @@ def verdict(upstream, worst):
 
 def settings(upstream):
     """The settings under which the two are the same loss, in words."""
-    words = []
-    for who, values in (("ours", upstream.ours), ("theirs", upstream.theirs)):
-        if values:
-            words.append(f"{who} " + ", ".join(f"{k}={v}" for k, v in values.items()))
-    return "; ".join(words) or "defaults"
+    given = {"ours": upstream.ours, "theirs": upstream.theirs}
+    return "; ".join(f"{who} {in_words(values)}" for who, values in given.items() if values) or "defaults"
 
 
 def rows(names, sources, progress=lambda x, **_: x):
