@@ -1,186 +1,275 @@
-"""Time the ranking losses beside a plain loop over the positives and the focal loss, on the same logits.
+"""Time every loss beside every upstream counterpart, eager and compiled, from 1k boxes to the logits of a RetinaNet.
 
-Each figure is the median of forward and backward over several runs, after a warm-up, the losses in turn; with it the
-largest memory beyond what was there before, as a multiple of the logits'. The loop, AP loss written as its authors do,
-runs once.
+A figure is the median of forward and backward over many rounds after a warm-up; in each round everybody has one turn,
+another one first each time. Both sides get their modules, and their target in the form that they take, before the clock
+starts. Beside it: quartiles, the largest memory beyond what was there before, the number of kernels and the bandwidth,
+which is the time of a copy of as many bytes as must move at least (pred and target read, the gradient written) over the
+median (on a GPU over the time that its kernels ran). The ranking losses have a plain loop over the positives and the
+focal loss on the same logits beside them.
 """
 
 import argparse
-import functools
+import gc
+import importlib.metadata
 import json
+import os
 import platform
-import statistics
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
+from cases import cases, contests, our_losses, participants, size_of
 from compare import registered
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 from rich.table import Table
-from torch.profiler import ProfilerActivity, profile
+from speed_page import check_bars, write_page, write_picture
+from timing import copier, interleaved, named_loops, observe, spread
+from twins import in_words
 
-from detloss_plugins import build_loss
 from detloss_plugins.registry import loss_class
 
-SIZES = ((500, 100_000), (2000, 1_000_000))
-YARDSTICK = "FocalLoss"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PACKAGES = ("torch", "torchvision", "mmdet", "mmcv", "mmengine", "ultralytics")
+COPY = "copy"
 
 
-def scene(positives, negatives, seed=0):
-    """Logits and soft targets in one row: negatives mostly below, but all of them near enough to matter."""
-    generator = torch.Generator().manual_seed(seed)
-    logits = 2 * torch.randn(positives + negatives, generator=generator) - 4
-    logits[:positives] += 3
-    target = torch.zeros_like(logits)
-    target[:positives] = torch.rand(positives, generator=generator).clamp(min=0.01)
-    order = torch.randperm(len(logits), generator=generator)
-    return logits[order], target[order]
-
-
-def plain_ap_loss(logits, target, delta=1.0):
-    """AP loss and its update by a loop over the positives, from the lowest: what the fast form replaces."""
-    scores, negatives = logits[target > 0], logits[target == 0]
-    near = negatives >= scores.min() - delta
-    others = negatives[near]
-    up, down = torch.zeros_like(scores), torch.zeros_like(others)
-    best = torch.zeros(())
-    for i in scores.argsort():
-        above = ((scores - scores[i]) / (2 * delta) + 0.5).clamp(0, 1).sum() + 0.5
-        step = ((others - scores[i]) / (2 * delta) + 0.5).clamp(0, 1)
-        precision = above / (above + step.sum())
-        step /= above + step.sum()
-        if precision >= best:
-            best = precision
-        else:
-            step *= (1 - best) / (1 - precision)
-        down += step
-        up[i] = best - 1
-    pushed = torch.zeros_like(negatives)
-    pushed[near] = down
-    return -up.mean(), up / len(up), pushed / len(up)
-
-
-def forward_backward(loss, logits, target):
-    """A function of no arguments that does both and forgets the gradient."""
-    logits = logits.clone().requires_grad_()
+def forward_backward(call, pred, target):
+    """A function of no arguments that does both and returns the gradient, so that it is freed off the clock."""
+    pred = pred.detach().requires_grad_()
 
     def run():
-        loss(logits, target).backward()
-        logits.grad = None
+        value = call(pred, target)
+        if not isinstance(value, torch.Tensor):  # the plain loop has its gradient already
+            return value
+        return torch.autograd.grad(value, pred)
 
     return run
 
 
-def milliseconds(run):
-    """How long one call takes."""
-    start = time.perf_counter()
-    run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return 1000 * (time.perf_counter() - start)
+def runs_of(contest, case, ours, device, dtype):
+    """``{who: function}`` of a contest and of the copy; the bytes of the logits or boxes, and those that must move."""
+    pred, target, found = participants(contest, case, ours, device, dtype)
+    calls = {who: forward_backward(call, pred, given) for who, (call, given) in found.items()}
+    size = size_of(pred)
+    bytes_moved = 2 * size + size_of(target)
+    return calls | {COPY: copier(bytes_moved, device)}, pred, bytes_moved
 
 
-def peak_memory(run, device):
-    """Bytes at the highest, above what there was before."""
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        return torch.cuda.max_memory_allocated() - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        run()
-    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
+def able(calls):
+    """The functions that run, and ``{who: what went wrong}`` of the others and of losses that run uncompiled."""
+    working, notes, failed = {}, {}, {}
+    for who, call in calls.items():
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            try:
+                call()
+            except Exception as error:  # a counterpart may not take the dtype; the table says so
+                failed[who] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+                continue
+        working[who] = call
+        if any("runs uncompiled" in str(warning.message) for warning in seen):
+            notes[who] = "runs uncompiled"
+    return working, notes, failed
 
 
-def rows(names, sizes, runs, device, progress=lambda x, **_: x):
-    """One dict for each loss at each size."""
-    found = []
-    for positives, negatives in sizes:
-        logits, target = (x.to(device) for x in scene(positives, negatives))
-        calls = {name: forward_backward(build_loss({"type": name}), logits, target) for name in (YARDSTICK, *names)}
-        times = {name: [] for name in calls}
-        for turn in progress(range(runs + 2), description=f"{positives} x {negatives}"):
-            for name, call in calls.items():
-                took = milliseconds(call)
-                if turn > 1:  # the first two warm up
-                    times[name].append(took)
-        median = {name: statistics.median(values) for name, values in times.items()}
-        if "APLoss" in names:
-            loop = milliseconds(functools.partial(plain_ap_loss, logits, target))
-        for name, values in times.items():
-            row = {"loss": name, "positives": positives, "negatives": negatives, "ms": median[name]}
-            row |= {"least": min(values), "most": max(values), "of_focal": median[name] / median[YARDSTICK]}
-            row["memory"] = peak_memory(calls[name], device) / (logits.numel() * logits.element_size())
-            if name == "APLoss":
-                row |= {"loop_ms": loop, "faster": loop / median[name]}
-            found.append(row)
+def measure(contest, case, ours, device, dtype, options):
+    """The rows of one contest at one size."""
+    calls, pred, bytes_moved = runs_of(contest, case, ours, device, dtype)
+    working, notes, failed = able(calls)
+    times = interleaved(working, device, options.runs, options.seconds, options.limit)
+    facts = {
+        "loss": contest.cls.__name__,
+        "family": contest.cls.family,
+        "settings": in_words(contest.ours),
+        "form": contest.form,
+        "case": case.name,
+        "shape": list(pred.shape),
+        "dtype": in_short(pred.dtype),
+        "device": device.type,
+        "bytes": bytes_moved,
+    }
+    settings = {upstream.path: in_words(upstream.theirs) for upstream in contest.twins}
+    found = [{**facts, "who": who, "theirs": settings.get(who, ""), "error": why} for who, why in failed.items()]
+    copied = {**spread(times.pop(COPY)), **observe(working[COPY], device)}
+    for who, taken in times.items():
+        row = {**facts, "who": who, "theirs": settings.get(who, ""), **spread(taken), **observe(working[who], device)}
+        row["of_pred"] = row["memory"] / size_of(pred)
+        row["copy_ms"] = copied.get("device_ms", copied["ms"])
+        row["bandwidth"] = row["copy_ms"] / row.get("device_ms", row["ms"])
+        note = notes.get(who, "one run: it takes too long" if len(taken) == 1 != options.runs else "")
+        found.append({**row, "note": note})
+    return with_ratios(found)
+
+
+def with_ratios(found):
+    """The rows of one contest, those that are not ours with how many times faster ours are."""
+    ours = {row["who"].split()[1]: row["ms"] for row in found if row["who"].startswith("ours ") and "ms" in row}
+    for row in found:
+        if not row["who"].startswith("ours ") and "ms" in row:
+            row["faster"] = {mode: row["ms"] / ms for mode, ms in ours.items()}
     return found
+
+
+def chosen_cases(contest, options):
+    """The sizes to run: a loss with nobody beside it has only the second, the middle one, unless told otherwise."""
+    found = cases(contest.cls)
+    if options.case:
+        return [case for case in found if any(word in case.name for word in options.case)]
+    if options.quick:
+        found = found[:-1] or found
+    beside = contest.twins or contest.cls.family == "ranking"
+    return found if beside or options.every_case else found[:2][-1:]
+
+
+def plan(names, options):
+    """``[(contest, cases), ...]`` of some losses."""
+    found = [contest for name in names for contest in contests(loss_class(name), options.every_setting)]
+    return [(contest, chosen) for contest in found if (chosen := chosen_cases(contest, options))]
+
+
+def rows(names, options, progress=None):
+    """One dict for everybody in each contest at each size, in each dtype and on each device."""
+    if "compiled" in options.mode:
+        named_loops()
+    work = plan(names, options)
+    places = [(torch.device(device), DTYPES[dtype]) for device in options.device for dtype in options.dtype]
+    task = progress and progress.add_task("", total=sum(len(chosen) for _, chosen in work) * len(places))
+    found = []
+    for device, dtype in places:
+        for contest, chosen in work:
+            ours = our_losses(contest, chosen[0], options.mode, device)
+            for case in chosen:
+                if progress:
+                    progress.update(task, description=f"{contest.cls.__name__} {case.name} {in_short(dtype)}")
+                torch.manual_seed(0)
+                found += measure(contest, case, ours, device, dtype, options)
+                if progress:
+                    progress.advance(task)
+            torch._dynamo.reset()  # as if each loss had a process of its own
+            gc.collect()
+    return found
+
+
+def in_short(dtype):
+    """A dtype's short name."""
+    return str(dtype).removeprefix("torch.")
 
 
 def print_table(found):
     """The rows as a table."""
-    header = (
-        "loss",
-        "positives",
-        "negatives",
-        "ms",
-        "least to most",
-        "of focal",
-        "memory / logits",
-        "loop ms",
-        "faster",
+    table = Table(
+        "loss", "who", "size", "ms", "quartiles", "memory", "kernels", "of copy", "ours faster: eager", "compiled"
     )
-    table = Table(*header)
     for row in found:
-        loop = (f"{row['loop_ms']:.0f}", f"{row['faster']:.0f} x") if "faster" in row else ("", "")
-        spread = f"{row['least']:.1f} to {row['most']:.1f}"
-        numbers = (f"{row['ms']:.1f}", spread, f"{row['of_focal']:.2f}", f"{row['memory']:.1f}")
-        table.add_row(row["loss"], str(row["positives"]), str(row["negatives"]), *numbers, *loop)
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+        name = f"{row['loss']}({row['settings']})" if row["settings"] else row["loss"]
+        size = f"{row['case']}, {row['dtype']}, {row['device']}"
+        if "error" in row:
+            table.add_row(name, row["who"], size, row["error"])
+            continue
+        quartiles = f"{row['low']:.3g} to {row['high']:.3g}"
+        faster = [
+            f"{row['faster'][mode]:.2f}" if mode in row.get("faster", {}) else "" for mode in ("eager", "compiled")
+        ]
+        figures = (f"{row['ms']:.3g}", quartiles, f"{row['of_pred']:.1f}", str(row["kernels"]))
+        who = f"{row['who']} ({row['note']})" if row["note"] else row["who"]
+        table.add_row(name, who, size, *figures, f"{100 * row['bandwidth']:.0f} %", *faster)
+    Console(width=None if sys.stdout.isatty() else 190).print(table)
 
 
-def machine(device):
+def version(package):
+    """The version of an installed package, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def processor():
+    """The name of the CPU where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def machine(devices):
     """What the figures were taken on."""
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or platform.machine()
+    names = {"cpu": processor()}
+    if "cuda" in devices:
+        names["cuda"] = torch.cuda.get_device_name()
     return {
-        "device": name,
+        "device": {device: names[device] for device in devices},
+        "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        "python": platform.python_version(),
+        **{package: version(package) for package in PACKAGES},
         "system": platform.platform(),
+        "date": time.strftime("%Y-%m-%d"),
     }
 
 
-def main(argv=None):
-    """Run the command; returns the exit status."""
-    ranking = [name for name, cls in registered().items() if cls.family == "ranking"]
+def parse(argv):
+    """The options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--loss", action="append", metavar="NAME", help="only this ranking loss (repeat for more)")
-    parser.add_argument("--runs", type=int, default=15, help="counted runs of each (%(default)s)")
-    parser.add_argument("--device", default="cpu", help="such as cuda (%(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows and the machine to FILE too")
+    here = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+    add = parser.add_argument
+    add("--loss", action="append", metavar="NAME", help="only this loss (repeat for more)")
+    add(
+        "--case", action="append", metavar="TEXT", help="only sizes whose name has TEXT, such as 100k (repeat for more)"
+    )
+    add("--device", action="append", choices=("cpu", "cuda"), help="default: all there are")
+    add("--dtype", action="append", choices=DTYPES, help="default: float32 and bfloat16 (repeat for more)")
+    add("--mode", action="append", choices=("eager", "compiled"), help="of our losses; default: both")
+    add("--runs", type=int, help="counted rounds (default: as many as fit in --seconds, 5 to 50)")
+    add("--seconds", type=float, default=2.0, help="for the rounds of one size (%(default)s)")
+    add("--limit", type=float, default=5.0, help="who takes more seconds than this runs once (%(default)s)")
+    add("--every-setting", action="store_true", help="each counterpart under all its settings, not the first only")
+    add("--every-case", action="store_true", help="all sizes for losses without a counterpart too")
+    add("--quick", action="store_true", help="without the largest sizes, half a second each")
+    add("--from", dest="stored", type=Path, metavar="FILE", help="take the rows from FILE and measure nothing")
+    add("--json", type=Path, metavar="FILE", help="write the rows and the machine to FILE")
+    add("--picture", type=Path, metavar="FILE", help="draw how many times faster ours are")
+    add("--page", type=Path, metavar="FILE", nargs="?", const=Path("docs/speed.md"), help="write the page (%(const)s)")
     args = parser.parse_args(argv)
     try:
-        names = [loss_class(name).__name__ for name in args.loss or ranking]
+        args.names = [loss_class(name).__name__ for name in args.loss or registered()]
     except ValueError as error:
         parser.error(str(error))
-    if others := [name for name in names if name not in ranking]:
-        parser.error(f"{others[0]} is not a ranking loss; there are {', '.join(ranking)}")
-    if args.runs < 1:
+    if args.runs is not None and args.runs < 1:
         parser.error("--runs must be at least 1")
-    device = torch.device(args.device)
-    found = rows(names, SIZES, args.runs, device, progress=track)
-    print_table(found)
+    if "cuda" in (args.device or ()) and not torch.cuda.is_available():
+        parser.error("there is no CUDA device here")
+    if args.stored and not args.stored.exists():
+        parser.error(f"there is no {args.stored}")
+    args.device, args.dtype = args.device or here, args.dtype or ["float32", "bfloat16"]
+    args.mode = args.mode or ["eager", "compiled"]
+    args.seconds = min(args.seconds, 0.5) if args.quick else args.seconds
+    return args
+
+
+def measured(args):
+    """The report of a new run."""
+    with Progress(disable=not sys.stderr.isatty(), console=Console(stderr=True)) as progress:
+        return {"machine": machine(args.device), "rows": rows(args.names, args, progress)}
+
+
+def main(argv=None):
+    """Run the command; returns the exit status: 1 if a loss of ours failed."""
+    args = parse(argv)
+    report = json.loads(args.stored.read_text(encoding="utf-8")) if args.stored else measured(args)
+    print_table(report["rows"])
     if args.json:
-        report = {"machine": machine(device), "rows": found}
         args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    return 0
+    if args.picture:
+        write_picture(report, args.picture)
+    if args.page:
+        write_page(report, args.page, args.picture)
+    for bar in check_bars(report["rows"]):
+        print(f"{bar['verdict']:13} {bar['bar']}: {bar['figure']}")
+    return 1 if any("error" in row and row["who"].startswith("ours ") for row in report["rows"]) else 0
 
 
 if __name__ == "__main__":

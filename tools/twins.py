@@ -4,6 +4,8 @@ import importlib
 from collections.abc import Callable
 from typing import NamedTuple
 
+from torch import nn
+
 
 def load(path):
     """The object at a dotted path, or None where its package is absent."""
@@ -168,6 +170,8 @@ class Twin(NamedTuple):
     def ready(self, upstream, loss, pred, target):
         """``call(pred, target, kwargs)`` of a new instance, and the target in the form that it takes."""
         built = self.build(load(upstream.path), upstream.theirs, pred)
+        if isinstance(built, nn.Module):
+            built = built.to(pred.device)
         given = self.convert(loss, upstream.theirs, pred, target)
         return lambda pred, given, kwargs: self.call(built, loss, pred, given, kwargs), given
 

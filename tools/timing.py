@@ -1,0 +1,176 @@
+"""Measure functions of no arguments: time in turns, memory at its highest, kernels, and how fast bytes are copied."""
+
+import functools
+import gc
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+LEAST, MOST = 5, 50  # rounds, where their number goes by the time
+
+
+def synchronize(device):
+    """Wait until the device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def milliseconds(run, device):
+    """How long one call takes, until the device is done; what it returns is freed after that."""
+    synchronize(device)
+    start = time.perf_counter()
+    kept = run()
+    synchronize(device)
+    took = 1000 * (time.perf_counter() - start)
+    del kept
+    return took
+
+
+def turns(names, rounds):
+    """The order of each round: all names once, another one first in each."""
+    for number in range(rounds):
+        first = number % len(names)
+        yield names[first:] + names[:first]
+
+
+def rounds_in(seconds, each):
+    """How many rounds of ``each`` milliseconds to make."""
+    return int(min(max(1000 * seconds / max(each, 1e-3), LEAST), MOST))
+
+
+def interleaved(calls, device, rounds=None, seconds=2.0, limit=5.0, warm_up=2):
+    """``{name: [milliseconds, ...]}`` of ``{name: function}``, the functions taking turns.
+
+    Each is called ``warm_up`` times first, unless its second call takes longer than ``limit`` seconds: then this is the
+    only time that it has. The first call may compile. ``rounds``, if not given, is as many as fit in ``seconds``,
+    within bounds. The garbage collector runs before and not in between.
+    """
+    gc.collect()
+    gc.disable()
+    try:
+        warm = {name: [milliseconds(call, device) for _ in range(warm_up)] for name, call in calls.items()}
+        slow = {name: times[-1:] for name, times in warm.items() if times[-1] > 1000 * limit}
+        names = [name for name in calls if name not in slow]
+        times = {name: [] for name in names}
+        rounds = rounds or rounds_in(seconds, sum(warm[name][-1] for name in names))
+        for order in turns(names, rounds) if names else ():
+            for name in order:
+                times[name].append(milliseconds(calls[name], device))
+    finally:
+        gc.enable()
+    return times | slow
+
+
+def spread(times):
+    """Median and quartiles."""
+    if len(times) == 1:
+        return {"ms": times[0], "low": times[0], "high": times[0], "runs": 1}
+    low, median, high = statistics.quantiles(times, n=4, method="inclusive")
+    return {"ms": median, "low": low, "high": high, "runs": len(times)}
+
+
+def peak_memory(run, device):
+    """Bytes at the highest, above what there was before; on a CPU of those that PyTorch allocates."""
+    if device.type != "cuda":
+        return peak_of(profiled(run, device))
+    synchronize(device)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    kept = run()
+    synchronize(device)
+    del kept
+    return torch.cuda.max_memory_allocated() - before
+
+
+def peak_of(seen):
+    """The highest sum of the allocations and releases that a profile has recorded."""
+    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+def profiled(run, device):
+    """The profile of one call."""
+    on_gpu = device.type == "cuda"
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
+    synchronize(device)
+    with profile(activities=activities, profile_memory=not on_gpu) as seen:
+        kept = run()
+        synchronize(device)
+    del kept
+    return seen
+
+
+@functools.cache
+def is_view(name):
+    """Whether an operator such as ``aten::t`` only looks at its input in another way."""
+    namespace, _, operator = name.partition("::")
+    packet = getattr(getattr(torch.ops, namespace), operator, None)
+    if packet is None:
+        return False
+    returns = [value for overload in packet.overloads() for value in getattr(packet, overload)._schema.returns]
+    return any(value.alias_info is not None and not value.alias_info.is_write for value in returns)
+
+
+def does_work(event):
+    """Whether an event of a CPU's profile computes something: see :func:`observe`."""
+    if "_cpp_fused" in event.name:
+        return True
+    namespace, _, operator = event.name.partition("::")
+    if namespace not in ("aten", "torchvision", "mmcv") or operator.startswith(("empty", "resize_", "set_")):
+        return False
+    return not is_view(event.name) and not any(map(does_work, descendants(event)))
+
+
+def descendants(event):
+    """The events inside an event."""
+    for child in event.cpu_children:
+        yield child
+        yield from descendants(child)
+
+
+def device_events(seen):
+    """What ran on a GPU, ``[(name, microseconds), ...]``: kernels, copies and fills."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "trace.json"
+        seen.export_chrome_trace(str(file))
+        events = json.loads(file.read_text(encoding="utf-8"))["traceEvents"]
+    kinds = ("kernel", "gpu_memcpy", "gpu_memset")
+    return [(event["name"], event["dur"]) for event in events if event.get("cat") in kinds]
+
+
+def observe(run, device):
+    """Peak memory, number of kernels, and on a GPU the milliseconds of these, of one call: ``{name: number}``.
+
+    Kernels on a GPU are what the profiler saw run there, copies and fills included. On a CPU they are the operators
+    that do work, that is the innermost ones that are neither views nor mere allocations, and the loops that
+    ``torch.compile`` generates, which show up with :func:`named_loops` only.
+    """
+    if device.type != "cuda":
+        seen = profiled(run, device)
+        return {"memory": peak_of(seen), "kernels": sum(map(does_work, seen.events()))}
+    found = device_events(profiled(run, device))
+    busy = sum(duration for _, duration in found) / 1000
+    return {"memory": peak_memory(run, device), "kernels": len(found), "device_ms": busy}
+
+
+def named_loops():
+    """Make what ``torch.compile`` generates for a CPU from now on visible to the profiler; it costs next to nothing."""
+    import torch._inductor.config
+
+    torch._inductor.config.cpp.enable_kernel_profile = True
+
+
+def copier(size, device):
+    """A function that moves ``size`` bytes: half of them read, half of them written."""
+    source = torch.ones(max(size // 2, 1), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
