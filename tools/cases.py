@@ -63,6 +63,7 @@ def scene(positives, negatives, seed=0):
     return logits[order], target[order]
 
 
+@torch.no_grad()
 def plain_ap_loss(logits, target, delta=1.0):
     """AP loss and its update by a loop over the positives, from the lowest: what the fast form replaces."""
     scores, negatives = logits[target > 0], logits[target == 0]

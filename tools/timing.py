@@ -43,12 +43,12 @@ def rounds_in(seconds, each):
     return int(min(max(1000 * seconds / max(each, 1e-3), LEAST), MOST))
 
 
-def interleaved(calls, device, rounds=None, seconds=2.0, limit=5.0, warm_up=2):
+def interleaved(calls, device, rounds=None, seconds=2.0, limit=5.0, warm_up=1):
     """``{name: [milliseconds, ...]}`` of ``{name: function}``, the functions taking turns.
 
-    Each is called ``warm_up`` times first, unless its second call takes longer than ``limit`` seconds: then this is the
-    only time that it has. The first call may compile. ``rounds``, if not given, is as many as fit in ``seconds``,
-    within bounds. The garbage collector runs before and not in between.
+    Each is called ``warm_up`` times first, on top of a call before that which may compile. If the last of these takes
+    longer than ``limit`` seconds, this is the only time that it has. ``rounds``, if not given, is as many as fit in
+    ``seconds``, within bounds. The garbage collector runs before and not in between.
     """
     gc.collect()
     gc.disable()
@@ -109,7 +109,6 @@ def profiled(run, device):
     return seen
 
 
-@functools.cache
 def is_view(name):
     """Whether an operator such as ``aten::t`` only looks at its input in another way."""
     namespace, _, operator = name.partition("::")
@@ -120,21 +119,25 @@ def is_view(name):
     return any(value.alias_info is not None and not value.alias_info.is_write for value in returns)
 
 
-def does_work(event):
-    """Whether an event of a CPU's profile computes something: see :func:`observe`."""
-    if "_cpp_fused" in event.name:
-        return True
-    namespace, _, operator = event.name.partition("::")
-    if namespace not in ("aten", "torchvision", "mmcv") or operator.startswith(("empty", "resize_", "set_")):
-        return False
-    return not is_view(event.name) and not any(map(does_work, descendants(event)))
+def working(events):
+    """How many of a CPU's events compute something: see :func:`observe`."""
+    own = {event.id: event for event in events if may_work(event.name)}
+    outer = set()  # operators with such an operator inside
+    for event in own.values():
+        parent = event.cpu_parent
+        while parent is not None and parent.id not in outer:
+            outer.add(parent.id)
+            parent = parent.cpu_parent
+    return len(own.keys() - outer)
 
 
-def descendants(event):
-    """The events inside an event."""
-    for child in event.cpu_children:
-        yield child
-        yield from descendants(child)
+@functools.cache
+def may_work(name):
+    """Whether it is an operator, and neither a view nor an allocation, or a loop of the compiler's."""
+    namespace, _, operator = name.partition("::")
+    if namespace not in ("aten", "torchvision", "mmcv"):
+        return "_cpp_fused" in name
+    return not operator.startswith(("empty", "resize_", "set_")) and not is_view(name)
 
 
 def device_events(seen):
@@ -156,7 +159,7 @@ def observe(run, device):
     """
     if device.type != "cuda":
         seen = profiled(run, device)
-        return {"memory": peak_of(seen), "kernels": sum(map(does_work, seen.events()))}
+        return {"memory": peak_of(seen), "kernels": working(seen.events())}
     found = device_events(profiled(run, device))
     busy = sum(duration for _, duration in found) / 1000
     return {"memory": peak_memory(run, device), "kernels": len(found), "device_ms": busy}
