@@ -1,17 +1,26 @@
 """The commands: what they refuse, and in how many words; the README is what it says it is."""
 
+import functools
+import gc
+import inspect
 import json
+import time
 
 import bench
+import cases
 import compare
 import pytest
+import speed_page
+import step
 import table
+import timing
 import torch
 import train
+import twins
 from mmengine.config import ConfigDict
 
 from detloss_plugins.base import Upstream
-from detloss_plugins.losses import ap_loss
+from detloss_plugins.losses import FocalLoss, GIoULoss, ap_loss
 
 
 def refused(capsys, *argv, status):
@@ -85,8 +94,6 @@ def test_compare_command(tmp_path, capsys, monkeypatch):
     """The whole command, on random tensors; a wrong formula makes its exit status 1."""
     import training_tensors
 
-    from detloss_plugins.losses import GIoULoss
-
     monkeypatch.setattr(training_tensors, "training_tensors", dict)
     file = tmp_path / "rows.json"
     assert compare.main(["--loss", "GIoULoss", "--loss", "EIoULoss", "--json", str(file)]) == 0
@@ -101,8 +108,6 @@ def test_compare_command(tmp_path, capsys, monkeypatch):
 
 def test_a_documented_difference_that_is_none_fails():
     same = Upstream("mmdet.models.losses.GIoULoss", differs="it does not")
-    from detloss_plugins.losses import GIoULoss
-
     worst = compare.compare(GIoULoss, same, {"random": GIoULoss.sample()})
     assert compare.verdict(same, worst) == "FAIL"
 
@@ -125,14 +130,17 @@ def test_an_outdated_table_is_noticed(name, row, tmp_path, monkeypatch, capsys):
 
 
 def test_the_loop_of_the_benchmark_is_ap_loss():
-    logits, target = (x.double() for x in bench.scene(40, 500))
-    value, up, down = bench.plain_ap_loss(logits, target)
+    logits, target = (x.double() for x in cases.scene(40, 500))
+    value, up, down = cases.plain_ap_loss(logits, target)
     logits.requires_grad_()
     mine = ap_loss(logits, target).mean()
     mine.backward()
     torch.testing.assert_close(value, mine.detach())
     torch.testing.assert_close(up, logits.grad[target > 0])
     torch.testing.assert_close(down, logits.grad[target == 0])
+
+
+CPU = torch.device("cpu")
 
 
 def test_peak_memory_is_what_is_there_at_once():
@@ -142,20 +150,170 @@ def test_peak_memory_is_what_is_there_at_once():
         kept = torch.zeros(1000, 1000)
         return kept + 1
 
-    assert bench.peak_memory(run, torch.device("cpu")) == pytest.approx(8e6, rel=0.01)
+    assert timing.peak_memory(run, CPU) == pytest.approx(8e6, rel=0.01)
 
 
-def test_bench_command(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(bench, "SIZES", ((20, 4000),))
-    file = tmp_path / "rows.json"
-    assert bench.main(["--loss", "APLoss", "--loss", "DRLoss", "--runs", "3", "--json", str(file)]) == 0
+def test_kernels_are_the_operators_that_do_work():
+    x, y = torch.ones(10, 10), torch.ones(100)
+
+    def run():
+        view = x.t().reshape(2, 50)[:1].expand(3, 50).unsqueeze(0)  # the reshape of a transposed tensor copies
+        return (view * 2 + 1).exp(), torch.empty(5), y.to(y.dtype).contiguous().view(4, 25)
+
+    seen = timing.observe(run, CPU)
+    assert seen["kernels"] == 4, "copy, times, plus, exp"
+    assert timing.is_view("aten::expand")
+    assert not timing.is_view("aten::mul_")
+
+
+def test_rounds_take_turns_and_a_slow_one_runs_once():
+    order = []
+    calls = {name: functools.partial(order.append, name) for name in "abc"}
+    times = timing.interleaved(calls, CPU, rounds=4)
+    assert "".join(order[3:]) == "abcbcacababc"
+    assert {name: len(taken) for name, taken in times.items()} == {"a": 4, "b": 4, "c": 4}
+    assert gc.isenabled()
+    times = timing.interleaved({"slow": lambda: time.sleep(0.02), "fast": int}, CPU, rounds=3, limit=0.01)
+    assert len(times["slow"]) == 1
+    assert len(times["fast"]) == 3
+    assert timing.spread([4.0, 1.0, 2.0, 3.0, 5.0]) == {"ms": 3.0, "low": 2.0, "high": 4.0, "runs": 5}
+    assert (timing.rounds_in(1, 100), timing.rounds_in(1, 1e4), timing.rounds_in(1, 0)) == (10, 5, 50)
+
+
+def test_both_sides_of_a_contest_compute_the_same(loss_cls):
+    """So the benchmark hands every counterpart the right input, in the right form."""
+    case = cases.cases(loss_cls)[0]
+    if case in cases.ROWS:
+        case = case._replace(n=50)
+    for contest in cases.contests(loss_cls, every_setting=True):
+        ours = cases.our_losses(contest, case, ["eager"], CPU)
+        pred, _, found = cases.participants(contest, case, ours, CPU, torch.float32)
+        values = {who: call(pred, target) for who, (call, target) in found.items()}
+        for upstream in contest.twins:
+            torch.testing.assert_close(values[upstream.path], values["ours eager"], rtol=1e-3, atol=1e-5)
+
+
+def test_every_counterpart_has_its_contest():
+    for cls in compare.registered().values():
+        expected = {upstream.path for upstream in cls.upstream if not upstream.differs}
+        assert {upstream.path for contest in cases.contests(cls) for upstream in contest.twins} == expected
+
+
+def test_logits_have_few_positives():
+    case = cases.LOGITS[1]._replace(n=5000)
+    label, quality = cases.sampled(FocalLoss, case)[1]
+    assert (label < 80).float().mean() == pytest.approx(0.02, rel=0.3)
+    assert torch.equal(quality > 0, label < 80)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setattr(cases, "ROWS", (cases.Case("40", 40), cases.Case("60", 60)))
+    monkeypatch.setattr(cases, "LOGITS", (cases.Case("30 x 80", 30, {"classes": 80}, 0.2),))
+    monkeypatch.setattr(cases, "SCENES", (cases.Case("20 of 400", 400, {"positives": 20}),))
+
+
+def test_bench_command(tmp_path, capsys, tiny):
+    file, picture, page = tmp_path / "rows.json", tmp_path / "speed.png", tmp_path / "docs" / "speed.md"
+    few = ["--runs", "3", "--mode", "eager", "--dtype", "float32", "--device", "cpu"]
+    chosen = ["--loss", "GIoULoss", "--loss", "FocalLoss", "--loss", "APLoss", "--loss", "NWDLoss"]
+    assert bench.main([*chosen, *few, "--json", str(file), "--picture", str(picture), "--page", str(page)]) == 0
     report = json.loads(file.read_text())
-    assert [row["loss"] for row in report["rows"]] == ["FocalLoss", "APLoss", "DRLoss"]
-    for row in report["rows"]:
-        assert 0 < row["least"] <= row["ms"] <= row["most"]
+    rows = report["rows"]
+    for row in rows:
+        assert 0 < row["low"] <= row["ms"] <= row["high"]
+        assert row["runs"] == 3
         assert row["memory"] > 0
-    assert report["rows"][1]["faster"] == report["rows"][1]["loop_ms"] / report["rows"][1]["ms"]
+        assert row["kernels"] > 0
+        assert row["bandwidth"] == row["copy_ms"] / row["ms"]
+    boxes = [row for row in rows if (row["loss"], row["case"]) == ("GIoULoss", "60")]
+    assert [row["who"].split(".")[0] for row in boxes] == ["ours eager", "mmdet", "torchvision", "ultralytics"]
+    assert boxes[1]["faster"] == {"eager": boxes[1]["ms"] / boxes[0]["ms"]}
+    assert {row["bytes"] for row in boxes} == {3 * 60 * 4 * 4}
+    assert [row["form"] for row in rows if row["who"].startswith("mmdet") and row["loss"] == "FocalLoss"] == ["index"]
+    assert {row["who"] for row in rows if row["loss"] == "APLoss"} == {"ours eager", "FocalLoss", "plain loop"}
+    assert {row["case"] for row in rows if row["loss"] == "NWDLoss"} == {"60"}, "nobody is beside it"
     assert report["machine"]["torch"] == torch.__version__
+    assert picture.stat().st_size > 10_000
+    assert "](../speed.png)" in page.read_text()
+    assert "## Box" in page.read_text()
+    capsys.readouterr()
+    assert bench.main(["--from", str(file), "--page", str(page)]) == 0
+    assert "NOT MEASURED" in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        bench.main(["--loss", "GIoULoss"])
-    assert "GIoULoss is not a ranking loss" in capsys.readouterr().err
+        bench.main(["--loss", "GIoUlos"])
+    assert "did you mean GIoULoss" in capsys.readouterr().err
+
+
+@pytest.mark.skipif("compile" not in inspect.signature(GIoULoss).parameters, reason="losses cannot be compiled")
+def test_bench_compiled(tiny):
+    args = bench.parse(["--loss", "GIoULoss", "--case", "40", "--runs", "2", "--dtype", "float32", "--device", "cpu"])
+    rows = bench.rows(args.names, args)
+    (compiled,) = [row for row in rows if row["who"] == "ours compiled"]
+    assert not compiled["note"]
+    assert compiled["kernels"] < rows[0]["kernels"]
+    assert {mode for row in rows for mode in row.get("faster", ())} == {"eager", "compiled"}
+
+
+def test_who_does_not_run_is_in_the_table(tmp_path, monkeypatch, tiny):
+    def refuse(*args):
+        raise RuntimeError("not for this dtype")
+
+    path = "mmdet.models.losses.GIoULoss"
+    monkeypatch.setitem(twins.TWINS, "mmdet", twins.TWINS["mmdet"]._replace(call=refuse))
+    few = ["--loss", "GIoULoss", "--case", "40", "--runs", "2", "--mode", "eager", "--dtype", "bfloat16"]
+    file = tmp_path / "rows.json"
+    assert bench.main([*few, "--device", "cpu", "--json", str(file)]) == 0
+    errors = {row["who"]: row["error"] for row in json.loads(file.read_text())["rows"] if "error" in row}
+    assert errors == {path: "RuntimeError: not for this dtype"}
+    monkeypatch.setattr(GIoULoss, "forward", refuse)
+    assert bench.main([*few, "--device", "cpu"]) == 1
+
+
+def made_up(who, ms, family="classification", loss="FocalLoss", case=cases.YOLO, **more):
+    row = {"loss": loss, "family": family, "settings": "", "form": "index", "case": case, "dtype": "float32"}
+    row |= {"device": "cpu", "who": who, "theirs": "", "ms": ms, "low": ms, "high": ms, "of_pred": 2.0, "kernels": 4}
+    return row | {"bandwidth": 0.5, "note": "", **more}
+
+
+def made_up_rows():
+    dense = [made_up("ours eager", 4.0), made_up("ours compiled", 2.0), made_up("mmdet.FocalLoss", 10.0)]
+    boxes = {"family": "box", "loss": "CIoULoss", "case": "10k"}
+    found = [("ours eager", 5.0), ("ours compiled", 1.0), ("mmdet.CIoULoss", 5.5), ("ultralytics.bbox_iou", 4.5)]
+    return bench.with_ratios(dense) + bench.with_ratios([made_up(who, ms, **boxes) for who, ms in found])
+
+
+def test_bars():
+    rows = made_up_rows()
+    assert rows[2]["faster"] == {"eager": 2.5, "compiled": 5.0}
+    verdicts = [bar["verdict"] for bar in speed_page.check_bars(rows)]
+    assert verdicts == ["HOLDS", "MISSED", "HOLDS", "MISSED", "HOLDS", "HOLDS", "NOT MEASURED", "NOT MEASURED"]
+    missed = speed_page.check_bars(rows)[3]
+    assert missed["figure"] == "worst 0.90 (CIoULoss, 10k, float32, cpu, ultralytics.bbox_iou); 2 of 3 hold"
+    rows[0]["of_pred"] = 3.1
+    assert speed_page.check_bars(rows)[5]["verdict"] == "MISSED"
+    on_gpu = [made_up("ours compiled", 2.0, device="cuda", kernels=4, bandwidth=0.7)]
+    assert [bar["verdict"] for bar in speed_page.check_bars(on_gpu)][-2:] == ["MISSED", "HOLDS"]
+
+
+def test_the_page_lists_where_ours_is_slower(tmp_path):
+    report = {"machine": bench.machine(["cpu"]), "rows": made_up_rows()}
+    lost = speed_page.page(report).split("## Where ours is slower")[1].split("## ")[0]
+    assert "| `CIoULoss`, index target, 10k, float32, cpu | eager | `ultralytics.bbox_iou` | 5 | 4.5 | 0.90 |" in lost
+    assert lost.count("`CIoULoss`") == 1
+    won = {**report, "rows": report["rows"][:3]}
+    assert "## Where ours is slower\n\nNone." in speed_page.page(won)
+
+
+def test_step_command(tmp_path):
+    """Two steps of a real training, with the stock losses and with ours."""
+    file = tmp_path / "rows.json"
+    few = ["--imgsz", "64", "--batch", "4", "--steps", "2", "--warm-up", "1", "--json", str(file)]
+    assert step.main([*few, "--losses", "stock", "--losses", "VFL + EIoU + DFL, eager"]) == 0
+    report = json.loads(file.read_text())
+    assert [row["losses"] for row in report["rows"]] == ["stock", "VFL + EIoU + DFL, eager"]
+    for row in report["rows"]:
+        assert row["steps"] == 2
+        assert sum(row[part]["ms"] for part in step.PARTS) < row["forward"]["ms"] < row["step"]["ms"]
+        assert 0 < row["share"]["low"] <= row["share"]["median"] <= row["share"]["high"] < 1
+    assert report["machine"]["imgsz"] == 64

@@ -32,7 +32,7 @@ from twins import in_words
 from detloss_plugins.registry import loss_class
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-PACKAGES = ("torch", "torchvision", "mmdet", "mmcv", "mmengine", "ultralytics")
+PACKAGES = ("torchvision", "mmdet", "mmcv", "mmengine", "ultralytics")
 COPY = "copy"
 
 
@@ -205,6 +205,7 @@ def machine(devices):
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
+        "torch": torch.__version__,
         **{package: version(package) for package in PACKAGES},
         "system": platform.platform(),
         "date": time.strftime("%Y-%m-%d"),

@@ -137,7 +137,7 @@ def may_work(name):
     namespace, _, operator = name.partition("::")
     if namespace not in ("aten", "torchvision", "mmcv"):
         return "_cpp_fused" in name
-    return not operator.startswith(("empty", "resize_", "set_")) and not is_view(name)
+    return not operator.startswith(("empty", "resize_", "set_", "_unsafe_view")) and not is_view(name)
 
 
 def device_events(seen):
