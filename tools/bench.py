@@ -225,7 +225,7 @@ def parse(argv):
     add("--dtype", action="append", choices=DTYPES, help="default: float32 and bfloat16 (repeat for more)")
     add("--mode", action="append", choices=("eager", "compiled"), help="of our losses; default: both")
     add("--runs", type=int, help="counted rounds (default: as many as fit in --seconds, 5 to 50)")
-    add("--seconds", type=float, default=2.0, help="for the rounds of one size (%(default)s)")
+    add("--seconds", type=float, default=1.0, help="for the rounds of one size (%(default)s)")
     add("--limit", type=float, default=5.0, help="who takes more seconds than this runs once (%(default)s)")
     add("--every-setting", action="store_true", help="each counterpart under all its settings, not the first only")
     add("--every-case", action="store_true", help="all sizes for losses without a counterpart too")
