@@ -10,7 +10,6 @@ import weakref
 
 import torch
 from torch.func import grad_and_value
-from torch.utils._pytree import tree_leaves, tree_map
 
 # Elements of a part: few enough for what is worked out on the way to stay in a CPU's cache, or to take little of a
 # GPU's memory; enough to keep all its cores busy.
@@ -49,7 +48,7 @@ def one_pass(loss, pred, target, weight, avg_factor, reduction):
         and reduction != "none"
         and torch.is_grad_enabled()
         and pred.requires_grad
-        and not any(torch.is_tensor(x) and x.requires_grad for x in tree_leaves((target, weight, avg_factor)))
+        and not any(x.requires_grad for x in tensors(target, weight, avg_factor))
     )
 
 
@@ -59,10 +58,27 @@ def as_rows(loss, pred, target, weight):
     if not leading:
         return None
     shape = pred.shape[:leading]
-    tensors = [x for x in tree_leaves((target, weight)) if torch.is_tensor(x)]
-    if any(x.shape[:leading] != shape for x in tensors):
+    if any(x.shape[:leading] != shape for x in tensors(target, weight)):
         return None
-    return tree_map(lambda x: x.flatten(0, leading - 1) if torch.is_tensor(x) else x, (pred, target, weight))
+    if leading == 1:
+        return pred, target, weight
+    return each_tensor(lambda x: x.flatten(0, leading - 1), (pred, target, weight))
+
+
+def tensors(*values):
+    """The tensors among values, and among those that are tuples of tensors."""
+    for value in values:
+        if torch.is_tensor(value):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            yield from tensors(*value)
+
+
+def each_tensor(function, values):
+    """``function`` of those tensors, in their places."""
+    if torch.is_tensor(values):
+        return function(values)
+    return tuple(each_tensor(function, x) for x in values) if isinstance(values, (tuple, list)) else values
 
 
 def analytic(formula, *inputs):
@@ -141,7 +157,7 @@ def in_parts(loss, pred, target, weight, avg_factor, reduction):
     gradient, value = torch.empty_like(float32(pred[:0])).new_empty(pred.shape), 0
     for start in range(0, rows, step):
         part = slice(start, start + step)
-        x, *call = tree_map(lambda t, part=part: t[part] if torch.is_tensor(t) else t, (pred, target, weight))
+        x, *call = each_tensor(lambda x, part=part: x[part], (pred, target, weight))
         x = float32(x).detach().requires_grad_()
         with torch.enable_grad():
             share = loss.total(x, *call, avg_factor, reduction)

@@ -8,8 +8,8 @@ import warnings
 
 import pytest
 import torch
-from bench import peak_memory
 from test_properties import EXTREME_BOXES, family, gradient, sample_for, variants
+from timing import peak_memory
 from torch import nn
 
 from detloss_plugins import build_loss, execution
