@@ -88,6 +88,7 @@ class Loss(nn.Module):
     self_normalized: ClassVar[bool] = False  # True: "mean" has a normaliser of its own, whatever avg_factor says
     counts_positives: ClassVar[bool] = False  # True: their number decides shapes, so the host waits for the device
     by_rows: ClassVar[bool] = True  # a row's loss depends on that row alone; set below, False for what might not
+    keeps_little: ClassVar[bool] = False  # True: for its backward, so that to run it in parts gains nothing
     by_columns: ClassVar[bool] = False  # True: pred and target hold a few unlike columns, such as x1, y1, x2, y2
     yolo_gain: ClassVar[float] = 1.0  # default loss_weight in a slot of the Ultralytics adapter
     yolo_prior: ClassVar[float | None] = None  # class score that a new head of theirs starts with; None: as stock
@@ -428,6 +429,7 @@ class DistributionLoss(Loss):
     """Losses on a distribution over bins: logits ``(..., bins)``, target distance ``(...)`` in units of a bin."""
 
     family = "distribution"
+    keeps_little = True
 
     def prepare(self, pred, target):
         if pred.shape[:-1] != target.shape or pred.shape[-1] < 2:
@@ -454,6 +456,7 @@ class RegressionLoss(Loss):
     """
 
     family = "regression"
+    keeps_little = True
 
     def leading(self, pred):
         return max(pred.dim() - 1, min(pred.dim(), 1))

@@ -29,7 +29,8 @@ def run(loss, pred, target, weight, avg_factor, reduction, **extra):
         return loss.total(*call, **extra)
     if loss.compiled and not loss.counts_positives and loss not in _not_compiled:
         return _run_compiled(loss, *call, **extra)
-    if torch.is_tensor(pred) and pred.numel() > PART.get(pred.device.type, LARGER_PART) and not extra:
+    large = torch.is_tensor(pred) and pred.numel() > PART.get(pred.device.type, LARGER_PART)
+    if large and not loss.keeps_little and not extra:
         rows = as_rows(loss, pred, target, weight)
         if rows is not None and one_pass(loss, *call):
             return _OnePass.apply(rows[0], in_parts, loss, *rows[1:], avg_factor, reduction)
@@ -189,7 +190,8 @@ def compiled(loss, function):
     if function not in graphs:
         # The compiler has room for few graphs by code object, which all losses would share: a copy has its own.
         own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-        graphs[function] = torch.compile(own, dynamic=True, fullgraph=True)
+        # It decides by the first call's size whether to use threads: this bids it to, as the next may be larger.
+        graphs[function] = torch.compile(own, dynamic=True, fullgraph=True, options={"cpp.min_chunk_size": 1})
     return graphs[function]
 
 

@@ -58,8 +58,8 @@ class CrossEntropyLoss(SoftmaxOrSigmoid):
     def __init__(self, *, use_sigmoid=False, avg_non_ignore=False, ignore_index=-100, **kwargs):
         super().__init__(use_sigmoid=use_sigmoid, **kwargs)
         self.avg_non_ignore = avg_non_ignore
-        # The softmax form keeps as little as it is; in the sigmoid form, such a mean counts all rows.
-        self.by_rows = use_sigmoid and not avg_non_ignore
+        self.by_rows = not avg_non_ignore  # such a mean counts all rows
+        self.keeps_little = not use_sigmoid
         self.ignore_index = -100 if ignore_index is None else ignore_index
 
     def prepare(self, pred, target):
