@@ -297,7 +297,7 @@ def test_without_a_compiler_there_is_one_warning(monkeypatch, device):
 def test_a_mistake_in_a_call_is_told_as_without_compiling(unbuilt):
     loss = CIoULoss(compile=True)
     with pytest.raises(ValueError, match="must both be boxes"):
-        loss(torch.rand(3, 4), torch.rand(4, 4))
+        loss(torch.rand(3, 4), torch.rand(4, 4).cumsum(-1))
     assert loss not in execution._not_compiled
 
 

@@ -207,7 +207,7 @@ def machine(devices):
         "python": platform.python_version(),
         "torch": torch.__version__,
         **{package: version(package) for package in PACKAGES},
-        "system": platform.platform(),
+        "system": platform.system(),
         "date": time.strftime("%Y-%m-%d"),
     }
 
