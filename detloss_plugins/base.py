@@ -207,13 +207,12 @@ class Loss(nn.Module):
         """The loss as it is written: weighed and reduced."""
         loss, valid = self.elements(pred, target, weight)
         avg_factor = self.normalizer(avg_factor, loss, valid, weight, reduction)
-        count, summed = loss.numel(), False
-        if (self.sums_classes or reduction != "none") and of_rows(loss, weight, valid):
-            loss, summed = loss.sum(-1), True  # first, as there are fewer rows to weigh
-        loss = self.weigh(loss, weight, valid)
-        if self.sums_classes:
-            loss = loss if summed else loss.sum(-1)
-            count = loss.numel()
+        count = None if self.sums_classes else loss.numel()
+        # Rows are added up before they are weighed, if they can be: there is less to weigh.
+        rows_first = (self.sums_classes or reduction != "none") and of_rows(loss, weight, valid)
+        loss = self.weigh(loss.sum(-1) if rows_first else loss, weight, valid)
+        if self.sums_classes and not rows_first:
+            loss = loss.sum(-1)
         value = reduce(loss, None, avg_factor, reduction, count)
         return value if self.loss_weight == 1 else self.loss_weight * value
 

@@ -29,8 +29,7 @@ def run(loss, pred, target, weight, avg_factor, reduction, **extra):
         return loss.total(*call, **extra)
     if loss.compiled and not loss.counts_positives and loss not in _not_compiled:
         return _run_compiled(loss, *call, **extra)
-    large = torch.is_tensor(pred) and pred.numel() > PART.get(pred.device.type, LARGER_PART)
-    if large and not loss.keeps_little and not extra:
+    if torch.is_tensor(pred) and pred.numel() > part_of(loss, pred) and not loss.keeps_little:
         rows = as_rows(loss, pred, target, weight)
         if rows is not None and one_pass(loss, *call):
             return _OnePass.apply(rows[0], in_parts, loss, *rows[1:], avg_factor, reduction)
@@ -40,6 +39,11 @@ def run(loss, pred, target, weight, avg_factor, reduction, **extra):
 def transforming():
     """Whether a compiler or ``torch.func`` looks on, which both want the plain operators."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def part_of(loss, pred):
+    """How many elements of ``pred`` a part has; columns are worked on one by one."""
+    return PART.get(pred.device.type, LARGER_PART) * (2 if loss.by_columns else 1)
 
 
 def one_pass(loss, pred, target, weight, avg_factor, reduction):
@@ -153,9 +157,9 @@ class _OnePass(torch.autograd.Function):
 def in_parts(loss, pred, target, weight, avg_factor, reduction):
     """The gradient for pred, at least float32, and the value, some rows at a time."""
     rows = len(pred)
-    elements = PART.get(pred.device.type, LARGER_PART) * (2 if loss.by_columns else 1)  # worked on by column
-    step = max(elements * rows // pred.numel(), 1)
-    gradient, value = torch.empty_like(float32(pred[:0])).new_empty(pred.shape), 0
+    step = max(part_of(loss, pred) * rows // pred.numel(), 1)
+    gradient = pred.new_empty(pred.shape, dtype=torch.promote_types(pred.dtype, torch.float32))
+    value = 0
     for start in range(0, rows, step):
         part = slice(start, start + step)
         x, *call = each_tensor(lambda x, part=part: x[part], (pred, target, weight))
@@ -211,14 +215,14 @@ def _run_compiled(loss, pred, target, weight, avg_factor, reduction, **extra):
 
 def _compiled(loss, pred, target, weight, avg_factor, reduction, **extra):
     pred, target, weight = as_rows(loss, pred, target, weight) or (pred, target, weight)
-    cpu = torch.is_tensor(pred) and pred.device.type == "cpu"
+    device = next(tensors(pred)).device
+    cpu = device.type == "cpu"
     if avg_factor is not None and not torch.is_tensor(avg_factor):
-        avg_factor = torch.tensor(float(avg_factor))  # a number would be compiled in
-        avg_factor = avg_factor if cpu else avg_factor.to(pred.device, non_blocking=True)
+        avg_factor = torch.tensor(float(avg_factor)).to(device, non_blocking=True)  # a number would be compiled in
     call = (pred, target, weight, avg_factor, reduction)
-    with torch.autocast("cpu" if cpu else pred.device.type, enabled=False):
+    with torch.autocast(device.type, enabled=False):
         # On a GPU, where memory takes the time, this moves no less than autograd's forward and backward.
-        if cpu and not extra and one_pass(loss, *call):
+        if cpu and one_pass(loss, *call):
             return _OnePass.apply(pred, compiled_kernel, loss, *call[1:])
         if cpu and loss.by_columns:
             call = (by_columns(pred), by_columns(target), *call[2:])

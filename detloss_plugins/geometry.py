@@ -35,7 +35,13 @@ def each(function, *values):
     """
     if torch.is_tensor(values[0]):
         return function(*values)
-    return tuple(function(*row) for row in zip(*values, strict=True))
+    found = tuple(function(*row) for row in zip(*values, strict=True))
+    return tuple(zip(*found, strict=True)) if isinstance(found[0], tuple) else found  # several values, two rows each
+
+
+def along(function, pred, target):
+    """``function(p1, p2, t1, t2)`` of the corners along each axis; see :func:`each`."""
+    return each(function, pred[:2], pred[2:], target[:2], target[2:])
 
 
 def both(values):
@@ -180,8 +186,7 @@ class _Measures(Analytic):
             hull = torch.maximum(high1, high2) - torch.minimum(low1, low2)
             return hull, ((t1 - p1) + (t2 - p2)) / 2, (low2 - high1).relu()
 
-        found = each(sides, pred[:2], pred[2:], target[:2], target[2:])
-        hull, offset, (width, height) = found if torch.is_tensor(pred) else zip(*found, strict=True)
+        hull, offset, (width, height) = along(sides, pred, target)
         overlap = width * height
         union = area(pred) + area(target) - overlap
         iou = ratio(overlap, union, both(each(torch.square, hull)), eps)
@@ -327,9 +332,7 @@ class Pair:
         >>> Pair(torch.tensor([0.0, 0, 2, 2]), torch.tensor([0.0, 0, 4, 3]), 1e-7).corner_distance2()
         tensor(5.)
         """
-        pred, target = self.pred, self.target
-        first, second = (each(torch.sub, pred[part], target[part]) for part in (slice(2), slice(2, 4)))
-        return both(each(lambda d1, d2: d1.square() + d2.square(), first, second))
+        return both(along(lambda p1, p2, t1, t2: (p1 - t1).square() + (p2 - t2).square(), self.pred, self.target))
 
     def slant(self):
         """``|sin 2a|`` of the angle a of the line between the centres: 0 along an axis, 1 on a diagonal.

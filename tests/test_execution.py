@@ -18,6 +18,7 @@ from detloss_plugins.losses import (
     CrossEntropyLoss,
     FocalLoss,
     GIoULoss,
+    MultiBoxLoss,
     QualityFocalLoss,
     VarifocalLoss,
 )
@@ -191,6 +192,14 @@ def test_compiled_is_the_same(loss_cls, device, unbuilt):
             slopes = (torch.autograd.grad(value, pred)[0] for value in (found, expected))
             torch.testing.assert_close(*slopes)
     assert graphs() <= (0 if loss.counts_positives else 3)  # one or two for the first way of calling, one for the other
+
+
+def test_compiled_pair_of_logits_and_boxes(device, unbuilt):
+    """MultiBoxLoss takes its logits and boxes as a pair too."""
+    pred, target = (x.to(device) for x in MultiBoxLoss.sample(4))
+    pairs = (pred[..., :-4], pred[..., -4:]), (target[..., 0].long(), target[..., 1:])
+    torch.testing.assert_close(MultiBoxLoss(compile=True)(*pairs), MultiBoxLoss()(pred, target))
+    assert graphs() == 1
 
 
 def test_many_compiled_losses(device, unbuilt):

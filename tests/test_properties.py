@@ -221,6 +221,18 @@ def test_copies_agree(loss_cls, device):
     assert "loss_weight=0.7" in repr(loss)
 
 
+def test_one_graph(loss_cls, device):
+    """No graph break: the loss can be compiled whole. The back end does not matter for that.
+
+    One whose shapes depend on the number of positives is compiled in pieces.
+    """
+    torch._dynamo.reset()
+    for loss in variants(loss_cls)[:2]:
+        pred, target = sample_for(loss, device)
+        compiled = torch.compile(loss, fullgraph=not loss.counts_positives, backend="eager")
+        torch.testing.assert_close(compiled(pred, target), loss(pred, target))
+
+
 class NoSynchronisation(TorchDispatchMode):
     """Fail on the operators that make the host wait for the device; it may wait to count positives."""
 

@@ -142,8 +142,7 @@ def trainer_of(losses, compiled):
 
     if losses is None:
         return DetectionTrainer
-    extra = {"compile": True} if compiled else {}
-    return make_trainer({slot: {**loss, **extra} for slot, loss in losses.items()})
+    return make_trainer(losses, compile=compiled)
 
 
 def measure(name, args):

@@ -229,8 +229,7 @@ class UncertaintyKLLoss(RegressionLoss):
 
     def forward(self, pred, target, log_variance=None, weight=None, avg_factor=None, reduction_override=None):
         """Compute the loss; without ``log_variance``, the smooth L1 loss."""
-        extra = {} if log_variance is None else {"log_variance": log_variance}
-        return self._run(pred, target, weight, avg_factor, reduction_override, **extra)
+        return self._run(pred, target, weight, avg_factor, reduction_override, log_variance=log_variance)
 
     def total(self, pred, target, weight, avg_factor, reduction, log_variance=None):
         if log_variance is None:

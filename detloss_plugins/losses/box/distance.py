@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from detloss_plugins.base import BoxLoss, Rule, Upstream, above, one_of, rules
-from detloss_plugins.geometry import Pair, area, both, center, coordinates, each, ordered, power, ratio, rows, wh
+from detloss_plugins.geometry import Pair, along, area, both, center, coordinates, each, ordered, power, ratio, rows, wh
 from detloss_plugins.registry import MODELS
 
 
@@ -76,7 +76,7 @@ def powerful_iou_loss(pred, target, *, version=1, lambda_=1.3, eps=1e-7):
         """Of the two edges along one axis, in sides of the target."""
         return ratio((p1 - t1).abs() + (p2 - t2).abs(), t2 - t1, floor, 1.0)
 
-    p = both(each(shift, pair.pred[:2], pair.pred[2:], pair.target[:2], pair.target[2:])) / 4
+    p = both(along(shift, pair.pred, pair.target)) / 4
     loss = 2 - pair.iou - torch.exp(-p.square())
     if version == 1:
         return loss
@@ -190,14 +190,17 @@ def extended_iou_loss(pred, target, *, smooth_point=0.1, eps=1e-7):
     >>> extended_iou_loss(torch.tensor([0.0, 0, 2, 2]), torch.tensor([0.0, 0, 4, 2]))  # 1 - 1/2 - .1 / 2
     tensor(0.4500)
     """
-    pair, pred, target = Pair(pred, target, eps), rows(pred), rows(target)
-    (origin, high), (low, _) = (corners.chunk(2) for corners in ordered(pred, target))
-    # From the outer corner: the near and the far end of the overlap, which swap where the boxes are apart.
-    start, end = low - origin, high - origin
-    near, far = ordered(start, end)
-    (end_x, end_y), (start_x, start_y), (near_x, near_y), (far_x, far_y) = end, start, near, far
+    pair = Pair(pred, target, eps)
+
+    def ends(p1, p2, t1, t2):
+        """Along one axis, of the overlap, from the outer corner; the near and the far one swap if the boxes part."""
+        origin, start = ordered(p1, t1)
+        start, end = start - origin, ordered(p2, t2)[0] - origin
+        return start, end, *ordered(start, end)
+
+    (start_x, start_y), (end_x, end_y), (near_x, near_y), (far_x, far_y) = along(ends, pair.pred, pair.target)
     overlap = end_x * end_y + near_x * near_y - start_x * far_y - far_x * start_y
-    loss = 1 - pair.ratio(overlap, area(pred) + area(target) - overlap)
+    loss = 1 - pair.ratio(overlap, area(pair.pred) + area(pair.target) - overlap)
     beyond = (loss - smooth_point).relu()
     return (loss - beyond).square() / (2 * smooth_point) + beyond
 

@@ -23,16 +23,23 @@ def bce(pred, target, activated, pos_weight=None):
     return F.binary_cross_entropy_with_logits(pred, target, reduction="none", pos_weight=pos_weight)
 
 
-def focused_ce(pred, target, gap, gamma, weight=None, epsilon=0.0):
-    """``weight gap^gamma (BCE + epsilon gap)`` of logits, the form that the focal losses share.
+def balance(alpha, target):
+    """``alpha`` for positives, ``1 - alpha`` for negatives, in between for soft targets; None for no ``alpha``."""
+    return None if alpha is None else (2 * alpha - 1) * target + (1 - alpha)
+
+
+def focused_ce(pred, target, gap, gamma, weight=None, epsilon=0.0, activated=False):
+    """``weight gap^gamma (BCE + epsilon gap)``, the form that the focal losses share.
 
     Args:
-        pred, target: logits and dense targets of one shape.
+        pred, target: logits, or probabilities if ``activated``, and dense targets of one shape.
         gap: how far the probability p is from the target y: "hard", ``y (1 - p) + (1 - y) p``; "soft", ``|y - p|``;
             "negative", p, and 1 where the target is above 0.
         gamma: a number of at least 0.
         weight: a constant that broadcasts with ``pred``, or None.
     """
+    if activated:
+        return _FocusedCE.plain(pred, target, gap, gamma, weight, epsilon, activated)
     return analytic(_FocusedCE, pred, target, gap, gamma, weight, epsilon)
 
 
@@ -40,13 +47,13 @@ class _FocusedCE(Analytic):
     """See :func:`focused_ce`. Its derivative is worked out along with the value, and is all that is kept."""
 
     @staticmethod
-    def plain(pred, target, gap, gamma, weight, epsilon):
-        p = pred.sigmoid()
+    def plain(pred, target, gap, gamma, weight, epsilon, activated=False):
+        p = pred if activated else pred.sigmoid()
         if gap == "hard":
-            gap = torch.lerp(p, (-pred).sigmoid(), target)
+            gap = torch.lerp(p, 1 - p if activated else (-pred).sigmoid(), target)
         else:
             gap = (target - p).abs() if gap == "soft" else torch.where(target > 0, 1.0, p)
-        ce = bce(pred, target, activated=False)
+        ce = bce(pred, target, activated)
         loss = power(gap, gamma) * (ce + epsilon * gap if epsilon else ce)
         return loss if weight is None else weight * loss
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from detloss_plugins.base import ClassificationLoss, Loss, Upstream, above, rules
-from detloss_plugins.losses.classification.common import SoftmaxOrSigmoid, bce, class_vector, index_target
+from detloss_plugins.losses.classification.common import SoftmaxOrSigmoid, balance, bce, class_vector, index_target
 from detloss_plugins.reduction import apply_weight
 from detloss_plugins.registry import MODELS
 
@@ -136,7 +136,7 @@ def balanced_cross_entropy_loss(pred, target, *, alpha="auto"):
         positives, negatives = target.detach().sum(), torch.where(counted, 1 - target.detach(), 0).sum()
         both = (positives > 0) & (negatives > 0)
         alpha = torch.where(both, negatives / (positives + negatives), 0.5)
-    return counted * (alpha * target + (1 - alpha) * (1 - target)) * bce(pred, target, activated=False)
+    return counted * balance(alpha, target) * bce(pred, target, activated=False)
 
 
 @MODELS.register_module()

@@ -6,7 +6,7 @@ from detloss_plugins.base import Loss, RegressionLoss, Upstream, at_least, check
 from detloss_plugins.losses.classification.common import (
     QualityLoss,
     SoftmaxOrSigmoid,
-    bce,
+    balance,
     class_vector,
     focused_ce,
     index_target,
@@ -30,16 +30,7 @@ def focal_loss(pred, target, *, gamma=2.0, alpha=0.25, use_sigmoid=True, activat
 
 def _sigmoid_focal_loss(pred, target, gamma, alpha, activated=False, epsilon=0.0):
     """``alpha_t (1 - p_t)^gamma (CE + epsilon (1 - p_t))`` of each class."""
-    weight = None if alpha is None else balance(alpha, target)
-    if not activated:
-        return focused_ce(pred, target, "hard", gamma, weight, epsilon)
-    loss = power(torch.lerp(pred, 1 - pred, target), gamma) * bce(pred, target, activated)
-    return loss if weight is None else weight * loss
-
-
-def balance(alpha, target):
-    """``alpha`` for positives, ``1 - alpha`` for negatives."""
-    return (2 * alpha - 1) * target + (1 - alpha)
+    return focused_ce(pred, target, "hard", gamma, balance(alpha, target), epsilon, activated)
 
 
 def _softmax_focal_loss(pred, target, gamma, alpha, activated=False, epsilon=0.0):
@@ -94,11 +85,7 @@ def quality_focal_loss(pred, target, *, beta=2.0, alpha=None, activated=False):
     >>> quality_focal_loss(torch.tensor([0.8, -0.4, 1.5]), torch.tensor([0.6, 0.0, 1.0]))
     tensor([0.0056, 0.0826, 0.0067])
     """
-    weight = None if alpha is None else balance(alpha, target)
-    if not activated:
-        return focused_ce(pred, target, "soft", beta, weight)
-    loss = power((target - pred).abs(), beta) * bce(pred, target, activated)
-    return loss if weight is None else weight * loss
+    return focused_ce(pred, target, "soft", beta, balance(alpha, target), activated=activated)
 
 
 @MODELS.register_module()

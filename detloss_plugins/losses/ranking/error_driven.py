@@ -334,8 +334,7 @@ class ALRPLoss(RankingLoss):
 
     def forward(self, pred, target, weight=None, avg_factor=None, reduction_override=None, loc_error=None):
         """Compute the loss; with ``loc_error``, both components."""
-        extra = {} if loc_error is None else {"loc_error": loc_error}
-        return self._run(pred, target, weight, avg_factor, reduction_override, **extra)
+        return self._run(pred, target, weight, avg_factor, reduction_override, loc_error=loc_error)
 
     def total(self, pred, target, weight, avg_factor, reduction, loc_error=None):
         if loc_error is None:
