@@ -15,9 +15,10 @@ ALLOWED = {
     "registry": set(),
     "execution": set(),
     "base": {"execution", "reduction"},
-    "losses": {"base", "execution", "geometry", "reduction", "registry", "losses"},
+    "families": {"base", "reduction"},
+    "losses": {"base", "families", "execution", "geometry", "reduction", "registry", "losses"},
     "__init__": {"losses", "registry"},
-    "adapters": {"base", "geometry", "losses", "reduction", "registry", "adapters", ""},
+    "adapters": {"base", "families", "geometry", "losses", "reduction", "registry", "adapters", ""},
 }
 FRAMEWORKS = {"mmdet", "mmcv", "ultralytics", "torchvision"}
 

@@ -33,10 +33,8 @@ def test_mmdetection_block_is_a_config():
 def test_the_example_of_a_new_loss(tmp_path):
     """In a process of its own, so that the example does not join the registry of the other tests."""
     module = tmp_path / "example.py"
-    head = (
-        "import math\nimport torch\nimport torch.nn.functional as F\nfrom detloss_plugins.base import RegressionLoss\n"
-    )
-    module.write_text(f"{head}from detloss_plugins import MODELS\n{block('LogCoshLoss')}")
+    head = "import math\nimport torch\nimport torch.nn.functional as F\nfrom detloss_plugins import MODELS\n"
+    module.write_text(f"{head}from detloss_plugins.families import RegressionLoss\n{block('LogCoshLoss')}")
     code = (
         "import doctest, example\n"
         "from detloss_plugins import build_loss\n"

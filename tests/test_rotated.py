@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from detloss_plugins import build_loss
-from detloss_plugins.base import RotatedLoss
+from detloss_plugins.families import RotatedLoss
 
 PAIR = [5.0, 5, 8, 4, 0.3], [5.5, 4.6, 7, 4.5, 0.5]
 # Settings and the loss of PAIR, computed from the papers' formulas outside this package, to 6 digits.

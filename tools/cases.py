@@ -9,7 +9,8 @@ import torch
 from compare import HARD_TARGETS
 from twins import load, twin_of
 
-from detloss_plugins.base import ClassificationLoss, RankingLoss, Upstream
+from detloss_plugins.base import Upstream
+from detloss_plugins.families import ClassificationLoss, RankingLoss
 from detloss_plugins.registry import loss_class
 
 YARDSTICK = "FocalLoss"  # beside the ranking losses, which have no counterparts

@@ -18,7 +18,7 @@ from rich.table import Table
 from twins import in_words, load, twin_of
 
 from detloss_plugins import MODELS
-from detloss_plugins.base import ClassificationLoss
+from detloss_plugins.families import ClassificationLoss
 from detloss_plugins.registry import loss_class
 
 # Both sides compute in float64; what remains is where each upstream adds its eps (1e-6 or 1e-7, to areas in square

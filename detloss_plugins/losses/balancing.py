@@ -10,7 +10,8 @@ from types import MappingProxyType
 import torch
 import torch.nn.functional as F
 
-from detloss_plugins.base import ClassificationLoss, RegressionLoss, Rule, Upstream, rank_mean
+from detloss_plugins.base import Rule, Upstream, rank_mean
+from detloss_plugins.families import ClassificationLoss, RegressionLoss
 from detloss_plugins.reduction import apply_weight, reduce
 from detloss_plugins.registry import MODELS, build_loss
 

@@ -1,6 +1,7 @@
 """Losses on a distribution over distance bins."""
 
-from detloss_plugins.base import DistributionLoss, Upstream
+from detloss_plugins.base import Upstream
+from detloss_plugins.families import DistributionLoss
 from detloss_plugins.registry import MODELS
 
 

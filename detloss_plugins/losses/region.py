@@ -7,7 +7,8 @@ the ``1 - right / all`` of the papers without its cancellation near a perfect ma
 
 import torch
 
-from detloss_plugins.base import RegionLoss, Upstream, above, at_least, rules
+from detloss_plugins.base import Upstream, above, at_least, rules
+from detloss_plugins.families import RegionLoss
 from detloss_plugins.geometry import power, ratio
 from detloss_plugins.registry import MODELS
 

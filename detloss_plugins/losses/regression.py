@@ -5,7 +5,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-from detloss_plugins.base import RegressionLoss, Upstream, above, at_least, float32, rules
+from detloss_plugins.base import Upstream, above, at_least, float32, rules
+from detloss_plugins.families import RegressionLoss
 from detloss_plugins.reduction import reduce
 from detloss_plugins.registry import MODELS
 

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from detloss_plugins.base import RotatedLoss, Rule, Upstream, at_least, one_of, rules
+from detloss_plugins.base import Rule, Upstream, at_least, one_of, rules
+from detloss_plugins.families import RotatedLoss
 from detloss_plugins.geometry import power, rows
 from detloss_plugins.registry import MODELS
 

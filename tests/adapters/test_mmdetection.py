@@ -26,7 +26,8 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import DefaultScope
 from mmengine.runner import Runner, set_random_seed
 
-from detloss_plugins.base import BoxLoss, Loss
+from detloss_plugins.base import Loss
+from detloss_plugins.families import BoxLoss
 from detloss_plugins.registry import MODELS, loss_class
 
 CONFIG_DIR = Path(__file__).parents[2] / "configs" / "mmdetection"

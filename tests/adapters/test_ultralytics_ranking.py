@@ -26,7 +26,7 @@ from test_ultralytics import (  # noqa: F401
 from detloss_plugins import build_loss
 from detloss_plugins.adapters.ultralytics import make_trainer
 from detloss_plugins.adapters.ultralytics.trainer import start_at_prior
-from detloss_plugins.base import RankingLoss
+from detloss_plugins.families import RankingLoss
 
 RANKING = [cls for cls in registered().values() if issubclass(cls, RankingLoss)]
 each_loss = pytest.mark.parametrize("cls", RANKING, ids=lambda cls: cls.__name__)

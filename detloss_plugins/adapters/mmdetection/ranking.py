@@ -14,7 +14,7 @@ import torch
 from mmdet.models.dense_heads import ATSSHead, RetinaHead
 from mmdet.structures.bbox import bbox_overlaps, get_box_tensor
 
-from detloss_plugins.base import RankingLoss
+from detloss_plugins.families import RankingLoss
 from detloss_plugins.losses import ALRPLoss, RankSortLoss
 
 FIRST_BALANCE = 50.0  # aLRP's factor on the box loss until it has a history

@@ -15,7 +15,7 @@ from mmdet.registry import MODELS
 from mmdet.structures.bbox import get_box_tensor
 from mmengine.model import bias_init_with_prob
 
-from detloss_plugins.base import BoxLoss
+from detloss_plugins.families import BoxLoss
 from detloss_plugins.losses import mining_ratio, multibox_loss
 
 

@@ -13,7 +13,8 @@ from ultralytics.utils.ops import xywh2xyxy
 from ultralytics.utils.tal import bbox2dist, rbox2dist
 
 from detloss_plugins.adapters.ultralytics.config import SLOTS, check_task, filled, load_losses
-from detloss_plugins.base import RankingLoss, average_state, float32
+from detloss_plugins.base import average_state, float32
+from detloss_plugins.families import RankingLoss
 from detloss_plugins.losses.classification.common import QualityLoss
 from detloss_plugins.registry import build_loss
 

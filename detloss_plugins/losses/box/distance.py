@@ -6,7 +6,8 @@ from types import MappingProxyType
 import torch
 import torch.nn.functional as F
 
-from detloss_plugins.base import BoxLoss, Rule, Upstream, above, one_of, rules
+from detloss_plugins.base import Rule, Upstream, above, one_of, rules
+from detloss_plugins.families import BoxLoss
 from detloss_plugins.geometry import Pair, along, area, both, center, coordinates, each, ordered, power, ratio, rows, wh
 from detloss_plugins.registry import MODELS
 

@@ -4,7 +4,8 @@ from types import MappingProxyType
 
 import torch
 
-from detloss_plugins.base import BoxLoss, Rule, above, one_of, rules
+from detloss_plugins.base import Rule, above, one_of, rules
+from detloss_plugins.families import BoxLoss
 from detloss_plugins.geometry import Pair, resized
 from detloss_plugins.losses.box.iou import ciou_loss
 from detloss_plugins.reduction import apply_weight

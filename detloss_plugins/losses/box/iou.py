@@ -2,7 +2,8 @@
 
 import torch
 
-from detloss_plugins.base import BoxLoss, Rule, Upstream, above, at_least, one_of, rules
+from detloss_plugins.base import Rule, Upstream, above, at_least, one_of, rules
+from detloss_plugins.families import BoxLoss
 from detloss_plugins.geometry import Pair, both, each, power, wh
 from detloss_plugins.registry import MODELS
 

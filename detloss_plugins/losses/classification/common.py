@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from detloss_plugins.base import ClassificationLoss
 from detloss_plugins.execution import Analytic, analytic
+from detloss_plugins.families import ClassificationLoss
 
 
 def power(base, exponent):

@@ -3,7 +3,8 @@
 import torch
 import torch.nn.functional as F
 
-from detloss_plugins.base import ClassificationLoss, Loss, Upstream, above, rules
+from detloss_plugins.base import Loss, Upstream, above, rules
+from detloss_plugins.families import ClassificationLoss
 from detloss_plugins.losses.classification.common import SoftmaxOrSigmoid, balance, bce, class_vector, index_target
 from detloss_plugins.reduction import apply_weight
 from detloss_plugins.registry import MODELS

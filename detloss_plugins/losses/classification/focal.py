@@ -2,7 +2,8 @@
 
 import torch
 
-from detloss_plugins.base import Loss, RegressionLoss, Upstream, at_least, check_same_shape, rules
+from detloss_plugins.base import Loss, Upstream, at_least, rules
+from detloss_plugins.families import RegressionLoss, check_same_shape
 from detloss_plugins.losses.classification.common import (
     QualityLoss,
     SoftmaxOrSigmoid,

@@ -3,7 +3,8 @@
 import torch
 import torch.nn.functional as F
 
-from detloss_plugins.base import ClassificationLoss, Rule, Upstream, check_use_sigmoid, one_of, rules
+from detloss_plugins.base import Rule, Upstream, check_use_sigmoid, one_of, rules
+from detloss_plugins.families import ClassificationLoss
 from detloss_plugins.losses.classification import common
 from detloss_plugins.registry import MODELS
 

@@ -4,7 +4,8 @@ import math
 
 import torch
 
-from detloss_plugins.base import RankingLoss, above, at_least, rules
+from detloss_plugins.base import above, at_least, rules
+from detloss_plugins.families import RankingLoss
 from detloss_plugins.registry import MODELS
 
 DR_LAMBDA = 0.1 / math.log(3.5)  # the authors' temperature of the negatives

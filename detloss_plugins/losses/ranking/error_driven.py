@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from detloss_plugins.base import RankingLoss, above, at_least, float32, rules
+from detloss_plugins.base import above, at_least, float32, rules
+from detloss_plugins.families import RankingLoss
 from detloss_plugins.reduction import reduce
 from detloss_plugins.registry import MODELS
 
