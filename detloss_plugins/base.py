@@ -8,8 +8,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import nn
 
-from detloss_plugins.execution import float32, run
-from detloss_plugins.reduction import apply_weight, check_reduction, of_rows, reduce
+from detloss_plugins.execution import float32, run, without_autocast
+from detloss_plugins.reduction import AVG_FACTOR_EPS, apply_weight, check_reduction, of_rows, reduce
 
 
 class Upstream(NamedTuple):
@@ -91,7 +91,8 @@ class Loss(nn.Module):
     yolo_prior: ClassVar[float | None] = None  # class score that a new head of theirs starts with; None: as stock
     hyper: ClassVar[tuple[str, ...]] = ()
     allowed: ClassVar[Mapping[str, Rule]] = rules()  # values of hyper-parameters
-    inputs: ClassVar[tuple[str, ...]] = ()  # keyword-only arguments of fn that the class computes: its state
+    # Keyword-only arguments of fn that the class fills in: its state, and "reduction" if fn can reduce by itself.
+    inputs: ClassVar[tuple[str, ...]] = ()
     example: ClassVar[Mapping] = MappingProxyType({})  # settings that suit the sample where the defaults do not
 
     def __init_subclass__(cls, **kwargs):
@@ -167,7 +168,7 @@ class Loss(nn.Module):
 
     def elements(self, pred, target, weight=None):
         """Per-element losses before weight, class sum, ``loss_weight`` and reduction, and the mask of valid ones."""
-        with torch.autocast(pred.device.type, enabled=False):
+        with without_autocast(pred.device):
             pred, target, valid = self.prepare(float32(pred), target)
             return self.compute(pred, target, valid, weight), valid
 
@@ -202,16 +203,43 @@ class Loss(nn.Module):
 
     def total(self, pred, target, weight, avg_factor, reduction):
         """The loss as it is written: weighed and reduced."""
+        value = self._reduced(pred, target, weight, avg_factor, reduction)
+        if value is not None:
+            return value if self.loss_weight == 1 else self.loss_weight * value
         loss, valid = self.elements(pred, target, weight)
         avg_factor = self.normalizer(avg_factor, loss, valid, weight, reduction)
-        count = None if self.sums_classes else loss.numel()
+        count = (loss.shape[:-1] if self.sums_classes else loss.shape).numel()
         # Rows are added up before they are weighed, if they can be: there is less to weigh.
         rows_first = (self.sums_classes or reduction != "none") and of_rows(loss, weight, valid)
         loss = self.weigh(loss.sum(-1) if rows_first else loss, weight, valid)
-        if self.sums_classes and not rows_first:
+        if self.sums_classes and reduction == "none" and not rows_first:
             loss = loss.sum(-1)
         value = reduce(loss, None, avg_factor, reduction, count)
         return value if self.loss_weight == 1 else self.loss_weight * value
+
+    def reduces(self, pred, target, weight, reduction):
+        """Whether an operator of torch's may give the reduced loss, which keeps little for the backward."""
+        return (
+            "reduction" in self.inputs
+            and weight is None
+            and reduction != "none"
+            and torch.is_tensor(target)
+            and (self.keeps_little or target.shape == pred.shape)
+        )
+
+    def _reduced(self, pred, target, weight, avg_factor, reduction):
+        """The loss by an operator that reduces too, where there is one and nothing is in its way; else None."""
+        if torch.compiler.is_compiling() or not self.reduces(pred, target, weight, reduction):
+            return None  # a compiled sum is taken in float64
+        if not pred.numel() or (avg_factor is not None and reduction == "sum"):
+            return None  # the latter is a mistake, which "reduce" tells
+        with without_autocast(pred.device):
+            pred, target, valid = self.prepare(float32(pred), target)
+            if valid is not None:
+                return None
+            if avg_factor is None:
+                return self.fn(pred, target, **self.settings, reduction=reduction)
+            return self.fn(pred, target, **self.settings, reduction="sum") / (avg_factor + AVG_FACTOR_EPS)
 
 
 def average_state(loss):

@@ -4,6 +4,7 @@ As it is written, autograd keeps every intermediate result until the backward: t
 detector. In one pass, a row's gradient is worked out along with its value, and nothing else is kept.
 """
 
+import contextlib
 import types
 import warnings
 import weakref
@@ -22,6 +23,13 @@ def float32(tensor):
     return tensor.float() if tensor.is_floating_point() and tensor.element_size() < 4 else tensor
 
 
+def without_autocast(device):
+    """A context in which nothing is cast."""
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()  # the other takes as long as an operator on a thousand boxes
+
+
 def run(loss, pred, target, weight, avg_factor, reduction, **extra):
     """``loss.total`` of these arguments, in the way that suits them; ``extra`` is what only some losses take."""
     call = (pred, target, weight, avg_factor, reduction)
@@ -29,7 +37,8 @@ def run(loss, pred, target, weight, avg_factor, reduction, **extra):
         return loss.total(*call, **extra)
     if loss.compiled and not loss.counts_positives and loss not in _not_compiled:
         return _run_compiled(loss, *call, **extra)
-    if torch.is_tensor(pred) and pred.numel() > part_of(loss, pred) and not loss.keeps_little:
+    whole = loss.keeps_little or loss.reduces(pred, target, weight, reduction)
+    if not whole and torch.is_tensor(pred) and pred.numel() > part_of(loss, pred):
         rows = as_rows(loss, pred, target, weight)
         if rows is not None and one_pass(loss, *call):
             return _OnePass.apply(rows[0], in_parts, loss, *rows[1:], avg_factor, reduction)
@@ -130,6 +139,21 @@ class Analytic(torch.autograd.Function):
         return [next(found) if needs else None for needs in needed]
 
 
+class _Notes:
+    """Takes the place of ``ctx``."""
+
+
+def pointwise(formula, x, *others):
+    """The value of an :class:`Analytic` function in which each number of ``x`` decides one number of the value."""
+    if not differentiated_once():
+        return analytic(formula, x, *others)
+    # What a compiler would make of the operators' slopes takes longer.
+    notes, known = _Notes(), x.detach()
+    value = formula.value(notes, known, *others)
+    (slope,) = formula.gradients(notes, 1)
+    return value.detach() + slope.detach() * (x - known)
+
+
 class _OnePass(torch.autograd.Function):
     """A loss whose ``kernel`` gives the gradient for pred along with the value."""
 
@@ -149,7 +173,7 @@ class _OnePass(torch.autograd.Function):
             with torch.enable_grad():
                 value = ctx.loss.total(pred, *ctx.call)
                 (gradient,) = torch.autograd.grad(value, pred, outer, create_graph=again)
-        elif outer.device.type != "cpu" or outer != 1:  # to ask a GPU would be to wait for it
+        elif outer.device.type != "cpu" or outer.item() != 1:  # to ask a GPU would be to wait for it
             gradient.mul_(outer)
         return gradient.to(pred.dtype), *[None] * (2 + len(ctx.call))
 
@@ -178,9 +202,21 @@ def total(loss, *call, **extra):
     return loss.total(*call, **extra)
 
 
+_once = False  # as below
+
+
+def differentiated_once():
+    """Whether a kernel for one pass is being compiled, in which a slope need not be differentiable itself."""
+    return _once
+
+
 def value_and_gradient(loss, pred, *call):
     """What is compiled for one pass: the gradient for pred, at least float32, and the value."""
-    return grad_and_value(lambda x: loss.total(x, *call))(float32(pred))
+    global _once
+    _once = True
+    found = grad_and_value(lambda x: loss.total(x, *call))(float32(pred))
+    _once = False
+    return found
 
 
 _graphs = weakref.WeakKeyDictionary()  # loss -> {function: its compiled form}; a loss with these could not be pickled
@@ -220,7 +256,7 @@ def _compiled(loss, pred, target, weight, avg_factor, reduction, **extra):
     if avg_factor is not None and not torch.is_tensor(avg_factor):
         avg_factor = torch.tensor(float(avg_factor)).to(device, non_blocking=True)  # a number would be compiled in
     call = (pred, target, weight, avg_factor, reduction)
-    with torch.autocast(device.type, enabled=False):
+    with without_autocast(device):
         # On a GPU, where memory takes the time, this moves no less than autograd's forward and backward.
         if cpu and one_pass(loss, *call):
             return _OnePass.apply(pred, compiled_kernel, loss, *call[1:])
@@ -234,8 +270,7 @@ def compiled_kernel(loss, pred, target, *call):
     kernel = compiled(loss, value_and_gradient)
     if not loss.by_columns:
         return kernel(loss, pred, target, *call)
-    gradient, value = kernel(loss, by_columns(pred), by_columns(target), *call)
-    return gradient if gradient.is_contiguous() else torch.stack(gradient.unbind(-1), -1), value
+    return kernel(loss, by_columns(pred), by_columns(target), *call)
 
 
 def by_columns(x):

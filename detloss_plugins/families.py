@@ -251,6 +251,7 @@ class RegionLoss(Loss):
     """
 
     family = "region"
+    keeps_little = True
     bounds = (0.0, 1.0)
 
     def __init__(self, *, use_sigmoid=True, activate=True, **kwargs):

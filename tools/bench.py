@@ -1,11 +1,11 @@
 """Time every loss beside every upstream counterpart, eager and compiled, from 1k boxes to the logits of a RetinaNet.
 
 A figure is the median of forward and backward over many rounds after a warm-up; in each round everybody has one turn,
-another one first each time. Both sides get their modules, and their target in the form that they take, before the clock
-starts. Beside it: quartiles, the largest memory beyond what was there before, the number of kernels and the bandwidth,
-which is the time of a copy of as many bytes as must move at least (pred and target read, the gradient written) over the
-median (on a GPU over the time that its kernels ran). The ranking losses have a plain loop over the positives and the
-focal loss on the same logits beside them.
+in any order. Both sides get their modules, and their target in the form that they take, before the clock starts. Beside
+it: quartiles, the largest memory beyond what was there before, the number of kernels and the bandwidth, which is the
+time of a copy of as many bytes as must move at least (pred and target read, the gradient written) over the median (on a
+GPU over the time that its kernels ran). The ranking losses have a plain loop over the positives and the focal loss on
+the same logits beside them.
 """
 
 import argparse

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from detloss_plugins.base import Rule, Upstream, rank_mean
+from detloss_plugins.execution import transforming
 from detloss_plugins.families import ClassificationLoss, RegressionLoss
 from detloss_plugins.reduction import apply_weight, reduce
 from detloss_plugins.registry import MODELS, build_loss
@@ -273,9 +274,18 @@ class SeesawLoss(ClassificationLoss):
             slot = torch.where(valid, target, self.num_classes)
             seen = seen.scatter_add(0, slot, valid.to(seen.dtype))
             self.cum_samples.add_(rank_mean(seen))
-        classes = self.fn(pred[..., :-2], label, counts=self.cum_samples[:-1], **self.settings)
-        objectness = F.cross_entropy(pred[..., -2:], (target == self.num_classes).long(), reduction="none")
-        return torch.stack([torch.where(positive, classes, 0.0), objectness], -1)
+        classes, objectness = pred.split([self.num_classes, 2], -1)
+        objectness = F.cross_entropy(objectness, (target == self.num_classes).long(), reduction="none")
+        return torch.stack([self._of_classes(classes, label, positive), objectness], -1)
+
+    def _of_classes(self, pred, label, positive):
+        """Losses of the classes, zero where a row is not positive."""
+        options = {"counts": self.cum_samples[:-1], **self.settings}
+        if pred.device.type != "cpu" or transforming():
+            return torch.where(positive, self.fn(pred, label, **options), 0.0)
+        (rows,) = positive.nonzero(as_tuple=True)  # which on a CPU waits for nobody
+        losses = self.fn(pred.index_select(0, rows), label[rows], **options)
+        return pred.new_zeros(len(pred)).index_copy(0, rows, losses)
 
     def total(self, pred, target, weight, avg_factor, reduction):
         """As of every loss, but the classes' mean is over the positives, and the two parts come in a dict."""

@@ -4,7 +4,8 @@ from types import MappingProxyType
 
 import torch
 
-from detloss_plugins.base import Loss, check_use_sigmoid, float32
+from detloss_plugins.base import Loss, check_use_sigmoid
+from detloss_plugins.execution import float32
 from detloss_plugins.families import ClassificationLoss
 from detloss_plugins.losses.classification import confidence_weight
 from detloss_plugins.reduction import apply_weight

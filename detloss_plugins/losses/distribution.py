@@ -1,5 +1,7 @@
 """Losses on a distribution over distance bins."""
 
+import torch
+
 from detloss_plugins.base import Upstream
 from detloss_plugins.families import DistributionLoss
 from detloss_plugins.registry import MODELS
@@ -11,20 +13,16 @@ def distribution_focal_loss(pred, target):
     ``-[(l + 1 - y) log S_l + (y - l) log S_(l+1)]`` with ``l = floor(y)`` and ``S = softmax(pred)``. A target outside
     ``[0, bins - 1]`` counts as the nearest bin.
 
-    >>> import torch
     >>> distribution_focal_loss(torch.tensor([[0.2, 0.5, 1.5, 0.3, -0.7]]), torch.tensor([2.3]))
     tensor([1.0790])
     """
     last = pred.shape[-1] - 1
-    target = target.clamp(0, last)
     # A NaN target is the caller's and gives NaN; as an index it would stop the program or the device.
-    left = target.detach().nan_to_num(0.0).floor().clamp(max=last - 1)
-    right_weight = target - left
-    log_probability = pred.log_softmax(-1)
-    index = left.long().unsqueeze(-1)
-    at_left = log_probability.gather(-1, index).squeeze(-1)
-    at_right = log_probability.gather(-1, index + 1).squeeze(-1)
-    return -((1 - right_weight) * at_left + right_weight * at_right)
+    left = target.detach().nan_to_num(0.0).floor().clamp(0, last - 1)
+    of_right = (target - left).clamp(0, 1)
+    left = left.long()
+    at_left, at_right = pred.log_softmax(-1).gather(-1, torch.stack([left, left + 1], -1)).unbind(-1)
+    return torch.lerp(at_left, at_right, of_right).neg()
 
 
 @MODELS.register_module()

@@ -2,7 +2,8 @@
 
 import torch
 
-from detloss_plugins.base import Loss, float32
+from detloss_plugins.base import Loss
+from detloss_plugins.execution import float32, without_autocast
 from detloss_plugins.reduction import fit_weight
 from detloss_plugins.registry import MODELS, build_loss
 
@@ -163,7 +164,7 @@ class MultiBoxLoss(Loss):
         self._check_shapes(*pred, *target)
         if weight is not None:
             weight = fit_weight(weight, float32(pred[0])[..., 0]).expand(target[0].shape)
-        with torch.autocast(pred[0].device.type, enabled=False):
+        with without_autocast(pred[0].device):
             parts = self.fn(
                 pred,
                 target,

@@ -8,15 +8,57 @@ the ``1 - right / all`` of the papers without its cancellation near a perfect ma
 import torch
 
 from detloss_plugins.base import Upstream, above, at_least, rules
+from detloss_plugins.execution import Analytic, analytic
 from detloss_plugins.families import RegionLoss
 from detloss_plugins.geometry import power, ratio
 from detloss_plugins.registry import MODELS
 
 
-def _overlap(pred, target):
-    """TP, FP and FN, each ``(N,)``."""
-    pred, target = pred.flatten(1), target.flatten(1)
-    return (pred * target).sum(1), (pred * (1 - target)).sum(1), ((1 - pred) * target).sum(1)
+def _overlap(pred, target, of_fp=1.0, of_fn=1.0):
+    """TP, and FP and FN times their weights, summed: each ``(N,)``."""
+    return analytic(_Overlap, pred.flatten(1), target.flatten(1), of_fp, of_fn)
+
+
+class _Overlap(Analytic):
+    """See :func:`_overlap`."""
+
+    @staticmethod
+    def plain(pred, target, of_fp, of_fn):
+        return (pred * target).sum(1), torch.lerp(of_fp * pred, of_fn * (1 - pred), target).sum(1)
+
+    @staticmethod
+    def value(ctx, pred, target, of_fp, of_fn):
+        ctx.call = target, of_fp, of_fn
+        pixels = pred * target
+        tp = pixels.sum(1)
+        torch.sub(of_fn, pred, alpha=of_fn, out=pixels)  # memory that is warm
+        torch.lerp(pred if of_fp == 1 else of_fp * pred, pixels, target, out=pixels)
+        return tp, pixels.sum(1)
+
+    @staticmethod
+    def gradients(ctx, of_tp, of_wrong):
+        target, of_fp, of_fn = ctx.call
+        of_target = -(of_fp + of_fn) * of_wrong if of_tp is None else of_tp - (of_fp + of_fn) * of_wrong
+        return [torch.addcmul((of_fp * of_wrong).unsqueeze(1), target, of_target.unsqueeze(1))]
+
+
+class _Squares(Analytic):
+    """TP, and the sum of the squared differences: each ``(N,)``."""
+
+    @staticmethod
+    def plain(pred, target):
+        return (pred * target).sum(1), (pred - target).square().sum(1)
+
+    @staticmethod
+    def value(ctx, pred, target):
+        ctx.call = pred, target
+        return (pred * target).sum(1), (pred - target).square_().sum(1)
+
+    @staticmethod
+    def gradients(ctx, of_tp, of_squares):
+        pred, target = ctx.call
+        of_squares = 2 * of_squares.unsqueeze(1)
+        return [(pred * of_squares).addcmul_(target, of_tp.unsqueeze(1) - of_squares)]
 
 
 def _share(wrong, right):
@@ -42,10 +84,10 @@ def dice_loss(pred, target, *, naive_dice=False, eps=1e-3):
     >>> dice_loss(pred, target, eps=0.0), dice_loss(pred, target, naive_dice=True, eps=0.0)  # 1 - 1 / 1.5, 1 - 1 / 2
     (tensor([0.3333]), tensor([0.5000]))
     """
-    tp, fp, fn = _overlap(pred, target)
     if naive_dice:
-        return _share(fp + fn, 2 * tp + eps)
-    squares = (pred - target).flatten(1).square().sum(1)  # sum p^2 + sum t^2 - 2 TP
+        tp, wrong = _overlap(pred, target)
+        return _share(wrong, 2 * tp + eps)
+    tp, squares = analytic(_Squares, pred.flatten(1), target.flatten(1))  # sum p^2 + sum t^2 - 2 TP
     return _share(squares + 2 * eps, 2 * tp)
 
 
@@ -90,8 +132,8 @@ def jaccard_loss(pred, target, *, smooth=0.0):
     >>> jaccard_loss(torch.tensor([[0.5, 0.5, 0.0]]), torch.tensor([[1.0, 0.0, 0.0]]))  # 1 - .5 / (.5 + .5 + .5)
     tensor([0.6667])
     """
-    tp, fp, fn = _overlap(pred, target)
-    return _share(fp + fn, tp + smooth)
+    tp, wrong = _overlap(pred, target)
+    return _share(wrong, tp + smooth)
 
 
 @MODELS.register_module()
@@ -123,8 +165,8 @@ def tversky_loss(pred, target, *, alpha=0.3, beta=0.7, gamma=1.0):
     >>> tversky_loss(torch.tensor([[0.5, 0.5, 0.0]]), torch.tensor([[1.0, 0.0, 0.0]]))  # 1 - .5 / (.5 + .15 + .35)
     tensor([0.5000])
     """
-    tp, fp, fn = _overlap(pred, target)
-    return power(_share(alpha * fp + beta * fn, tp), 1 / gamma, torch.finfo(tp.dtype).tiny)
+    tp, wrong = _overlap(pred, target, alpha, beta)
+    return power(_share(wrong, tp), 1 / gamma, torch.finfo(tp.dtype).tiny)
 
 
 @MODELS.register_module()

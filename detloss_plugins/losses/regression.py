@@ -5,19 +5,20 @@ import math
 import torch
 import torch.nn.functional as F
 
-from detloss_plugins.base import Upstream, above, at_least, float32, rules
+from detloss_plugins.base import Upstream, above, at_least, rules
+from detloss_plugins.execution import Analytic, float32, pointwise, without_autocast
 from detloss_plugins.families import RegressionLoss
 from detloss_plugins.reduction import reduce
 from detloss_plugins.registry import MODELS
 
 
-def l1_loss(pred, target):
+def l1_loss(pred, target, *, reduction="none"):
     """``|pred - target|``; the gradient at zero is zero.
 
     >>> l1_loss(torch.tensor([2.5, 0.0]), torch.tensor([3.0, -0.5]))
     tensor([0.5000, 0.5000])
     """
-    return F.l1_loss(pred, target, reduction="none")
+    return F.l1_loss(pred, target, reduction=reduction)
 
 
 @MODELS.register_module()
@@ -25,16 +26,17 @@ class L1Loss(RegressionLoss):
     """Absolute error; its mean is the MAE."""
 
     fn = staticmethod(l1_loss)
+    inputs = ("reduction",)
     upstream = (Upstream("torch.nn.functional.l1_loss"), Upstream("mmdet.models.losses.L1Loss"))
 
 
-def mse_loss(pred, target, *, use_sigmoid=False):
+def mse_loss(pred, target, *, use_sigmoid=False, reduction="none"):
     """``(pred - target)^2``, or ``(sigmoid(pred) - target)^2``.
 
     >>> mse_loss(torch.tensor([2.5, 0.0]), torch.tensor([3.0, 2.0]))
     tensor([0.2500, 4.0000])
     """
-    return F.mse_loss(pred.sigmoid() if use_sigmoid else pred, target, reduction="none")
+    return F.mse_loss(pred.sigmoid() if use_sigmoid else pred, target, reduction=reduction)
 
 
 @MODELS.register_module()
@@ -48,6 +50,7 @@ class MSELoss(RegressionLoss):
     """
 
     fn = staticmethod(mse_loss)
+    inputs = ("reduction",)
     upstream = (Upstream("torch.nn.functional.mse_loss"), Upstream("mmdet.models.losses.MSELoss"))
 
 
@@ -79,13 +82,13 @@ class RMSELoss(RegressionLoss):
         return self.loss_weight * torch.where(square == 0, square, torch.where(square == 0, 1, square).sqrt())
 
 
-def smooth_l1_loss(pred, target, *, beta=1.0):
+def smooth_l1_loss(pred, target, *, beta=1.0, reduction="none"):
     """``d^2 / (2 beta)`` where ``|d| < beta``, else ``|d| - beta / 2``, with ``d = pred - target``; ``beta=0`` is L1.
 
     >>> smooth_l1_loss(torch.tensor([0.3, -1.4]), torch.zeros(2), beta=0.5)  # .09 / 1 and 1.4 - .25
     tensor([0.0900, 1.1500])
     """
-    return F.smooth_l1_loss(pred, target, reduction="none", beta=beta)
+    return F.smooth_l1_loss(pred, target, reduction=reduction, beta=beta)
 
 
 @MODELS.register_module()
@@ -99,6 +102,7 @@ class SmoothL1Loss(RegressionLoss):
     """
 
     fn = staticmethod(smooth_l1_loss)
+    inputs = ("reduction",)
     paper = "https://arxiv.org/abs/1504.08083"
     allowed = rules(beta=at_least(0))
     upstream = tuple(
@@ -108,13 +112,13 @@ class SmoothL1Loss(RegressionLoss):
     )
 
 
-def huber_loss(pred, target, *, delta=1.0):
+def huber_loss(pred, target, *, delta=1.0, reduction="none"):
     """``d^2 / 2`` where ``|d| <= delta``, else ``delta (|d| - delta / 2)``, with ``d = pred - target``.
 
     >>> huber_loss(torch.tensor([0.3, -1.4]), torch.zeros(2), delta=0.5)  # .09 / 2 and .5 (1.4 - .25)
     tensor([0.0450, 0.5750])
     """
-    return F.huber_loss(pred, target, reduction="none", delta=delta)
+    return F.huber_loss(pred, target, reduction=reduction, delta=delta)
 
 
 @MODELS.register_module()
@@ -128,6 +132,7 @@ class HuberLoss(RegressionLoss):
     """
 
     fn = staticmethod(huber_loss)
+    inputs = ("reduction",)
     allowed = rules(delta=above(0))
     upstream = (
         Upstream("torch.nn.functional.huber_loss"),
@@ -146,12 +151,40 @@ def balanced_l1_loss(pred, target, *, alpha=0.5, gamma=1.5, beta=1.0, upstream_f
     >>> balanced_l1_loss(torch.tensor([2.0]), torch.tensor([0.0]))  # b = e^3 - 1: 3 + 1.5 / b - .5
     tensor([2.5786])
     """
-    b = math.expm1(gamma / alpha)
-    shift = 1.0 if upstream_form else beta
-    size = (pred - target).abs()
-    near = size.clamp(max=beta)  # so that the branch that is not taken stays finite
-    inside = alpha / b * (b * near + shift) * torch.log1p(b * near / beta) - alpha * near
-    return torch.where(size < beta, inside, gamma * size + gamma * shift / b - alpha * beta)
+    return pointwise(_BalancedL1, pred - target, alpha, gamma, beta, upstream_form)
+
+
+class _BalancedL1(Analytic):
+    """See :func:`balanced_l1_loss`; of the difference."""
+
+    @staticmethod
+    def plain(difference, alpha, gamma, beta, upstream_form):
+        size = difference.abs()
+        near = size.clamp(max=beta)
+        return _BalancedL1._inside(near, alpha, gamma, beta, upstream_form)[0] + gamma * (size - near)
+
+    @staticmethod
+    def _inside(near, alpha, gamma, beta, upstream_form):
+        """The value up to ``beta``, and its logarithm."""
+        b = math.expm1(gamma / alpha)
+        log = torch.log1p(b / beta * near)
+        return (alpha * near + alpha / b * (1.0 if upstream_form else beta)) * log - alpha * near, log
+
+    @staticmethod
+    def value(ctx, difference, alpha, gamma, beta, upstream_form):
+        size = difference.abs()
+        near = size.clamp(max=beta)
+        value, log = _BalancedL1._inside(near, alpha, gamma, beta, upstream_form)
+        slope = log.mul_(alpha)  # which is gamma from beta on
+        if upstream_form and beta != 1:
+            b = math.expm1(gamma / alpha)
+            slope = slope.add_((size < beta) * (alpha * (1 - beta) / (beta + b * near)))
+        ctx.slope = slope.mul_(difference.sign())
+        return value.add_(size.sub_(near), alpha=gamma)
+
+    @staticmethod
+    def gradients(ctx, outer):
+        return [ctx.slope * outer]
 
 
 @MODELS.register_module()
@@ -236,7 +269,7 @@ class UncertaintyKLLoss(RegressionLoss):
         if log_variance is None:
             return super().total(pred, target, weight, avg_factor, reduction)
         self._check_predicted(pred, log_variance)
-        with torch.autocast(pred.device.type, enabled=False):
+        with without_autocast(pred.device):
             pred, target, _ = self.prepare(float32(pred), target)
             loss = self.fn(pred, target, **self.settings, log_variance=float32(log_variance))
         return self.loss_weight * reduce(loss, weight, avg_factor, reduction)

@@ -10,7 +10,9 @@ from detloss_plugins.reduction import apply_weight
 from detloss_plugins.registry import MODELS
 
 
-def cross_entropy_loss(pred, target, *, use_sigmoid=False, class_weight=None, ignore_index=-100, label_smoothing=0.0):
+def cross_entropy_loss(
+    pred, target, *, use_sigmoid=False, class_weight=None, ignore_index=-100, label_smoothing=0.0, reduction="none"
+):
     """Softmax cross entropy with indices ``(...)`` or distributions ``(..., C)``, or (sigmoid) binary cross entropy.
 
     >>> cross_entropy_loss(torch.tensor([[2.0, -1.0, 0.5]]), torch.tensor([0]))  # ln(1 + e^-3 + e^-1.5)
@@ -19,14 +21,24 @@ def cross_entropy_loss(pred, target, *, use_sigmoid=False, class_weight=None, ig
     weight = class_vector(class_weight, pred)
     if use_sigmoid:
         smooth = target * (1 - label_smoothing) + label_smoothing / 2 if label_smoothing else target
-        return bce(pred, smooth, activated=False, pos_weight=weight)
+        return bce(pred, smooth, pos_weight=weight, reduction=reduction)
     classes_last = pred.reshape(-1, pred.shape[-1])
     target = target.reshape(-1) if index_target(target) else target.reshape(classes_last.shape)
-    ignore = {"ignore_index": ignore_index} if index_target(target) else {}
+    ignore = {}
+    if index_target(target):  # torch's function leaves out what has the one label that it ignores, at no cost
+        ignore["ignore_index"] = max(ignore_index, -1)
+        target = target.clamp(min=-1) if ignore_index < 0 else torch.where(target < 0, ignore_index, target)
     loss = F.cross_entropy(
-        classes_last, target, weight=weight, reduction="none", label_smoothing=label_smoothing, **ignore
+        classes_last,
+        target,
+        weight=weight,
+        reduction="sum" if reduction == "mean" else reduction,  # their mean is over the weights
+        label_smoothing=label_smoothing,
+        **ignore,
     )
-    return loss.reshape(pred.shape[:-1])
+    if reduction == "none":
+        return loss.reshape(pred.shape[:-1])
+    return loss / len(classes_last) if reduction == "mean" else loss
 
 
 @MODELS.register_module()
@@ -44,6 +56,7 @@ class CrossEntropyLoss(SoftmaxOrSigmoid):
     """
 
     fn = staticmethod(cross_entropy_loss)
+    inputs = ("reduction",)
     upstream = (
         Upstream("torch.nn.functional.cross_entropy"),
         Upstream("torch.nn.functional.cross_entropy", {"label_smoothing": 0.1}, {"label_smoothing": 0.1}),
@@ -60,7 +73,6 @@ class CrossEntropyLoss(SoftmaxOrSigmoid):
         super().__init__(use_sigmoid=use_sigmoid, **kwargs)
         self.avg_non_ignore = avg_non_ignore
         self.by_rows = not avg_non_ignore  # such a mean counts all rows
-        self.keeps_little = not use_sigmoid
         self.ignore_index = -100 if ignore_index is None else ignore_index
 
     def prepare(self, pred, target):
@@ -68,9 +80,8 @@ class CrossEntropyLoss(SoftmaxOrSigmoid):
             label, quality = target
             return super().prepare(pred, (self._drop_ignored(label), quality))
         if not self.use_sigmoid and target.shape == pred.shape[:-1] and index_target(target):
-            # torch's function leaves out what has the one label that it ignores, at no cost.
             counted = (target >= 0) & (target != self.ignore_index) if self.avg_non_ignore else None
-            return pred, torch.where(target < 0, self.ignore_index, target).long(), counted
+            return pred, target.long(), counted
         if self.use_sigmoid and target.shape == pred.shape:
             valid = (target >= 0) & (target != self.ignore_index)
             return pred, torch.where(valid, target, 0).to(pred.dtype), valid
@@ -86,13 +97,13 @@ class CrossEntropyLoss(SoftmaxOrSigmoid):
         return valid.sum() * per_valid
 
 
-def binary_cross_entropy_loss(pred, target, *, pos_weight=None, activated=False):
+def binary_cross_entropy_loss(pred, target, *, pos_weight=None, activated=False, reduction="none"):
     """``-[pos_weight y ln p + (1 - y) ln(1 - p)]`` with ``p = sigmoid(pred)``, or ``p = pred`` if ``activated``.
 
     >>> binary_cross_entropy_loss(torch.tensor([0.8, -0.4, 1.5]), torch.tensor([1.0, 0.0, 0.3]))
     tensor([0.3711, 0.5130, 1.2514])
     """
-    return bce(pred, target, activated, pos_weight=None if activated else _pos_weight(pos_weight, pred))
+    return bce(pred, target, activated, None if activated else _pos_weight(pos_weight, pred), reduction)
 
 
 def _pos_weight(value, pred):
@@ -110,6 +121,7 @@ class BinaryCrossEntropyLoss(ClassificationLoss):
     """
 
     fn = staticmethod(binary_cross_entropy_loss)
+    inputs = ("reduction",)
     upstream = (
         Upstream("torch.nn.functional.binary_cross_entropy_with_logits"),
         Upstream("torch.nn.functional.binary_cross_entropy", {"activated": True}),
@@ -137,7 +149,7 @@ def balanced_cross_entropy_loss(pred, target, *, alpha="auto"):
         positives, negatives = target.detach().sum(), torch.where(counted, 1 - target.detach(), 0).sum()
         both = (positives > 0) & (negatives > 0)
         alpha = torch.where(both, negatives / (positives + negatives), 0.5)
-    return counted * balance(alpha, target) * bce(pred, target, activated=False)
+    return counted * balance(alpha, target) * bce(pred, target)
 
 
 @MODELS.register_module()
@@ -176,14 +188,18 @@ class BalancedCrossEntropyLoss(ClassificationLoss):
         return super().compute(pred, target, valid, weight)
 
 
-def kl_div_loss(pred, target, *, temperature=1.0):
+def kl_div_loss(pred, target, *, temperature=1.0, reduction="none"):
     """``T^2 sum_c t_c (ln t_c - ln q_c)`` with ``q = softmax(pred / T)`` and a distribution ``t``; ``0 ln 0 = 0``.
 
     >>> kl_div_loss(torch.zeros(1, 2), torch.tensor([[1.0, 0.0]]), temperature=2.0)  # 4 ln 2
     tensor([2.7726])
     """
-    model = (pred / temperature).log_softmax(-1)
-    return temperature**2 * F.kl_div(model, target, reduction="none").sum(-1)
+    scale = temperature**2
+    model = (pred if temperature == 1 else pred / temperature).log_softmax(-1)
+    if reduction == "none":
+        return scale * F.kl_div(model, target, reduction="none").sum(-1)
+    scale = scale / pred.shape[:-1].numel() if reduction == "mean" else scale
+    return scale * F.kl_div(model, target, reduction="sum")
 
 
 @MODELS.register_module()
@@ -201,6 +217,7 @@ class KLDivLoss(Loss):
     """
 
     fn = staticmethod(kl_div_loss)
+    inputs = ("reduction",)
     allowed = rules(temperature=above(0))
     family = "soft label"
     upstream = (

@@ -1,6 +1,7 @@
 """The focal family."""
 
 import torch
+import torch.nn.functional as F
 
 from detloss_plugins.base import Loss, Upstream, at_least, rules
 from detloss_plugins.families import RegressionLoss, check_same_shape
@@ -37,10 +38,13 @@ def _sigmoid_focal_loss(pred, target, gamma, alpha, activated=False, epsilon=0.0
 def _softmax_focal_loss(pred, target, gamma, alpha, activated=False, epsilon=0.0):
     """The same of each row; a distribution sums over its classes."""
     log_p = pred.clamp(min=torch.finfo(pred.dtype).tiny).log() if activated else pred.log_softmax(-1)
+    ce = -log_p
     if index_target(target):
-        log_p = log_p.gather(-1, target.unsqueeze(-1)).squeeze(-1)
-    miss = 1 - log_p.exp()
-    loss = power(miss, gamma) * (epsilon * miss - log_p)
+        ce = F.nll_loss(log_p.flatten(0, -2), target.flatten(), reduction="none").unflatten(0, target.shape)
+    loss = ce
+    if gamma or epsilon:
+        miss = -torch.expm1(-ce)
+        loss = power(miss, gamma) * (ce + epsilon * miss)
     if not index_target(target):
         loss = target * loss
         return (loss if alpha is None else alpha * loss).sum(-1)
@@ -180,6 +184,8 @@ def generalized_focal_loss(pred, target, *, beta=2.0, values=(0.0, 1.0)):
     tensor([1.3863])
     """
     left, right = values
+    if tuple(values) == (0.0, 1.0):
+        return focused_ce(pred, target, "soft", beta)
     width = right - left
     share = (target - left) / width  # the best p_r
     # Bracket and factor in units of the width: a cross entropy and a quality focal factor.
@@ -230,9 +236,11 @@ def gaussian_focal_loss(pred, target, *, alpha=2.0, gamma=4.0):
     >>> gaussian_focal_loss(torch.tensor([0.5, 0.5]), torch.tensor([1.0, 0.5]))  # ln 2 / 4, and that / 16
     tensor([0.1733, 0.0108])
     """
-    peak = -power(1 - pred, alpha) * (pred + 1e-12).log()
-    around = -power(1 - target, gamma) * power(pred, alpha) * (1 - pred + 1e-12).log()
-    return torch.where(target == 1, peak, around)
+    # With t = 1 at a peak and 0 elsewhere: what should be 1, and what should be 0. Each is exact where it is small.
+    peak = (target == 1).to(pred.dtype)
+    rest = 1 - pred
+    right, wrong = torch.lerp(rest, pred, peak), torch.lerp(pred, rest, peak)
+    return power(1 - target + peak, gamma).neg() * power(wrong, alpha) * (right + 1e-12).log()
 
 
 @MODELS.register_module()

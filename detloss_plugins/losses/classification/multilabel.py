@@ -17,6 +17,8 @@ def modified_cross_entropy_loss(pred, target, *, activation="sigmoid", alpha=Non
     >>> modified_cross_entropy_loss(torch.zeros(3), torch.tensor([1.0, 0.0, 0.0]), activation="softmax")  # ln 3, ln 3/2
     tensor([1.0986, 0.4055, 0.4055])
     """
+    if activation == "sigmoid" and gamma == 0 and alpha is None:
+        return common.bce(pred, target)
     # As p_c = sigmoid(margin_c), one stable form serves both activations.
     logit = pred if activation == "sigmoid" else _margin(pred)
     p, q = logit.sigmoid(), (-logit).sigmoid()
@@ -73,6 +75,7 @@ class ModifiedCrossEntropyLoss(ClassificationLoss):
 
     def __init__(self, *, activation="sigmoid", use_sigmoid=None, **kwargs):
         super().__init__(use_sigmoid=activation == "sigmoid", activation=activation, **kwargs)
+        self.keeps_little = self.use_sigmoid and self.gamma == 0 and self.alpha is None
         check_use_sigmoid(self, use_sigmoid)
 
 

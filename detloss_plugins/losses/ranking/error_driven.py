@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from detloss_plugins.base import above, at_least, float32, rules
+from detloss_plugins.base import above, at_least, rules
+from detloss_plugins.execution import float32, without_autocast
 from detloss_plugins.families import RankingLoss
 from detloss_plugins.reduction import reduce
 from detloss_plugins.registry import MODELS
@@ -340,7 +341,7 @@ class ALRPLoss(RankingLoss):
     def total(self, pred, target, weight, avg_factor, reduction, loc_error=None):
         if loc_error is None:
             return super().total(pred, target, weight, avg_factor, reduction)
-        with torch.autocast(pred.device.type, enabled=False):
+        with without_autocast(pred.device):
             pred, target, _ = self.prepare(float32(pred), target)
             target, weight = self.weighed(pred, target, weight)
             parts = self.fn(pred, target, **self.settings, loc_error=float32(loc_error))
