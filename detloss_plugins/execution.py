@@ -30,6 +30,11 @@ def without_autocast(device):
     return contextlib.nullcontext()  # the other takes as long as an operator on a thousand boxes
 
 
+def waits(device):
+    """Whether the host waits for the device when it asks for a number."""
+    return device.type != "cpu"
+
+
 def run(loss, pred, target, weight, avg_factor, reduction, **extra):
     """``loss.total`` of these arguments, in the way that suits them; ``extra`` is what only some losses take."""
     call = (pred, target, weight, avg_factor, reduction)
@@ -139,8 +144,10 @@ class Analytic(torch.autograd.Function):
         return [next(found) if needs else None for needs in needed]
 
 
-class _Notes:
-    """Takes the place of ``ctx``."""
+class Notes:
+    """Takes the place of ``ctx`` where a formula is part of another one."""
+
+    needs_input_grad = (True, True)
 
 
 def pointwise(formula, x, *others):
@@ -148,7 +155,7 @@ def pointwise(formula, x, *others):
     if not differentiated_once():
         return analytic(formula, x, *others)
     # What a compiler would make of the operators' slopes takes longer.
-    notes, known = _Notes(), x.detach()
+    notes, known = Notes(), x.detach()
     value = formula.value(notes, known, *others)
     (slope,) = formula.gradients(notes, 1)
     return value.detach() + slope.detach() * (x - known)
@@ -173,7 +180,7 @@ class _OnePass(torch.autograd.Function):
             with torch.enable_grad():
                 value = ctx.loss.total(pred, *ctx.call)
                 (gradient,) = torch.autograd.grad(value, pred, outer, create_graph=again)
-        elif outer.device.type != "cpu" or outer.item() != 1:  # to ask a GPU would be to wait for it
+        elif waits(outer.device) or outer.item() != 1:
             gradient.mul_(outer)
         return gradient.to(pred.dtype), *[None] * (2 + len(ctx.call))
 

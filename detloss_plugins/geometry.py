@@ -7,9 +7,11 @@ Where a denominator vanishes beside the size of the hull (the smallest enclosing
 is that relative bound and is never added: pixels, stride units and normalised coordinates give the same answer.
 """
 
+import math
+
 import torch
 
-from detloss_plugins.execution import Analytic, analytic, transforming
+from detloss_plugins.execution import Analytic, Notes, analytic, transforming
 
 threshold_backward = torch.ops.aten.threshold_backward  # the gradient of relu
 
@@ -69,6 +71,21 @@ def area(boxes):
     return w * h
 
 
+@torch.no_grad()
+def hull_diagonal2(pred, target):
+    """Squared diagonal ``(...)`` of the hull of rows, a constant.
+
+    >>> hull_diagonal2(rows(torch.tensor([0.0, 0, 2, 2])), rows(torch.tensor([3.0, 4, 1, 1])))
+    tensor(25.)
+    """
+
+    def side(p1, p2, t1, t2):
+        first, last = torch.minimum(p1, p2), torch.maximum(p1, p2)
+        return torch.maximum(last, torch.maximum(t1, t2)) - torch.minimum(first, torch.minimum(t1, t2))
+
+    return both(each(torch.square, along(side, pred, target)))
+
+
 def resized(boxes, factor):
     """Boxes ``(..., 4)`` with sides ``factor`` times as long about the same centres.
 
@@ -101,14 +118,13 @@ class _Ratio(Analytic):
 
     @staticmethod
     def value(ctx, numerator, denominator, vanishes):
-        gone = vanishes.to(denominator.dtype)
-        ctx.kept, ctx.safe = 1 - gone, gone.add_(denominator)
-        ctx.quotient = (numerator / ctx.safe).mul_(ctx.kept)
+        ctx.safe = denominator.masked_fill(vanishes, math.inf)
+        ctx.quotient = numerator / ctx.safe
         return ctx.quotient.detach()
 
     @staticmethod
     def gradients(ctx, outer):
-        of_numerator = (outer / ctx.safe).mul_(ctx.kept)
+        of_numerator = outer / ctx.safe
         of_denominator = (of_numerator * ctx.quotient).neg_() if ctx.needs_input_grad[1] else None
         return of_numerator, of_denominator
 
@@ -118,7 +134,8 @@ def power(base, exponent, eps):
 
     A power below one has an infinite slope at zero.
     """
-    return torch.where(base <= eps, 0.0, base.clamp(min=eps).pow(exponent))
+    bounded = base.clamp(min=eps)
+    return torch.where(base <= eps, 0.0, bounded.sqrt() if exponent == 0.5 else bounded.pow(exponent))
 
 
 def ordered(a, b):
@@ -194,19 +211,29 @@ class _Measures(Analytic):
 
     @staticmethod
     def value(ctx, pred, target, eps):
+        hull, union = _Measures.measure(ctx, pred, target, eps)
+        return hull, _Measures.offset(ctx), ctx.spans[1].clone(), union, ctx.iou.detach()
+
+    @staticmethod
+    def measure(ctx, pred, target, eps):
+        """Hull and union; the rest is on ``ctx``."""
         (p1, p2), (t1, t2), shift = pred.chunk(2), target.chunk(2), target - pred
         (low1, low2), (high1, high2) = torch.minimum(pred, target).chunk(2), torch.maximum(pred, target).chunk(2)
         spans = torch.stack([low2, p2, t2]) - torch.stack([high1, p1, t1])  # of the overlap, pred and target
-        width, height = spans.relu().unbind(1)
-        overlap, *areas = (width * height).unbind(0)
+        ctx.sides = spans.relu()
+        overlap, *areas = (ctx.sides[:, 0] * ctx.sides[:, 1]).unbind(0)
         union = (areas[0] + areas[1]).sub_(overlap)
         hull = torch.maximum(high2, high1).sub_(torch.minimum(low1, low2))
-        ctx.kept = (union > hull.square().sum(0).mul_(eps)).to(union.dtype)
-        ctx.safe = (1 - ctx.kept).add_(union)
-        ctx.iou = overlap.mul_(ctx.kept).div_(ctx.safe)
+        ctx.safe = union.masked_fill(union <= hull.square().sum(0).mul_(eps), math.inf)
+        ctx.iou = overlap.div_(ctx.safe)
         ctx.spans, ctx.shift, ctx.corners = spans, shift, (low1, low2, high1, high2)
-        shift1, shift2 = shift.chunk(2)
-        return hull, (shift1 + shift2).div_(2), spans[1].clone(), union, ctx.iou.detach()
+        return hull, union
+
+    @staticmethod
+    def offset(ctx):
+        """From centre to centre."""
+        first, last = ctx.shift.chunk(2)
+        return (first + last).div_(2)
 
     @staticmethod
     def gradients(ctx, of_hull, of_offset, of_sides, of_union, of_iou):
@@ -214,7 +241,7 @@ class _Measures(Analytic):
         first, last = ctx.shift.sign().chunk(2)  # 1 where pred's corner is the lower of the two
         of_overlap, of_area = 0, 0
         if of_iou is not None:
-            share = (of_iou / ctx.safe).mul_(ctx.kept)
+            share = of_iou / ctx.safe
             of_area = (share * ctx.iou).neg_()
             of_overlap = share.sub_(of_area)
         if of_union is not None:
@@ -222,7 +249,7 @@ class _Measures(Analytic):
         low = high = 0  # gradients of x1, y1 and of x2, y2
         if of_iou is not None or of_union is not None:
             areas, spans = torch.stack([of_overlap, of_area]).unsqueeze(1), ctx.spans[:2]
-            of_overlap, of_area = threshold_backward(areas * spans.relu().flip(1), spans, 0).unbind(0)
+            of_overlap, of_area = threshold_backward(areas * ctx.sides[:2].flip(1), spans, 0).unbind(0)
             of_sides = of_area if of_sides is None else of_sides + of_area
             of_overlap.div_(2)
             low, high = (first - 1).mul_(of_overlap), (last + 1).mul_(of_overlap)
@@ -239,6 +266,100 @@ class _Measures(Analytic):
             high = high + (both - (skew + 2).mul_(last)).mul_(of_hull)
             low = low - (both + (2 - skew).mul_(first)).mul_(of_hull)
         return [torch.cat([low, high])]
+
+
+class _IoULoss(Analytic):
+    """See :func:`iou_loss_with`: what :class:`Pair` composes of its quantities, in as few operators as there can be."""
+
+    @staticmethod
+    def plain(pred, target, mode, penalty, alpha_gate, eps):
+        pair = Pair(pred, target, eps)
+        loss = _IoULoss.of_iou(pair.iou, mode, eps)[0]
+        if penalty == "hull":
+            return loss + pair.hull_gap()
+        if penalty in ("center", "aspect"):
+            loss = loss + pair.center_gap()
+        return loss + pair.weighted_aspect_gap(alpha_gate) if penalty == "aspect" else loss
+
+    @staticmethod
+    def of_iou(iou, mode, eps):
+        """The loss of an IoU, and a function that gives its slope."""
+        if mode == "linear":
+            return 1 - iou, lambda: -1
+        if mode == "square":
+            return 1 - iou.square(), lambda: -2 * iou
+        kept = iou.clamp(min=eps)
+        return -kept.log(), lambda: (iou > eps).to(iou.dtype).div_(kept).neg_()
+
+    @staticmethod
+    def value(ctx, pred, target, mode, penalty, alpha_gate, eps):
+        pred, target = rows(pred), rows(target)
+        ctx.measures = measures = Notes()
+        hull, union = _Measures.measure(measures, pred, target, eps)
+        loss, ctx.slope_of_iou = _IoULoss.of_iou(measures.iou, mode, eps)
+        ctx.penalty, ctx.hull, ctx.ratio = penalty, hull, Notes()
+        if penalty:
+            diagonal2 = hull.square().sum(0)
+        if penalty == "hull":
+            area = hull[0] * hull[1]
+            loss = loss.add_(_Ratio.value(ctx.ratio, area - union, area, area <= eps * diagonal2))
+        elif penalty:
+            ctx.offset = _Measures.offset(measures)
+            loss = loss.add_(
+                _Ratio.value(ctx.ratio, ctx.offset.square().sum(0), diagonal2, diagonal2 <= eps * diagonal2)
+            )
+        if penalty == "aspect":
+            ctx.aspect, floor = Notes(), side_floor(diagonal2, eps)
+            v = _AspectGap.value(ctx.aspect, measures.spans[1], measures.spans[2], floor)
+            ctx.alpha = aspect_weight(v, measures.iou, alpha_gate, eps)
+            loss = loss.addcmul_(ctx.alpha, v)
+        return loss
+
+    @staticmethod
+    def gradients(ctx, outer):
+        of_hull = of_offset = of_sides = of_union = None
+        if ctx.penalty == "hull":
+            of_union, of_area = _Ratio.gradients(ctx.ratio, outer)
+            of_hull = ctx.hull.flip(0).mul_(of_area.add_(of_union))
+            of_union = of_union.neg_()
+        elif ctx.penalty:
+            of_distance2, of_diagonal2 = _Ratio.gradients(ctx.ratio, 2 * outer)
+            of_offset, of_hull = ctx.offset * of_distance2, ctx.hull * of_diagonal2
+        if ctx.penalty == "aspect":
+            (of_sides,) = _AspectGap.gradients(ctx.aspect, ctx.alpha * outer)
+        of_iou = ctx.slope_of_iou() * outer
+        (found,) = _Measures.gradients(ctx.measures, of_hull, of_offset, of_sides, of_union, of_iou)
+        return [found.movedim(0, -1)]
+
+
+def iou_loss_with(pred, target, eps, mode="linear", penalty=None, alpha_gate=None):
+    """``1 - IoU`` of boxes ``(..., 4)`` plus a penalty.
+
+    Args:
+        mode: "linear", "square" (``1 - IoU^2``) or "log" (``-ln IoU``, of an IoU of at least ``eps``).
+        penalty: None, "hull" (GIoU), "center" (DIoU) or "aspect" (CIoU).
+        alpha_gate: the IoU up to which CIoU's alpha is zero; None for no such bound.
+
+    >>> iou_loss_with(torch.tensor([0.0, 0, 2, 2]), torch.tensor([0.0, 0, 4, 2]), 1e-7, penalty="center")  # 1/2 + 1/20
+    tensor(0.5500)
+    """
+    return analytic(_IoULoss, pred, target, mode, penalty, alpha_gate, eps)
+
+
+def side_floor(diagonal2, eps):
+    """What counts as a side of no length beside a hull's squared diagonal, without a gradient."""
+    return (eps * diagonal2.detach().sqrt()).clamp(min=torch.finfo(diagonal2.dtype).tiny)
+
+
+def aspect_weight(v, iou, alpha_gate, eps):
+    """CIoU's alpha of its v: ``v / (1 - IoU + v)``, a constant; zero up to an IoU of ``alpha_gate``, if that is given.
+
+    >>> aspect_weight(torch.tensor(0.5), torch.tensor(0.5), None, 1e-7)
+    tensor(0.5000)
+    """
+    v, iou = v.detach(), iou.detach()
+    alpha = v / (1 - iou + v).clamp(min=eps)
+    return alpha if alpha_gate is None else alpha * (iou > alpha_gate)
 
 
 class Pair:
@@ -263,7 +384,6 @@ class Pair:
     """
 
     def __init__(self, pred, target, eps):
-        self.tiny = torch.finfo(pred.dtype).tiny
         self.pred, self.target, self.eps = coordinates(pred), coordinates(target), eps
         self.hull, self.offset, self.sides, self.union, self.iou = analytic(_Measures, self.pred, self.target, eps)
         self.diagonal2 = both(each(torch.square, self.hull))
@@ -279,7 +399,7 @@ class Pair:
 
     def floor(self):
         """What counts as a side of no length, without a gradient."""
-        return (self.eps * self.diagonal2.detach().sqrt()).clamp(min=self.tiny)
+        return side_floor(self.diagonal2, self.eps)
 
     def hull_gap(self):
         """Share of the hull that is outside the union, in [0, 1).
@@ -352,11 +472,7 @@ class Pair:
         """
         return analytic(_AspectGap, self.sides, wh(self.target), self.floor())
 
-    def aspect_weight(self, v):
-        """CIoU's alpha of its v: ``v / (1 - IoU + v)``, a constant.
-
-        >>> Pair(torch.tensor([0.0, 0, 2, 2]), torch.tensor([0.0, 0, 4, 2]), 1e-7).aspect_weight(torch.tensor(0.5))
-        tensor(0.5000)
-        """
-        v = v.detach()
-        return v / (1 - self.iou.detach() + v).clamp(min=self.eps)
+    def weighted_aspect_gap(self, alpha_gate=None):
+        """CIoU's v times its alpha; see :func:`aspect_weight`."""
+        v = self.aspect_gap()
+        return aspect_weight(v, self.iou, alpha_gate, self.eps) * v

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from detloss_plugins.base import Rule, Upstream, rank_mean
-from detloss_plugins.execution import transforming
+from detloss_plugins.execution import transforming, waits
 from detloss_plugins.families import ClassificationLoss, RegressionLoss
 from detloss_plugins.reduction import apply_weight, reduce
 from detloss_plugins.registry import MODELS, build_loss
@@ -281,9 +281,9 @@ class SeesawLoss(ClassificationLoss):
     def _of_classes(self, pred, label, positive):
         """Losses of the classes, zero where a row is not positive."""
         options = {"counts": self.cum_samples[:-1], **self.settings}
-        if pred.device.type != "cpu" or transforming():
+        if transforming() or waits(pred.device):
             return torch.where(positive, self.fn(pred, label, **options), 0.0)
-        (rows,) = positive.nonzero(as_tuple=True)  # which on a CPU waits for nobody
+        (rows,) = positive.nonzero(as_tuple=True)
         losses = self.fn(pred.index_select(0, rows), label[rows], **options)
         return pred.new_zeros(len(pred)).index_copy(0, rows, losses)
 

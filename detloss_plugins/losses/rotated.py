@@ -15,16 +15,19 @@ import torch
 import torch.nn.functional as F
 
 from detloss_plugins.base import Rule, Upstream, at_least, one_of, rules
+from detloss_plugins.execution import Analytic, pointwise
 from detloss_plugins.families import RotatedLoss
 from detloss_plugins.geometry import power, rows
 from detloss_plugins.registry import MODELS
 
 
 class _Box(NamedTuple):
-    """Long and short side ``(...)``, and the gap of the centres along the two."""
+    """Long and short side, area, difference of the squared sides, and the gap along and across: all ``(...)``."""
 
     long: torch.Tensor
     short: torch.Tensor
+    area: torch.Tensor
+    elongation: torch.Tensor
     along: torch.Tensor
     across: torch.Tensor
 
@@ -40,53 +43,51 @@ class _Pair(NamedTuple):
 
 
 def _pair(pred, target, eps):
-    pred, target = rows(pred), rows(target)
-    gap = target[:2] - pred[:2]
-    longest = torch.maximum(pred[2:4], target[2:4]).amax(0)
-    # The tiny bound is for twice the same point.
-    scale = torch.maximum(longest, gap.abs().amax(0)).detach().clamp(min=torch.finfo(pred.dtype).tiny)
-    (p, tall_p), (t, tall_t) = (_box(boxes, gap / scale, scale, eps) for boxes in (pred, target))
-    turn = pred[4] - target[4]
-    turn = torch.where(tall_p ^ tall_t, turn + math.pi / 2, turn)
-    return _Pair(p, t, (gap / scale).square().sum(0), turn, scale)
+    (center_p, sides_p, (angle_p,)), (center_t, sides_t, (angle_t,)) = (
+        rows(boxes).split([2, 2, 1]) for boxes in (pred, target)
+    )
+    gap = center_t - center_p
+    longest = torch.stack([sides_p, sides_t, gap.abs()]).detach().flatten(0, 1).amax(0)
+    scale = longest.clamp(min=torch.finfo(gap.dtype).tiny)  # for twice the same point
+    gap = gap / scale
+    p, tall_p = _box(sides_p, angle_p, gap, scale, eps)
+    t, tall_t = _box(sides_t, angle_t, gap, scale, eps)
+    turn = angle_p - angle_t + math.pi / 2 * (tall_p - tall_t).abs()
+    return _Pair(p, t, gap.square().sum(0), turn, scale)
 
 
-def _box(boxes, gap, scale, eps):
-    """The box of rows, and whether its long side is the height."""
-    w, h = (boxes[2:4] / scale).clamp(min=eps)
-    (x, y), cos, sin = gap, boxes[4].cos(), boxes[4].sin()
+def _box(sides, angle, gap, scale, eps):
+    """The box, and 1 where its long side is the height, else 0."""
+    w, h = (sides / scale).clamp(min=eps)
+    (x, y), cos, sin = gap, angle.cos(), angle.sin()
     sides, offsets = (w, h), (x * cos + y * sin, y * cos - x * sin)
-    tall = w < h  # not maximum and minimum, which would mix the gradients of a square's two sides
-    long, along = (torch.where(tall, b, a) for a, b in (sides, offsets))
-    short, across = (torch.where(tall, a, b) for a, b in (sides, offsets))
-    return _Box(long, short, along, across), tall
-
-
-def _area(box):
-    return box.long * box.short
-
-
-def _elongation(box):
-    return (box.long - box.short) * (box.long + box.short)
+    # Not maximum and minimum, which would mix the gradients of a square's two sides.
+    tall = (w < h).to(w.dtype)
+    long, along = (torch.lerp(a, b, tall) for a, b in (sides, offsets))
+    short, across = (torch.lerp(b, a, tall) for a, b in (sides, offsets))
+    return _Box(long, short, long * short, (long - short) * (long + short), along, across), tall
 
 
 def _skew(pair):
     """``(sin turn)^2`` times the elongations: what the turn changes a trace or a determinant by."""
-    return pair.turn.sin().square() * _elongation(pair.pred) * _elongation(pair.target)
+    return pair.turn.sin().square() * (pair.pred.elongation * pair.target.elongation)
 
 
 def _mismatch(pair):
-    """``det M / sqrt(det S_p det S_t) - 1`` with ``M = (S_p + S_t) / 2``; zero for boxes of one shape."""
+    """``4 a b (det M / sqrt(det S_p det S_t) - 1)`` with ``M = (S_p + S_t) / 2``, and ``4 a b``, of areas a and b.
+
+    The former is zero for boxes of one shape.
+    """
     p, t = pair.pred, pair.target
-    along = (p.long - t.long).square() / (2 * p.long * t.long)
-    across = (p.short - t.short).square() / (2 * p.short * t.short)
-    return along + across + along * across + _skew(pair) / (4 * _area(p) * _area(t))
+    longs, shorts = 2 * p.long * t.long, 2 * p.short * t.short
+    along, across = (p.long - t.long).square(), (p.short - t.short).square()
+    return along * (across + shorts) + across * longs + _skew(pair), longs * shorts
 
 
 def _adjugate_form(box, gap2):
     """``gap^T adj(S) gap / k``; over ``k area^2`` it is the squared Mahalanobis distance."""
     # Not by both offsets: so the angle of a square has no gradient to the last digit.
-    return box.short.square() * gap2 + _elongation(box) * box.across.square()
+    return box.short.square() * gap2 + box.elongation * box.across.square()
 
 
 def _sqrt(x):
@@ -119,13 +120,27 @@ def probiou_loss(pred, target, *, mode="l1", floor=0.0, eps=1e-4):
     if floor:
         pred, target = (_grow(boxes, 12 * floor) for boxes in (pred, target))
     pair = _pair(pred, target, eps)
-    p, t, mismatch = pair.pred, pair.target, _mismatch(pair)
-    gap = 3 * (_adjugate_form(p, pair.gap2) + _adjugate_form(t, pair.gap2)) / (4 * _area(p) * _area(t) * (1 + mismatch))
-    distance = gap + torch.log1p(mismatch) / 2
-    if mode == "l2":
-        return distance
-    # expm1 is exact for near boxes, but its gradient, computed from its value, is lost for far ones.
-    return _sqrt(torch.where(distance < 1, -torch.expm1(-distance), 1 - torch.exp(-distance)))
+    mismatch, areas = _mismatch(pair)
+    forms = _adjugate_form(pair.pred, pair.gap2) + _adjugate_form(pair.target, pair.gap2)
+    distance = 3 * forms / (areas + mismatch) + torch.log1p(mismatch / areas) / 2
+    return distance if mode == "l2" else _sqrt(pointwise(_Saturating, distance))
+
+
+class _Saturating(Analytic):
+    """``1 - e^-x``. That of expm1 is exact for a small x, but its slope, taken from its value, is lost for a large."""
+
+    @staticmethod
+    def plain(x):
+        return torch.where(x < 1, -torch.expm1(-x), 1 - torch.exp(-x))
+
+    @staticmethod
+    def value(ctx, x):
+        ctx.slope = torch.exp(-x)
+        return torch.expm1(-x).neg_()
+
+    @staticmethod
+    def gradients(ctx, outer):
+        return [ctx.slope * outer]
 
 
 def _grow(boxes, square):
@@ -179,7 +194,7 @@ def gwd_loss(pred, target, *, fun="log1p", tau=2.0, normalize=False, eps=1e-4):
     sides = (p.long - t.long).square() + (p.short - t.short).square()
     distance2 = pair.gap2 + (sides + 2 * _skew(pair) / (straight + trace)) / 4
     if normalize:
-        return _settle(_sqrt(distance2) / (_area(p) * _area(t)).pow(1 / 4), fun, tau)
+        return _settle(_sqrt(distance2) / (p.area * t.area).pow(1 / 4), fun, tau)
     return _settle(pair.scale.square() * distance2, fun, tau)
 
 
@@ -221,7 +236,7 @@ def kld_loss(pred, target, *, direction="pred||target", fun="log1p", tau=1.0, ro
     """
     pair = _pair(pred, target, eps)
     a, b = (pair.pred, pair.target) if direction == "pred||target" else (pair.target, pair.pred)
-    gap = (4 * _adjugate_form(b, pair.gap2) + _skew(pair)) / (2 * _area(b).square())
+    gap = (4 * _adjugate_form(b, pair.gap2) + _skew(pair)) / (2 * b.area.square())
     divergence = factor * (gap + _side_divergence(a.long, b.long) + _side_divergence(a.short, b.short))
     return _settle(_sqrt(divergence) if root else divergence, fun, tau)
 
@@ -273,8 +288,9 @@ def kfiou_loss(pred, target, *, mode="linear", center_weight=1.0, eps=1e-4):
     tensor(0.9273)
     """
     pair = _pair(pred, target, eps)
-    t, (a, b) = pair.target, (_area(pair.pred), _area(pair.target))
-    overlap = (a * b / (1 + _mismatch(pair))).sqrt() / 2
+    t, a, b = pair.target, pair.pred.area, pair.target.area
+    mismatch, areas = _mismatch(pair)
+    overlap = (a * b / (1 + mismatch / areas)).sqrt() / 2
     kfiou = overlap / (a + b - overlap)
     loss = {"linear": 1 - kfiou, "log": -kfiou.log(), "exp": torch.expm1(1 - kfiou)}[mode]
     if not center_weight:

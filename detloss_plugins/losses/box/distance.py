@@ -8,7 +8,21 @@ import torch.nn.functional as F
 
 from detloss_plugins.base import Rule, Upstream, above, one_of, rules
 from detloss_plugins.families import BoxLoss
-from detloss_plugins.geometry import Pair, along, area, both, center, coordinates, each, ordered, power, ratio, rows, wh
+from detloss_plugins.geometry import (
+    Pair,
+    along,
+    area,
+    both,
+    center,
+    coordinates,
+    each,
+    hull_diagonal2,
+    ordered,
+    power,
+    ratio,
+    rows,
+    wh,
+)
 from detloss_plugins.registry import MODELS
 
 
@@ -191,7 +205,7 @@ def extended_iou_loss(pred, target, *, smooth_point=0.1, eps=1e-7):
     >>> extended_iou_loss(torch.tensor([0.0, 0, 2, 2]), torch.tensor([0.0, 0, 4, 2]))  # 1 - 1/2 - .1 / 2
     tensor(0.4500)
     """
-    pair = Pair(pred, target, eps)
+    pred, target = coordinates(pred), coordinates(target)
 
     def ends(p1, p2, t1, t2):
         """Along one axis, of the overlap, from the outer corner; the near and the far one swap if the boxes part."""
@@ -199,9 +213,10 @@ def extended_iou_loss(pred, target, *, smooth_point=0.1, eps=1e-7):
         start, end = start - origin, ordered(p2, t2)[0] - origin
         return start, end, *ordered(start, end)
 
-    (start_x, start_y), (end_x, end_y), (near_x, near_y), (far_x, far_y) = along(ends, pair.pred, pair.target)
+    (start_x, start_y), (end_x, end_y), (near_x, near_y), (far_x, far_y) = along(ends, pred, target)
     overlap = end_x * end_y + near_x * near_y - start_x * far_y - far_x * start_y
-    loss = 1 - pair.ratio(overlap, area(pair.pred) + area(pair.target) - overlap)
+    union = area(pred) + area(target) - overlap
+    loss = 1 - ratio(overlap, union, hull_diagonal2(pred, target), eps)
     beyond = (loss - smooth_point).relu()
     return (loss - beyond).square() / (2 * smooth_point) + beyond
 

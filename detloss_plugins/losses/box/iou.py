@@ -4,7 +4,7 @@ import torch
 
 from detloss_plugins.base import Rule, Upstream, above, at_least, one_of, rules
 from detloss_plugins.families import BoxLoss
-from detloss_plugins.geometry import Pair, both, each, power, wh
+from detloss_plugins.geometry import Pair, both, each, iou_loss_with, power, wh
 from detloss_plugins.registry import MODELS
 
 # Inputs on which upstream is wrong, and why.
@@ -22,10 +22,7 @@ def iou_loss(pred, target, *, mode="log", eps=1e-6):
     >>> iou_loss(torch.tensor([0.0, 0, 2, 2]), torch.tensor([0.0, 0, 4, 2]), mode="square")  # 1 - (1/2)^2
     tensor(0.7500)
     """
-    iou = Pair(pred, target, eps).iou
-    if mode == "log":
-        return -iou.clamp(min=eps).log()
-    return 1 - (iou if mode == "linear" else iou.square())
+    return iou_loss_with(pred, target, eps, mode)
 
 
 @MODELS.register_module()
@@ -52,8 +49,7 @@ def giou_loss(pred, target, *, eps=1e-7):
     >>> giou_loss(torch.tensor([0.0, 0, 1, 1]), torch.tensor([1.0, 1, 2, 2]))  # 1 - 0 + (4 - 2) / 4
     tensor(1.5000)
     """
-    pair = Pair(pred, target, eps)
-    return 1 - pair.iou + pair.hull_gap()
+    return iou_loss_with(pred, target, eps, penalty="hull")
 
 
 @MODELS.register_module()
@@ -79,8 +75,7 @@ def diou_loss(pred, target, *, eps=1e-7):
     >>> diou_loss(torch.tensor([0.0, 0, 2, 2]), torch.tensor([0.0, 0, 4, 2]))  # 1 - 1/2 + 1/20
     tensor(0.5500)
     """
-    pair = Pair(pred, target, eps)
-    return 1 - pair.iou + pair.center_gap()
+    return iou_loss_with(pred, target, eps, penalty="center")
 
 
 @MODELS.register_module()
@@ -110,12 +105,7 @@ def ciou_loss(pred, target, *, alpha_gate=None, eps=1e-7):
     >>> ciou_loss(pred, target)  # v = (4 / pi^2) (atan 2 - atan 1)^2 = 0.04196, alpha = v / (1/2 + v) = 0.07742
     tensor(0.5532)
     """
-    pair = Pair(pred, target, eps)
-    v = pair.aspect_gap()
-    alpha = pair.aspect_weight(v)
-    if alpha_gate is not None:
-        alpha = alpha * (pair.iou > alpha_gate)
-    return 1 - pair.iou + pair.center_gap() + alpha * v
+    return iou_loss_with(pred, target, eps, penalty="aspect", alpha_gate=alpha_gate)
 
 
 @MODELS.register_module()
@@ -282,8 +272,7 @@ def alpha_iou_loss(pred, target, *, alpha=3.0, penalty="iou", eps=1e-7):
     elif penalty != "iou":
         terms = [pair.center_gap()]
     if penalty == "ciou":
-        v = pair.aspect_gap()
-        terms.append(pair.aspect_weight(v) * v)
+        terms.append(pair.weighted_aspect_gap())
     return 1 - power(pair.iou, alpha, eps) + sum(power(term, alpha, eps) for term in terms)
 
 
