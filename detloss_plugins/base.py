@@ -85,6 +85,7 @@ class Loss(nn.Module):
     self_normalized: ClassVar[bool] = False  # True: "mean" has a normaliser of its own, whatever avg_factor says
     counts_positives: ClassVar[bool] = False  # True: their number decides shapes, so the host waits for the device
     by_rows: ClassVar[bool] = True  # a row's loss depends on that row alone; set below, False for what might not
+    surveys: ClassVar[bool] = False  # that holds once ``survey`` has seen the batch; set below
     keeps_little: ClassVar[bool] = False  # True: for its backward, so that to run it in parts gains nothing
     by_columns: ClassVar[bool] = False  # True: pred and target hold a few unlike columns, such as x1, y1, x2, y2
     yolo_gain: ClassVar[float] = 1.0  # default loss_weight in a slot of the Ultralytics adapter
@@ -107,6 +108,7 @@ class Loss(nn.Module):
         if "by_rows" not in vars(cls):
             across = ("forward", "total", "elements", "compute", "normalizer", "weigh")
             cls.by_rows = all(getattr(cls, name) is getattr(Loss, name) for name in across)
+        cls.surveys = cls.survey is not Loss.survey
         cls.__signature__ = inspect.Signature(list(parameters.values()))
 
     @classmethod
@@ -162,17 +164,25 @@ class Loss(nn.Module):
         """Whether a loss with state may update it: in training mode, and not while gradients are off (validation)."""
         return self.training and torch.is_grad_enabled()
 
-    def compute(self, pred, target, valid, weight):
-        """Per-element losses of prepared input; a loss with state overrides this."""
-        return self.fn(pred, target, **self.settings)
+    def survey(self, pred, target, weight):
+        """What the rows of a batch need to know of all of them, ``{name: number}``; it updates the loss's state.
 
-    def elements(self, pred, target, weight=None):
+        Given that, the loss of a row depends on that row alone: see ``by_rows``.
+        """
+        return {}
+
+    def compute(self, pred, target, valid, weight, **seen):
+        """Per-element losses of prepared input; ``seen`` is what ``survey`` gave."""
+        return self.fn(pred, target, **{**self.settings, **seen})
+
+    def elements(self, pred, target, weight=None, seen=None):
         """Per-element losses before weight, class sum, ``loss_weight`` and reduction, and the mask of valid ones."""
         with without_autocast(pred.device):
+            seen = self.survey(pred, target, weight) if seen is None else seen
             pred, target, valid = self.prepare(float32(pred), target)
-            return self.compute(pred, target, valid, weight), valid
+            return self.compute(pred, target, valid, weight, **seen), valid
 
-    def normalizer(self, avg_factor, loss, valid, weight, reduction):
+    def normalizer(self, avg_factor, loss, valid, weight, reduction, seen=None):
         """The avg_factor to use; a loss with a normaliser of its own overrides this."""
         return avg_factor
 
@@ -201,14 +211,15 @@ class Loss(nn.Module):
         self.look(target)
         return run(self, pred, target, weight, avg_factor, reduction, **extra)
 
-    def total(self, pred, target, weight, avg_factor, reduction):
-        """The loss as it is written: weighed and reduced."""
+    def total(self, pred, target, weight, avg_factor, reduction, seen=None):
+        """The loss as it is written: weighed and reduced. ``seen`` is what ``survey`` gave, if it has been called."""
         value = self._reduced(pred, target, weight, avg_factor, reduction)
         if value is not None:
             return value if self.loss_weight == 1 else self.loss_weight * value
-        loss, valid = self.elements(pred, target, weight)
-        avg_factor = self.normalizer(avg_factor, loss, valid, weight, reduction)
-        count = (loss.shape[:-1] if self.sums_classes else loss.shape).numel()
+        seen = self.survey(pred, target, weight) if seen is None else seen
+        loss, valid = self.elements(pred, target, weight, seen)
+        avg_factor = self.normalizer(avg_factor, loss, valid, weight, reduction, seen)
+        count = loss.numel() // max(loss.shape[-1], 1) if self.sums_classes else loss.numel()
         # Rows are added up before they are weighed, if they can be: there is less to weigh.
         rows_first = (self.sums_classes or reduction != "none") and of_rows(loss, weight, valid)
         loss = self.weigh(loss.sum(-1) if rows_first else loss, weight, valid)

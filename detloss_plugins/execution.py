@@ -46,7 +46,8 @@ def run(loss, pred, target, weight, avg_factor, reduction, **extra):
     if not whole and torch.is_tensor(pred) and pred.numel() > part_of(loss, pred):
         rows = as_rows(loss, pred, target, weight)
         if rows is not None and one_pass(loss, *call):
-            return _OnePass.apply(rows[0], in_parts, loss, *rows[1:], avg_factor, reduction)
+            seen = loss.survey(pred, target, weight)
+            return _OnePass.apply(rows[0], in_parts, loss, *rows[1:], avg_factor, reduction, seen)
     return loss.total(*call, **extra)
 
 
@@ -185,20 +186,30 @@ class _OnePass(torch.autograd.Function):
         return gradient.to(pred.dtype), *[None] * (2 + len(ctx.call))
 
 
-def in_parts(loss, pred, target, weight, avg_factor, reduction):
-    """The gradient for pred, at least float32, and the value, some rows at a time."""
-    rows = len(pred)
+def parts(loss, pred, target, weight):
+    """``(rows, pred, target, weight)`` of some rows at a time, and which; of all, where they cannot be told apart."""
+    tensors = as_rows(loss, pred, target, weight)
+    if tensors is None or transforming() or not pred.numel():
+        yield slice(None), pred, target, weight
+        return
+    rows = len(tensors[0])
     step = max(part_of(loss, pred) * rows // pred.numel(), 1)
-    gradient = pred.new_empty(pred.shape, dtype=torch.promote_types(pred.dtype, torch.float32))
-    value = 0
     for start in range(0, rows, step):
         part = slice(start, start + step)
-        x, *call = each_tensor(lambda x, part=part: x[part], (pred, target, weight))
+        yield part, *each_tensor(lambda x, part=part: x[part], tensors)
+
+
+def in_parts(loss, pred, target, weight, avg_factor, reduction, seen):
+    """The gradient for pred, at least float32, and the value, some rows at a time."""
+    gradient = pred.new_empty(pred.shape, dtype=torch.promote_types(pred.dtype, torch.float32))
+    value = 0
+    share_of_rows = reduction == "mean" and avg_factor is None and not loss.self_normalized
+    for part, x, *call in parts(loss, pred, target, weight):
         x = float32(x).detach().requires_grad_()
         with torch.enable_grad():
-            share = loss.total(x, *call, avg_factor, reduction)
-            if reduction == "mean" and avg_factor is None:
-                share = share * (len(x) / rows)
+            share = loss.total(x, *call, avg_factor, reduction, seen)
+            if share_of_rows:
+                share = share * (len(x) / len(pred))
         (gradient[part],) = torch.autograd.grad(share, x)
         value = value + share.detach()
     return gradient, value
@@ -266,7 +277,8 @@ def _compiled(loss, pred, target, weight, avg_factor, reduction, **extra):
     with without_autocast(device):
         # On a GPU, where memory takes the time, this moves no less than autograd's forward and backward.
         if cpu and one_pass(loss, *call):
-            return _OnePass.apply(pred, compiled_kernel, loss, *call[1:])
+            seen = loss.survey(pred, target, weight) if loss.surveys else None
+            return _OnePass.apply(pred, compiled_kernel, loss, *call[1:], seen)
         if cpu and loss.by_columns:
             call = (by_columns(pred), by_columns(target), *call[2:])
         return compiled(loss, total)(loss, *call, **extra)

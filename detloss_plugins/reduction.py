@@ -89,8 +89,8 @@ def reduce(loss, weight=None, avg_factor=None, reduction="mean", count=None):
         return loss
     if reduction == "sum":
         return _sum(loss)
-    if avg_factor is None and count in (None, loss.numel()) and loss.numel() and not torch.compiler.is_compiling():
-        return loss.mean()  # one operator less
     if avg_factor is None:
+        if not torch.compiler.is_compiling() and loss.numel() and count in (None, loss.numel()):
+            return loss.mean()  # one operator less
         return _sum(loss) / max(loss.numel() if count is None else count, 1)
     return _sum(loss) / (avg_factor + AVG_FACTOR_EPS)

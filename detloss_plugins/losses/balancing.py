@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from detloss_plugins.base import Rule, Upstream, rank_mean
-from detloss_plugins.execution import transforming, waits
+from detloss_plugins.execution import float32, parts, transforming, waits
 from detloss_plugins.families import ClassificationLoss, RegressionLoss
+from detloss_plugins.losses.classification.common import bce
 from detloss_plugins.reduction import apply_weight, reduce
 from detloss_plugins.registry import MODELS, build_loss
 
@@ -20,36 +21,39 @@ from detloss_plugins.registry import MODELS, build_loss
 def bin_counts(norm, mask, bins):
     """How many samples have their gradient norm in each of ``bins`` unit regions of [0, 1], in float64.
 
-    >>> bin_counts(torch.tensor([0.1, 0.12, 1.0, float("nan")]), torch.ones(4), 2)
+    ``mask`` is 1 for the samples that count, in the shape of ``norm``, or None.
+
+    >>> bin_counts(torch.tensor([0.1, 0.12, 1.0, float("nan")]), None, 2)
     tensor([2., 1.], dtype=torch.float64)
     """
-    counts = torch.zeros(bins, dtype=torch.float64, device=norm.device)
-    return counts.scatter_add(0, _bin_of(norm, bins).flatten(), (mask * norm.isfinite()).flatten().double())
+    counts, counted = torch.zeros(bins, dtype=torch.float64, device=norm.device), norm.isfinite()
+    counted = counted if mask is None else mask * counted
+    return counts.scatter_add(0, _bin_of(norm, bins).flatten(), counted.flatten().double())
 
 
 def _bin_of(norm, bins):
-    return (norm.nan_to_num(0.0) * bins).long().clamp(0, bins - 1)
+    return (norm * bins).nan_to_num(0.0).clamp(0, bins - 1).long()
 
 
-def harmony(norm, mask, bins, average=None, total=None):
-    """Gradient harmonising weights: inverse to the number of samples of like gradient norm.
+def harmony(counts, total, average=None):
+    """Gradient harmonising weight of each unit region: inverse to the number of samples in it.
 
     Args:
-        norm: gradient norms in [0, 1], any shape.
-        mask: 1 for the samples that count, same shape.
-        bins: number of unit regions.
+        counts: see :func:`bin_counts`, ``(bins,)``.
+        total: what the weights of all samples add up to.
         average: counts to use in place of those of this call where they are not zero, ``(bins,)``.
-        total: what the weights add up to; None for the number of samples that count.
 
-    >>> harmony(torch.tensor([0.1, 0.12, 0.9]), torch.ones(3), 10)  # 3 / (2 bins), shared by 2 and by 1
-    tensor([0.7500, 0.7500, 1.5000])
+    >>> harmony(torch.tensor([0.0, 2.0, 0.0, 1.0]), 3)[[1, 3]]  # 3 / (2 bins), shared by 2 and by 1
+    tensor([0.7500, 1.5000])
     """
-    counts = bin_counts(norm, mask, bins)
     occupied = (counts > 0).sum().clamp(min=1)
     density = counts if average is None else torch.where(average > 0, average, counts)
-    density = density.clamp(min=torch.finfo(torch.float32).tiny)[_bin_of(norm, bins)]
-    total = mask.sum() if total is None else total
-    return (total / (density * occupied) * mask).to(norm.dtype)
+    return total / (density.clamp(min=torch.finfo(torch.float32).tiny) * occupied)
+
+
+def ghmc_norm(pred, target):
+    """The gradient norm of BCE, ``|p - y|``, a constant."""
+    return (pred.detach().sigmoid() - target).abs()
 
 
 def ghmc_loss(pred, target, *, bins=10, weight=None):
@@ -59,8 +63,18 @@ def ghmc_loss(pred, target, *, bins=10, weight=None):
     tensor(0.8672)
     """
     if weight is None:
-        weight = harmony((pred.detach().sigmoid() - target).abs(), torch.ones_like(pred), bins)
-    return weight * F.binary_cross_entropy_with_logits(pred, target, reduction="none")
+        weight = _weight_in(ghmc_norm(pred, target), bins)
+    return weight * bce(pred, target)
+
+
+def _weight_in(norm, bins):
+    """The weights of a call without a past."""
+    return _weights(harmony(bin_counts(norm, None, bins), norm.numel()), norm)
+
+
+def _weights(table, norm):
+    """Those that a table has for some norms."""
+    return table.to(norm.dtype)[_bin_of(norm, len(table))]
 
 
 class _Harmonised:
@@ -74,29 +88,45 @@ class _Harmonised:
         # None keeps a loss without a moving average free of state, as mmdet's.
         self.register_buffer("acc_sum", torch.zeros(self.bins, dtype=torch.float64) if momentum else None)
 
-    def _weights(self, norm, valid, weight):
-        mask = torch.ones_like(norm) if weight is None else (self._mask(norm, weight) > 0).to(norm.dtype)
-        mask = apply_weight(mask, valid)
+    def survey(self, pred, target, weight):
+        counts = total = 0
+        for _, x, t, w in parts(self, pred.detach(), target, weight):
+            x, t, valid = self.prepare(float32(x), t)
+            norm = self.norm(x, t)
+            counts = counts + bin_counts(norm, self._mask(norm, valid, w), self.bins)
+            total = total + self._total(norm, valid, w)
         if self.acc_sum is not None and self.learning:
-            seen = bin_counts(norm, mask, self.bins)
-            seen = rank_mean(seen) if self.every_rank else seen
+            seen = rank_mean(counts) if self.every_rank else counts
             moved = self.momentum * self.acc_sum + (1 - self.momentum) * seen
             self.acc_sum.copy_(torch.where(seen > 0, moved, self.acc_sum))
-        total = self.normalizer(None, norm, valid, weight, "mean")
-        return harmony(norm, mask, self.bins, self.acc_sum, total)
+        total = total.clamp(min=1) if torch.is_tensor(total) else max(total, 1)
+        return {"table": harmony(counts, total, self.acc_sum), "total": total}
+
+    def compute(self, pred, target, valid, weight, *, table, total):
+        norm = self.norm(pred, target)
+        weights, mask = _weights(table, norm), self._mask(norm, valid, weight)
+        return self.fn(pred, target, weight=weights if mask is None else weights * mask, **self.settings)
 
     @staticmethod
-    def _mask(like, weight):
-        return apply_weight(torch.ones_like(like), weight)
+    def _mask(norm, valid, weight):
+        """1 for the samples that count; None for all."""
+        if valid is None and weight is None:
+            return None
+        ones = torch.ones_like(norm)
+        return apply_weight((apply_weight(ones, weight) > 0).to(norm.dtype), valid)
+
+    def _total(self, norm, valid, weight):
+        """How many count."""
+        mask = self._mask(norm, valid, weight)
+        return norm.numel() if mask is None else mask.sum()
 
     def weigh(self, loss, weight, valid):
         return loss  # the mask is in the harmonising weights already
 
-    def normalizer(self, avg_factor, loss, valid, weight, reduction):
+    def normalizer(self, avg_factor, loss, valid, weight, reduction, seen=None):
         if reduction != "mean":
             return avg_factor
-        counted = torch.ones_like(loss) if weight is None else self._counted(loss, weight)
-        return apply_weight(counted, valid).sum().clamp(min=1)
+        return seen["total"] if seen else self._total(loss, valid, weight)
 
 
 @MODELS.register_module()
@@ -113,7 +143,9 @@ class GHMC(_Harmonised, ClassificationLoss):
     """
 
     fn = staticmethod(ghmc_loss)
+    norm = staticmethod(ghmc_norm)
     inputs = ("weight",)
+    by_rows = True
     paper = "https://arxiv.org/abs/1811.05181"
     needs_mining = False
     upstream = (Upstream("mmdet.models.losses.GHMC"), Upstream("mmdet.models.losses.GHMC", {"bins": 30}, {"bins": 30}))
@@ -122,13 +154,6 @@ class GHMC(_Harmonised, ClassificationLoss):
         super().__init__(**kwargs)
         self._init_state(momentum)
 
-    def compute(self, pred, target, valid, weight):
-        norm = (pred.detach().sigmoid() - target).abs()
-        return self.fn(pred, target, weight=self._weights(norm, valid, weight), **self.settings)
-
-    def _counted(self, loss, weight):
-        return (self._mask(loss, weight) > 0).to(loss.dtype)
-
 
 def ghmr_loss(pred, target, *, mu=0.02, bins=10, weight=None):
     """``sqrt(d^2 + mu^2) - mu`` with gradient harmonising weights, from this call's bins unless ``weight`` is given.
@@ -136,11 +161,16 @@ def ghmr_loss(pred, target, *, mu=0.02, bins=10, weight=None):
     >>> ghmr_loss(torch.tensor([0.01, -0.5, 0.005, 1.0]), torch.zeros(4)).mean()
     tensor(0.2444)
     """
-    distance = pred - target
-    length = (distance.square() + mu**2).sqrt()
+    length = ((pred - target).square() + mu**2).sqrt()
     if weight is None:
-        weight = harmony((distance / length).detach().abs(), torch.ones_like(pred), bins)
+        weight = _weight_in(ghmr_norm(pred, target, mu), bins)
     return weight * (length - mu)
+
+
+def ghmr_norm(pred, target, mu):
+    """The gradient norm of :func:`ghmr_loss`'s root, a constant."""
+    distance = (pred - target).detach()
+    return (distance / (distance.square() + mu**2).sqrt()).abs()
 
 
 @MODELS.register_module()
@@ -157,6 +187,8 @@ class GHMR(_Harmonised, RegressionLoss):
 
     fn = staticmethod(ghmr_loss)
     inputs = ("weight",)
+    by_rows = True
+    keeps_little = False
     paper = "https://arxiv.org/abs/1811.05181"
     upstream = (Upstream("mmdet.models.losses.GHMR"),)
 
@@ -164,13 +196,11 @@ class GHMR(_Harmonised, RegressionLoss):
         super().__init__(**kwargs)
         self._init_state(momentum)
 
-    def compute(self, pred, target, valid, weight):
-        distance = (pred - target).detach()
-        norm = (distance / (distance.square() + self.mu**2).sqrt()).abs()
-        return self.fn(pred, target, weight=self._weights(norm, valid, weight), **self.settings)
+    def norm(self, pred, target):
+        return ghmr_norm(pred, target, self.mu)
 
-    def _counted(self, loss, weight):
-        return self._mask(loss, weight)
+    def _total(self, norm, valid, weight):
+        return norm.numel() if weight is None else apply_weight(torch.ones_like(norm), weight).sum()
 
 
 def seesaw_loss(pred, target, *, p=0.8, q=2.0, eps=1e-2, counts=None):
@@ -320,14 +350,14 @@ def eqlv2_loss(pred, target, *, gamma=12.0, mu=0.8, alpha=4.0, ratio=None):
     tensor([[1.8160, 0.2565]])
     """
     weight = 1.0 if ratio is None else eqlv2_weight(pred, target, ratio, gamma, mu, alpha)
-    return weight * F.binary_cross_entropy_with_logits(pred, target, reduction="none")
+    return weight * bce(pred, target)
 
 
 def eqlv2_weight(pred, target, ratio, gamma, mu, alpha):
     """The weights of :func:`eqlv2_loss`, the shape of ``pred``."""
     negative = F.pad(torch.sigmoid(gamma * (ratio.to(pred.dtype) - mu)), (0, pred.shape[-1] - len(ratio)), value=1.0)
     positive = 1 + alpha * (1 - negative)
-    return positive * target + negative * (1 - target)
+    return torch.addcmul(negative, target, positive - negative)
 
 
 @MODELS.register_module()
@@ -345,6 +375,7 @@ class EQLV2Loss(ClassificationLoss):
 
     fn = staticmethod(eqlv2_loss)
     inputs = ("ratio",)
+    by_rows = True
     paper = "https://arxiv.org/abs/2012.08548"
     yolo_gain = 4.0
     sums_classes = True
@@ -359,7 +390,7 @@ class EQLV2Loss(ClassificationLoss):
         self.register_buffer("neg_grad", torch.zeros(num_classes))
         self.register_buffer("pos_neg", torch.full((num_classes,), 100.0))
 
-    def compute(self, pred, target, valid, weight):
+    def survey(self, pred, target, weight):
         if pred.shape[-1] not in (self.num_classes, self.num_classes + 1):
             raise ValueError(
                 f"EQLV2Loss with num_classes={self.num_classes} takes {self.num_classes + 1} logits (the last for the "
@@ -367,15 +398,21 @@ class EQLV2Loss(ClassificationLoss):
             )
         ratio = self.pos_neg.clone()
         if self.learning:
-            self._accumulate(pred.detach(), target, valid, ratio)
-        return self.fn(pred, target, ratio=ratio, **self.settings)
+            self._accumulate(pred, target, ratio)
+        return {"ratio": ratio}
 
-    def _accumulate(self, pred, target, valid, ratio):
-        size = (pred.sigmoid() - target).abs() * eqlv2_weight(pred, target, ratio, **self.settings)
-        size = apply_weight(size.nan_to_num(0.0), valid)[..., : self.num_classes]
-        target = target.nan_to_num(0.0)[..., : self.num_classes]
-        for buffer, part in ((self.pos_grad, target), (self.neg_grad, 1 - target)):
-            buffer.add_(rank_mean((size * part).flatten(0, -2).sum(0).to(buffer.dtype)))
+    @torch.no_grad()
+    def _accumulate(self, pred, target, ratio):
+        of_positives = of_negatives = 0
+        for _, x, t, _ in parts(self, pred, target, None):
+            x, t, valid = self.prepare(float32(x), t)
+            size = (x.sigmoid() - t).abs().mul_(eqlv2_weight(x, t, ratio, **self.settings))
+            size = apply_weight(size.nan_to_num(0.0), valid)[..., : self.num_classes].flatten(0, -2)
+            positive = size * t.nan_to_num(0.0)[..., : self.num_classes].flatten(0, -2)
+            of_positives = of_positives + positive.sum(0)
+            of_negatives = of_negatives + (size - positive).sum(0)
+        for buffer, found in ((self.pos_grad, of_positives), (self.neg_grad, of_negatives)):
+            buffer.add_(rank_mean(found.to(buffer.dtype)))
         seen = self.pos_grad + self.neg_grad > 0
         self.pos_neg.copy_(torch.where(seen, self.pos_grad / (self.neg_grad + 1e-10), self.pos_neg))
 
@@ -406,20 +443,24 @@ def slide_loss(pred, target, *, authors_code=False, mean_iou=None, base=None):
     >>> slide_loss(torch.tensor([[0.8], [-0.4], [1.5]]), torch.tensor([[0.1], [0.55], [0.9]])).squeeze(-1)
     tensor([1.0911, 1.1496, 0.3884])
     """
-    mean_iou = mean_of_positives(target) if mean_iou is None else mean_iou
+    mean_iou = mean_of_positives(*positives(target)) if mean_iou is None else mean_iou
     if base is None:
-        elements = F.binary_cross_entropy_with_logits(pred, target, reduction="none")
+        elements = bce(pred, target)
     else:
         elements = base.loss_weight * base.elements(pred, target)[0]
     return slide_weight(target, mean_iou, authors_code) * elements
 
 
-def mean_of_positives(target, otherwise=0.5):
-    """Mean IoU of the rows that have one, at least 0.2; ``otherwise`` if none has. NaN rows do not count."""
+def positives(target):
+    """The sum of the IoU of the rows that have one, and their number. NaN rows do not count."""
     iou = target.amax(-1) if target.shape[-1] else target.sum(-1)
     positive = iou > 0
-    mean = torch.where(positive, iou, 0.0).sum() / positive.sum().clamp(min=1)
-    return torch.where(positive.any(), mean.clamp(min=0.2), otherwise)
+    return torch.where(positive, iou, 0.0).sum(), positive.sum()
+
+
+def mean_of_positives(total, count, otherwise=0.5):
+    """Their mean IoU, at least 0.2; ``otherwise`` if there are none."""
+    return torch.where(count > 0, (total / count.clamp(min=1)).clamp(min=0.2), otherwise)
 
 
 @MODELS.register_module()
@@ -445,12 +486,20 @@ class SlideLoss(ClassificationLoss):
         if self.base.family != "classification" or not self.base.use_sigmoid:
             raise ValueError(f"base of SlideLoss must be a sigmoid classification loss, not {base['type']}.")
         self.sums_classes, self.needs_mining = self.base.sums_classes, self.base.needs_mining
+        self.by_rows = self.base.by_rows and not self.base.surveys
         self.register_buffer("mean_iou", torch.tensor(0.5))
 
-    def compute(self, pred, target, valid, weight):
+    def survey(self, pred, target, weight):
         if self.learning:
-            self.mean_iou.copy_(rank_mean(mean_of_positives(target, self.mean_iou)))
-        return self.fn(pred, target, mean_iou=self.mean_iou.to(pred.dtype), base=self.base, **self.settings)
+            total = count = 0
+            for _, x, t, _ in parts(self, pred.detach(), target, None):
+                of_part = positives(self.prepare(float32(x), t)[1])
+                total, count = total + of_part[0], count + of_part[1]
+            self.mean_iou.copy_(rank_mean(mean_of_positives(total, count, self.mean_iou)))
+        return {"mean_iou": self.mean_iou.to(float32(pred).dtype)}
+
+    def compute(self, pred, target, valid, weight, *, mean_iou):
+        return self.fn(pred, target, mean_iou=mean_iou, base=self.base, **self.settings)
 
 
 # What is defined here is public; a new loss is exported by being here.

@@ -53,10 +53,10 @@ class JointLoss(Loss):
         self.needs_mining = any(getattr(loss, "needs_mining", True) for loss in self.losses)
         check_use_sigmoid(self, use_sigmoid)
 
-    def elements(self, pred, target, weight=None):
+    def elements(self, pred, target, weight=None, seen=None):
         return self.fn(pred, target, losses=self.losses), None
 
-    def total(self, pred, target, weight, avg_factor, reduction):
+    def total(self, pred, target, weight, avg_factor, reduction, seen=None):
         """The sum of the parts, each called with the same arguments."""
         pred = float32(pred)  # once, so that half-precision gradients are not added up in half precision
         given = {"weight": weight, "avg_factor": avg_factor, "reduction_override": reduction}
@@ -111,6 +111,7 @@ class ConfidenceWeightedLoss(ClassificationLoss):
         check_use_sigmoid(self, use_sigmoid)
         self.base = base
         self.sums_classes, self.needs_mining = base.sums_classes, base.needs_mining
+        self.by_rows = base.by_rows and not base.surveys
 
     def prepare(self, pred, target):
         return self.base.prepare(pred, target)

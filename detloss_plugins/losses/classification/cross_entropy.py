@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from detloss_plugins.base import Loss, Upstream, above, rules
+from detloss_plugins.execution import float32, parts
 from detloss_plugins.families import ClassificationLoss
 from detloss_plugins.losses.classification.common import SoftmaxOrSigmoid, balance, bce, class_vector, index_target
 from detloss_plugins.reduction import apply_weight
@@ -90,7 +91,7 @@ class CrossEntropyLoss(SoftmaxOrSigmoid):
     def _drop_ignored(self, label):
         return torch.where(label == self.ignore_index, -1, label)
 
-    def normalizer(self, avg_factor, loss, valid, weight, reduction):
+    def normalizer(self, avg_factor, loss, valid, weight, reduction, seen=None):
         if not self.avg_non_ignore or avg_factor is not None or valid is None or reduction != "mean":
             return avg_factor
         per_valid = loss.numel() // max(valid.numel(), 1)
@@ -143,13 +144,23 @@ def balanced_cross_entropy_loss(pred, target, *, alpha="auto"):
     >>> balanced_cross_entropy_loss(torch.zeros(4), torch.tensor([1.0, 0, 0, 0]))  # 3/4 ln 2 and 1/4 ln 2
     tensor([0.5199, 0.1733, 0.1733, 0.1733])
     """
+    if isinstance(alpha, str):
+        alpha = share_of_negatives(*positives_and_negatives(target.detach()))
     counted = (target >= 0) | target.isnan()
     target = torch.where(counted, target, 0)
-    if alpha == "auto":
-        positives, negatives = target.detach().sum(), torch.where(counted, 1 - target.detach(), 0).sum()
-        both = (positives > 0) & (negatives > 0)
-        alpha = torch.where(both, negatives / (positives + negatives), 0.5)
     return counted * balance(alpha, target) * bce(pred, target)
+
+
+def positives_and_negatives(target):
+    """How many there are: the sums of ``y`` and of ``1 - y``, of the targets that are not negative."""
+    counted = (target >= 0) | target.isnan()
+    return torch.where(counted, target, 0).sum(), torch.where(counted, 1 - target, 0).sum()
+
+
+def share_of_negatives(positives, negatives):
+    """Among both, or 1/2 where one of them is zero."""
+    both = (positives > 0) & (negatives > 0)
+    return torch.where(both, negatives / (positives + negatives), 0.5)
 
 
 @MODELS.register_module()
@@ -168,6 +179,7 @@ class BalancedCrossEntropyLoss(ClassificationLoss):
 
     fn = staticmethod(balanced_cross_entropy_loss)
     paper = "https://arxiv.org/abs/1504.06375"
+    by_rows = True
     needs_mining = False
     upstream = (
         Upstream("torchvision.ops.sigmoid_focal_loss", {"alpha": 0.3}, {"alpha": 0.3, "gamma": 0.0}),
@@ -179,13 +191,26 @@ class BalancedCrossEntropyLoss(ClassificationLoss):
         if alpha != "auto" and not (isinstance(alpha, (int, float)) and 0 <= alpha <= 1):
             raise ValueError(f'alpha of BalancedCrossEntropyLoss must be "auto" or a number in [0, 1], not {alpha!r}.')
         self.alpha = alpha
-        self.by_rows = alpha != "auto"
 
-    def compute(self, pred, target, valid, weight):
-        for mask in (weight, valid):
+    def survey(self, pred, target, weight):
+        if self.alpha != "auto":
+            return {}
+        found = 0, 0
+        for _, x, t, w in parts(self, pred.detach(), target, weight):
+            _, t, valid = self.prepare(float32(x), t)
+            found = [n + new for n, new in zip(found, positives_and_negatives(self._counted(t, valid, w)), strict=True)]
+        return {"alpha": share_of_negatives(*found)}
+
+    @staticmethod
+    def _counted(target, *masks):
+        """The target with -1 where a mask is zero."""
+        for mask in masks:
             if mask is not None:
                 target = torch.where(apply_weight(torch.ones_like(target), mask) != 0, target, -1)
-        return super().compute(pred, target, valid, weight)
+        return target
+
+    def compute(self, pred, target, valid, weight, **seen):
+        return super().compute(pred, self._counted(target, valid, weight), valid, weight, **seen)
 
 
 def kl_div_loss(pred, target, *, temperature=1.0, reduction="none"):
