@@ -1,6 +1,7 @@
 """However a loss is run - as it is written, in parts, by a formula, compiled - it is the same loss."""
 
 import copy
+import functools
 import gc
 import pickle
 import warnings
@@ -13,17 +14,27 @@ from torch import nn
 
 from detloss_plugins import build_loss, execution
 from detloss_plugins.losses import (
+    GHMC,
     BinaryCrossEntropyLoss,
     CIoULoss,
     CrossEntropyLoss,
+    EQLV2Loss,
     FocalLoss,
     GIoULoss,
     MultiBoxLoss,
     QualityFocalLoss,
     VarifocalLoss,
 )
+from detloss_plugins.losses.classification.common import log1p, logistic
 
 DENSE = [BinaryCrossEntropyLoss, FocalLoss, QualityFocalLoss, VarifocalLoss]
+STATES = [
+    {"type": "GHMC", "momentum": 0.5},
+    {"type": "GHMR", "momentum": 0.5},
+    {"type": "EQLV2Loss", "num_classes": 9},
+    {"type": "SlideLoss"},
+    {"type": "BalancedCrossEntropyLoss"},
+]
 
 
 @pytest.fixture
@@ -170,10 +181,22 @@ def test_nothing_is_left_behind(loss_cls, device, in_small_parts):
     assert counts[1] == counts[2]
 
 
-@pytest.mark.parametrize("kind", DENSE)
+@pytest.mark.parametrize("state", STATES, ids=lambda state: state["type"])
+def test_state_in_parts(state, device, request):
+    """A loss that looks at the whole batch sees it once, in parts or not, and its state moves as it would."""
+    whole, split = build_loss(state).to(device), build_loss(state).to(device)
+    pred, target = sample_for(whole, device, 70)
+    expected = [whole(pred, target) for _ in range(2)]
+    ran = request.getfixturevalue("in_small_parts")
+    torch.testing.assert_close([split(pred, target) for _ in range(2)], expected)
+    assert len(ran) == 2
+    torch.testing.assert_close(list(split.buffers()), list(whole.buffers()))
+
+
+@pytest.mark.parametrize("kind", [*DENSE, GHMC, functools.partial(EQLV2Loss, num_classes=80)])
 def test_memory_of_dense_logits(kind):
     """At most three times the logits, which autograd's intermediate results would take several times over."""
-    pred, target = kind.sample(17_000, classes=80)
+    pred, target = FocalLoss.sample(17_000, classes=80)
     pred.requires_grad_()
     loss = kind()
     used = peak_memory(lambda: loss(pred, target).backward(), torch.device("cpu"))
@@ -308,6 +331,22 @@ def test_a_mistake_in_a_call_is_told_as_without_compiling(unbuilt):
     with pytest.raises(ValueError, match="must both be boxes"):
         loss(torch.rand(3, 4), torch.rand(4, 4).cumsum(-1))
     assert loss not in execution._not_compiled
+
+
+def test_what_compiled_losses_take_for_the_logarithm():
+    x = torch.linspace(0, 1, 100_001)
+    error = (log1p(x).double() / x.double().log1p() - 1)[1:].abs()
+    assert error.max() < 2e-7
+    assert log1p(x[:1]) == 0
+    assert log1p(torch.tensor([1e-30])) == 1e-30
+
+
+def test_one_exponential_gives_all():
+    z = torch.tensor([-1e30, -90.0, -3.0, 0.0, 3.0, 90.0, 1e30])
+    small, p, q = logistic(z)
+    torch.testing.assert_close(small, torch.nn.functional.softplus(-z.abs()), rtol=1e-6, atol=0)
+    torch.testing.assert_close(p, z.sigmoid(), rtol=1e-6, atol=1e-38)
+    torch.testing.assert_close(q, (-z).sigmoid(), rtol=1e-6, atol=1e-38)
 
 
 @pytest.mark.parametrize("settings", [{"type": "FocalLoss"}, {"type": "CIoULoss"}], ids=lambda s: s["type"])

@@ -168,8 +168,11 @@ def test_kernels_are_the_operators_that_do_work():
 def test_rounds_take_turns_and_a_slow_one_runs_once():
     order = []
     calls = {name: functools.partial(order.append, name) for name in "abc"}
-    times = timing.interleaved(calls, CPU, rounds=4)
-    assert "".join(order[3:]) == "abcbcacababc"
+    times = timing.interleaved(calls, CPU, rounds=4, warm_up=2)
+    rounds = ["".join(order[start : start + 3]) for start in range(6, 18, 3)]
+    assert "".join(order[:6]) == "aabbcc"
+    assert all(sorted(names) == ["a", "b", "c"] for names in rounds)
+    assert len(set(rounds)) > 1, "nobody always comes after the same"
     assert {name: len(taken) for name, taken in times.items()} == {"a": 4, "b": 4, "c": 4}
     assert gc.isenabled()
     times = timing.interleaved({"slow": lambda: time.sleep(0.02), "fast": int}, CPU, rounds=3, limit=0.01)

@@ -44,21 +44,30 @@ def rounds_in(seconds, each):
     return int(min(max(1000 * seconds / max(each, 1e-3), LEAST), MOST))
 
 
-def interleaved(calls, device, rounds=None, seconds=2.0, limit=5.0, warm_up=1):
+def warmed(call, device, calls, seconds=0.1):
+    """How long the last of so many calls took, or of as many as fit in some seconds."""
+    took = []
+    while not took or (len(took) < calls and sum(took) < 1000 * seconds):
+        took.append(milliseconds(call, device))
+    return took[-1]
+
+
+def interleaved(calls, device, rounds=None, seconds=2.0, limit=5.0, warm_up=25):
     """``{name: [milliseconds, ...]}`` of ``{name: function}``, the functions taking turns.
 
-    Each is called ``warm_up`` times first, on top of a call before that which may compile. If the last of these takes
-    longer than ``limit`` seconds, this is the only time that it has. ``rounds``, if not given, is as many as fit in
-    ``seconds``, within bounds. The garbage collector runs before and not in between.
+    Each is called ``warm_up`` times first, or fewer if they take a tenth of a second, on top of a call before that
+    which may compile: a box loss looks at the targets of its first calls. If the last of these takes longer than
+    ``limit`` seconds, this is the only time that it has. ``rounds``, if not given, is as many as fit in ``seconds``,
+    within bounds. The garbage collector runs before and not in between.
     """
     gc.collect()
     gc.disable()
     try:
-        warm = {name: [milliseconds(call, device) for _ in range(warm_up)] for name, call in calls.items()}
-        slow = {name: times[-1:] for name, times in warm.items() if times[-1] > 1000 * limit}
+        warm = {name: warmed(call, device, warm_up) for name, call in calls.items()}
+        slow = {name: [took] for name, took in warm.items() if took > 1000 * limit}
         names = [name for name in calls if name not in slow]
         times = {name: [] for name in names}
-        rounds = rounds or rounds_in(seconds, sum(warm[name][-1] for name in names))
+        rounds = rounds or rounds_in(seconds, sum(warm[name] for name in names))
         for order in turns(names, rounds) if names else ():
             for name in order:
                 times[name].append(milliseconds(calls[name], device))

@@ -407,10 +407,10 @@ class EQLV2Loss(ClassificationLoss):
         for _, x, t, _ in parts(self, pred, target, None):
             x, t, valid = self.prepare(float32(x), t)
             size = (x.sigmoid() - t).abs().mul_(eqlv2_weight(x, t, ratio, **self.settings))
-            size = apply_weight(size.nan_to_num(0.0), valid)[..., : self.num_classes].flatten(0, -2)
-            positive = size * t.nan_to_num(0.0)[..., : self.num_classes].flatten(0, -2)
-            of_positives = of_positives + positive.sum(0)
-            of_negatives = of_negatives + (size - positive).sum(0)
+            size = apply_weight(size, valid)[..., : self.num_classes].flatten(0, -2)
+            positive = size * t[..., : self.num_classes].flatten(0, -2)
+            of_positives = of_positives + positive.nansum(0)
+            of_negatives = of_negatives + size.sub_(positive).nansum(0)
         for buffer, found in ((self.pos_grad, of_positives), (self.neg_grad, of_negatives)):
             buffer.add_(rank_mean(found.to(buffer.dtype)))
         seen = self.pos_grad + self.neg_grad > 0

@@ -30,6 +30,13 @@ def _bce(pred, target, activated, pos_weight=None, reduction="none"):
     return F.binary_cross_entropy_with_logits(pred, target, reduction=reduction, pos_weight=pos_weight)
 
 
+def logistic_terms(pred, both=True):
+    """``ln(1 + e^-|z|)``, ``sigmoid(z)`` and, if ``both``, ``sigmoid(-z)``."""
+    if differentiated_once():
+        return logistic(pred)
+    return F.softplus(pred.abs().neg_()), pred.sigmoid(), (-pred).sigmoid_() if both else None
+
+
 def logistic(pred):
     """``ln(1 + e^-|z|)``, ``sigmoid(z)`` and ``sigmoid(-z)`` by one exponential, for a compiler.
 
@@ -97,12 +104,9 @@ class _FocusedCE(Analytic):
 
     @staticmethod
     def value(ctx, pred, target, gap, gamma, weight, epsilon):
-        if differentiated_once():
-            small, p, q = logistic(pred)
-        else:
-            small, p, q = F.softplus(pred.abs().neg_()), pred.sigmoid(), (-pred).sigmoid_() if gap == "hard" else None
-        # max(z, 0) - y z + ln(1 + e^-|z|), in which nothing cancels
-        ce = small.add_(pred.relu()).addcmul_(pred, target, value=-1)
+        small, p, q = logistic_terms(pred, gap == "hard")
+        # max(z, 0) - y z, which for a hard target is exact, and ln(1 + e^-|z|)
+        ce = small.add_(pred.relu().addcmul_(pred, target, value=-1))
         gap, slope, surplus = _gap(target, p, q, gap)
         if epsilon:
             ce.add_(gap, alpha=epsilon)

@@ -23,14 +23,16 @@ def cross_entropy_loss(
     if use_sigmoid:
         smooth = target * (1 - label_smoothing) + label_smoothing / 2 if label_smoothing else target
         return bce(pred, smooth, pos_weight=weight, reduction=reduction)
-    classes_last = pred.reshape(-1, pred.shape[-1])
-    target = target.reshape(-1) if index_target(target) else target.reshape(classes_last.shape)
+    shape = pred.shape[:-1]
+    if pred.dim() != 2:
+        pred = pred.reshape(-1, pred.shape[-1])
+        target = target.reshape(-1) if index_target(target) else target.reshape(pred.shape)
     ignore = {}
     if index_target(target):  # torch's function leaves out what has the one label that it ignores, at no cost
         ignore["ignore_index"] = max(ignore_index, -1)
         target = target.clamp(min=-1) if ignore_index < 0 else torch.where(target < 0, ignore_index, target)
     loss = F.cross_entropy(
-        classes_last,
+        pred,
         target,
         weight=weight,
         reduction="sum" if reduction == "mean" else reduction,  # their mean is over the weights
@@ -38,8 +40,8 @@ def cross_entropy_loss(
         **ignore,
     )
     if reduction == "none":
-        return loss.reshape(pred.shape[:-1])
-    return loss / len(classes_last) if reduction == "mean" else loss
+        return loss.reshape(shape)
+    return loss / len(pred) if reduction == "mean" else loss
 
 
 @MODELS.register_module()

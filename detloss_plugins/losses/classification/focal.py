@@ -38,9 +38,10 @@ def _sigmoid_focal_loss(pred, target, gamma, alpha, activated=False, epsilon=0.0
 def _softmax_focal_loss(pred, target, gamma, alpha, activated=False, epsilon=0.0):
     """The same of each row; a distribution sums over its classes."""
     log_p = pred.clamp(min=torch.finfo(pred.dtype).tiny).log() if activated else pred.log_softmax(-1)
-    ce = -log_p
     if index_target(target):
         ce = F.nll_loss(log_p.flatten(0, -2), target.flatten(), reduction="none").unflatten(0, target.shape)
+    else:
+        ce = -log_p
     loss = ce
     if gamma or epsilon:
         miss = -torch.expm1(-ce)

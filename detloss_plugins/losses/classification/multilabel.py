@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from detloss_plugins.base import Rule, Upstream, check_use_sigmoid, one_of, rules
+from detloss_plugins.execution import Analytic, pointwise
 from detloss_plugins.families import ClassificationLoss
 from detloss_plugins.losses.classification import common
 from detloss_plugins.registry import MODELS
@@ -21,11 +22,63 @@ def modified_cross_entropy_loss(pred, target, *, activation="sigmoid", alpha=Non
         return common.bce(pred, target)
     # As p_c = sigmoid(margin_c), one stable form serves both activations.
     logit = pred if activation == "sigmoid" else _margin(pred)
-    p, q = logit.sigmoid(), (-logit).sigmoid()
-    positive = -target * common.power(q, gamma) * F.logsigmoid(logit)
-    negative = -(1 - target) * common.power(p, gamma) * F.logsigmoid(-logit)
     alpha = common.class_vector(alpha, pred)
-    return positive + negative if alpha is None else alpha * positive + (1 - alpha) * negative
+    return two_sided_ce(logit, target, gamma, gamma, alpha=alpha)
+
+
+def two_sided_ce(pred, target, gamma_pos, gamma_neg, clip=0.0, alpha=None, detach=False):
+    """``-a y (1 - p)^gamma_pos ln p - b (1 - y) p_m^gamma_neg ln(1 - p_m)`` of logits; ``p_m = max(p - clip, 0)``.
+
+    ``a = alpha`` and ``b = 1 - alpha``, or 1 if there is none. ``detach`` makes constants of the powers.
+    """
+    return pointwise(_TwoSidedCE, pred, target, gamma_pos, gamma_neg, clip, alpha, detach)
+
+
+class _TwoSidedCE(Analytic):
+    """See :func:`two_sided_ce`. Its derivative is worked out along with the value, and is all that is kept."""
+
+    @staticmethod
+    def plain(pred, target, gamma_pos, gamma_neg, clip, alpha, detach):
+        p, q = pred.sigmoid(), (-pred).sigmoid()
+        positive, negative = common.power(q, gamma_pos), common.power((p - clip).clamp(min=0), gamma_neg)
+        if detach:
+            positive, negative = positive.detach(), negative.detach()
+        # 1 - p_m = min(1 - p + clip, 1) stays above clip; without a clip the logarithm of the sigmoid is the exact one.
+        log_negative = (q + clip).clamp(max=1).log() if clip else F.logsigmoid(-pred)
+        positive, negative = -target * positive * F.logsigmoid(pred), -(1 - target) * negative * log_negative
+        return positive + negative if alpha is None else alpha * positive + (1 - alpha) * negative
+
+    @staticmethod
+    def value(ctx, pred, target, gamma_pos, gamma_neg, clip, alpha, detach):
+        small, p, q = common.logistic_terms(pred)
+        pq = p * q
+        positive, of_positive = _powered(q, -pq, small + (-pred).relu(), -q, gamma_pos, detach)
+        if clip:
+            margin = (p - clip).relu()
+            inside = margin.sign().mul_(pq)
+            negative = _powered(margin, inside, -torch.log1p(-margin), inside / (1 - margin), gamma_neg, detach)
+        else:
+            negative = _powered(p, pq, small + pred.relu(), p, gamma_neg, detach)
+        weights = (target, 1 - target) if alpha is None else (alpha * target, (1 - alpha) * (1 - target))
+        ctx.slope = (weights[0] * of_positive).addcmul_(weights[1], negative[1])
+        return (weights[0] * positive).addcmul_(weights[1], negative[0])
+
+    @staticmethod
+    def gradients(ctx, outer):
+        return [ctx.slope * outer]
+
+
+def _powered(base, slope_of_base, ce, slope_of_ce, gamma, detach):
+    """``base^gamma ce`` and its slope, in which the power may count as a constant."""
+    if gamma == 0:
+        return ce, slope_of_ce
+    slope = base * slope_of_ce
+    if not detach:
+        slope.addcmul_(slope_of_base, ce, value=gamma)
+    if gamma == 1:
+        return base * ce, slope
+    lower = common.power(base, gamma - 1)
+    return base * ce * lower, slope.mul_(lower)
 
 
 def _margin(pred):
@@ -87,13 +140,7 @@ def asymmetric_loss(pred, target, *, gamma_neg=4.0, gamma_pos=1.0, clip=0.05, de
     >>> asymmetric_loss(torch.zeros(2), torch.tensor([1.0, 0.0]))  # ln 2 / 2 and -0.45^4 ln 0.55
     tensor([0.3466, 0.0245])
     """
-    p, q = pred.sigmoid(), (-pred).sigmoid()
-    positive, negative = common.power(q, gamma_pos), common.power((p - clip).clamp(min=0), gamma_neg)
-    if detach_focusing:
-        positive, negative = positive.detach(), negative.detach()
-    # 1 - p_m = min(1 - p + clip, 1) stays above clip; without a clip the logarithm of the sigmoid is the exact one.
-    log_negative = (q + clip).clamp(max=1).log() if clip else F.logsigmoid(-pred)
-    return -target * positive * F.logsigmoid(pred) - (1 - target) * negative * log_negative
+    return two_sided_ce(pred, target, gamma_pos, gamma_neg, clip, detach=detach_focusing)
 
 
 @MODELS.register_module()
