@@ -58,6 +58,13 @@ def test_harmonising_weights_average_one():
     torch.testing.assert_close((weight * counts).sum() / counts.sum(), torch.tensor(1.0, dtype=torch.float64))
 
 
+def test_nothing_counts_as_one():
+    """The Ultralytics adapter divides by it."""
+    rows, ignored = torch.zeros(2, 3), torch.zeros(2, dtype=torch.bool)
+    assert GHMC().normalizer(None, rows, ignored, None, "mean") == 1
+    assert GHMC().normalizer(None, rows[:0], None, None, "mean") == 1
+
+
 def test_seesaw():
     loss = SeesawLoss(num_classes=3, return_dict=False, reduction="none").eval()
     loss.cum_samples[:3] = torch.tensor([100.0, 10, 1])

@@ -77,6 +77,10 @@ def _weights(table, norm):
     return table.to(norm.dtype)[_bin_of(norm, len(table))]
 
 
+def _at_least_one(count):
+    return count.clamp(min=1) if torch.is_tensor(count) else max(count, 1)
+
+
 class _Harmonised:
     """State and normaliser that GHM-C and GHM-R share. A sample's weight is a mask: only its sign is used."""
 
@@ -99,7 +103,7 @@ class _Harmonised:
             seen = rank_mean(counts) if self.every_rank else counts
             moved = self.momentum * self.acc_sum + (1 - self.momentum) * seen
             self.acc_sum.copy_(torch.where(seen > 0, moved, self.acc_sum))
-        total = total.clamp(min=1) if torch.is_tensor(total) else max(total, 1)
+        total = _at_least_one(total)
         return {"table": harmony(counts, total, self.acc_sum), "total": total}
 
     def compute(self, pred, target, valid, weight, *, table, total):
@@ -126,7 +130,7 @@ class _Harmonised:
     def normalizer(self, avg_factor, loss, valid, weight, reduction, seen=None):
         if reduction != "mean":
             return avg_factor
-        return seen["total"] if seen else self._total(loss, valid, weight)
+        return seen["total"] if seen else _at_least_one(self._total(loss, valid, weight))
 
 
 @MODELS.register_module()
