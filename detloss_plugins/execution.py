@@ -42,13 +42,22 @@ def run(loss, pred, target, weight, avg_factor, reduction, **extra):
         return loss.total(*call, **extra)
     if loss.compiled and not loss.counts_positives and loss not in _not_compiled:
         return _run_compiled(loss, *call, **extra)
-    whole = loss.keeps_little or loss.reduces(pred, target, weight, reduction)
-    if not whole and torch.is_tensor(pred) and pred.numel() > part_of(loss, pred):
+    if (
+        torch.is_tensor(pred)
+        and pred.numel() > part_of(loss, pred)
+        and not _runs_whole(loss, pred, target, weight, reduction)
+    ):
         rows = as_rows(loss, pred, target, weight)
         if rows is not None and one_pass(loss, *call):
             seen = loss.survey(pred, target, weight)
             return _OnePass.apply(rows[0], in_parts, loss, *rows[1:], avg_factor, reduction, seen)
     return loss.total(*call, **extra)
+
+
+def _runs_whole(loss, pred, target, weight, reduction):
+    """Whether parts would gain nothing; of half precision, they save the copy in float32."""
+    little = loss.keeps_little or loss.reduces(pred, target, weight, reduction)
+    return little and pred.dtype == float32(pred[:0]).dtype
 
 
 def transforming():

@@ -194,10 +194,14 @@ def test_state_in_parts(state, device, request):
 
 
 @pytest.mark.parametrize("kind", [*DENSE, GHMC, functools.partial(EQLV2Loss, num_classes=80)])
-def test_memory_of_dense_logits(kind):
-    """At most three times the logits, which autograd's intermediate results would take several times over."""
-    pred, target = FocalLoss.sample(17_000, classes=80)
-    pred.requires_grad_()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_of_dense_logits(kind, dtype):
+    """At most three times the logits, which autograd's intermediate results would take several times over.
+
+    Of half precision, twice as many times: the gradient is worked out in float32.
+    """
+    pred, target = FocalLoss.sample(34_000, classes=80)
+    pred = pred.to(dtype).requires_grad_()
     loss = kind()
     used = peak_memory(lambda: loss(pred, target).backward(), torch.device("cpu"))
     assert used < 3 * pred.numel() * 4
