@@ -48,7 +48,8 @@ def harmony(counts, total, average=None):
     """
     occupied = (counts > 0).sum().clamp(min=1)
     density = counts if average is None else torch.where(average > 0, average, counts)
-    return total / (density.clamp(min=torch.finfo(torch.float32).tiny) * occupied)
+    # What does not count may be alone in its region, and has no weight.
+    return torch.where(density > 0, total / (density.clamp(min=torch.finfo(torch.float32).tiny) * occupied), 0.0)
 
 
 def ghmc_norm(pred, target):

@@ -56,7 +56,8 @@ class _TwoSidedCE(Analytic):
         if clip:
             margin = (p - clip).relu()
             inside = margin.sign().mul_(pq)
-            negative = _powered(margin, inside, -torch.log1p(-margin), inside / (1 - margin), gamma_neg, detach)
+            rest = (q + clip).clamp(max=1)  # 1 - p_m, which stays above clip
+            negative = _powered(margin, inside, -rest.log(), inside / rest, gamma_neg, detach)
         else:
             negative = _powered(p, pq, small + pred.relu(), p, gamma_neg, detach)
         weights = (target, 1 - target) if alpha is None else (alpha * target, (1 - alpha) * (1 - target))
