@@ -8,7 +8,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import nn
 
-from detloss_plugins.execution import float32, run, without_autocast
+from detloss_plugins.execution import compiling, float32, run, without_autocast
 from detloss_plugins.reduction import AVG_FACTOR_EPS, apply_weight, check_reduction, of_rows, reduce
 
 
@@ -87,6 +87,7 @@ class Loss(nn.Module):
     by_rows: ClassVar[bool] = True  # a row's loss depends on that row alone; set below, False for what might not
     surveys: ClassVar[bool] = False  # that holds once ``survey`` has seen the batch; set below
     keeps_little: ClassVar[bool] = False  # True: for its backward, so that to run it in parts gains nothing
+    aside: ClassVar[tuple[str, ...]] = ()  # attributes of an instance that change and that ``total`` does not read
     by_columns: ClassVar[bool] = False  # True: pred and target hold a few unlike columns, such as x1, y1, x2, y2
     yolo_gain: ClassVar[float] = 1.0  # default loss_weight in a slot of the Ultralytics adapter
     yolo_prior: ClassVar[float | None] = None  # class score that a new head of theirs starts with; None: as stock
@@ -240,7 +241,7 @@ class Loss(nn.Module):
 
     def _reduced(self, pred, target, weight, avg_factor, reduction):
         """The loss by an operator that reduces too, where there is one and nothing is in its way; else None."""
-        if torch.compiler.is_compiling() or not self.reduces(pred, target, weight, reduction):
+        if compiling() or not self.reduces(pred, target, weight, reduction):
             return None  # a compiled sum is taken in float64
         if not pred.numel() or (avg_factor is not None and reduction == "sum"):
             return None  # the latter is a mistake, which "reduce" tells

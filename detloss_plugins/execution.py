@@ -5,11 +5,16 @@ detector. In one pass, a row's gradient is worked out along with its value, and 
 """
 
 import contextlib
+import copy
+import inspect
 import types
 import warnings
 import weakref
+from functools import partial
+from typing import NamedTuple
 
 import torch
+from torch import nn
 from torch.func import grad_and_value
 
 # Elements of a part: few enough for what is worked out on the way to stay in a CPU's cache, or to take little of a
@@ -25,7 +30,7 @@ def float32(tensor):
 
 def without_autocast(device):
     """A context in which nothing is cast."""
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(device.type):
+    if compiling() or torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return contextlib.nullcontext()  # the other takes as long as an operator on a thousand boxes
 
@@ -60,9 +65,17 @@ def _runs_whole(loss, pred, target, weight, reduction):
     return little and pred.dtype == float32(pred[:0]).dtype
 
 
+_tracing = False  # whether ``_traced`` runs
+
+
+def compiling():
+    """Whether what runs is being compiled, here or in a model that is itself compiled."""
+    return _tracing or torch.compiler.is_compiling()
+
+
 def transforming():
     """Whether a compiler or ``torch.func`` looks on, which both want the plain operators."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return compiling() or torch._C._are_functorch_transforms_active()
 
 
 def part_of(loss, pred):
@@ -224,9 +237,10 @@ def in_parts(loss, pred, target, weight, avg_factor, reduction, seen):
     return gradient, value
 
 
-def total(loss, *call, **extra):
+def total(loss, pred, target, *call, **extra):
     """What is compiled where autograd is to differentiate it, or nobody."""
-    return loss.total(*call, **extra)
+    pred, target = in_columns(loss, pred, target)
+    return loss.total(pred, target, *call, **extra)
 
 
 _once = False  # as below
@@ -237,29 +251,88 @@ def differentiated_once():
     return _once
 
 
-def value_and_gradient(loss, pred, *call):
+def value_and_gradient(loss, pred, target, *call):
     """What is compiled for one pass: the gradient for pred, at least float32, and the value."""
     global _once
+    pred, target = in_columns(loss, pred, target)
     _once = True
-    found = grad_and_value(lambda x: loss.total(x, *call))(float32(pred))
+    found = grad_and_value(lambda x: loss.total(x, target, *call))(float32(pred))
     _once = False
     return found
 
 
-_graphs = weakref.WeakKeyDictionary()  # loss -> {function: its compiled form}; a loss with these could not be pickled
+def in_columns(loss, pred, target):
+    """The same, on a CPU with each of their few columns contiguous: one vector load then reads x1 of many boxes."""
+    if not loss.by_columns or next(tensors(pred)).device.type != "cpu":
+        return pred, target
+    return tuple(torch.stack(x.unbind(-1)).movedim(0, -1) for x in (pred, target))
+
+
+class _Graph(NamedTuple):
+    """The compiled form of a function, and the settings of the loss that it was made with."""
+
+    settings: dict
+    call: object
+
+
+_graphs = weakref.WeakKeyDictionary()  # loss -> {function: _Graph}; a loss with these could not be pickled
+_by_name = weakref.WeakValueDictionary()  # losses that are compiled, by what ``_traced`` knows them by
 _not_compiled = weakref.WeakSet()  # losses with which the compiler has failed
 _told = set()
 
 
 def compiled(loss, function):
-    """The compiled form of ``function`` for ``loss``."""
-    graphs = _graphs.setdefault(loss, {})
-    if function not in graphs:
-        # The compiler has room for few graphs by code object, which all losses would share: a copy has its own.
-        own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-        # It decides by the first call's size whether to use threads: this bids it to, as the next may be larger.
-        graphs[function] = torch.compile(own, dynamic=True, fullgraph=True, options={"cpp.min_chunk_size": 1})
-    return graphs[function]
+    """The compiled form of ``function`` for ``loss`` with its present settings."""
+    graphs, own = _graphs.setdefault(loss, {}), vars(loss)
+    if function not in graphs or any(own.get(k) != v for k, v in graphs[function].settings.items()):
+        graphs[function] = _compile(loss, function)
+    return graphs[function].call
+
+
+def _compile(loss, function):
+    settings = _settings(loss)
+    if settings is not None:
+        torch.compiler.allow_in_graph(_traced)
+        name = str(id(loss))
+        _by_name[name] = loss
+        return _Graph(settings, partial(_compile_alone(_call_traced), name, function is total))
+    return _Graph({}, partial(_compile_alone(function), loss))
+
+
+def _compile_alone(function):
+    """The compiler has room for few graphs by code object, which all losses would share: a copy has its own."""
+    own = types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    # It decides by the first call's size whether to use threads: this bids it to, as the next may be larger.
+    return torch.compile(own, dynamic=True, fullgraph=True, options={"cpp.min_chunk_size": 1})
+
+
+def _settings(loss):
+    """All that a loss is made of, if that is settings; None if there is more, which may change from call to call."""
+    own = {k: v for k, v in vars(loss).items() if k not in _BY_ITSELF and k not in loss.aside}
+    known = all(hasattr(type(loss), k) or k in inspect.signature(type(loss)).parameters for k in own)
+    if known and not (loss._buffers or loss._parameters or loss._modules or any(tensors(*own.values()))):
+        return copy.deepcopy(own)
+    return None
+
+
+_BY_ITSELF = vars(nn.Module()).keys() | {"compiled"}  # what a module has that holds none of its settings
+
+
+def _call_traced(name, as_it_is, *call, **extra):
+    return _traced(name, as_it_is, *call, **extra)
+
+
+def _traced(name, as_it_is, *call, **extra):
+    """A function of a loss, which the compiler is told to follow tensors through and not to read.
+
+    What it reads it checks before each call, and that takes longer than the loss of ten thousand boxes.
+    """
+    global _tracing
+    _tracing = True
+    try:
+        return (total if as_it_is else value_and_gradient)(_by_name[name], *call, **extra)
+    finally:
+        _tracing = False
 
 
 def _run_compiled(loss, pred, target, weight, avg_factor, reduction, **extra):
@@ -288,22 +361,12 @@ def _compiled(loss, pred, target, weight, avg_factor, reduction, **extra):
         if cpu and one_pass(loss, *call):
             seen = loss.survey(pred, target, weight) if loss.surveys else None
             return _OnePass.apply(pred, compiled_kernel, loss, *call[1:], seen)
-        if cpu and loss.by_columns:
-            call = (by_columns(pred), by_columns(target), *call[2:])
-        return compiled(loss, total)(loss, *call, **extra)
+        return compiled(loss, total)(*call, **extra)
 
 
-def compiled_kernel(loss, pred, target, *call):
+def compiled_kernel(loss, *call):
     """The compiled form of :func:`value_and_gradient`."""
-    kernel = compiled(loss, value_and_gradient)
-    if not loss.by_columns:
-        return kernel(loss, pred, target, *call)
-    return kernel(loss, by_columns(pred), by_columns(target), *call)
-
-
-def by_columns(x):
-    """The same, with each of its last dimension's columns contiguous: one vector load then reads x1 of many boxes."""
-    return torch.stack(x.unbind(-1)).movedim(0, -1)
+    return compiled(loss, value_and_gradient)(*call)
 
 
 def _give_up(loss, error):

@@ -5,6 +5,7 @@ from typing import ClassVar
 import torch
 
 from detloss_plugins.base import Loss
+from detloss_plugins.execution import compiling
 from detloss_plugins.reduction import apply_weight, fit_weight
 
 
@@ -30,6 +31,7 @@ class BoxLoss(Loss):
     scale_invariant: ClassVar[bool] = True
     attracts: ClassVar[bool] = False  # True: falls as a disjoint box of the target's size comes nearer
     by_columns = True
+    aside = ("unchecked", "inverted", "boxes")
     values_per_box: ClassVar[int] = 1  # 4: per-element losses (..., 4)
 
     def __init__(self, **kwargs):
@@ -44,7 +46,7 @@ class BoxLoss(Loss):
         return super().prepare(pred, target)
 
     def look(self, target):
-        if self.unchecked and target.numel() and target.shape[-1] == 4 and not torch.compiler.is_compiling():
+        if self.unchecked and target.numel() and target.shape[-1] == 4 and not compiling():
             self.unchecked -= 1
             self._check_corners(target)
 
@@ -123,7 +125,7 @@ class ClassificationLoss(Loss):
                 f"as integers, a dense target {tuple(pred.shape)} or a (label, quality) tuple, "
                 f"not {label.dtype} {tuple(label.shape)}."
             )
-        if torch.compiler.is_compiling():  # which makes no tensor of it
+        if compiling():  # which makes no tensor of it
             channel = label.unsqueeze(-1) == torch.arange(pred.shape[-1], device=label.device)
             return torch.where(channel, value.unsqueeze(-1), 0), label >= 0
         last = pred.shape[-1] - 1

@@ -2,6 +2,8 @@
 
 import torch
 
+from detloss_plugins.execution import compiling
+
 REDUCTIONS = ("none", "mean", "sum")
 # What mmdet adds to avg_factor, so that a normaliser of zero does not divide by zero.
 AVG_FACTOR_EPS = torch.finfo(torch.float32).eps
@@ -57,7 +59,7 @@ def of_rows(loss, *weights):
 
 def _sum(loss):
     """A compiled float32 sum adds one after the other: over millions of elements it is off in the fourth figure."""
-    if torch.compiler.is_compiling() and loss.device.type != "mps":  # which has no float64
+    if compiling() and loss.device.type != "mps":  # which has no float64
         return loss.sum(dtype=torch.float64).to(loss.dtype)
     return loss.sum()
 
@@ -90,7 +92,7 @@ def reduce(loss, weight=None, avg_factor=None, reduction="mean", count=None):
     if reduction == "sum":
         return _sum(loss)
     if avg_factor is None:
-        if not torch.compiler.is_compiling() and loss.numel() and count in (None, loss.numel()):
+        if not compiling() and loss.numel() and count in (None, loss.numel()):
             return loss.mean()  # one operator less
         return _sum(loss) / max(loss.numel() if count is None else count, 1)
     return _sum(loss) / (avg_factor + AVG_FACTOR_EPS)

@@ -5,6 +5,7 @@ import functools
 import gc
 import pickle
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from detloss_plugins.losses import (
     EQLV2Loss,
     FocalLoss,
     GIoULoss,
+    MPDIoULoss,
     MultiBoxLoss,
     QualityFocalLoss,
     VarifocalLoss,
@@ -258,6 +260,53 @@ def test_compiled_state_moves(state, device, unbuilt):
     assert graphs() == 1
     for found, expected in zip(loss.buffers(), eager.buffers(), strict=True):
         torch.testing.assert_close(found, expected)
+
+
+def test_compiled_with_changed_settings(device, unbuilt):
+    """A graph holds the settings that it was made with, and a copy of those that can change in place."""
+    pred, target = sample_for(CIoULoss(), device)
+    loss = CIoULoss(compile=True)
+    for weight in (1.0, 0.5, 0.5):
+        loss.loss_weight = weight
+        torch.testing.assert_close(loss(pred, target), CIoULoss(loss_weight=weight)(pred, target))
+    assert graphs() == 2
+    pred, target = torch.randn(8, 3, device=device), torch.arange(8, device=device) % 3
+    loss = CrossEntropyLoss(compile=True, class_weight=[1.0, 2.0, 3.0])
+    loss(pred, target)
+    loss.class_weight[0] = 9.0
+    torch.testing.assert_close(loss(pred, target), CrossEntropyLoss(class_weight=[9.0, 2.0, 3.0])(pred, target))
+    assert graphs() == 4
+
+
+class Counting(CIoULoss):
+    """A loss with an attribute of its own, which is no setting."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.calls = 0
+
+    def compute(self, *call):
+        return self.calls * super().compute(*call)
+
+
+@pytest.mark.parametrize("kind", [Counting, functools.partial(MPDIoULoss, image_size="batch")])
+def test_compiled_with_what_is_no_setting(kind, device, unbuilt):
+    """The compiler watches it by itself."""
+    pred, target = sample_for(CIoULoss(), device)
+    loss, eager = kind(compile=True), kind()
+    for step in (2.0, 3.0):
+        for x in (loss, eager):
+            x.calls, x.batch_image_size = step, torch.full((2,), 300.0 * step, device=device)
+        torch.testing.assert_close(gradient(loss, pred, target), gradient(eager, pred, target))
+
+
+def test_a_compiled_loss_is_freed(device, unbuilt):
+    loss = CIoULoss(compile=True)
+    gradient(loss, *sample_for(loss, device))
+    gone = weakref.ref(loss)
+    del loss
+    gc.collect()
+    assert gone() is None
 
 
 def test_compiled_loss_is_copied_and_pickled(device, unbuilt):
