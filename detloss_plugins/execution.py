@@ -222,8 +222,10 @@ def parts(loss, pred, target, weight):
 
 
 def in_parts(loss, pred, target, weight, avg_factor, reduction, seen):
-    """The gradient for pred, at least float32, and the value, some rows at a time."""
-    gradient = pred.new_empty(pred.shape, dtype=torch.promote_types(pred.dtype, torch.float32))
+    """The gradient for pred and the value, some rows at a time."""
+    # It waits for what it is multiplied by, which a loss scaler makes large because float16 lacks the range.
+    dtype = torch.float32 if pred.dtype == torch.float16 else pred.dtype
+    gradient = pred.new_empty(pred.shape, dtype=dtype)
     value = 0
     share_of_rows = reduction == "mean" and avg_factor is None and not loss.self_normalized
     for part, x, *call in parts(loss, pred, target, weight):
