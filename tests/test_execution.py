@@ -22,6 +22,7 @@ from detloss_plugins.losses import (
     EQLV2Loss,
     FocalLoss,
     GIoULoss,
+    JointLoss,
     MPDIoULoss,
     MultiBoxLoss,
     QualityFocalLoss,
@@ -195,7 +196,7 @@ def test_state_in_parts(state, device, request):
     torch.testing.assert_close(list(split.buffers()), list(whole.buffers()))
 
 
-@pytest.mark.parametrize("kind", [*DENSE, GHMC, functools.partial(EQLV2Loss, num_classes=80)])
+@pytest.mark.parametrize("kind", [*DENSE, GHMC, functools.partial(EQLV2Loss, num_classes=80), JointLoss.make])
 @pytest.mark.parametrize(("dtype", "times"), [(torch.float32, 3), (torch.bfloat16, 2)])
 def test_memory_of_dense_logits(kind, dtype, times):
     """At most three times the logits in float32, which autograd's intermediate results would take several times over.

@@ -51,7 +51,13 @@ class JointLoss(Loss):
         self.every_rank, self.yolo_prior = self.losses[0].every_rank, self.losses[0].yolo_prior
         self.use_sigmoid = all(getattr(loss, "use_sigmoid", True) for loss in self.losses)
         self.needs_mining = any(getattr(loss, "needs_mining", True) for loss in self.losses)
+        self.by_rows = all(loss.by_rows and not (loss.surveys or loss.self_normalized) for loss in self.losses)
+        self.keeps_little = all(loss.keeps_little for loss in self.losses)
+        self.by_columns = self.losses[0].by_columns
         check_use_sigmoid(self, use_sigmoid)
+
+    def leading(self, pred):
+        return self.losses[0].leading(pred)
 
     def elements(self, pred, target, weight=None, seen=None):
         return self.fn(pred, target, losses=self.losses), None
