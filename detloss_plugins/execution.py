@@ -21,6 +21,7 @@ from torch.func import grad_and_value
 # GPU's memory; enough to keep all its cores busy.
 PART = {"cpu": 2**18}
 LARGER_PART = 2**23
+MUCH = 8  # parts
 
 
 def float32(tensor):
@@ -60,9 +61,10 @@ def run(loss, pred, target, weight, avg_factor, reduction, **extra):
 
 
 def _runs_whole(loss, pred, target, weight, reduction):
-    """Whether parts would gain nothing; of half precision, they save the copy in float32."""
+    """Whether parts would gain nothing; of much half precision, they save the copy in float32."""
     little = loss.keeps_little or loss.reduces(pred, target, weight, reduction)
-    return little and pred.dtype == float32(pred[:0]).dtype
+    much = pred.dtype != float32(pred[:0]).dtype and pred.numel() > MUCH * part_of(loss, pred)
+    return little and not much
 
 
 _tracing = False  # whether ``_traced`` runs
