@@ -21,7 +21,9 @@ from torch.func import grad_and_value
 # GPU's memory; enough to keep all its cores busy.
 PART = {"cpu": 2**18}
 LARGER_PART = 2**23
-MUCH = 8  # parts
+# Beyond this a loss that keeps little for its backward gains by parts too: the C library takes a tensor of more than
+# 32 MiB from the system anew each time. Of half precision, it saves the copies in float32.
+MUCH, MUCH_OF_HALF = 2**23, 2**21
 
 
 def float32(tensor):
@@ -61,10 +63,9 @@ def run(loss, pred, target, weight, avg_factor, reduction, **extra):
 
 
 def _runs_whole(loss, pred, target, weight, reduction):
-    """Whether parts would gain nothing; of much half precision, they save the copy in float32."""
+    """Whether parts would gain nothing."""
     little = loss.keeps_little or loss.reduces(pred, target, weight, reduction)
-    much = pred.dtype != float32(pred[:0]).dtype and pred.numel() > MUCH * part_of(loss, pred)
-    return little and not much
+    return little and pred.numel() <= (MUCH if pred.dtype == float32(pred[:0]).dtype else MUCH_OF_HALF)
 
 
 _tracing = False  # whether ``_traced`` runs

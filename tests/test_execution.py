@@ -19,6 +19,7 @@ from detloss_plugins.losses import (
     BinaryCrossEntropyLoss,
     CIoULoss,
     CrossEntropyLoss,
+    DiceLoss,
     EQLV2Loss,
     FocalLoss,
     GIoULoss,
@@ -101,6 +102,18 @@ def test_parts_of_several_images(kind, device, in_small_parts):
         for shape in ((3, 11), (3, 11, 1), (3, 11, 6)):
             same(loss, pred, target, weight=torch.rand(shape, device=device), avg_factor=5.0)
     assert len(in_small_parts) == 9
+
+
+@pytest.mark.parametrize("kind", [CrossEntropyLoss, BinaryCrossEntropyLoss, DiceLoss])
+@pytest.mark.parametrize(("dtype", "much"), [(torch.float32, "MUCH"), (torch.bfloat16, "MUCH_OF_HALF")])
+def test_much_runs_in_parts_even_where_little_is_kept(kind, dtype, much, device, in_small_parts, monkeypatch):
+    loss = kind()
+    pred, target = sample_for(loss, device, 40, dtype)
+    whole = gradient(loss, pred, target)
+    assert not in_small_parts
+    monkeypatch.setattr(execution, much, 100)
+    torch.testing.assert_close(gradient(loss, pred, target), whole)
+    assert in_small_parts == [loss]
 
 
 def test_a_scaled_gradient_in_half_precision_does_not_vanish(device, in_small_parts):
