@@ -315,9 +315,8 @@ def _settings(loss):
     """All that a loss is made of, if that is settings; None if there is more, which may change from call to call."""
     own = {k: v for k, v in vars(loss).items() if k not in _BY_ITSELF and k not in loss.aside}
     known = all(hasattr(type(loss), k) or k in inspect.signature(type(loss)).parameters for k in own)
-    if known and not (loss._buffers or loss._parameters or loss._modules or any(tensors(*own.values()))):
-        return copy.deepcopy(own)
-    return None
+    more = loss._buffers or loss._parameters or loss._modules or next(tensors(*own.values()), None) is not None
+    return copy.deepcopy(own) if known and not more else None
 
 
 _BY_ITSELF = vars(nn.Module()).keys() | {"compiled"}  # what a module has that holds none of its settings

@@ -292,6 +292,14 @@ def test_compiled_with_changed_settings(device, unbuilt):
     assert graphs() == 4
 
 
+def test_compiled_with_a_tensor_among_the_settings(device, unbuilt):
+    pred, target = torch.randn(8, 3, device=device), torch.arange(8, device=device) % 3
+    for weight in (torch.tensor([1.0, 2.0, 3.0], device=device), [1.0, 2.0, 3.0]):
+        loss, eager = (CrossEntropyLoss(compile=x, class_weight=weight) for x in (True, False))
+        torch.testing.assert_close(loss(pred, target), eager(pred, target))
+        assert loss not in execution._not_compiled
+
+
 class Counting(CIoULoss):
     """A loss with an attribute of its own, which is no setting."""
 
