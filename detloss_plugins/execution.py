@@ -288,8 +288,8 @@ _told = set()
 
 def compiled(loss, function):
     """The compiled form of ``function`` for ``loss`` with its present settings."""
-    graphs, own = _graphs.setdefault(loss, {}), vars(loss)
-    if function not in graphs or any(own.get(k) != v for k, v in graphs[function].settings.items()):
+    graphs = _graphs.setdefault(loss, {})
+    if function not in graphs or not _unchanged(loss, graphs[function].settings):
         graphs[function] = _compile(loss, function)
     return graphs[function].call
 
@@ -312,11 +312,27 @@ def _compile_alone(function):
 
 
 def _settings(loss):
-    """All that a loss is made of, if that is settings; None if there is more, which may change from call to call."""
-    own = {k: v for k, v in vars(loss).items() if k not in _BY_ITSELF and k not in loss.aside}
-    known = all(hasattr(type(loss), k) or k in inspect.signature(type(loss)).parameters for k in own)
-    more = loss._buffers or loss._parameters or loss._modules or next(tensors(*own.values()), None) is not None
-    return copy.deepcopy(own) if known and not more else None
+    """All that a loss and its parts are made of, if that is settings: ``{name of the part: {name: value}}``.
+
+    None if there is more that ``total`` may read and that may change from call to call.
+    """
+    found = {}
+    for name, part in loss.named_modules():
+        own = {k: v for k, v in vars(part).items() if k not in _BY_ITSELF and k not in getattr(part, "aside", ())}
+        known = all(hasattr(type(part), k) or k in inspect.signature(type(part)).parameters for k in own)
+        state = (part._buffers or part._parameters) and not (part is loss and loss.surveys)  # the survey reads it
+        if not known or state or next(tensors(*own.values()), None) is not None:
+            return None
+        found[name] = copy.deepcopy(own)
+    return found
+
+
+def _unchanged(loss, settings):
+    for name, values in settings.items():
+        own = vars(loss.get_submodule(name))
+        if any(own.get(k) != v for k, v in values.items()):
+            return False
+    return True
 
 
 _BY_ITSELF = vars(nn.Module()).keys() | {"compiled"}  # what a module has that holds none of its settings
@@ -361,10 +377,12 @@ def _compiled(loss, pred, target, weight, avg_factor, reduction, **extra):
         avg_factor = torch.tensor(float(avg_factor)).to(device, non_blocking=True)  # a number would be compiled in
     call = (pred, target, weight, avg_factor, reduction)
     with without_autocast(device):
+        seen = loss.survey(pred, target, weight) if loss.surveys else None
         # On a GPU, where memory takes the time, this moves no less than autograd's forward and backward.
         if cpu and one_pass(loss, *call):
-            seen = loss.survey(pred, target, weight) if loss.surveys else None
             return _OnePass.apply(pred, compiled_kernel, loss, *call[1:], seen)
+        if loss.surveys:
+            extra["seen"] = seen
         return compiled(loss, total)(*call, **extra)
 
 

@@ -290,6 +290,12 @@ def test_compiled_with_changed_settings(device, unbuilt):
     loss.class_weight[0] = 9.0
     torch.testing.assert_close(loss(pred, target), CrossEntropyLoss(class_weight=[9.0, 2.0, 3.0])(pred, target))
     assert graphs() == 4
+    pred, target = sample_for(JointLoss.make(), device)
+    joint, eager = JointLoss.make(compile=True), JointLoss.make()
+    for gamma in (2.0, 1.0):
+        joint.losses[1].gamma = eager.losses[1].gamma = gamma
+        torch.testing.assert_close(joint(pred, target), eager(pred, target))
+    assert graphs() == 6
 
 
 def test_compiled_with_a_tensor_among_the_settings(device, unbuilt):

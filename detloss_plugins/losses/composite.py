@@ -36,7 +36,7 @@ class JointLoss(Loss):
 
     fn = staticmethod(joint_loss)
     inputs = ("losses",)
-    family = "classification"  # of the example; an instance has that of its parts
+    family, needs_mining = "classification", True  # of the example; an instance has those of its parts
     example = MappingProxyType(
         {"losses": ({"type": "BinaryCrossEntropyLoss"}, {"type": "FocalLoss", "loss_weight": 2.0})}
     )
