@@ -10,6 +10,7 @@ import inspect
 import types
 import warnings
 import weakref
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -261,9 +262,10 @@ def value_and_gradient(loss, pred, target, *call):
     global _once
     pred, target = in_columns(loss, pred, target)
     _once = True
-    found = grad_and_value(lambda x: loss.total(x, target, *call))(float32(pred))
-    _once = False
-    return found
+    try:
+        return grad_and_value(lambda x: loss.total(x, target, *call))(float32(pred))
+    finally:
+        _once = False
 
 
 def in_columns(loss, pred, target):
@@ -274,10 +276,10 @@ def in_columns(loss, pred, target):
 
 
 class _Graph(NamedTuple):
-    """The compiled form of a function, and the settings of the loss that it was made with."""
+    """The compiled form of a function, and what it was made with; it holds no loss, which could not be freed then."""
 
-    settings: dict
-    call: object
+    settings: dict | None  # of the loss; None if the compiler watches it
+    call: Callable  # of the loss and its arguments, if the compiler watches it, else of the arguments
 
 
 _graphs = weakref.WeakKeyDictionary()  # loss -> {function: _Graph}; a loss with these could not be pickled
@@ -289,19 +291,20 @@ _told = set()
 def compiled(loss, function):
     """The compiled form of ``function`` for ``loss`` with its present settings."""
     graphs = _graphs.setdefault(loss, {})
-    if function not in graphs or not _unchanged(loss, graphs[function].settings):
+    if function not in graphs or not _unchanged(loss, graphs[function].settings or {}):
         graphs[function] = _compile(loss, function)
-    return graphs[function].call
+    settings, call = graphs[function]
+    return partial(call, loss) if settings is None else call
 
 
 def _compile(loss, function):
     settings = _settings(loss)
-    if settings is not None:
-        torch.compiler.allow_in_graph(_traced)
-        name = str(id(loss))
-        _by_name[name] = loss
-        return _Graph(settings, partial(_compile_alone(_call_traced), name, function is total))
-    return _Graph({}, partial(_compile_alone(function), loss))
+    if settings is None:
+        return _Graph(None, _compile_alone(function))
+    torch.compiler.allow_in_graph(_traced)
+    name = str(id(loss))
+    _by_name[name] = loss
+    return _Graph(settings, partial(_compile_alone(_call_traced), name, function is total))
 
 
 def _compile_alone(function):
@@ -339,6 +342,7 @@ _BY_ITSELF = vars(nn.Module()).keys() | {"compiled"}  # what a module has that h
 
 
 def _call_traced(name, as_it_is, *call, **extra):
+    """What is compiled instead of the function: a compiler reads what it is given, and takes what that calls."""
     return _traced(name, as_it_is, *call, **extra)
 
 

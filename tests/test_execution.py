@@ -28,6 +28,7 @@ from detloss_plugins.losses import (
     MultiBoxLoss,
     QualityFocalLoss,
     VarifocalLoss,
+    WIoULoss,
 )
 from detloss_plugins.losses.classification.common import log1p, logistic
 
@@ -328,8 +329,9 @@ def test_compiled_with_what_is_no_setting(kind, device, unbuilt):
         torch.testing.assert_close(gradient(loss, pred, target), gradient(eager, pred, target))
 
 
-def test_a_compiled_loss_is_freed(device, unbuilt):
-    loss = CIoULoss(compile=True)
+@pytest.mark.parametrize("kind", [CIoULoss, WIoULoss, MPDIoULoss.make])
+def test_a_compiled_loss_is_freed(kind, device, unbuilt):
+    loss = kind(compile=True)
     gradient(loss, *sample_for(loss, device))
     gone = weakref.ref(loss)
     del loss
@@ -410,8 +412,10 @@ def test_without_a_compiler_there_is_one_warning(monkeypatch, device):
 def test_a_mistake_in_a_call_is_told_as_without_compiling(unbuilt):
     loss = CIoULoss(compile=True)
     with pytest.raises(ValueError, match="must both be boxes"):
-        loss(torch.rand(3, 4), torch.rand(4, 4).cumsum(-1))
+        loss(torch.rand(3, 4, requires_grad=True), torch.rand(4, 4).cumsum(-1))
     assert loss not in execution._not_compiled
+    assert not execution.compiling()
+    assert not execution.differentiated_once()
 
 
 def test_what_compiled_losses_take_for_the_logarithm():
