@@ -87,6 +87,7 @@ class Loss(nn.Module):
     by_rows: ClassVar[bool] = True  # a row's loss depends on that row alone; set below, False for what might not
     surveys: ClassVar[bool] = False  # that holds once ``survey`` has seen the batch; set below
     keeps_little: ClassVar[bool] = False  # True: for its backward, so that to run it in parts gains nothing
+    larger_parts: ClassVar[int] = 1  # how many times: the less is worked with on the way, the more rows fit a cache
     aside: ClassVar[tuple[str, ...]] = ()  # attributes of an instance that change and that ``total`` does not read
     by_columns: ClassVar[bool] = False  # True: pred and target hold a few unlike columns, such as x1, y1, x2, y2
     yolo_gain: ClassVar[float] = 1.0  # default loss_weight in a slot of the Ultralytics adapter
@@ -191,6 +192,9 @@ class Loss(nn.Module):
         """Per-element losses times their weights; zero where they are not valid."""
         return apply_weight(apply_weight(loss, weight), valid)
 
+    def labels_apart(self, pred, target, weight):
+        """The :class:`Labels` of a target, if all other channels can then be given the target 0; else None."""
+
     def leading(self, pred):
         """How many dimensions of ``pred`` count rows."""
         return pred.dim() - 1
@@ -231,13 +235,7 @@ class Loss(nn.Module):
 
     def reduces(self, pred, target, weight, reduction):
         """Whether an operator of torch's may give the reduced loss, which keeps little for the backward."""
-        return (
-            "reduction" in self.inputs
-            and weight is None
-            and reduction != "none"
-            and torch.is_tensor(target)
-            and (self.keeps_little or target.shape == pred.shape)
-        )
+        return "reduction" in self.inputs and weight is None and reduction != "none" and torch.is_tensor(target)
 
     def _reduced(self, pred, target, weight, avg_factor, reduction):
         """The loss by an operator that reduces too, where there is one and nothing is in its way; else None."""

@@ -51,11 +51,7 @@ def run(loss, pred, target, weight, avg_factor, reduction, **extra):
         return loss.total(*call, **extra)
     if loss.compiled and not loss.counts_positives and loss not in _not_compiled:
         return _run_compiled(loss, *call, **extra)
-    if (
-        torch.is_tensor(pred)
-        and pred.numel() > part_of(loss, pred)
-        and not _runs_whole(loss, pred, target, weight, reduction)
-    ):
+    if torch.is_tensor(pred) and pred.numel() > part_of(loss, pred) and not _runs_whole(loss, *call):
         rows = as_rows(loss, pred, target, weight)
         if rows is not None and one_pass(loss, *call):
             seen = loss.survey(pred, target, weight)
@@ -63,9 +59,9 @@ def run(loss, pred, target, weight, avg_factor, reduction, **extra):
     return loss.total(*call, **extra)
 
 
-def _runs_whole(loss, pred, target, weight, reduction):
+def _runs_whole(loss, pred, target, weight, avg_factor, reduction):
     """Whether parts would gain nothing."""
-    little = loss.keeps_little or loss.reduces(pred, target, weight, reduction)
+    little = loss.keeps_little or (_dense(pred, target) and loss.reduces(pred, target, weight, reduction))
     return little and pred.numel() <= (MUCH if pred.dtype == float32(pred[:0]).dtype else MUCH_OF_HALF)
 
 
@@ -83,8 +79,8 @@ def transforming():
 
 
 def part_of(loss, pred):
-    """How many elements of ``pred`` a part has; columns are worked on one by one."""
-    return PART.get(pred.device.type, LARGER_PART) * (2 if loss.by_columns else 1)
+    """How many elements of ``pred`` a part has."""
+    return PART.get(pred.device.type, LARGER_PART) * loss.larger_parts
 
 
 def one_pass(loss, pred, target, weight, avg_factor, reduction):
@@ -171,6 +167,11 @@ class Analytic(torch.autograd.Function):
         return [next(found) if needs else None for needs in needed]
 
 
+def scaled(slope, outer):
+    """A slope that a formula has noted, times the gradient from outside; in its place, where there is one use of it."""
+    return slope.mul_(outer) if differentiated_once() and not compiling() else slope * outer
+
+
 class Notes:
     """Takes the place of ``ctx`` where a formula is part of another one."""
 
@@ -179,7 +180,7 @@ class Notes:
 
 def pointwise(formula, x, *others):
     """The value of an :class:`Analytic` function in which each number of ``x`` decides one number of the value."""
-    if not differentiated_once():
+    if not (differentiated_once() and compiling()):
         return analytic(formula, x, *others)
     # What a compiler would make of the operators' slopes takes longer.
     notes, known = Notes(), x.detach()
@@ -219,7 +220,8 @@ def parts(loss, pred, target, weight):
         yield slice(None), pred, target, weight
         return
     rows = len(tensors[0])
-    step = max(part_of(loss, pred) * rows // pred.numel(), 1)
+    number = -(-pred.numel() // part_of(loss, pred))
+    step = -(-rows // number)  # as even as can be: a last part of one row would be compiled for itself
     for start in range(0, rows, step):
         part = slice(start, start + step)
         yield part, *each_tensor(lambda x, part=part: x[part], tensors)
@@ -230,17 +232,45 @@ def in_parts(loss, pred, target, weight, avg_factor, reduction, seen):
     # It waits for what it is multiplied by, which a loss scaler makes large because float16 lacks the range.
     dtype = torch.float32 if pred.dtype == torch.float16 else pred.dtype
     gradient = pred.new_empty(pred.shape, dtype=dtype)
+    averages = _averages_rows(loss, avg_factor, reduction, seen)
+
+    def differentiated(x, target, weight, share):
+        x = x.detach().requires_grad_()
+        with torch.enable_grad(), once():
+            value = loss.total(x, target, weight, avg_factor, reduction, seen)
+            value = value * share if averages else value
+            return torch.autograd.grad(value, x)[0], value.detach()
+
     value = 0
-    share_of_rows = reduction == "mean" and avg_factor is None and not loss.self_normalized
-    for part, x, *call in parts(loss, pred, target, weight):
-        x = float32(x).detach().requires_grad_()
-        with torch.enable_grad():
-            share = loss.total(x, *call, avg_factor, reduction, seen)
-            if share_of_rows:
-                share = share * (len(x) / len(pred))
-        (gradient[part],) = torch.autograd.grad(share, x)
-        value = value + share.detach()
+    labels = loss.labels_apart(pred, target, weight)
+    if labels is not None:
+        chosen = float32(pred.gather(-1, labels.channel))
+        share = 1 if loss.sums_classes else 1 / pred.shape[-1]
+        of_labels, value = differentiated(chosen, labels.value, labels.weight, share)
+        # Without its labels a batch has nothing but negatives, and one of such a logit costs nothing.
+        hidden = torch.where(labels.found.unsqueeze(-1), -1e4, chosen)
+        target, weight = (labels.channel, hidden, of_labels), labels.rest
+    for part, x, of_part, w in parts(loss, pred, target, weight):
+        x, share = float32(x), len(x) / len(pred)
+        if labels is None:
+            slope, value_of_part = differentiated(x, of_part, w, share)
+        else:
+            channel, hidden, of_labels = of_part
+            slope, value_of_part = differentiated(x.scatter(-1, channel, hidden), 0, w, share)
+            slope.scatter_add_(-1, channel, of_labels)
+        gradient[part] = slope
+        value = value + value_of_part
     return gradient, value
+
+
+class Labels(NamedTuple):
+    """A target of at most one positive a row."""
+
+    channel: torch.Tensor  # (N, 1): the positive's, or any
+    value: torch.Tensor  # (N, 1)
+    found: torch.Tensor  # (N,): whether there is one
+    weight: torch.Tensor  # (N,): of the positive, 0 where there is none
+    rest: torch.Tensor  # (N,): of the other channels
 
 
 def total(loss, pred, target, *call, **extra):
@@ -253,19 +283,31 @@ _once = False  # as below
 
 
 def differentiated_once():
-    """Whether a kernel for one pass is being compiled, in which a slope need not be differentiable itself."""
+    """Whether a gradient is worked out along with the value, whose slope need not be differentiable itself."""
     return _once
 
 
+@contextlib.contextmanager
+def once():
+    """What :func:`differentiated_once` tells of."""
+    global _once
+    _once = True
+    try:
+        yield
+    finally:
+        _once = False
+
+
 def value_and_gradient(loss, pred, target, *call):
-    """What is compiled for one pass: the gradient for pred, at least float32, and the value."""
+    """What is compiled for one pass: the gradient for pred and the value."""
     global _once
     pred, target = in_columns(loss, pred, target)
     _once = True
     try:
-        return grad_and_value(lambda x: loss.total(x, target, *call))(float32(pred))
+        gradient, value = grad_and_value(lambda x: loss.total(x, target, *call))(float32(pred))
     finally:
         _once = False
+    return gradient.to(pred.dtype) if pred.dtype == torch.bfloat16 else gradient, value
 
 
 def in_columns(loss, pred, target):
@@ -390,9 +432,28 @@ def _compiled(loss, pred, target, weight, avg_factor, reduction, **extra):
         return compiled(loss, total)(*call, **extra)
 
 
-def compiled_kernel(loss, *call):
+def compiled_kernel(loss, pred, target, weight, *call):
     """The compiled form of :func:`value_and_gradient`."""
-    return compiled(loss, value_and_gradient)(*call)
+    kernel = compiled(loss, value_and_gradient)
+    if pred.dtype != torch.bfloat16 or _dense(pred, target):
+        return kernel(pred, target, weight, *call)
+    # Beside labels, which are 64 bits long, the compiler works out some numbers of 16 bits one by one.
+    gradient, value = torch.empty_like(pred), 0
+    for part, x, *of_part in parts(loss, pred, target, weight):
+        share = len(x) / len(pred) if _averages_rows(loss, *call) else 1
+        slope, value_of_part = kernel(float32(x), *of_part, *call)
+        torch.mul(slope, share, out=gradient[part])
+        value = value + share * value_of_part
+    return gradient, value
+
+
+def _dense(pred, target):
+    return torch.is_tensor(target) and target.shape == pred.shape
+
+
+def _averages_rows(loss, avg_factor, reduction, seen):
+    """Whether the value is a mean over the rows, to which some of them contribute their share."""
+    return reduction == "mean" and avg_factor is None and not loss.self_normalized
 
 
 def _give_up(loss, error):

@@ -5,7 +5,7 @@ from typing import ClassVar
 import torch
 
 from detloss_plugins.base import Loss
-from detloss_plugins.execution import compiling
+from detloss_plugins.execution import Labels, compiling
 from detloss_plugins.reduction import apply_weight, fit_weight
 
 
@@ -31,6 +31,7 @@ class BoxLoss(Loss):
     scale_invariant: ClassVar[bool] = True
     attracts: ClassVar[bool] = False  # True: falls as a disjoint box of the target's size comes nearer
     by_columns = True
+    larger_parts = 2  # columns are worked on one by one
     aside = ("unchecked", "inverted", "boxes")
     values_per_box: ClassVar[int] = 1  # 4: per-element losses (..., 4)
 
@@ -96,6 +97,15 @@ class ClassificationLoss(Loss):
     every_rank = True
     sigmoid_only: ClassVar[bool] = True
     needs_mining: ClassVar[bool] = True  # False: stands the many easy negatives of a dense detector by itself
+    # The settings that must be off for ``fn`` to take each class on its own, and the number 0 for a dense target of
+    # nothing but negatives, which costs nothing where a logit is very low; None: it does not.
+    apart_without: ClassVar[tuple[str, ...] | None] = None
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        own = vars(cls).keys()
+        if "apart_without" not in own and own & {"fn", "prepare", "dense", "one_hot"}:
+            cls.apart_without = None  # that of the loss it derives from need not hold any more
 
     def __init__(self, *, use_sigmoid=True, **kwargs):
         if self.sigmoid_only and not use_sigmoid:
@@ -104,14 +114,46 @@ class ClassificationLoss(Loss):
         self.use_sigmoid = use_sigmoid
 
     def prepare(self, pred, target):
-        return pred, *self.dense(pred, target)
+        if isinstance(target, int):  # see "apart_without"
+            return pred, target, None
+        return pred, *self.dense(pred, self.labelled(pred, target) or target)
+
+    def labelled(self, pred, target):
+        """The class indices, and the qualities or None, of a target in such a form; None for a dense one."""
+        if isinstance(target, (tuple, list)):
+            return tuple(target)
+        return None if target.shape == pred.shape else (target, None)
+
+    def labels_apart(self, pred, target, weight):
+        given = self.labelled(pred, target) if self._takes_apart() else None
+        if given is None:
+            return None
+        label, quality = given
+        if label.shape != pred.shape[:-1] or label.is_floating_point():
+            return None  # which is a mistake that "one_hot" tells
+        if weight is not None and weight.shape != label.shape:
+            return None
+        last = pred.shape[-1] - 1
+        found, rest = (label >= 0) & (label <= last), label >= 0
+        value = torch.ones_like(found) if quality is None else quality
+        weights = (found, rest) if weight is None else (found * weight, rest * weight)
+        return Labels(label.clamp(0, last).long().unsqueeze(-1), value.unsqueeze(-1), found, *weights)
+
+    def _takes_apart(self):
+        if self.apart_without is None or not self.use_sigmoid or any(getattr(self, x) for x in self.apart_without):
+            return False
+        return all(value is None or isinstance(value, (int, float)) for value in self.settings.values())
+
+    def reduces(self, pred, target, weight, reduction):
+        # The sigmoid form of labels has a mask of valid rows.
+        return super().reduces(pred, target, weight, reduction) and (target.shape == pred.shape or not self.use_sigmoid)
 
     @classmethod
     def dense(cls, pred, target):
         """The dense form of a target of any form, and the mask of its valid rows or None."""
         if isinstance(target, (tuple, list)):
             label, quality = target
-            return cls.one_hot(pred, label, quality.to(pred.dtype))
+            return cls.one_hot(pred, label, pred.new_ones(()) if quality is None else quality.to(pred.dtype))
         if target.shape == pred.shape:
             return target.to(pred.dtype), None
         return cls.one_hot(pred, target, pred.new_ones(()))
@@ -303,6 +345,7 @@ class RotatedLoss(Loss):
 
     family = "rotated"
     by_columns = True
+    larger_parts = BoxLoss.larger_parts
     minimum: ClassVar[float] = 0.0  # the loss of identical boxes; this and the next two with the default settings
     symmetric: ClassVar[bool] = True  # in pred and target
     scale_invariant: ClassVar[bool] = True

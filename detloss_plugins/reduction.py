@@ -92,7 +92,7 @@ def reduce(loss, weight=None, avg_factor=None, reduction="mean", count=None):
     if reduction == "sum":
         return _sum(loss)
     if avg_factor is None:
-        if not compiling() and loss.numel() and count in (None, loss.numel()):
-            return loss.mean()  # one operator less
+        if not compiling() and 0 < loss.numel() < 2**14 and count in (None, loss.numel()):
+            return loss.mean()  # one operator less, but its backward fills a tensor
         return _sum(loss) / max(loss.numel() if count is None else count, 1)
     return _sum(loss) / (avg_factor + AVG_FACTOR_EPS)

@@ -3,6 +3,7 @@
 import copy
 import functools
 import gc
+import inspect
 import pickle
 import warnings
 import weakref
@@ -24,6 +25,7 @@ from detloss_plugins.losses import (
     FocalLoss,
     GIoULoss,
     JointLoss,
+    L1Loss,
     MPDIoULoss,
     MultiBoxLoss,
     QualityFocalLoss,
@@ -105,7 +107,64 @@ def test_parts_of_several_images(kind, device, in_small_parts):
     assert len(in_small_parts) == 9
 
 
-@pytest.mark.parametrize("kind", [CrossEntropyLoss, BinaryCrossEntropyLoss, DiceLoss])
+APART = [{}, {"ignore_index": 2}, {"alpha": 0.3}, {"epsilon": -0.5}, {"gamma": 0.5}, {"beta": 1.5}]
+TOGETHER = [{"class_weight": [1.0, 2.0, 0.5, 3.0]}, {"label_smoothing": 0.2}, {"pos_weight": 2.0}]
+
+
+@family("classification")
+def test_labels_apart_from_the_other_channels(loss_cls, device, in_small_parts):
+    """A loss that can do so sets labels apart, and the settings with which it cannot are known."""
+    torch.manual_seed(0)
+    if getattr(loss_cls, "apart_without", None) is None:
+        return
+    accepted = inspect.signature(loss_cls).parameters.keys()
+    vectors = [] if loss_cls.sigmoid_only else [{"alpha": [0.1, 0.2, 0.3, 0.4], "gamma": 1.0}]
+    for settings in APART + TOGETHER + vectors:
+        if not settings.keys() <= accepted:
+            continue
+        loss = loss_cls.make(**{"use_sigmoid": True, **settings})
+        pred = (30 * torch.randn(90, 4, dtype=torch.float64, device=device)).requires_grad_()
+        label = torch.randint(-1, 5, (90,), device=device)
+        for target in (label, (label, torch.rand(90, device=device).round(decimals=1))):
+            for kwargs in ({}, {"weight": torch.rand(90, device=device), "avg_factor": 3.0}):
+                same(loss, pred, target, **kwargs)
+        assert (loss.labels_apart(pred, label, None) is not None) == (settings in APART)
+        assert in_small_parts.pop() is loss
+
+
+class Squared(FocalLoss):
+    """A user's loss with a formula of its own."""
+
+    fn = staticmethod(lambda pred, target, *, gamma=2.0: (pred - target).abs() ** gamma)
+
+
+class Smoothed(FocalLoss):
+    """A user's loss that changes the target."""
+
+    def prepare(self, pred, target):
+        pred, target, valid = super().prepare(pred, target)
+        return pred, 0.9 * target + 0.01, valid
+
+
+@pytest.mark.parametrize("kind", [Squared, Smoothed])
+def test_a_loss_derived_from_one_that_sets_labels_apart(kind, device, in_small_parts):
+    pred = torch.randn(90, 4, device=device, requires_grad=True)
+    same(kind(), pred, torch.arange(90, device=device) % 4)
+    assert in_small_parts
+
+
+def test_softmax_cross_entropy_in_parts(device, in_small_parts):
+    """Sure and wrong rows, whose probability is no float32, background or ignored labels."""
+    torch.manual_seed(0)
+    for scale in (1.0, 300.0):
+        pred = (scale * torch.randn(90, 4, device=device)).requires_grad_()
+        label = torch.randint(-1, 4, (90,), device=device)
+        for loss in (CrossEntropyLoss(ignore_index=2), FocalLoss(use_sigmoid=False, alpha=[0.1, 0.2, 0.3, 0.4])):
+            same(loss, pred, label)
+    assert len(in_small_parts) == 4
+
+
+@pytest.mark.parametrize("kind", [BinaryCrossEntropyLoss, DiceLoss, L1Loss])
 @pytest.mark.parametrize(("dtype", "much"), [(torch.float32, "MUCH"), (torch.bfloat16, "MUCH_OF_HALF")])
 def test_much_runs_in_parts_even_where_little_is_kept(kind, dtype, much, device, in_small_parts, monkeypatch):
     loss = kind()
@@ -346,6 +405,21 @@ def test_compiled_loss_is_copied_and_pickled(device, unbuilt):
     for twin in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
         assert repr(twin) == repr(loss) == "CIoULoss(loss_weight=0.5, compile=True)"
         torch.testing.assert_close(twin(pred, target), value)
+
+
+def test_compiled_in_half_precision_keeps_no_more(device, unbuilt, in_small_parts):
+    """The gradient waits in the type of the logits; labels beside them are gone through in parts."""
+    pred = torch.randn(90, 4, device=device).bfloat16().requires_grad_()
+    label = torch.arange(90, device=device) % 5
+    for target in (label, (label, torch.rand(90, device=device)), torch.rand(90, 4, device=device)):
+        compiled, eager = QualityFocalLoss(compile=True), QualityFocalLoss()
+        for kwargs in ({}, {"avg_factor": 7.0}, {"reduction_override": "sum"}):
+            found = compiled(pred, target, **kwargs)
+            torch.testing.assert_close(found, eager(pred, target, **kwargs))
+            torch.testing.assert_close(*(gradient(loss, pred, target, **kwargs) for loss in (compiled, eager)))
+        kernel = execution.compiled_kernel(compiled, pred.detach(), target, None, None, "sum", {})
+        assert kernel[0].dtype == torch.bfloat16
+    assert compiled not in execution._not_compiled
 
 
 def test_compiled_under_autocast(device, unbuilt):

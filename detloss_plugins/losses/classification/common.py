@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from detloss_plugins.execution import Analytic, differentiated_once, pointwise
+from detloss_plugins.execution import Analytic, analytic, compiling, differentiated_once, pointwise, scaled, waits
 from detloss_plugins.families import ClassificationLoss
+from detloss_plugins.reduction import reduce
 
 
 def power(base, exponent):
@@ -20,7 +21,8 @@ def power(base, exponent):
 def bce(pred, target, activated=False, pos_weight=None, reduction="none"):
     """Binary cross entropy of each class, of logits or, if ``activated``, of probabilities."""
     if differentiated_once() and not activated and pos_weight is None:
-        return focused_ce(pred, target, "soft", 0)
+        loss = focused_ce(pred, target, "soft", 0)
+        return reduce(loss, reduction=reduction)
     return _bce(pred, target, activated, pos_weight, reduction)
 
 
@@ -32,7 +34,7 @@ def _bce(pred, target, activated, pos_weight=None, reduction="none"):
 
 def logistic_terms(pred, both=True):
     """``ln(1 + e^-|z|)``, ``sigmoid(z)`` and, if ``both``, ``sigmoid(-z)``."""
-    if differentiated_once():
+    if differentiated_once() and compiling():
         return logistic(pred)
     return F.softplus(pred.abs().neg_()), pred.sigmoid(), (-pred).sigmoid_() if both else None
 
@@ -70,11 +72,16 @@ def balance(alpha, target):
     return None if alpha is None else (2 * alpha - 1) * target + (1 - alpha)
 
 
+def negatives(target):
+    """Whether a target is the number 0, for a batch of nothing but negatives."""
+    return isinstance(target, int)
+
+
 def focused_ce(pred, target, gap, gamma, weight=None, epsilon=0.0, activated=False):
     """``weight gap^gamma (BCE + epsilon gap)``, the form that the focal losses share.
 
     Args:
-        pred, target: logits, or probabilities if ``activated``, and dense targets of one shape.
+        pred, target: logits, or probabilities if ``activated``, and dense targets of one shape; the number 0 for zeros.
         gap: how far the probability p is from the target y: "hard", ``y (1 - p) + (1 - y) p``; "soft", ``|y - p|``;
             "negative", p, and 1 where the target is above 0.
         gamma: a number of at least 0.
@@ -104,13 +111,18 @@ class _FocusedCE(Analytic):
 
     @staticmethod
     def value(ctx, pred, target, gap, gamma, weight, epsilon):
-        small, p, q = logistic_terms(pred, gap == "hard")
-        # max(z, 0) - y z, which for a hard target is exact, and ln(1 + e^-|z|)
-        ce = small.add_(pred.relu().addcmul_(pred, target, value=-1))
-        gap, slope, surplus = _gap(target, p, q, gap)
+        focused = gamma or epsilon
+        if negatives(target):
+            ce, p = F.softplus(pred), pred.sigmoid()
+            gap, slope, surplus = p, torch.addcmul(p, p, p, value=-1) if focused else None, p
+        else:
+            small, p, q = logistic_terms(pred, gap == "hard" and focused)
+            # max(z, 0) - y z, which for a hard target is exact, and ln(1 + e^-|z|)
+            ce = small.add_(pred.relu().addcmul_(pred, target, value=-1))
+            gap, slope, surplus = _gap(target, p, q, gap) if focused else (None, None, p.sub_(target))
         if epsilon:
             ce.add_(gap, alpha=epsilon)
-            surplus.add_(slope, alpha=epsilon)
+            surplus = surplus.add(slope, alpha=epsilon)
         if gamma == 0:
             ctx.slope = surplus
         else:
@@ -124,7 +136,7 @@ class _FocusedCE(Analytic):
 
     @staticmethod
     def gradients(ctx, outer):
-        return [ctx.slope * outer]
+        return [scaled(ctx.slope, outer)]
 
 
 def _gap(target, p, q, kind):
@@ -154,6 +166,38 @@ def index_target(target):
     return not target.is_floating_point()
 
 
+def softmax_ce(pred, target, ignore_index=-100):
+    """Softmax cross entropy of logits ``(N, C)`` and class indices ``(N,)``."""
+    if differentiated_once() and not compiling():
+        return analytic(_SoftmaxCE, pred, target, ignore_index)
+    return _SoftmaxCE.plain(pred, target, ignore_index)
+
+
+class _SoftmaxCE(Analytic):
+    """See :func:`softmax_ce`. The softmax gives both the value and the gradient, and is all that is kept."""
+
+    @staticmethod
+    def plain(pred, target, ignore_index):
+        return F.cross_entropy(pred, target, reduction="none", ignore_index=ignore_index)
+
+    @staticmethod
+    def value(ctx, pred, target, ignore_index):
+        ctx.counts = target != ignore_index
+        index = torch.where(ctx.counts, target, 0).unsqueeze(-1)
+        p = pred.softmax(-1)
+        of_target = p.gather(-1, index)
+        if waits(pred.device) or not (of_target > 1e-30).all():  # its logarithm would be off
+            log_p = pred.gather(-1, index).squeeze(-1) - pred.amax(-1) + p.amax(-1).log()
+        else:
+            log_p = of_target.squeeze(-1).log()
+        ctx.slope = p.scatter_(-1, index, of_target - 1)
+        return torch.where(ctx.counts, -log_p, 0)
+
+    @staticmethod
+    def gradients(ctx, outer):
+        return [scaled(ctx.slope, (outer * ctx.counts).unsqueeze(-1))]
+
+
 class SoftmaxOrSigmoid(ClassificationLoss):
     """A loss with both forms: the softmax form takes indices or distributions as they are."""
 
@@ -161,7 +205,8 @@ class SoftmaxOrSigmoid(ClassificationLoss):
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        self.keeps_little = not self.use_sigmoid
+        if not self.use_sigmoid:
+            self.larger_parts = 4
 
     def prepare(self, pred, target):
         if self.use_sigmoid:

@@ -4,9 +4,16 @@ import torch
 import torch.nn.functional as F
 
 from detloss_plugins.base import Loss, Upstream, above, rules
-from detloss_plugins.execution import float32, parts
+from detloss_plugins.execution import differentiated_once, float32, parts
 from detloss_plugins.families import ClassificationLoss
-from detloss_plugins.losses.classification.common import SoftmaxOrSigmoid, balance, bce, class_vector, index_target
+from detloss_plugins.losses.classification.common import (
+    SoftmaxOrSigmoid,
+    balance,
+    bce,
+    class_vector,
+    index_target,
+    softmax_ce,
+)
 from detloss_plugins.reduction import apply_weight
 from detloss_plugins.registry import MODELS
 
@@ -31,14 +38,18 @@ def cross_entropy_loss(
     if index_target(target):  # torch's function leaves out what has the one label that it ignores, at no cost
         ignore["ignore_index"] = max(ignore_index, -1)
         target = target.clamp(min=-1) if ignore_index < 0 else torch.where(target < 0, ignore_index, target)
-    loss = F.cross_entropy(
-        pred,
-        target,
-        weight=weight,
-        reduction="sum" if reduction == "mean" else reduction,  # their mean is over the weights
-        label_smoothing=label_smoothing,
-        **ignore,
-    )
+    if differentiated_once() and index_target(target) and weight is None and not label_smoothing:
+        loss = softmax_ce(pred, target, **ignore)
+        loss = loss if reduction == "none" else loss.sum()
+    else:
+        loss = F.cross_entropy(
+            pred,
+            target,
+            weight=weight,
+            reduction="sum" if reduction == "mean" else reduction,  # their mean is over the weights
+            label_smoothing=label_smoothing,
+            **ignore,
+        )
     if reduction == "none":
         return loss.reshape(shape)
     return loss / len(pred) if reduction == "mean" else loss
@@ -59,6 +70,7 @@ class CrossEntropyLoss(SoftmaxOrSigmoid):
     """
 
     fn = staticmethod(cross_entropy_loss)
+    apart_without = ("class_weight", "label_smoothing")
     inputs = ("reduction",)
     upstream = (
         Upstream("torch.nn.functional.cross_entropy"),
@@ -78,20 +90,19 @@ class CrossEntropyLoss(SoftmaxOrSigmoid):
         self.by_rows = not avg_non_ignore  # such a mean counts all rows
         self.ignore_index = -100 if ignore_index is None else ignore_index
 
-    def prepare(self, pred, target):
-        if isinstance(target, (tuple, list)):
-            label, quality = target
-            return super().prepare(pred, (self._drop_ignored(label), quality))
-        if not self.use_sigmoid and target.shape == pred.shape[:-1] and index_target(target):
-            counted = (target >= 0) & (target != self.ignore_index) if self.avg_non_ignore else None
-            return pred, target.long(), counted
-        if self.use_sigmoid and target.shape == pred.shape:
-            valid = (target >= 0) & (target != self.ignore_index)
-            return pred, torch.where(valid, target, 0).to(pred.dtype), valid
-        return super().prepare(pred, self._drop_ignored(target) if index_target(target) else target)
+    def labelled(self, pred, target):
+        given = super().labelled(pred, target)
+        return given and (torch.where(given[0] == self.ignore_index, -1, given[0]), given[1])
 
-    def _drop_ignored(self, label):
-        return torch.where(label == self.ignore_index, -1, label)
+    def prepare(self, pred, target):
+        if torch.is_tensor(target):
+            if not self.use_sigmoid and target.shape == pred.shape[:-1] and index_target(target):
+                counted = (target >= 0) & (target != self.ignore_index) if self.avg_non_ignore else None
+                return pred, target.long(), counted
+            if self.use_sigmoid and target.shape == pred.shape:
+                valid = (target >= 0) & (target != self.ignore_index)
+                return pred, torch.where(valid, target, 0).to(pred.dtype), valid
+        return super().prepare(pred, target)
 
     def normalizer(self, avg_factor, loss, valid, weight, reduction, seen=None):
         if not self.avg_non_ignore or avg_factor is not None or valid is None or reduction != "mean":
@@ -124,6 +135,7 @@ class BinaryCrossEntropyLoss(ClassificationLoss):
     """
 
     fn = staticmethod(binary_cross_entropy_loss)
+    apart_without = ("pos_weight", "activated")
     inputs = ("reduction",)
     upstream = (
         Upstream("torch.nn.functional.binary_cross_entropy_with_logits"),

@@ -1,7 +1,6 @@
 """The focal family."""
 
 import torch
-import torch.nn.functional as F
 
 from detloss_plugins.base import Loss, Upstream, at_least, rules
 from detloss_plugins.families import RegressionLoss, check_same_shape
@@ -12,7 +11,9 @@ from detloss_plugins.losses.classification.common import (
     class_vector,
     focused_ce,
     index_target,
+    negatives,
     power,
+    softmax_ce,
 )
 from detloss_plugins.registry import MODELS
 
@@ -37,11 +38,12 @@ def _sigmoid_focal_loss(pred, target, gamma, alpha, activated=False, epsilon=0.0
 
 def _softmax_focal_loss(pred, target, gamma, alpha, activated=False, epsilon=0.0):
     """The same of each row; a distribution sums over its classes."""
-    log_p = pred.clamp(min=torch.finfo(pred.dtype).tiny).log() if activated else pred.log_softmax(-1)
-    if index_target(target):
-        ce = F.nll_loss(log_p.flatten(0, -2), target.flatten(), reduction="none").unflatten(0, target.shape)
+    if not activated and index_target(target):
+        ce = softmax_ce(pred.flatten(0, -2), target.flatten()).unflatten(0, target.shape)
     else:
-        ce = -log_p
+        ce = -(pred.clamp(min=torch.finfo(pred.dtype).tiny).log() if activated else pred.log_softmax(-1))
+        if index_target(target):
+            ce = ce.gather(-1, target.unsqueeze(-1)).squeeze(-1)
     loss = ce
     if gamma or epsilon:
         miss = -torch.expm1(-ce)
@@ -68,6 +70,7 @@ class FocalLoss(SoftmaxOrSigmoid):
     """
 
     fn = staticmethod(focal_loss)
+    apart_without = ("activated",)
     paper = "https://arxiv.org/abs/1708.02002"
     yolo_gain = 16.0
     needs_mining = False
@@ -103,6 +106,7 @@ class QualityFocalLoss(QualityLoss):
     """
 
     fn = staticmethod(quality_focal_loss)
+    apart_without = ("activated",)
     paper = "https://arxiv.org/abs/2006.04388"
     yolo_gain = 16.0
     sums_classes = True
@@ -118,8 +122,10 @@ def varifocal_loss(pred, target, *, alpha=0.75, gamma=2.0, iou_weighted=True):
     >>> varifocal_loss(torch.tensor([0.8, -0.4, 1.5]), torch.tensor([0.6, 0.0, 1.0]))
     tensor([0.4147, 0.0620, 0.2014])
     """
-    positive_weight = target if iou_weighted else torch.ones_like(target)
-    return focused_ce(pred, target, "negative", gamma, torch.where(target > 0, positive_weight, alpha))
+    weight = alpha
+    if not negatives(target):
+        weight = torch.where(target > 0, target if iou_weighted else 1.0, alpha)
+    return focused_ce(pred, target, "negative", gamma, weight)
 
 
 @MODELS.register_module()
@@ -131,6 +137,7 @@ class VarifocalLoss(QualityLoss):
     """
 
     fn = staticmethod(varifocal_loss)
+    apart_without = ()
     paper = "https://arxiv.org/abs/2008.13367"
     yolo_gain = 16.0
     upstream = (
@@ -165,6 +172,7 @@ class PolyLoss(SoftmaxOrSigmoid):
     """
 
     fn = staticmethod(poly_loss)
+    apart_without = ()
     paper = "https://arxiv.org/abs/2204.12511"
     allowed = rules(epsilon=at_least(-1))
     upstream = (

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from detloss_plugins.base import Rule, Upstream, check_use_sigmoid, one_of, rules
-from detloss_plugins.execution import Analytic, pointwise
+from detloss_plugins.execution import Analytic, pointwise, scaled
 from detloss_plugins.families import ClassificationLoss
 from detloss_plugins.losses.classification import common
 from detloss_plugins.registry import MODELS
@@ -66,7 +66,7 @@ class _TwoSidedCE(Analytic):
 
     @staticmethod
     def gradients(ctx, outer):
-        return [ctx.slope * outer]
+        return [scaled(ctx.slope, outer)]
 
 
 def _powered(base, slope_of_base, ce, slope_of_ce, gamma, detach):
