@@ -1,11 +1,20 @@
 """Any test that asks for ``loss_cls`` runs once for every registered loss; ``--device`` moves them to a GPU."""
 
+import os
+
 import pytest
 from compare import registered
+from digits import digits_dir
 
 
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="where the losses are tested, such as cuda")
+
+
+def pytest_configure():
+    """Ultralytics keeps its list of labels beside them, a file that two trainings at once must not share."""
+    if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+        os.environ["DETLOSS_PLUGINS_CACHE"] = str(digits_dir().parent / worker)
 
 
 @pytest.fixture(scope="session")
