@@ -241,26 +241,30 @@ def in_parts(loss, pred, target, weight, avg_factor, reduction, seen):
             value = value * share if averages else value
             return torch.autograd.grad(value, x)[0], value.detach()
 
-    value = 0
+    def rest_differentiated(x, labels, weight, share):
+        channel, hidden, of_labels = labels
+        slope, value = differentiated(x.scatter(-1, channel, hidden), 0, weight, share)
+        return slope.scatter_add_(-1, channel, of_labels), value
+
     labels = loss.labels_apart(pred, target, weight)
-    if labels is not None:
-        chosen = float32(pred.gather(-1, labels.channel))
-        share = 1 if loss.sums_classes else 1 / pred.shape[-1]
-        of_labels, value = differentiated(chosen, labels.value, labels.weight, share)
-        # Without its labels a batch has nothing but negatives, and one of such a logit costs nothing.
-        hidden = torch.where(labels.found.unsqueeze(-1), -1e4, chosen)
-        target, weight = (labels.channel, hidden, of_labels), labels.rest
-    for part, x, of_part, w in parts(loss, pred, target, weight):
-        x, share = float32(x), len(x) / len(pred)
-        if labels is None:
-            slope, value_of_part = differentiated(x, of_part, w, share)
-        else:
-            channel, hidden, of_labels = of_part
-            slope, value_of_part = differentiated(x.scatter(-1, channel, hidden), 0, w, share)
-            slope.scatter_add_(-1, channel, of_labels)
-        gradient[part] = slope
-        value = value + value_of_part
-    return gradient, value
+    if labels is None:
+        return gradient, part_by_part(differentiated, gradient, loss, pred, target, weight)
+    chosen = float32(pred.gather(-1, labels.channel))
+    share = 1 if loss.sums_classes else 1 / pred.shape[-1]
+    of_labels, value = differentiated(chosen, labels.value, labels.weight, share)
+    # Without its labels a batch has nothing but negatives, and one of such a logit costs nothing.
+    hidden = torch.where(labels.found.unsqueeze(-1), -1e4, chosen)
+    rest = (labels.channel, hidden, of_labels)
+    return gradient, value + part_by_part(rest_differentiated, gradient, loss, pred, rest, labels.rest)
+
+
+def part_by_part(differentiated, gradient, loss, pred, *call):
+    """The value, the gradient written to ``gradient``; ``differentiated`` gives both of a part, and has its share."""
+    value = 0
+    for part, x, *of_part in parts(loss, pred, *call):
+        gradient[part], of_value = differentiated(float32(x), *of_part, len(x) / len(pred))
+        value = value + of_value
+    return value
 
 
 class Labels(NamedTuple):
@@ -302,7 +306,7 @@ def value_and_gradient(loss, pred, target, *call):
     """What is compiled for one pass: the gradient for pred and the value."""
     global _once
     pred, target = in_columns(loss, pred, target)
-    _once = True
+    _once = True  # not by "once", which a compiler that watches the loss does not follow
     try:
         gradient, value = grad_and_value(lambda x: loss.total(x, target, *call))(float32(pred))
     finally:
@@ -438,13 +442,13 @@ def compiled_kernel(loss, pred, target, weight, *call):
     if pred.dtype != torch.bfloat16 or _dense(pred, target):
         return kernel(pred, target, weight, *call)
     # Beside labels, which are 64 bits long, the compiler works out some numbers of 16 bits one by one.
-    gradient, value = torch.empty_like(pred), 0
-    for part, x, *of_part in parts(loss, pred, target, weight):
-        share = len(x) / len(pred) if _averages_rows(loss, *call) else 1
-        slope, value_of_part = kernel(float32(x), *of_part, *call)
-        torch.mul(slope, share, out=gradient[part])
-        value = value + share * value_of_part
-    return gradient, value
+    gradient, averages = torch.empty_like(pred), _averages_rows(loss, *call)
+
+    def differentiated(x, target, weight, share):
+        slope, value = kernel(x, target, weight, *call)
+        return (slope.mul_(share), value * share) if averages else (slope, value)
+
+    return gradient, part_by_part(differentiated, gradient, loss, pred, target, weight)
 
 
 def _dense(pred, target):

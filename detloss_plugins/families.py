@@ -79,6 +79,11 @@ class BoxLoss(Loss):
         return pred.to(dtype), target.to(dtype)
 
 
+def negatives(target):
+    """Whether a target is the number 0, for a batch of nothing but negatives."""
+    return isinstance(target, int)
+
+
 class ClassificationLoss(Loss):
     """Losses on class logits ``(..., C)``.
 
@@ -114,7 +119,7 @@ class ClassificationLoss(Loss):
         self.use_sigmoid = use_sigmoid
 
     def prepare(self, pred, target):
-        if isinstance(target, int):  # see "apart_without"
+        if negatives(target):
             return pred, target, None
         return pred, *self.dense(pred, self.labelled(pred, target) or target)
 
@@ -133,11 +138,17 @@ class ClassificationLoss(Loss):
             return None  # which is a mistake that "one_hot" tells
         if weight is not None and weight.shape != label.shape:
             return None
-        last = pred.shape[-1] - 1
-        found, rest = (label >= 0) & (label <= last), label >= 0
+        channel, found = self.channel_of(pred, label)
+        rest = label >= 0
         value = torch.ones_like(found) if quality is None else quality
         weights = (found, rest) if weight is None else (found * weight, rest * weight)
-        return Labels(label.clamp(0, last).long().unsqueeze(-1), value.unsqueeze(-1), found, *weights)
+        return Labels(channel, value.unsqueeze(-1), found, *weights)
+
+    @staticmethod
+    def channel_of(pred, label):
+        """The channel of each label as an index ``(N, 1)``, and whether it is one; the index is any where not."""
+        last = pred.shape[-1] - 1
+        return label.clamp(0, last).long().unsqueeze(-1), (label >= 0) & (label <= last)
 
     def _takes_apart(self):
         if self.apart_without is None or not self.use_sigmoid or any(getattr(self, x) for x in self.apart_without):
@@ -170,10 +181,10 @@ class ClassificationLoss(Loss):
         if compiling():  # which makes no tensor of it
             channel = label.unsqueeze(-1) == torch.arange(pred.shape[-1], device=label.device)
             return torch.where(channel, value.unsqueeze(-1), 0), label >= 0
-        last = pred.shape[-1] - 1
-        value = torch.where((label >= 0) & (label <= last), value, torch.zeros_like(value))
+        channel, found = cls.channel_of(pred, label)
+        value = torch.where(found, value, torch.zeros_like(value))
         empty = torch.zeros(pred.shape, dtype=value.dtype, device=pred.device)
-        return empty.scatter_(-1, label.clamp(0, last).long().unsqueeze(-1), value.unsqueeze(-1)), label >= 0
+        return empty.scatter_(-1, channel, value.unsqueeze(-1)), label >= 0
 
     @classmethod
     def sample(cls, n=64, seed=0, dtype=torch.float32, classes=10):

@@ -10,6 +10,7 @@ import weakref
 
 import pytest
 import torch
+from compare import registered
 from test_properties import EXTREME_BOXES, family, gradient, sample_for, variants
 from timing import peak_memory
 from torch import nn
@@ -111,18 +112,18 @@ APART = [{}, {"ignore_index": 2}, {"alpha": 0.3}, {"epsilon": -0.5}, {"gamma": 0
 TOGETHER = [{"class_weight": [1.0, 2.0, 0.5, 3.0]}, {"label_smoothing": 0.2}, {"pos_weight": 2.0}]
 
 
-@family("classification")
-def test_labels_apart_from_the_other_channels(loss_cls, device, in_small_parts):
+@pytest.mark.parametrize(
+    "kind", [cls for cls in registered().values() if getattr(cls, "apart_without", None) is not None]
+)
+def test_labels_apart_from_the_other_channels(kind, device, in_small_parts):
     """A loss that can do so sets labels apart, and the settings with which it cannot are known."""
     torch.manual_seed(0)
-    if getattr(loss_cls, "apart_without", None) is None:
-        return
-    accepted = inspect.signature(loss_cls).parameters.keys()
-    vectors = [] if loss_cls.sigmoid_only else [{"alpha": [0.1, 0.2, 0.3, 0.4], "gamma": 1.0}]
+    accepted = inspect.signature(kind).parameters.keys()
+    vectors = [] if kind.sigmoid_only else [{"alpha": [0.1, 0.2, 0.3, 0.4], "gamma": 1.0}]
     for settings in APART + TOGETHER + vectors:
         if not settings.keys() <= accepted:
             continue
-        loss = loss_cls.make(**{"use_sigmoid": True, **settings})
+        loss = kind.make(**{"use_sigmoid": True, **settings})
         pred = (30 * torch.randn(90, 4, dtype=torch.float64, device=device)).requires_grad_()
         label = torch.randint(-1, 5, (90,), device=device)
         for target in (label, (label, torch.rand(90, device=device).round(decimals=1))):

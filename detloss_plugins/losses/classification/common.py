@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from detloss_plugins.execution import Analytic, analytic, compiling, differentiated_once, pointwise, scaled, waits
-from detloss_plugins.families import ClassificationLoss
+from detloss_plugins.families import ClassificationLoss, negatives
 from detloss_plugins.reduction import reduce
 
 
@@ -70,11 +70,6 @@ def log1p(x):
 def balance(alpha, target):
     """``alpha`` for positives, ``1 - alpha`` for negatives, in between for soft targets; None for no ``alpha``."""
     return None if alpha is None else (2 * alpha - 1) * target + (1 - alpha)
-
-
-def negatives(target):
-    """Whether a target is the number 0, for a batch of nothing but negatives."""
-    return isinstance(target, int)
 
 
 def focused_ce(pred, target, gap, gamma, weight=None, epsilon=0.0, activated=False):

@@ -3,7 +3,7 @@
 import torch
 
 from detloss_plugins.base import Loss, Upstream, at_least, rules
-from detloss_plugins.families import RegressionLoss, check_same_shape
+from detloss_plugins.families import RegressionLoss, check_same_shape, negatives
 from detloss_plugins.losses.classification.common import (
     QualityLoss,
     SoftmaxOrSigmoid,
@@ -11,7 +11,6 @@ from detloss_plugins.losses.classification.common import (
     class_vector,
     focused_ce,
     index_target,
-    negatives,
     power,
     softmax_ce,
 )
