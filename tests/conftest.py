@@ -3,6 +3,7 @@
 import os
 
 import pytest
+import torch
 from compare import registered
 from digits import digits_dir
 
@@ -12,8 +13,13 @@ def pytest_addoption(parser):
 
 
 def pytest_configure():
-    """Ultralytics keeps its list of labels beside them, a file that two trainings at once must not share."""
+    """Where tests run side by side: a share of the cores each, as threads that outnumber them wait for one another;
+    and a data set each, as Ultralytics keeps its list of labels beside the data, a file that two trainings at once
+    must not share."""
     if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+        threads = max(1, torch.get_num_threads() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
+        torch.set_num_threads(threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)  # for the processes that a test starts
         os.environ["DETLOSS_PLUGINS_CACHE"] = str(digits_dir().parent / worker)
 
 
