@@ -199,6 +199,10 @@ class Loss(nn.Module):
         """How many dimensions of ``pred`` count rows."""
         return pred.dim() - 1
 
+    def compiles(self, device):
+        """Whether ``compile=True`` has a meaning on a device."""
+        return not self.counts_positives
+
     def look(self, target):
         """A look at the target of a call before it is run."""
 

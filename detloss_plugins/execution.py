@@ -20,7 +20,7 @@ from torch.func import grad_and_value
 
 # Elements of a part: few enough for what is worked out on the way to stay in a CPU's cache, or to take little of a
 # GPU's memory; enough to keep all its cores busy.
-PART = {"cpu": 2**18}
+PART = {"cpu": 2**19}
 LARGER_PART = 2**23
 # Beyond this a loss that keeps little for its backward gains by parts too: the C library takes a tensor of more than
 # 32 MiB from the system anew each time. Of half precision, it saves the copies in float32.
@@ -49,7 +49,7 @@ def run(loss, pred, target, weight, avg_factor, reduction, **extra):
     call = (pred, target, weight, avg_factor, reduction)
     if transforming():
         return loss.total(*call, **extra)
-    if loss.compiled and not loss.counts_positives and loss not in _not_compiled:
+    if loss.compiled and loss not in _not_compiled and loss.compiles(next(tensors(pred)).device):
         return _run_compiled(loss, *call, **extra)
     if torch.is_tensor(pred) and pred.numel() > part_of(loss, pred) and not _runs_whole(loss, *call):
         rows = as_rows(loss, pred, target, weight)

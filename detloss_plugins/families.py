@@ -248,6 +248,7 @@ class DistributionLoss(Loss):
 
     family = "distribution"
     keeps_little = True
+    larger_parts = 2
 
     def prepare(self, pred, target):
         if pred.shape[:-1] != target.shape or pred.shape[-1] < 2:
@@ -307,6 +308,7 @@ class RegionLoss(Loss):
 
     family = "region"
     keeps_little = True
+    larger_parts = 2
     bounds = (0.0, 1.0)
 
     def __init__(self, *, use_sigmoid=True, activate=True, **kwargs):

@@ -289,7 +289,7 @@ class _IoULoss(Analytic):
         if mode == "square":
             return 1 - iou.square(), lambda: -2 * iou
         kept = iou.clamp(min=eps)
-        return -kept.log(), lambda: (iou > eps).to(iou.dtype).div_(kept).neg_()
+        return -kept.log(), lambda: threshold_backward(kept.reciprocal().neg_(), iou, eps)
 
     @staticmethod
     def value(ctx, pred, target, mode, penalty, alpha_gate, eps):

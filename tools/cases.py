@@ -204,10 +204,9 @@ def our_losses(contest, case, modes, device):
     """``{mode: module}``; they serve all cases of a contest, as their number of classes is one."""
     cls = contest.cls
     settings = fitted({**cls.example, **contest.ours}, cls, case)
-    if cls.counts_positives:  # such a loss never runs compiled
-        modes = [mode for mode in modes if mode != "compiled"]
     extra = {"eager": {}, "compiled": {"compile": True}}
-    return {mode: cls(**settings, **extra[mode]).to(device) for mode in modes}
+    made = {mode: cls(**settings, **extra[mode]).to(device) for mode in modes}
+    return {mode: loss for mode, loss in made.items() if mode != "compiled" or loss.compiles(torch.device(device))}
 
 
 def participants(contest, case, ours, device, dtype, seed=0):

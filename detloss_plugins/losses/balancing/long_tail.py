@@ -48,7 +48,8 @@ class SeesawLoss(ClassificationLoss):
 
     For mmdet's two-stage heads, with mmdet's interface: logits ``(N, C + 2)``, the last two for object and background,
     labels ``(N,)`` with ``C`` for background. Returns a dict of the objectness and the class loss, or with
-    ``return_dict=False`` their sum; "none" gives ``(N,)``, zero in the class part of background rows.
+    ``return_dict=False`` their sum; "none" gives ``(N,)``, zero in the class part of background rows. ``compile=True``
+    has no effect on a CPU, where the positives are taken out of the batch first.
 
     Args:
         num_classes: C.
@@ -75,6 +76,9 @@ class SeesawLoss(ClassificationLoss):
         super().__init__(use_sigmoid=False, **kwargs)
         self.num_classes, self.return_dict = num_classes, return_dict
         self.register_buffer("cum_samples", torch.zeros(num_classes + 1))
+
+    def compiles(self, device):
+        return waits(device)  # elsewhere the positives are taken out of the batch, and there is little left to do
 
     def get_cls_channels(self, num_classes):
         """How many logits mmdet's head must predict for ``num_classes``."""

@@ -201,7 +201,7 @@ class SoftmaxOrSigmoid(ClassificationLoss):
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
         if not self.use_sigmoid:
-            self.larger_parts = 4
+            self.larger_parts = 2
 
     def prepare(self, pred, target):
         if self.use_sigmoid:
