@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from detloss_plugins.base import Upstream, rank_mean
 from detloss_plugins.execution import float32, parts, transforming, waits
 from detloss_plugins.families import ClassificationLoss
-from detloss_plugins.losses.classification.common import bce
-from detloss_plugins.reduction import apply_weight, reduce
+from detloss_plugins.losses.classification.common import focused_ce
+from detloss_plugins.reduction import fit_weight, reduce
 from detloss_plugins.registry import MODELS
 
 
@@ -164,8 +164,8 @@ def eqlv2_loss(pred, target, *, gamma=12.0, mu=0.8, alpha=4.0, ratio=None):
     >>> eqlv2_loss(pred, target, ratio=torch.tensor([0.5, 0.8]))  # weights 1 + 4 (1 - 0.0266) and 1/2
     tensor([[1.8160, 0.2565]])
     """
-    weight = 1.0 if ratio is None else eqlv2_weight(pred, target, ratio, gamma, mu, alpha)
-    return weight * bce(pred, target)
+    weight = None if ratio is None else eqlv2_weight(pred, target, ratio, gamma, mu, alpha)
+    return focused_ce(pred, target, "soft", 0, weight)
 
 
 def eqlv2_weight(pred, target, ratio, gamma, mu, alpha):
@@ -221,9 +221,11 @@ class EQLV2Loss(ClassificationLoss):
         of_positives = of_negatives = 0
         for _, x, t, _ in parts(self, pred, target, None):
             x, t, valid = self.prepare(float32(x), t)
-            size = (x.sigmoid() - t).abs().mul_(eqlv2_weight(x, t, ratio, **self.settings))
-            size = apply_weight(size, valid)[..., : self.num_classes].flatten(0, -2)
-            positive = size * t[..., : self.num_classes].flatten(0, -2)
+            size = x.sigmoid().sub_(t).abs_().mul_(eqlv2_weight(x, t, ratio, **self.settings))
+            if valid is not None:
+                size.mul_(fit_weight(valid, size))
+            size, t = (found[..., : self.num_classes].flatten(0, -2) for found in (size, t))
+            positive = size * t
             of_positives = of_positives + positive.nansum(0)
             of_negatives = of_negatives + size.sub_(positive).nansum(0)
         for buffer, found in ((self.pos_grad, of_positives), (self.neg_grad, of_negatives)):
