@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from detloss_plugins.base import Upstream, rank_mean
-from detloss_plugins.execution import float32, parts, transforming, waits
+from detloss_plugins.execution import float32, parts, transforming, waits, without_autocast
 from detloss_plugins.families import ClassificationLoss
 from detloss_plugins.losses.classification.common import focused_ce
 from detloss_plugins.reduction import fit_weight, reduce
@@ -110,8 +110,13 @@ class SeesawLoss(ClassificationLoss):
             )
         return pred, target, target >= 0
 
+    def elements(self, pred, target, weight=None, seen=None):
+        with without_autocast(pred.device):
+            pred, target, valid = self.prepare(pred, target)
+            return self.compute(pred, target, valid, weight), valid
+
     def compute(self, pred, target, valid, weight):
-        """Losses of the classes and of the objectness, side by side: ``(N, 2)``."""
+        """Losses of the classes and of the objectness, side by side: ``(N, 2)``; what is used is up-cast here."""
         positive = valid & (target < self.num_classes)
         label = torch.where(positive, target, 0)
         if self.learning:
@@ -120,17 +125,17 @@ class SeesawLoss(ClassificationLoss):
             seen = seen.scatter_add(0, slot, valid.to(seen.dtype))
             self.cum_samples.add_(rank_mean(seen))
         classes, objectness = pred.split([self.num_classes, 2], -1)
-        objectness = F.cross_entropy(objectness, (target == self.num_classes).long(), reduction="none")
+        objectness = F.cross_entropy(float32(objectness), (target == self.num_classes).long(), reduction="none")
         return torch.stack([self._of_classes(classes, label, positive), objectness], -1)
 
     def _of_classes(self, pred, label, positive):
         """Losses of the classes, zero where a row is not positive."""
         options = {"counts": self.cum_samples[:-1], **self.settings}
         if transforming() or waits(pred.device):
-            return torch.where(positive, self.fn(pred, label, **options), 0.0)
+            return torch.where(positive, self.fn(float32(pred), label, **options), 0.0)
         (rows,) = positive.nonzero(as_tuple=True)
-        losses = self.fn(pred.index_select(0, rows), label[rows], **options)
-        return pred.new_zeros(len(pred)).index_copy(0, rows, losses)
+        losses = self.fn(float32(pred.index_select(0, rows)), label[rows], **options)
+        return losses.new_zeros(len(pred)).index_copy(0, rows, losses)
 
     def total(self, pred, target, weight, avg_factor, reduction):
         """As of every loss, but the classes' mean is over the positives, and the two parts come in a dict."""
