@@ -305,7 +305,7 @@ def test_compiled_is_the_same(loss_cls, device, unbuilt):
             torch.testing.assert_close(found, expected)
             slopes = (torch.autograd.grad(value, pred)[0] for value in (found, expected))
             torch.testing.assert_close(*slopes)
-    assert graphs() <= (3 if loss.compiles(pred.device) else 0)  # one or two for the first way of calling, one for the other
+    assert graphs() <= (3 if loss.compiles(pred.device) else 0)  # one or two for one way, one for the other
 
 
 def test_compiled_pair_of_logits_and_boxes(device, unbuilt):
