@@ -20,7 +20,7 @@ from torch.func import grad_and_value
 
 # Elements of a part: few enough for what is worked out on the way to stay in a CPU's cache, or to take little of a
 # GPU's memory; enough to keep all its cores busy.
-PART = {"cpu": 3 * 2**17}
+PART = {"cpu": 350_000}
 LARGER_PART = 2**23
 # Beyond this a loss that keeps little for its backward gains by parts too: the C library takes a tensor of more than
 # 32 MiB from the system anew each time. Of half precision, it saves the copies in float32.
