@@ -37,6 +37,12 @@ from detloss_plugins.losses import (
 from detloss_plugins.losses.classification.common import log1p, logistic
 
 DENSE = [BinaryCrossEntropyLoss, FocalLoss, QualityFocalLoss, VarifocalLoss]
+MEMORY = [
+    (34_000, torch.float32, 3),
+    (34_000, torch.bfloat16, 4),
+    (8 * 8400, torch.float32, 3),
+    (8 * 8400, torch.bfloat16, 3),
+]
 STATES = [
     {"type": "GHMC", "momentum": 0.5},
     {"type": "GHMR", "momentum": 0.5},
@@ -273,14 +279,17 @@ def test_state_in_parts(state, device, request):
 
 
 @pytest.mark.parametrize("kind", [*DENSE, GHMC, functools.partial(EQLV2Loss, num_classes=80), JointLoss.make])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_memory_of_dense_logits(kind, dtype):
-    """At most three times YOLO's logits, which autograd's intermediate results would take several times over."""
-    pred, target = FocalLoss.sample(8 * 8400, classes=80)
+@pytest.mark.parametrize(("rows", "dtype", "times"), MEMORY)
+def test_memory_of_dense_logits(kind, rows, dtype, times):
+    """At most three times YOLO's logits, which autograd's intermediate results would take several times over.
+
+    Of half precision the gradient is half as long, but not what a part works with, which weighs more with fewer rows.
+    """
+    pred, target = FocalLoss.sample(rows, classes=80)
     pred = pred.to(dtype).requires_grad_()
     loss = kind()
     used = peak_memory(lambda: loss(pred, target).backward(), torch.device("cpu"))
-    assert used < 3 * pred.nbytes
+    assert used < times * pred.nbytes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -10,7 +10,7 @@ from detloss_plugins.base import Upstream, rank_mean
 from detloss_plugins.execution import float32, parts, transforming, waits, without_autocast
 from detloss_plugins.families import ClassificationLoss
 from detloss_plugins.losses.classification.common import focused_ce
-from detloss_plugins.reduction import fit_weight, reduce
+from detloss_plugins.reduction import apply_weight, reduce
 from detloss_plugins.registry import MODELS
 
 
@@ -227,10 +227,8 @@ class EQLV2Loss(ClassificationLoss):
         for _, x, t, _ in parts(self, pred, target, None):
             x, t, valid = self.prepare(float32(x), t)
             size = x.sigmoid().sub_(t).abs_().mul_(eqlv2_weight(x, t, ratio, **self.settings))
-            if valid is not None:
-                size.mul_(fit_weight(valid, size))
-            size, t = (found[..., : self.num_classes].flatten(0, -2) for found in (size, t))
-            positive = size * t
+            size = apply_weight(size, valid)[..., : self.num_classes].flatten(0, -2)
+            positive = size * t[..., : self.num_classes].flatten(0, -2)
             of_positives = of_positives + positive.nansum(0)
             of_negatives = of_negatives + size.sub_(positive).nansum(0)
         for buffer, found in ((self.pos_grad, of_positives), (self.neg_grad, of_negatives)):
