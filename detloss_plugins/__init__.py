@@ -8,3 +8,6 @@ from detloss_plugins.registry import MODELS, build_loss
 
 __version__ = "0.1.0"
 __all__ = ["MODELS", "build_loss", "losses"]
+
+# Of a loss that mmdet asks whether it takes a quality: mmdet itself may be imported before this package or after it.
+from detloss_plugins.adapters import detr as _detr  # noqa: F401

@@ -1,12 +1,14 @@
 """The families of losses: what pred and target of each look like, and how to sample them for a test."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
-from detloss_plugins.base import Loss
-from detloss_plugins.execution import Labels, compiling
-from detloss_plugins.reduction import apply_weight, fit_weight
+from detloss_plugins.facts import Facts
+from detloss_plugins.loss import Loss
+from detloss_plugins.precision import float32, is_compiling, without_autocast
+from detloss_plugins.reduction import check_reduction, fit_weight, reduce
 
 
 def check_same_shape(pred, target, what):
@@ -25,18 +27,10 @@ class BoxLoss(Loss):
         ValueError: if the shapes differ or do not end in 4, or the targets of the first calls are not boxes.
     """
 
-    family = "box"
-    minimum: ClassVar[float] = 0.0  # the loss of identical boxes
-    symmetric: ClassVar[bool] = True  # in pred and target
-    scale_invariant: ClassVar[bool] = True
-    attracts: ClassVar[bool] = False  # True: falls as a disjoint box of the target's size comes nearer
-    by_columns = True
-    larger_parts = 2  # columns are worked on one by one
-    aside = ("unchecked", "inverted", "boxes")
-    values_per_box: ClassVar[int] = 1  # 4: per-element losses (..., 4)
+    facts = Facts(family="box")
 
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
+    def __init__(self, **settings):
+        super().__init__(**settings)
         self.unchecked = 20  # calls in which to look at the targets: each look waits for the device
         self.inverted = self.boxes = 0  # seen so far
 
@@ -47,7 +41,9 @@ class BoxLoss(Loss):
         return super().prepare(pred, target)
 
     def look(self, target):
-        if self.unchecked and target.numel() and target.shape[-1] == 4 and not compiling():
+        super().look(target)
+        looks = self.unchecked and target.numel() and target.shape[-1] == 4 and target.device.type != "meta"
+        if looks and not is_compiling():
             self.unchecked -= 1
             self._check_corners(target)
 
@@ -79,11 +75,6 @@ class BoxLoss(Loss):
         return pred.to(dtype), target.to(dtype)
 
 
-def negatives(target):
-    """Whether a target is the number 0, for a batch of nothing but negatives."""
-    return isinstance(target, int)
-
-
 class ClassificationLoss(Loss):
     """Losses on class logits ``(..., C)``.
 
@@ -98,69 +89,20 @@ class ClassificationLoss(Loss):
         ValueError: if ``use_sigmoid`` is False for such a loss, or the target has none of these forms.
     """
 
-    family = "classification"
-    every_rank = True
+    facts = Facts(family="classification", every_rank=True, needs_mining=True, one_per_row=False)
     sigmoid_only: ClassVar[bool] = True
-    needs_mining: ClassVar[bool] = True  # False: stands the many easy negatives of a dense detector by itself
-    # The settings that must be off for ``fn`` to take each class on its own, and the number 0 for a dense target of
-    # nothing but negatives, which costs nothing where a logit is very low; None: it does not.
-    apart_without: ClassVar[tuple[str, ...] | None] = None
 
-    def __init_subclass__(cls, **kwargs):
-        super().__init_subclass__(**kwargs)
-        own = vars(cls).keys()
-        if "apart_without" not in own and own & {"fn", "prepare", "dense", "one_hot"}:
-            cls.apart_without = None  # that of the loss it derives from need not hold any more
-
-    def __init__(self, *, use_sigmoid=True, **kwargs):
+    def __init__(self, *, use_sigmoid: bool = True, **settings):
         if self.sigmoid_only and not use_sigmoid:
             raise ValueError(f"{type(self).__name__} has a sigmoid form only; write use_sigmoid=True.")
-        super().__init__(**kwargs)
+        super().__init__(**settings)
         self.use_sigmoid = use_sigmoid
 
     def prepare(self, pred, target):
-        if negatives(target):
-            return pred, target, None
-        return pred, *self.dense(pred, self.labelled(pred, target) or target)
-
-    def labelled(self, pred, target):
-        """The class indices, and the qualities or None, of a target in such a form; None for a dense one."""
-        if isinstance(target, (tuple, list)):
-            return tuple(target)
-        return None if target.shape == pred.shape else (target, None)
-
-    def labels_apart(self, pred, target, weight):
-        given = self.labelled(pred, target) if self._takes_apart() else None
-        if given is None:
-            return None
-        label, quality = given
-        if label.shape != pred.shape[:-1] or label.is_floating_point():
-            return None  # which is a mistake that "one_hot" tells
-        if weight is not None and weight.shape != label.shape:
-            return None
-        channel, found = self.channel_of(pred, label)
-        rest = label >= 0
-        value = torch.ones_like(found) if quality is None else quality
-        weights = (found, rest) if weight is None else (found * weight, rest * weight)
-        return Labels(channel, value.unsqueeze(-1), found, *weights)
-
-    @staticmethod
-    def channel_of(pred, label):
-        """The channel of each label as an index ``(N, 1)``, and whether it is one; the index is any where not."""
-        last = pred.shape[-1] - 1
-        return label.clamp(0, last).long().unsqueeze(-1), (label >= 0) & (label <= last)
-
-    def _takes_apart(self):
-        if self.apart_without is None or not self.use_sigmoid or any(getattr(self, x) for x in self.apart_without):
-            return False
-        return all(value is None or isinstance(value, (int, float)) for value in self.settings.values())
-
-    def reduces(self, pred, target, weight, reduction):
-        # The sigmoid form of labels has a mask of valid rows.
-        return super().reduces(pred, target, weight, reduction) and (target.shape == pred.shape or not self.use_sigmoid)
+        return pred, *self.dense(pred, target)
 
     @classmethod
-    def dense(cls, pred, target):
+    def dense(cls, pred: Tensor, target: Any) -> tuple[Tensor, Tensor | None]:
         """The dense form of a target of any form, and the mask of its valid rows or None."""
         if isinstance(target, (tuple, list)):
             label, quality = target
@@ -170,21 +112,16 @@ class ClassificationLoss(Loss):
         return cls.one_hot(pred, target, pred.new_ones(()))
 
     @classmethod
-    def one_hot(cls, pred, label, value):
-        """``value`` on the label's channel, in its type, and the mask of rows that are not ignored."""
+    def one_hot(cls, pred: Tensor, label: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """``value`` on the label's channel, in its type, and the mask of the rows that are not ignored."""
         if label.shape != pred.shape[:-1] or label.is_floating_point():
             raise ValueError(
                 f"{cls.__name__} with logits {tuple(pred.shape)} takes class indices {tuple(pred.shape[:-1])} "
                 f"as integers, a dense target {tuple(pred.shape)} or a (label, quality) tuple, "
                 f"not {label.dtype} {tuple(label.shape)}."
             )
-        if compiling():  # which makes no tensor of it
-            channel = label.unsqueeze(-1) == torch.arange(pred.shape[-1], device=label.device)
-            return torch.where(channel, value.unsqueeze(-1), 0), label >= 0
-        channel, found = cls.channel_of(pred, label)
-        value = torch.where(found, value, torch.zeros_like(value))
-        empty = torch.zeros(pred.shape, dtype=value.dtype, device=pred.device)
-        return empty.scatter_(-1, channel, value.unsqueeze(-1)), label >= 0
+        classes = torch.arange(pred.shape[-1], device=label.device, dtype=label.dtype)
+        return torch.where(label.unsqueeze(-1) == classes, value.unsqueeze(-1), 0), label >= 0
 
     @classmethod
     def sample(cls, n=64, seed=0, dtype=torch.float32, classes=10):
@@ -209,25 +146,31 @@ class RankingLoss(ClassificationLoss):
     and has no effect on a negative. Without positives the loss is zero.
     """
 
-    family = "ranking"
-    counts_positives = True
-    needs_mining = False
-    # Order is all that these losses see. From the stock scores, which are a thousandth and less and differ from level
-    # to level, objects would stay below the thresholds of validation.
-    yolo_prior = 0.01
+    facts = ClassificationLoss.facts.but(family="ranking", needs_mining=False, counts_positives=True, one_per_row=True)
 
     def prepare(self, pred, target):
-        tiny = torch.finfo(pred.dtype).tiny
         if isinstance(target, (tuple, list)):
             label, quality = target
-            target, valid = self.dense(pred, (label, quality.to(pred.dtype).clamp(min=tiny)))
+            target, valid = self.dense(pred, (label, quality.to(pred.dtype).clamp(min=torch.finfo(pred.dtype).tiny)))
         elif target.shape == pred.shape:
             return pred, target, None
         else:
             target, valid = self.one_hot(pred, target, torch.ones((), dtype=torch.int8, device=pred.device))
         return pred, target.masked_fill(~valid.unsqueeze(-1), -1), None
 
-    def weighed(self, pred, target, weight):
+    def reduced(self, pred, target, weight, avg_factor, reduction, factor, **inputs):
+        reduction = check_reduction(self.reduction if reduction is None else reduction, avg_factor)
+        self.look(target)
+        with without_autocast(pred.device):
+            pred, target, _ = self.prepare(float32(pred), target)
+            target, weight = self.ranked(pred, target, weight)
+            found = self.elements(pred, target, inputs)
+            parts = found if isinstance(found, tuple) else (found,)
+            parts = tuple(factor * reduce(part, weight, avg_factor, reduction) for part in parts)
+        return parts if isinstance(found, tuple) else parts[0]
+
+    @staticmethod
+    def ranked(pred: Tensor, target: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The target with the cells of weight 0 ignored, and the weights of the positives or None."""
         if weight is None:
             return target, None
@@ -235,20 +178,11 @@ class RankingLoss(ClassificationLoss):
         target = target.masked_fill(weight == 0, -1)
         return target, weight.masked_select(target > 0)
 
-    def compute(self, pred, target, valid, weight):
-        target, weight = self.weighed(pred, target, weight)
-        return apply_weight(self.fn(pred, target, **self.settings), weight)
-
-    def weigh(self, loss, weight, valid):
-        return loss
-
 
 class DistributionLoss(Loss):
     """Losses on a distribution over bins: logits ``(..., bins)``, target distance ``(...)`` in units of a bin."""
 
-    family = "distribution"
-    keeps_little = True
-    larger_parts = 2
+    facts = Facts(family="distribution")
 
     def prepare(self, pred, target):
         if pred.shape[:-1] != target.shape or pred.shape[-1] < 2:
@@ -274,8 +208,7 @@ class RegressionLoss(Loss):
         ValueError: if the shapes differ.
     """
 
-    family = "regression"
-    keeps_little = True
+    facts = Facts(family="regression", one_per_row=False)
 
     def leading(self, pred):
         return max(pred.dim() - 1, min(pred.dim(), 1))
@@ -306,18 +239,15 @@ class RegionLoss(Loss):
             dimension.
     """
 
-    family = "region"
-    keeps_little = True
-    larger_parts = 2
-    bounds = (0.0, 1.0)
+    facts = Facts(family="region", bounds=(0.0, 1.0))
 
-    def __init__(self, *, use_sigmoid=True, activate=True, **kwargs):
+    def __init__(self, *, use_sigmoid: bool = True, activate: bool = True, **settings):
         if activate and not use_sigmoid:
             raise ValueError(
                 f"{type(self).__name__} has a sigmoid form only; write use_sigmoid=True, "
                 "or activate=False if the head hands over probabilities."
             )
-        super().__init__(**kwargs)
+        super().__init__(**settings)
         self.use_sigmoid, self.activate = use_sigmoid, activate
 
     def leading(self, pred):
@@ -356,12 +286,7 @@ class RotatedLoss(Loss):
         ValueError: if the shapes differ or do not end in 5.
     """
 
-    family = "rotated"
-    by_columns = True
-    larger_parts = BoxLoss.larger_parts
-    minimum: ClassVar[float] = 0.0  # the loss of identical boxes; this and the next two with the default settings
-    symmetric: ClassVar[bool] = True  # in pred and target
-    scale_invariant: ClassVar[bool] = True
+    facts = Facts(family="rotated")
 
     def prepare(self, pred, target):
         check_same_shape(pred, target, "rotated boxes (N, 5) as (cx, cy, w, h, theta)")

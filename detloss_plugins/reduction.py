@@ -1,26 +1,34 @@
 """The reduction contract of every loss: weight, then avg_factor and reduction. It is MMDetection's, made safe."""
 
 import torch
-
-from detloss_plugins.execution import compiling
+from torch import Tensor
 
 REDUCTIONS = ("none", "mean", "sum")
 # What mmdet adds to avg_factor, so that a normaliser of zero does not divide by zero.
 AVG_FACTOR_EPS = torch.finfo(torch.float32).eps
 
 
-def check_reduction(reduction):
-    """Return ``reduction`` if it is one of ``none``, ``mean``, ``sum``; raise ``ValueError`` otherwise."""
+def check_reduction(reduction: str, avg_factor: Tensor | float | None = None) -> str:
+    """Return ``reduction`` if it is one of ``none``, ``mean``, ``sum``, and goes with ``avg_factor``.
+
+    Raises:
+        ValueError: if it is neither, or is "sum" although there is an ``avg_factor``.
+    """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, not {reduction!r}.")
+    if avg_factor is not None and reduction == "sum":
+        raise ValueError('avg_factor cannot be used with reduction="sum"; use reduction="mean".')
     return reduction
 
 
-def apply_weight(loss, weight):
+def apply_weight(loss: Tensor, weight: Tensor | None) -> Tensor:
     """Multiply per-element losses by a weight per element, per row ``(N,)``/``(N, 1)``, or per box coordinate.
 
     A weight with one dimension more than the loss, such as the ``(N, 4)`` of mmdet's anchor heads beside the ``(N,)``
     of a box loss, is averaged over that dimension first, as mmdet does.
+
+    Raises:
+        ValueError: for a weight of any other shape.
 
     >>> apply_weight(torch.ones(2), torch.tensor([[1.0, 1, 0, 0], [4, 4, 4, 4]]))
     tensor([0.5000, 4.0000])
@@ -28,43 +36,42 @@ def apply_weight(loss, weight):
     return loss if weight is None else loss * fit_weight(weight, loss)
 
 
-def fit_weight(weight, loss):
-    """A weight in a shape and type that broadcasts with per-element losses; see :func:`apply_weight`.
-
-    Raises:
-        ValueError: if there is no such shape.
-    """
-    given = weight.shape
+def fit_weight(weight: Tensor, loss: Tensor) -> Tensor:
+    """A weight in a shape and type that broadcasts with per-element losses; see :func:`apply_weight`."""
+    given, shape = weight.shape, loss.shape
     weight = weight.to(loss.dtype)
-    if weight.dim() == loss.dim() + 1:
-        weight = weight.mean(-1)
-    elif weight.numel() == loss.numel():
-        weight = weight.reshape(loss.shape)
-    elif weight.dim() < loss.dim():
-        weight = weight.reshape(weight.shape + (1,) * (loss.dim() - weight.dim()))
-    fits = weight.dim() == loss.dim() and all(w in (1, n) for w, n in zip(weight.shape, loss.shape, strict=True))
-    if not fits:
-        raise ValueError(
-            f"A weight of shape {tuple(given)} does not fit losses of shape {tuple(loss.shape)}; "
-            "give one weight per element or one per row."
-        )
-    return weight
+    if given == shape or not given:
+        return weight
+    if given[:-1] == shape:
+        return weight.mean(-1)
+    if given == shape[: len(given)]:
+        return weight.reshape(given + (1,) * (len(shape) - len(given)))
+    if given == (*shape[:-1], 1):
+        return weight
+    raise ValueError(
+        f"A weight of shape {tuple(given)} does not fit losses of shape {tuple(shape)}; "
+        "give one weight per element or one per row."
+    )
 
 
-def of_rows(loss, *weights):
-    """Whether all of the weights that are given, and some are, have one value for each row of the losses."""
-    given = [weight for weight in weights if weight is not None]
-    return len(given) > 0 and all(loss.dim() > 1 and weight.shape == loss.shape[:-1] for weight in given)
+def scaled(total: Tensor, count: Tensor | int, avg_factor: Tensor | float | None, reduction: str, factor=1.0) -> Tensor:
+    """A sum of losses, reduced: for "mean" over ``avg_factor``, or else over ``count``; times ``factor``."""
+    if reduction == "mean":
+        total = total / (count if avg_factor is None else avg_factor + AVG_FACTOR_EPS)
+    return total if not isinstance(factor, Tensor) and factor == 1 else total * factor
 
 
-def _sum(loss):
-    """A compiled float32 sum adds one after the other: over millions of elements it is off in the fourth figure."""
-    if compiling() and loss.device.type != "mps":  # which has no float64
-        return loss.sum(dtype=torch.float64).to(loss.dtype)
-    return loss.sum()
+def counts(like: Tensor, *weights: Tensor | None) -> Tensor:
+    """1 for the per-element losses ``like`` whose weights are all above 0, else 0."""
+    found = torch.ones_like(like)
+    for weight in weights:
+        found = found if weight is None else found * (fit_weight(weight, like) > 0)
+    return found
 
 
-def reduce(loss, weight=None, avg_factor=None, reduction="mean", count=None):
+def reduce(
+    loss: Tensor, weight: Tensor | None = None, avg_factor: Tensor | float | None = None, reduction: str = "mean"
+) -> Tensor:
     """Weight and reduce per-element losses.
 
     Args:
@@ -72,7 +79,6 @@ def reduce(loss, weight=None, avg_factor=None, reduction="mean", count=None):
         weight: see :func:`apply_weight`.
         avg_factor: normaliser; "mean" is then ``sum / (avg_factor + eps)``, "none" ignores it.
         reduction: "none", "mean" (over the number of elements, not the sum of weights) or "sum".
-        count: the number of elements, where some have been added up already.
 
     Returns:
         The weighted losses for "none", otherwise a scalar. An empty input gives zero with its graph, never NaN.
@@ -83,16 +89,6 @@ def reduce(loss, weight=None, avg_factor=None, reduction="mean", count=None):
     >>> reduce(torch.tensor([1.0, 3.0]), weight=torch.tensor([1.0, 0.0])), reduce(torch.tensor([1.0, 3.0]), None, 8)
     (tensor(0.5000), tensor(0.5000))
     """
-    check_reduction(reduction)
-    if avg_factor is not None and reduction == "sum":
-        raise ValueError('avg_factor cannot be used with reduction="sum"; use reduction="mean".')
+    check_reduction(reduction, avg_factor)
     loss = apply_weight(loss, weight)
-    if reduction == "none":
-        return loss
-    if reduction == "sum":
-        return _sum(loss)
-    if avg_factor is None:
-        if not compiling() and 0 < loss.numel() < 2**14 and count in (None, loss.numel()):
-            return loss.mean()  # one operator less, but its backward fills a tensor
-        return _sum(loss) / max(loss.numel() if count is None else count, 1)
-    return _sum(loss) / (avg_factor + AVG_FACTOR_EPS)
+    return loss if reduction == "none" else scaled(loss.sum(), max(loss.numel(), 1), avg_factor, reduction)

@@ -6,6 +6,7 @@ mmengine imports ``<scope>.registry`` when it meets ``type="<scope>.X"``, so thi
 
 import difflib
 from collections.abc import Mapping
+from typing import Any
 
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import Registry
@@ -14,7 +15,13 @@ SCOPE = "detloss_plugins"
 MODELS = Registry("model", parent=MMENGINE_MODELS, scope=SCOPE, locations=["detloss_plugins.losses"])
 
 
-def loss_class(name):
+def registered_losses() -> dict[str, type]:
+    """``{name: class}`` of every registered loss, each once and by its own name, in order of registration."""
+    MODELS.import_from_location()
+    return {cls.__name__: cls for cls in MODELS.module_dict.values()}
+
+
+def loss_class(name: str) -> type:
     """The class registered under ``name`` (with or without the ``detloss_plugins.`` prefix).
 
     Looks only among our own losses. ``MODELS.build`` would not do: under mmdet's default scope it builds mmdet's
@@ -32,7 +39,7 @@ def loss_class(name):
     return known[key]
 
 
-def build_loss(cfg):
+def build_loss(cfg: Mapping) -> Any:
     """Build one of our losses from a config dict, whatever mmengine's default scope is.
 
     Args:

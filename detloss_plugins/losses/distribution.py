@@ -1,28 +1,34 @@
 """Losses on a distribution over distance bins."""
 
 import torch
+from torch import Tensor
 
-from detloss_plugins.base import Upstream
+from detloss_plugins.facts import Upstream
 from detloss_plugins.families import DistributionLoss
+from detloss_plugins.precision import float32
 from detloss_plugins.registry import MODELS
 
+__all__ = ["DistributionFocalLoss", "distribution_focal_loss"]
 
-def distribution_focal_loss(pred, target):
+
+def distribution_focal_loss(pred: Tensor, target: Tensor) -> Tensor:
     """Cross entropy with the two bins around the target, weighted by their nearness.
 
-    ``-[(l + 1 - y) log S_l + (y - l) log S_(l+1)]`` with ``l = floor(y)`` and ``S = softmax(pred)``. A target outside
-    ``[0, bins - 1]`` counts as the nearest bin.
+    ``-[(l + 1 - y) log S_l + (y - l) log S_(l+1)]`` with ``l = floor(y)`` and ``S = softmax(pred)``. ``pred`` holds
+    logits ``(..., bins)``, ``target`` distances ``(...)`` in units of a bin, and the losses have its shape. A target
+    outside ``[0, bins - 1]`` counts as the nearest bin.
 
     >>> distribution_focal_loss(torch.tensor([[0.2, 0.5, 1.5, 0.3, -0.7]]), torch.tensor([2.3]))
     tensor([1.0790])
     """
-    last = pred.shape[-1] - 1
+    pred = float32(pred)
+    target = target.to(pred.dtype)
     # A NaN target is the caller's and gives NaN; as an index it would stop the program or the device.
-    left = target.detach().nan_to_num(0.0).floor().clamp(0, last - 1)
+    left = target.detach().nan_to_num(0.0).floor().clamp(0, pred.shape[-1] - 2)
     of_right = (target - left).clamp(0, 1)
-    left = left.long()
-    at_left, at_right = pred.log_softmax(-1).gather(-1, torch.stack([left, left + 1], -1)).unbind(-1)
-    return torch.lerp(at_left, at_right, of_right).neg()
+    bins = torch.stack([left, left + 1], -1).long()
+    at_left, at_right = pred.log_softmax(-1).gather(-1, bins).unbind(-1)
+    return -((1 - of_right) * at_left + of_right * at_right)
 
 
 @MODELS.register_module()
@@ -33,12 +39,11 @@ class DistributionFocalLoss(DistributionLoss):
     """
 
     fn = staticmethod(distribution_focal_loss)
-    paper = "https://arxiv.org/abs/2006.04388"
-    upstream = (
-        Upstream("mmdet.models.losses.DistributionFocalLoss"),
-        Upstream("ultralytics.utils.loss.DFLoss"),
+    facts = DistributionLoss.facts.but(
+        paper="https://arxiv.org/abs/2006.04388",
+        row_wise=True,
+        upstream=(
+            Upstream("mmdet.models.losses.DistributionFocalLoss"),
+            Upstream("ultralytics.utils.loss.DFLoss"),
+        ),
     )
-
-
-# What is defined here is public; a new loss is exported by being here.
-__all__ = [k for k, v in list(globals().items()) if getattr(v, "__module__", "") == __name__ and k[0] != "_"]

@@ -1,14 +1,21 @@
 """SSD's loss: classes and boxes of all anchors together, with hard negative mining."""
 
-import torch
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
-from detloss_plugins.base import Loss
-from detloss_plugins.execution import float32, without_autocast
-from detloss_plugins.reduction import fit_weight
+import torch
+from torch import Tensor
+
+from detloss_plugins.facts import Facts, NonNegative
+from detloss_plugins.loss import Loss
+from detloss_plugins.precision import float32, without_autocast
+from detloss_plugins.reduction import check_reduction, fit_weight
 from detloss_plugins.registry import MODELS, build_loss
 
+__all__ = ["MultiBoxLoss", "hard_negatives", "mining_ratio", "multibox_loss"]
 
-def hard_negatives(loss, positive, negative, ratio):
+
+def hard_negatives(loss: Tensor, positive: Tensor, negative: Tensor, ratio: float) -> Tensor:
     """Which negatives of each row cost the most, at most ``ratio`` for every positive; of equal ones, the first.
 
     Args:
@@ -30,8 +37,16 @@ def hard_negatives(loss, positive, negative, ratio):
 
 
 def multibox_loss(
-    pred, target, weight=(None, None), avg_factor=None, reduction="mean", *, neg_pos_ratio=3, loss_cls, loss_bbox
-):
+    pred: tuple[Tensor, Tensor],
+    target: tuple[Tensor, Tensor],
+    weight: tuple[Tensor | None, Tensor | None] = (None, None),
+    avg_factor: Tensor | float | None = None,
+    reduction: str = "mean",
+    *,
+    neg_pos_ratio: NonNegative | None = 3,
+    loss_cls: Callable,
+    loss_bbox: Callable,
+) -> tuple[Tensor, Tensor]:
     """The class loss of the positives and of the hardest negatives of each image, and the box loss of the positives.
 
     Both are over ``avg_factor``; None is the number of positives, where an image counts as one at least. The choice
@@ -85,7 +100,7 @@ def _rows(loss, shape):
     return (loss.flatten(1).sum(1) if loss.dim() > 1 else loss).reshape(shape)
 
 
-def mining_ratio(neg_pos_ratio, loss_cls, loss_bbox, auto=3):
+def mining_ratio(neg_pos_ratio: Any, loss_cls: Callable, loss_bbox: Callable, auto: Any = 3) -> float | None:
     """The ``neg_pos_ratio`` to use with two losses: what is given, or for "auto" what ``loss_cls`` needs.
 
     Raises:
@@ -105,7 +120,8 @@ def mining_ratio(neg_pos_ratio, loss_cls, loss_bbox, auto=3):
             f"{type(loss_cls).__name__} has channels of its own beside the classes; take a loss without them."
         )
     if neg_pos_ratio == "auto":
-        neg_pos_ratio = auto if getattr(loss_cls, "needs_mining", True) else None
+        needs_mining = not isinstance(loss_cls, Loss) or loss_cls.facts.needs_mining
+        neg_pos_ratio = auto if needs_mining else None
     if neg_pos_ratio is None:
         return None
     if not (isinstance(neg_pos_ratio, (int, float)) and neg_pos_ratio >= 0):
@@ -144,39 +160,47 @@ class MultiBoxLoss(Loss):
     """
 
     fn = staticmethod(multibox_loss)
-    inputs = ("loss_cls", "loss_bbox")
-    family = "multibox"
-    paper = "https://arxiv.org/abs/1512.02325"
-    mean_of_rows = False
+    facts = Facts(
+        family="multibox",
+        paper="https://arxiv.org/abs/1512.02325",
+        mean_of_rows=False,
+        filled=("loss_cls", "loss_bbox", "neg_pos_ratio"),
+    )
 
-    def __init__(self, *, loss_cls=None, loss_bbox=None, neg_pos_ratio="auto", return_dict=False, **kwargs):
-        super().__init__(**kwargs)
+    def __init__(
+        self,
+        *,
+        loss_cls: Mapping | None = None,
+        loss_bbox: Mapping | None = None,
+        neg_pos_ratio: NonNegative | Literal["auto"] | None = "auto",
+        return_dict: bool = False,
+        **settings,
+    ):
+        super().__init__(**settings)
         self.loss_cls = build_loss(loss_cls or {"type": "CrossEntropyLoss"})
         self.loss_bbox = build_loss(loss_bbox or {"type": "SmoothL1Loss"})
+        for part in (self.loss_cls, self.loss_bbox):
+            part.compiled = part.compiled or self.compiled
         self.return_dict = return_dict
         self.neg_pos_ratio = mining_ratio(neg_pos_ratio, self.loss_cls, self.loss_bbox)
-        self.every_rank = self.loss_cls.every_rank
+        self.facts = self.facts.but(every_rank=self.loss_cls.facts.every_rank)
 
-    def total(self, pred, target, weight, avg_factor, reduction):
+    def reduced(self, pred, target, weight, avg_factor, reduction, factor):
         """The sum of both losses, or with ``return_dict=True`` both."""
+        reduction = check_reduction(self.reduction if reduction is None else reduction, avg_factor)
+        self.look(target)
         pred = pred if isinstance(pred, (tuple, list)) else (pred[..., :-4], pred[..., -4:])
         target = target if isinstance(target, (tuple, list)) else (target[..., 0].long(), target[..., 1:])
         self._check_shapes(*pred, *target)
         if weight is not None:
             weight = fit_weight(weight, float32(pred[0])[..., 0]).expand(target[0].shape)
+        losses = {"loss_cls": self.loss_cls, "loss_bbox": self.loss_bbox}
         with without_autocast(pred[0].device):
             parts = self.fn(
-                pred,
-                target,
-                (weight, weight),
-                avg_factor,
-                reduction,
-                **self.settings,
-                loss_cls=self.loss_cls,
-                loss_bbox=self.loss_bbox,
+                pred, target, (weight, weight), avg_factor, reduction, neg_pos_ratio=self.neg_pos_ratio, **losses
             )
-        parts = [self.loss_weight * part for part in parts]
-        return dict(zip(self.inputs, parts, strict=True)) if self.return_dict else sum(parts)
+        parts = [factor * part for part in parts]
+        return dict(zip(losses, parts, strict=True)) if self.return_dict else sum(parts)
 
     def _check_shapes(self, logits, boxes, labels, true_boxes):
         anchors = logits.shape[:-1]
@@ -203,7 +227,3 @@ class MultiBoxLoss(Loss):
         label = torch.randint(0, 8 * classes, (n, anchors, 1), generator=generator).clamp(max=classes)
         label[:, 0] = -1
         return pred.to(dtype), torch.cat([label, boxes], -1).to(dtype)
-
-
-# What is defined here is public; a new loss is exported by being here.
-__all__ = [k for k, v in list(globals().items()) if getattr(v, "__module__", "") == __name__ and k[0] != "_"]

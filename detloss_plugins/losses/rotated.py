@@ -1,35 +1,45 @@
 """Losses between rotated boxes ``(cx, cy, w, h, theta)``, each box read as a Gaussian.
 
-Its mean is the centre, its covariance ``S = R diag(k w^2, k h^2) R^T``, k = 1/4 or, for ProbIoU, 1/12. Hence
-``theta + pi`` and ``(h, w, theta + pi/2)`` are the same box, and the angle of a square has no gradient. Every distance
-is a sum of terms that are not negative, each zero for identical boxes: nothing cancels, and float32 keeps its accuracy.
+Every function takes boxes ``(..., 5)``, the first four in any one unit and the angle in radians, and returns losses
+``(...)``. The mean of a box is its center, its covariance ``S = R diag(k w^2, k h^2) R^T``, k = 1/4 or, for ProbIoU,
+1/12. Hence ``theta + pi`` and ``(h, w, theta + pi/2)`` are the same box, and the angle of a square has no gradient.
+Every distance is a sum of terms that are not negative, each zero for identical boxes: nothing cancels, and float32
+keeps its accuracy.
 
-``eps`` is a share of the longest side of the two boxes, or of the gap between their centres where that is longer. A
+``eps`` is a share of the longest side of the two boxes, or of the gap between their centers where that is longer. A
 side shorter than that (none, or a negative one) counts as one of that length and gets no gradient.
 """
 
 import math
-from typing import NamedTuple
+from functools import reduce
+from typing import Annotated, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
+from torch import Tensor
 
-from detloss_plugins.base import Rule, Upstream, at_least, one_of, rules
-from detloss_plugins.execution import Analytic, pointwise
+from detloss_plugins.facts import NonNegative, Positive, Rule, Upstream, between, is_number
 from detloss_plugins.families import RotatedLoss
-from detloss_plugins.geometry import power, rows
+from detloss_plugins.geometry import coordinates
+from detloss_plugins.geometry import root as square_root
+from detloss_plugins.losses.regression import smooth_l1_loss
 from detloss_plugins.registry import MODELS
+
+__all__ = ["GWDLoss", "KFIoULoss", "KLDLoss", "ProbIoULoss", "gwd_loss", "kfiou_loss", "kld_loss", "probiou_loss"]
+
+ShareOfSide = Annotated[float, between(0, 1, "(0, 1)")]
+Tau = Annotated[float, Rule("0 or at least 1", lambda tau: is_number(tau) and (tau == 0 or tau >= 1))]
+Function = Literal["log1p", "sqrt", "none"]
 
 
 class _Box(NamedTuple):
     """Long and short side, area, difference of the squared sides, and the gap along and across: all ``(...)``."""
 
-    long: torch.Tensor
-    short: torch.Tensor
-    area: torch.Tensor
-    elongation: torch.Tensor
-    along: torch.Tensor
-    across: torch.Tensor
+    long: Tensor
+    short: Tensor
+    area: Tensor
+    elongation: Tensor
+    along: Tensor
+    across: Tensor
 
 
 class _Pair(NamedTuple):
@@ -37,43 +47,44 @@ class _Pair(NamedTuple):
 
     pred: _Box
     target: _Box
-    gap2: torch.Tensor
-    turn: torch.Tensor
-    scale: torch.Tensor
+    gap2: Tensor
+    turn: Tensor
+    scale: Tensor
 
 
-def _pair(pred, target, eps):
-    (center_p, sides_p, (angle_p,)), (center_t, sides_t, (angle_t,)) = (
-        rows(boxes).split([2, 2, 1]) for boxes in (pred, target)
-    )
-    gap = center_t - center_p
-    longest = torch.stack([sides_p, sides_t, gap.abs()]).detach().flatten(0, 1).amax(0)
-    scale = longest.clamp(min=torch.finfo(gap.dtype).tiny)  # for twice the same point
-    gap = gap / scale
-    p, tall_p = _box(sides_p, angle_p, gap, scale, eps)
-    t, tall_t = _box(sides_t, angle_t, gap, scale, eps)
+def _pair(pred: Tensor, target: Tensor, eps: float, floor: float = 0.0) -> _Pair:
+    """Measure two boxes; ``floor`` is added to their squared sides."""
+    (x_p, y_p, *sides_p, angle_p), (x_t, y_t, *sides_t, angle_t) = coordinates(pred), coordinates(target)
+    if floor:
+        sides_p, sides_t = ([(side.relu().square() + floor).sqrt() for side in sides] for sides in (sides_p, sides_t))
+    dx, dy = x_t - x_p, y_t - y_p
+    longest = reduce(torch.maximum, (length.detach() for length in (*sides_p, *sides_t, dx.abs(), dy.abs())))
+    scale = longest.clamp(min=torch.finfo(dx.dtype).tiny)  # for twice the same point
+    dx, dy = dx / scale, dy / scale
+    p, tall_p = _box(sides_p, angle_p, dx, dy, scale, eps)
+    t, tall_t = _box(sides_t, angle_t, dx, dy, scale, eps)
     turn = angle_p - angle_t + math.pi / 2 * (tall_p - tall_t).abs()
-    return _Pair(p, t, gap.square().sum(0), turn, scale)
+    return _Pair(p, t, dx.square() + dy.square(), turn, scale)
 
 
-def _box(sides, angle, gap, scale, eps):
+def _box(sides: list[Tensor], angle: Tensor, dx: Tensor, dy: Tensor, scale: Tensor, eps: float) -> tuple[_Box, Tensor]:
     """The box, and 1 where its long side is the height, else 0."""
-    w, h = (sides / scale).clamp(min=eps)
-    (x, y), cos, sin = gap, angle.cos(), angle.sin()
-    sides, offsets = (w, h), (x * cos + y * sin, y * cos - x * sin)
-    # Not maximum and minimum, which would mix the gradients of a square's two sides.
+    w, h = ((side / scale).clamp(min=eps) for side in sides)
+    # Not maximum and minimum, which would mix the gradients of a square's two sides; nor where, which takes a CPU long.
     tall = (w < h).to(w.dtype)
-    long, along = (torch.lerp(a, b, tall) for a, b in (sides, offsets))
-    short, across = (torch.lerp(b, a, tall) for a, b in (sides, offsets))
-    return _Box(long, short, long * short, (long - short) * (long + short), along, across), tall
+    long, short = torch.lerp(w, h, tall), torch.lerp(h, w, tall)
+    cos, sin = angle.cos(), angle.sin()
+    cos, sin = torch.lerp(cos, -sin, tall), torch.lerp(sin, cos, tall)  # of the long side
+    area, elongation = long * short, (long - short) * (long + short)
+    return _Box(long, short, area, elongation, dx * cos + dy * sin, dy * cos - dx * sin), tall
 
 
-def _skew(pair):
+def _skew(pair: _Pair) -> Tensor:
     """``(sin turn)^2`` times the elongations: what the turn changes a trace or a determinant by."""
     return pair.turn.sin().square() * (pair.pred.elongation * pair.target.elongation)
 
 
-def _mismatch(pair):
+def _mismatch(pair: _Pair) -> tuple[Tensor, Tensor]:
     """``4 a b (det M / sqrt(det S_p det S_t) - 1)`` with ``M = (S_p + S_t) / 2``, and ``4 a b``, of areas a and b.
 
     The former is zero for boxes of one shape.
@@ -84,32 +95,30 @@ def _mismatch(pair):
     return along * (across + shorts) + across * longs + _skew(pair), longs * shorts
 
 
-def _adjugate_form(box, gap2):
+def _adjugate_form(box: _Box, gap2: Tensor) -> Tensor:
     """``gap^T adj(S) gap / k``; over ``k area^2`` it is the squared Mahalanobis distance."""
     # Not by both offsets: so the angle of a square has no gradient to the last digit.
     return box.short.square() * gap2 + box.elongation * box.across.square()
 
 
-def _sqrt(x):
-    return power(x, 0.5, torch.finfo(x.dtype).tiny)
-
-
-_FUNCTIONS = {"log1p": torch.log1p, "sqrt": _sqrt, "none": lambda distance: distance}
-
-
-def _settle(distance, fun, tau):
+def _settle(distance: Tensor, fun: Function, tau: float) -> Tensor:
     """``1 - 1 / (tau + fun(distance))``, or ``fun(distance)`` for ``tau=0``."""
-    value = _FUNCTIONS[fun](distance)
+    value = torch.log1p(distance) if fun == "log1p" else square_root(distance) if fun == "sqrt" else distance
     return 1 - 1 / (tau + value) if tau else value
 
 
-_SETTLE = {"fun": one_of(*_FUNCTIONS), "tau": Rule("0 or at least 1", lambda tau: tau == 0 or tau >= 1)}
-
-
-def probiou_loss(pred, target, *, mode="l1", floor=0.0, eps=1e-4):
+def probiou_loss(
+    pred: Tensor,
+    target: Tensor,
+    *,
+    mode: Literal["l1", "l2"] = "l1",
+    floor: NonNegative = 0.0,
+    eps: ShareOfSide = 1e-4,
+) -> Tensor:
     """The Hellinger distance ``H = sqrt(1 - e^-B)`` (mode "l1") or the Bhattacharyya distance ``B`` ("l2") itself.
 
     ``B = 1/8 gap^T M^-1 gap + 1/2 ln(det M / sqrt(det S_p det S_t))``, with ``M = (S_p + S_t) / 2`` and k = 1/12.
+    ``floor`` is added to ``w^2 / 12`` and ``h^2 / 12`` of both boxes, in their squared unit.
 
     >>> pred, target = torch.tensor([0.0, 0, 2, 2, 0]), torch.tensor([2.0, 0, 2, 2, 0.7])
     >>> probiou_loss(pred, target, mode="l2")  # S = M = I / 3: B = 1/8 * 2^2 * 3, and ln 1 = 0
@@ -117,36 +126,14 @@ def probiou_loss(pred, target, *, mode="l1", floor=0.0, eps=1e-4):
     >>> probiou_loss(pred, target)  # sqrt(1 - e^-1.5) = sqrt(1 - 0.22313)
     tensor(0.8814)
     """
-    if floor:
-        pred, target = (_grow(boxes, 12 * floor) for boxes in (pred, target))
-    pair = _pair(pred, target, eps)
+    pair = _pair(pred, target, eps, 12 * floor)
     mismatch, areas = _mismatch(pair)
     forms = _adjugate_form(pair.pred, pair.gap2) + _adjugate_form(pair.target, pair.gap2)
     distance = 3 * forms / (areas + mismatch) + torch.log1p(mismatch / areas) / 2
-    return distance if mode == "l2" else _sqrt(pointwise(_Saturating, distance))
-
-
-class _Saturating(Analytic):
-    """``1 - e^-x``. That of expm1 is exact for a small x, but its slope, taken from its value, is lost for a large."""
-
-    @staticmethod
-    def plain(x):
-        return torch.where(x < 1, -torch.expm1(-x), 1 - torch.exp(-x))
-
-    @staticmethod
-    def value(ctx, x):
-        ctx.slope = torch.exp(-x)
-        return torch.expm1(-x).neg_()
-
-    @staticmethod
-    def gradients(ctx, outer):
-        return [ctx.slope * outer]
-
-
-def _grow(boxes, square):
-    """Boxes with ``square`` added to their squared sides."""
-    sides = (boxes[..., 2:4].clamp(min=0).square() + square).sqrt()
-    return torch.cat([boxes[..., :2], sides, boxes[..., 4:]], -1)
+    if mode == "l2":
+        return distance
+    # expm1 is exact near 0; far from it, its derivative, which autograd takes of its value, has lost its digits.
+    return square_root(torch.where(distance < 1, -torch.expm1(-distance), 1 - torch.exp(-distance)))
 
 
 @MODELS.register_module()
@@ -162,21 +149,28 @@ class ProbIoULoss(RotatedLoss):
         floor: added to ``w^2 / 12`` and ``h^2 / 12`` of both boxes, in their squared unit. It bounds the gradient of
             boxes smaller than that unit, and the loss is scale-invariant no more. Ultralytics trains with 0.01, in
             stride units.
-        eps: the shortest side, as a share of the longest of both boxes or of the gap between their centres.
-
-    Raises:
-        ValueError: if ``mode`` is not "l1" or "l2", or ``floor`` is negative.
+        eps: the shortest side, as a share of the longest of both boxes or of the gap between their centers.
     """
 
     fn = staticmethod(probiou_loss)
-    paper = "https://arxiv.org/abs/2106.06072"
-    allowed = rules(mode=one_of("l1", "l2"), floor=at_least(0))
-    upstream = tuple(
-        Upstream("ultralytics.utils.metrics.probiou", {"floor": floor}, {"floor": floor}) for floor in (0.0, 0.01)
+    facts = RotatedLoss.facts.but(
+        paper="https://arxiv.org/abs/2106.06072",
+        row_wise=True,
+        upstream=tuple(
+            Upstream("ultralytics.utils.metrics.probiou", {"floor": floor}, {"floor": floor}) for floor in (0.0, 0.01)
+        ),
     )
 
 
-def gwd_loss(pred, target, *, fun="log1p", tau=2.0, normalize=False, eps=1e-4):
+def gwd_loss(
+    pred: Tensor,
+    target: Tensor,
+    *,
+    fun: Function = "log1p",
+    tau: Tau = 2.0,
+    normalize: bool = False,
+    eps: ShareOfSide = 1e-4,
+) -> Tensor:
     """``1 - 1 / (tau + fun(d^2))`` of the Wasserstein distance d of the Gaussians, k = 1/4.
 
     ``d^2 = |gap|^2 + tr S_p + tr S_t - 2 tr((S_p^1/2 S_t S_p^1/2)^1/2)``. With ``normalize`` it is
@@ -194,7 +188,7 @@ def gwd_loss(pred, target, *, fun="log1p", tau=2.0, normalize=False, eps=1e-4):
     sides = (p.long - t.long).square() + (p.short - t.short).square()
     distance2 = pair.gap2 + (sides + 2 * _skew(pair) / (straight + trace)) / 4
     if normalize:
-        return _settle(_sqrt(distance2) / (p.area * t.area).pow(1 / 4), fun, tau)
+        return _settle(square_root(distance2) / (p.area * t.area).pow(1 / 4), fun, tau)
     return _settle(pair.scale.square() * distance2, fun, tau)
 
 
@@ -210,21 +204,26 @@ class GWDLoss(RotatedLoss):
         fun: "log1p", "sqrt" or "none", on the distance.
         tau: at least 1, or 0 for ``fun(d^2)`` itself, without a bound.
         normalize: divide the distance by the size of the boxes.
-        eps: the shortest side, as a share of the longest of both boxes or of the gap between their centres.
-
-    Raises:
-        ValueError: if ``fun`` is unknown or ``tau`` is neither 0 nor at least 1.
+        eps: the shortest side, as a share of the longest of both boxes or of the gap between their centers.
     """
 
     fn = staticmethod(gwd_loss)
-    paper = "https://arxiv.org/abs/2101.11952"
-    allowed = rules(**_SETTLE)
-    yolo_gain = 0.5
-    minimum = 0.5
-    scale_invariant = False
+    facts = RotatedLoss.facts.but(
+        paper="https://arxiv.org/abs/2101.11952", row_wise=True, minimum=0.5, scale_invariant=False
+    )
 
 
-def kld_loss(pred, target, *, direction="pred||target", fun="log1p", tau=1.0, root=False, factor=1.0, eps=1e-4):
+def kld_loss(
+    pred: Tensor,
+    target: Tensor,
+    *,
+    direction: Literal["pred||target", "target||pred"] = "pred||target",
+    fun: Function = "log1p",
+    tau: Tau = 1.0,
+    root: bool = False,
+    factor: Positive = 1.0,
+    eps: ShareOfSide = 1e-4,
+) -> Tensor:
     """``1 - 1 / (tau + fun(KL))`` of the Kullback-Leibler divergence of the Gaussians, k = 1/4.
 
     ``KL(a || b) = 1/2 gap^T S_b^-1 gap + 1/2 tr(S_b^-1 S_a) + 1/2 ln(det S_b / det S_a) - 1``, times ``factor``; with
@@ -238,10 +237,10 @@ def kld_loss(pred, target, *, direction="pred||target", fun="log1p", tau=1.0, ro
     a, b = (pair.pred, pair.target) if direction == "pred||target" else (pair.target, pair.pred)
     gap = (4 * _adjugate_form(b, pair.gap2) + _skew(pair)) / (2 * b.area.square())
     divergence = factor * (gap + _side_divergence(a.long, b.long) + _side_divergence(a.short, b.short))
-    return _settle(_sqrt(divergence) if root else divergence, fun, tau)
+    return _settle(square_root(divergence) if root else divergence, fun, tau)
 
 
-def _side_divergence(a, b):
+def _side_divergence(a: Tensor, b: Tensor) -> Tensor:
     """``(r^2 - 1) / 2 - ln r`` for the ratio r of two sides."""
     excess = (a - b) / b
     return excess + excess.square() / 2 - torch.log1p(excess)
@@ -261,24 +260,25 @@ class KLDLoss(RotatedLoss):
         tau: at least 1, or 0 for ``fun(KL)`` itself, without a bound.
         root: take the square root first.
         factor: of the divergence.
-        eps: the shortest side, as a share of the longest of both boxes or of the gap between their centres.
-
-    Raises:
-        ValueError: if ``direction`` or ``fun`` is unknown, or ``tau`` is neither 0 nor at least 1.
+        eps: the shortest side, as a share of the longest of both boxes or of the gap between their centers.
     """
 
     fn = staticmethod(kld_loss)
-    paper = "https://arxiv.org/abs/2106.01883"
-    yolo_gain = 0.25
-    allowed = rules(**_SETTLE, direction=one_of("pred||target", "target||pred"))
-    symmetric = False
+    facts = RotatedLoss.facts.but(paper="https://arxiv.org/abs/2106.01883", row_wise=True, symmetric=False)
 
 
-def kfiou_loss(pred, target, *, mode="linear", center_weight=1.0, eps=1e-4):
-    """``1 - KFIoU`` (mode "linear"), ``-ln KFIoU`` ("log") or ``e^(1 - KFIoU) - 1`` ("exp"), plus the centres' term.
+def kfiou_loss(
+    pred: Tensor,
+    target: Tensor,
+    *,
+    mode: Literal["linear", "log", "exp"] = "linear",
+    center_weight: NonNegative = 1.0,
+    eps: ShareOfSide = 1e-4,
+) -> Tensor:
+    """``1 - KFIoU`` (mode "linear"), ``-ln KFIoU`` ("log") or ``e^(1 - KFIoU) - 1`` ("exp"), plus the center term.
 
     ``KFIoU = V / (V_p + V_t - V)`` with the boxes' areas and the area V of the Gaussians' product, whose covariance is
-    ``S_p (S_p + S_t)^-1 S_t``, k = 1/4. The centres' term is ``center_weight`` times the smooth L1 (beta = 1/9) of the
+    ``S_p (S_p + S_t)^-1 S_t``, k = 1/4. The center term is ``center_weight`` times the smooth L1 (beta = 1/9) of the
     gap along the target's sides, each offset over its side.
 
     >>> pred, target = torch.tensor([0.0, 0, 2, 2, 0.7]), torch.tensor([1.0, 0, 4, 2, 0])
@@ -292,40 +292,30 @@ def kfiou_loss(pred, target, *, mode="linear", center_weight=1.0, eps=1e-4):
     mismatch, areas = _mismatch(pair)
     overlap = (a * b / (1 + mismatch / areas)).sqrt() / 2
     kfiou = overlap / (a + b - overlap)
-    loss = {"linear": 1 - kfiou, "log": -kfiou.log(), "exp": torch.expm1(1 - kfiou)}[mode]
+    loss = -kfiou.log() if mode == "log" else torch.expm1(1 - kfiou) if mode == "exp" else 1 - kfiou
     if not center_weight:
         return loss
-    offset = torch.stack([t.along / t.long, t.across / t.short])
-    center = F.smooth_l1_loss(offset, torch.zeros_like(offset), reduction="none", beta=1 / 9).sum(0)
-    return loss + center_weight * center
+    offsets = t.along / t.long, t.across / t.short
+    return loss + center_weight * sum(smooth_l1_loss(x, torch.zeros_like(x), beta=1 / 9) for x in offsets)
 
 
 @MODELS.register_module()
 class KFIoULoss(RotatedLoss):
     """Yang et al., The KFIoU Loss for Rotated Object Detection, 2022.
 
-    KFIoU compares shapes only: it is the same wherever the centres are, so the paper adds a loss on the centres. Here
+    KFIoU compares shapes only: it is the same wherever the centers are, so the paper adds a loss on the centers. Here
     that is on the offsets that a rotated box coder with the target as its anchor would give: the loss needs nothing but
-    the boxes, and moves centres too. KFIoU is at most 1/3: identical boxes give the minimum, 2/3 (mode "linear"),
+    the boxes, and moves centers too. KFIoU is at most 1/3: identical boxes give the minimum, 2/3 (mode "linear"),
     ln 3 = 1.0986 ("log") or e^(2/3) - 1 = 0.9477 ("exp").
 
     Args:
         mode: "linear", "log" or "exp".
-        center_weight: 0 for the plain form, whose centres another loss must move: mmrotate's ``kfiou_loss`` where its
+        center_weight: 0 for the plain form, whose centers another loss must move: mmrotate's ``kfiou_loss`` where its
             offsets are zero. The plain form is symmetric in the two boxes.
-        eps: the shortest side, as a share of the longest of both boxes or of the gap between their centres.
-
-    Raises:
-        ValueError: if ``mode`` is unknown or ``center_weight`` negative.
+        eps: the shortest side, as a share of the longest of both boxes or of the gap between their centers.
     """
 
     fn = staticmethod(kfiou_loss)
-    paper = "https://arxiv.org/abs/2201.12558"
-    allowed = rules(mode=one_of("linear", "log", "exp"), center_weight=at_least(0))
-    yolo_gain = 0.5
-    minimum = 2 / 3
-    symmetric = False
-
-
-# What is defined here is public; a new loss is exported by being here.
-__all__ = [k for k, v in list(globals().items()) if getattr(v, "__module__", "") == __name__ and k[0] != "_"]
+    facts = RotatedLoss.facts.but(
+        paper="https://arxiv.org/abs/2201.12558", row_wise=True, minimum=2 / 3, symmetric=False
+    )

@@ -1,33 +1,42 @@
 """Gradient harmonising: samples weigh less where many have the same gradient."""
 
-import torch
+from typing import Annotated
 
-from detloss_plugins.base import Rule, Upstream, rank_mean
-from detloss_plugins.execution import float32, parts
+import torch
+from torch import Tensor
+
+from detloss_plugins.facts import Count, Positive, Upstream, between
 from detloss_plugins.families import ClassificationLoss, RegressionLoss
+from detloss_plugins.loss import rank_mean
 from detloss_plugins.losses.classification.common import bce
-from detloss_plugins.reduction import apply_weight
+from detloss_plugins.precision import float32
+from detloss_plugins.reduction import apply_weight, counts
 from detloss_plugins.registry import MODELS
 
+__all__ = ["GHMC", "GHMR", "bin_counts", "ghmc_loss", "ghmr_loss", "harmony"]
 
-def bin_counts(norm, mask, bins):
-    """How many samples have their gradient norm in each of ``bins`` unit regions of [0, 1], in float64.
+Momentum = Annotated[float, between(0, 1, "[0, 1)")]
+
+
+def bin_counts(norm: Tensor, mask: Tensor | None, bins: int) -> Tensor:
+    """How many samples have their gradient norm in each of ``bins`` unit regions of [0, 1], ``(bins,)``.
 
     ``mask`` is 1 for the samples that count, in the shape of ``norm``, or None.
 
     >>> bin_counts(torch.tensor([0.1, 0.12, 1.0, float("nan")]), None, 2)
-    tensor([2., 1.], dtype=torch.float64)
+    tensor([2., 1.])
     """
-    counts, counted = torch.zeros(bins, dtype=torch.float64, device=norm.device), norm.isfinite()
-    counted = counted if mask is None else mask * counted
-    return counts.scatter_add(0, _bin_of(norm, bins).flatten(), counted.flatten().double())
+    counted = norm.isfinite() if mask is None else mask * norm.isfinite()
+    # Whole numbers: a float32 stops counting at 2^24, and not every device has a float64.
+    found = torch.zeros(bins, dtype=torch.int64, device=norm.device)
+    return found.scatter_add(0, _bin_of(norm, bins).flatten(), counted.flatten().long()).to(norm.dtype)
 
 
 def _bin_of(norm, bins):
     return (norm * bins).nan_to_num(0.0).clamp(0, bins - 1).long()
 
 
-def harmony(counts, total, average=None):
+def harmony(counts: Tensor, total: Tensor | float, average: Tensor | None = None) -> Tensor:
     """Gradient harmonising weight of each unit region: inverse to the number of samples in it.
 
     Args:
@@ -39,91 +48,84 @@ def harmony(counts, total, average=None):
     tensor([0.7500, 1.5000])
     """
     occupied = (counts > 0).sum().clamp(min=1)
-    density = counts if average is None else torch.where(average > 0, average, counts)
+    density = counts if average is None else torch.where(average > 0, average.to(counts.dtype), counts)
     # What does not count may be alone in its region, and has no weight.
     return torch.where(density > 0, total / (density.clamp(min=torch.finfo(torch.float32).tiny) * occupied), 0.0)
 
 
-def ghmc_norm(pred, target):
-    """The gradient norm of BCE, ``|p - y|``, a constant."""
-    return (pred.detach().sigmoid() - target).abs()
+def _weights_of(table, norm):
+    """The weights that a table of the unit regions has for some norms."""
+    return table.to(norm.dtype)[_bin_of(norm, len(table))]
 
 
-def ghmc_loss(pred, target, *, bins=10, weight=None):
-    """BCE with gradient harmonising weights, from the bins of this call unless ``weight`` is given.
+def _own_table(norm, bins):
+    """The weights of a call without a past."""
+    return harmony(bin_counts(norm, None, bins), norm.numel())
+
+
+def ghmc_loss(pred: Tensor, target: Tensor, *, bins: Count = 10, table: Tensor | None = None) -> Tensor:
+    """BCE with gradient harmonising weights, from the bins of this call unless ``table`` gives one for each bin.
+
+    Logits and targets have one shape, which is that of the losses. The gradient norm of BCE is ``|p - y|``.
 
     >>> ghmc_loss(torch.tensor([0.8, -0.4, 1.5, 0.7]), torch.tensor([1.0, 0.0, 0.0, 1.0])).mean()
     tensor(0.8672)
     """
-    if weight is None:
-        weight = _weight_in(ghmc_norm(pred, target), bins)
-    return weight * bce(pred, target)
+    pred = float32(pred)
+    target = target.to(pred.dtype)
+    norm = (pred.detach().sigmoid() - target).abs()
+    return _weights_of(_own_table(norm, bins) if table is None else table, norm) * bce(pred, target)
 
 
-def _weight_in(norm, bins):
-    """The weights of a call without a past."""
-    return _weights(harmony(bin_counts(norm, None, bins), norm.numel()), norm)
+def ghmr_loss(
+    pred: Tensor, target: Tensor, *, mu: Positive = 0.02, bins: Count = 10, table: Tensor | None = None
+) -> Tensor:
+    """``sqrt(d^2 + mu^2) - mu`` with gradient harmonising weights, of this call's bins unless ``table`` gives them.
 
+    ``d = pred - target`` in any one unit, which is that of ``mu``.
 
-def _weights(table, norm):
-    """Those that a table has for some norms."""
-    return table.to(norm.dtype)[_bin_of(norm, len(table))]
-
-
-def _at_least_one(count):
-    return count.clamp(min=1) if torch.is_tensor(count) else max(count, 1)
+    >>> ghmr_loss(torch.tensor([0.01, -0.5, 0.005, 1.0]), torch.zeros(4)).mean()
+    tensor(0.2444)
+    """
+    pred = float32(pred)
+    length = ((pred - target).square() + mu**2).sqrt()
+    norm = ((pred - target) / length).detach().abs()
+    return _weights_of(_own_table(norm, bins) if table is None else table, norm) * (length - mu)
 
 
 class _Harmonised:
     """State and normaliser that GHM-C and GHM-R share. A sample's weight is a mask: only its sign is used."""
 
-    self_normalized = True
+    observes = True
 
     def _init_state(self, momentum):
         self.momentum = momentum
-        self.check("momentum", Rule("in [0, 1)", lambda value: 0 <= value < 1))
         # None keeps a loss without a moving average free of state, as mmdet's.
-        self.register_buffer("acc_sum", torch.zeros(self.bins, dtype=torch.float64) if momentum else None)
+        self.register_buffer("acc_sum", torch.zeros(self.bins) if momentum else None)
 
-    def survey(self, pred, target, weight):
-        counts = total = 0
-        for _, x, t, w in parts(self, pred.detach(), target, weight):
-            x, t, valid = self.prepare(float32(x), t)
-            norm = self.norm(x, t)
-            counts = counts + bin_counts(norm, self._mask(norm, valid, w), self.bins)
-            total = total + self._total(norm, valid, w)
+    def statistics(self, pred, target, valid, weight):
+        norm = self.norm(pred, target)
+        return {
+            "bins": bin_counts(norm, counts(norm, valid, weight), self.bins),
+            "total": self._total(norm, valid, weight),
+        }
+
+    def summarise(self, sums):
         if self.acc_sum is not None and self.learning:
-            seen = rank_mean(counts) if self.every_rank else counts
+            seen = rank_mean(sums["bins"]) if self.facts.every_rank else sums["bins"]
             moved = self.momentum * self.acc_sum + (1 - self.momentum) * seen
             self.acc_sum.copy_(torch.where(seen > 0, moved, self.acc_sum))
-        total = _at_least_one(total)
-        return {"table": harmony(counts, total, self.acc_sum), "total": total}
+        total = sums["total"].clamp(min=1)
+        return {"table": harmony(sums["bins"], total, self.acc_sum), "total": total}
 
-    def compute(self, pred, target, valid, weight, *, table, total):
-        norm = self.norm(pred, target)
-        weights, mask = _weights(table, norm), self._mask(norm, valid, weight)
-        return self.fn(pred, target, weight=weights if mask is None else weights * mask, **self.settings)
+    def elements(self, pred, target, seen):
+        return super().elements(pred, target, {"table": seen["table"]})
 
-    @staticmethod
-    def _mask(norm, valid, weight):
-        """1 for the samples that count; None for all."""
-        if valid is None and weight is None:
-            return None
-        ones = torch.ones_like(norm)
-        return apply_weight((apply_weight(ones, weight) > 0).to(norm.dtype), valid)
+    def weigh(self, loss, valid, weight):
+        return loss * counts(loss, valid, weight)
 
-    def _total(self, norm, valid, weight):
-        """How many count."""
-        mask = self._mask(norm, valid, weight)
-        return norm.numel() if mask is None else mask.sum()
-
-    def weigh(self, loss, weight, valid):
-        return loss  # the mask is in the harmonising weights already
-
-    def normalizer(self, avg_factor, loss, valid, weight, reduction, seen=None):
-        if reduction != "mean":
-            return avg_factor
-        return seen["total"] if seen else _at_least_one(self._total(loss, valid, weight))
+    def normalizer(self, count, seen):
+        return seen["total"]
 
 
 @MODELS.register_module()
@@ -140,34 +142,27 @@ class GHMC(_Harmonised, ClassificationLoss):
     """
 
     fn = staticmethod(ghmc_loss)
-    norm = staticmethod(ghmc_norm)
-    inputs = ("weight",)
-    by_rows = True
-    paper = "https://arxiv.org/abs/1811.05181"
-    needs_mining = False
-    upstream = (Upstream("mmdet.models.losses.GHMC"), Upstream("mmdet.models.losses.GHMC", {"bins": 30}, {"bins": 30}))
+    facts = ClassificationLoss.facts.but(
+        paper="https://arxiv.org/abs/1811.05181",
+        row_wise=True,
+        needs_mining=False,
+        self_normalized=True,
+        filled=("table",),
+        upstream=(
+            Upstream("mmdet.models.losses.GHMC"),
+            Upstream("mmdet.models.losses.GHMC", {"bins": 30}, {"bins": 30}),
+        ),
+    )
 
-    def __init__(self, *, momentum=0.0, **kwargs):
-        super().__init__(**kwargs)
+    def __init__(self, *, momentum: Momentum = 0.0, **settings):
+        super().__init__(**settings)
         self._init_state(momentum)
 
+    def norm(self, pred, target):
+        return (pred.sigmoid() - target).abs()
 
-def ghmr_loss(pred, target, *, mu=0.02, bins=10, weight=None):
-    """``sqrt(d^2 + mu^2) - mu`` with gradient harmonising weights, from this call's bins unless ``weight`` is given.
-
-    >>> ghmr_loss(torch.tensor([0.01, -0.5, 0.005, 1.0]), torch.zeros(4)).mean()
-    tensor(0.2444)
-    """
-    length = ((pred - target).square() + mu**2).sqrt()
-    if weight is None:
-        weight = _weight_in(ghmr_norm(pred, target, mu), bins)
-    return weight * (length - mu)
-
-
-def ghmr_norm(pred, target, mu):
-    """The gradient norm of :func:`ghmr_loss`'s root, a constant."""
-    distance = (pred - target).detach()
-    return (distance / (distance.square() + mu**2).sqrt()).abs()
+    def _total(self, norm, valid, weight):
+        return counts(norm, valid, weight).sum()
 
 
 @MODELS.register_module()
@@ -183,22 +178,21 @@ class GHMR(_Harmonised, RegressionLoss):
     """
 
     fn = staticmethod(ghmr_loss)
-    inputs = ("weight",)
-    by_rows = True
-    keeps_little = False
-    paper = "https://arxiv.org/abs/1811.05181"
-    upstream = (Upstream("mmdet.models.losses.GHMR"),)
+    facts = RegressionLoss.facts.but(
+        paper="https://arxiv.org/abs/1811.05181",
+        row_wise=True,
+        self_normalized=True,
+        filled=("table",),
+        upstream=(Upstream("mmdet.models.losses.GHMR"),),
+    )
 
-    def __init__(self, *, momentum=0.0, **kwargs):
-        super().__init__(**kwargs)
+    def __init__(self, *, momentum: Momentum = 0.0, **settings):
+        super().__init__(**settings)
         self._init_state(momentum)
 
     def norm(self, pred, target):
-        return ghmr_norm(pred, target, self.mu)
+        gap = pred - target
+        return (gap / (gap.square() + self.mu**2).sqrt()).abs()
 
     def _total(self, norm, valid, weight):
-        return norm.numel() if weight is None else apply_weight(torch.ones_like(norm), weight).sum()
-
-
-# What is defined here is public; a new loss is exported by being here.
-__all__ = [k for k, v in list(globals().items()) if getattr(v, "__module__", "") == __name__ and k[0] != "_"]
+        return apply_weight(torch.ones_like(norm), weight).sum()

@@ -1,20 +1,32 @@
 """Losses for data sets in which some classes are rare: the weights follow what has been seen of each."""
 
 import math
-from types import MappingProxyType
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from detloss_plugins.base import Upstream, rank_mean
-from detloss_plugins.execution import float32, parts, transforming, waits, without_autocast
+from detloss_plugins.facts import Count, NonNegative, Number, Upstream, between
 from detloss_plugins.families import ClassificationLoss
-from detloss_plugins.losses.classification.common import focused_ce
-from detloss_plugins.reduction import apply_weight, reduce
+from detloss_plugins.loss import rank_mean
+from detloss_plugins.losses.classification.common import bce
+from detloss_plugins.precision import float32, is_asynchronous, is_compiling
+from detloss_plugins.reduction import apply_weight, check_reduction, scaled
 from detloss_plugins.registry import MODELS
 
+__all__ = ["EQLV2Loss", "SeesawLoss", "eqlv2_loss", "eqlv2_weight", "seesaw_loss"]
 
-def seesaw_loss(pred, target, *, p=0.8, q=2.0, eps=1e-2, counts=None):
+
+def seesaw_loss(
+    pred: Tensor,
+    target: Tensor,
+    *,
+    p: NonNegative = 0.8,
+    q: NonNegative = 2.0,
+    eps: Annotated[float, between(0, 1, "(0, 1]")] = 1e-2,
+    counts: Tensor | None = None,
+) -> Tensor:
     """Softmax cross entropy with ``log S_ij`` added to the logits of the other classes; S is a constant.
 
     ``S = M C``: M, ``(N_j / N_i)^p`` where class j is rarer than the label i, spares rare classes; C,
@@ -29,16 +41,15 @@ def seesaw_loss(pred, target, *, p=0.8, q=2.0, eps=1e-2, counts=None):
     >>> seesaw_loss(pred, torch.tensor([0, 2]), counts=torch.tensor([100.0, 10.0, 1.0]))
     tensor([0.0134, 2.1750])
     """
-    with torch.no_grad():
-        log_scores = pred.log_softmax(-1)
-        label = target.unsqueeze(-1)
-        log_weights = torch.zeros_like(pred)
-        if counts is not None and p > 0:
-            log_counts = counts.to(pred.dtype).clamp(min=1).log()
-            log_weights = p * (log_counts - log_counts[label]).clamp(max=0)
-        if q > 0:
-            own = log_scores.gather(-1, label).clamp(min=math.log(eps))
-            log_weights = log_weights + q * (log_scores - own).clamp(min=0)
+    pred, label = float32(pred), target.unsqueeze(-1)
+    log_weights = torch.zeros_like(pred)
+    if counts is not None and p > 0:
+        log_counts = counts.to(pred.dtype).clamp(min=1).log()
+        log_weights = p * (log_counts - log_counts[label]).clamp(max=0)
+    if q > 0:
+        log_scores = pred.detach().log_softmax(-1)
+        own = log_scores.gather(-1, label).clamp(min=math.log(eps))
+        log_weights = log_weights + q * (log_scores - own).clamp(min=0)
     return F.cross_entropy(pred + log_weights, target, reduction="none")
 
 
@@ -58,27 +69,31 @@ class SeesawLoss(ClassificationLoss):
     """
 
     fn = staticmethod(seesaw_loss)
-    inputs = ("counts",)
-    paper = "https://arxiv.org/abs/2008.10032"
-    true_gradient = False
-    sigmoid_only = False
-    mean_of_rows = False
-    example = MappingProxyType({"num_classes": 8, "return_dict": False})
-    upstream = (
-        Upstream("mmdet.models.losses.SeesawLoss", example, example),
-        Upstream("mmdet.models.losses.SeesawLoss", {**example, "q": 1.0}, {**example, "q": 1.0}),
+    facts = ClassificationLoss.facts.but(
+        paper="https://arxiv.org/abs/2008.10032",
+        row_wise=True,
+        true_gradient=False,
+        mean_of_rows=False,
+        one_per_row=True,
+        filled=("counts",),
+        example=(_EXAMPLE := {"num_classes": 8, "return_dict": False}),
+        upstream=(
+            Upstream("mmdet.models.losses.SeesawLoss", _EXAMPLE, _EXAMPLE),
+            Upstream("mmdet.models.losses.SeesawLoss", {**_EXAMPLE, "q": 1.0}, {**_EXAMPLE, "q": 1.0}),
+        ),
     )
+    sigmoid_only = False
     custom_cls_channels = custom_activation = custom_accuracy = True  # mmdet's heads ask for these
 
-    def __init__(self, *, use_sigmoid=False, num_classes=1203, return_dict=True, **kwargs):
+    def __init__(self, *, use_sigmoid: bool = False, num_classes: Count = 1203, return_dict: bool = True, **settings):
         if use_sigmoid:
             raise ValueError("SeesawLoss has a softmax form only; write use_sigmoid=False.")
-        super().__init__(use_sigmoid=False, **kwargs)
+        super().__init__(use_sigmoid=False, **settings)
         self.num_classes, self.return_dict = num_classes, return_dict
         self.register_buffer("cum_samples", torch.zeros(num_classes + 1))
 
     def compiles(self, device):
-        return waits(device)  # elsewhere the positives are taken out of the batch, and there is little left to do
+        return is_asynchronous(device)  # elsewhere the positives are taken out of the batch, and little is left to do
 
     def get_cls_channels(self, num_classes):
         """How many logits mmdet's head must predict for ``num_classes``."""
@@ -110,42 +125,43 @@ class SeesawLoss(ClassificationLoss):
             )
         return pred, target, target >= 0
 
-    def elements(self, pred, target, weight=None, seen=None):
-        with without_autocast(pred.device):
-            pred, target, valid = self.prepare(pred, target)
-            return self.compute(pred, target, valid, weight), valid
-
-    def compute(self, pred, target, valid, weight):
-        """Losses of the classes and of the objectness, side by side: ``(N, 2)``; what is used is up-cast here."""
-        positive = valid & (target < self.num_classes)
-        label = torch.where(positive, target, 0)
+    def observe(self, pred, target, weight):
+        _, label, valid = self.prepare(pred, target)
         if self.learning:
             seen = torch.zeros_like(self.cum_samples)
-            slot = torch.where(valid, target, self.num_classes)
-            seen = seen.scatter_add(0, slot, valid.to(seen.dtype))
-            self.cum_samples.add_(rank_mean(seen))
+            slot = torch.where(valid, label, self.num_classes).flatten()
+            self.cum_samples.add_(rank_mean(seen.scatter_add(0, slot, valid.flatten().to(seen.dtype))))
+        return {"counts": self.cum_samples[:-1].clone()}
+
+    def unweighted(self, pred, target, seen):
+        """Losses of the classes, zero where a row is not positive, and of the objectness, side by side: ``(N, 2)``."""
+        pred, target, valid = self.prepare(pred, target)  # what is used is up-cast below
         classes, objectness = pred.split([self.num_classes, 2], -1)
-        objectness = F.cross_entropy(float32(objectness), (target == self.num_classes).long(), reduction="none")
-        return torch.stack([self._of_classes(classes, label, positive), objectness], -1)
+        # Cross entropy of two logits, by how much the wrong one is above; ln(1 + e^x) is x in float64 above 50.
+        gap = torch.sub(*float32(objectness).unbind(-1))
+        objectness = F.softplus(torch.where(target == self.num_classes, gap, -gap), threshold=50)
+        positive = valid & (target < self.num_classes)
+        if is_compiling() or is_asynchronous(pred.device):
+            label = torch.where(positive, target, 0)
+            classes = torch.where(positive, self.fn(classes, label, **self.settings, **seen), 0.0)
+        else:
+            (rows,) = positive.nonzero(as_tuple=True)
+            losses = self.fn(classes.index_select(0, rows), target[rows], **self.settings, **seen)
+            classes = losses.new_zeros(len(pred)).index_copy(0, rows, losses)
+        return torch.stack([classes, objectness], -1), valid
 
-    def _of_classes(self, pred, label, positive):
-        """Losses of the classes, zero where a row is not positive."""
-        options = {"counts": self.cum_samples[:-1], **self.settings}
-        if transforming() or waits(pred.device):
-            return torch.where(positive, self.fn(float32(pred), label, **options), 0.0)
-        (rows,) = positive.nonzero(as_tuple=True)
-        losses = self.fn(float32(pred.index_select(0, rows)), label[rows], **options)
-        return losses.new_zeros(len(pred)).index_copy(0, rows, losses)
-
-    def total(self, pred, target, weight, avg_factor, reduction):
+    def reduced(self, pred, target, weight, avg_factor, reduction, factor):
         """As of every loss, but the classes' mean is over the positives, and the two parts come in a dict."""
-        rows = super().total(pred, target, weight, None, "none")
+        reduction = check_reduction(self.reduction if reduction is None else reduction, avg_factor)
+        rows = super().reduced(pred, target, weight, None, "none", factor)
         positives = ((target >= 0) & (target < self.num_classes)).sum().clamp(min=1)
-        of_classes = positives if reduction == "mean" and avg_factor is None else avg_factor
-        loss = {
-            "loss_cls_objectness": reduce(rows[..., 1], None, avg_factor, reduction),
-            "loss_cls_classes": reduce(rows[..., 0], None, of_classes, reduction),
+        parts = {
+            "loss_cls_objectness": (rows[..., 1], max(len(rows), 1)),
+            "loss_cls_classes": (rows[..., 0], positives),
         }
+        if reduction != "none":
+            parts = {name: (rows.sum(), count) for name, (rows, count) in parts.items()}
+        loss = {name: scaled(value, count, avg_factor, reduction) for name, (value, count) in parts.items()}
         return loss if self.return_dict else sum(loss.values())
 
     @classmethod
@@ -157,7 +173,15 @@ class SeesawLoss(ClassificationLoss):
         return logits.to(dtype), label
 
 
-def eqlv2_loss(pred, target, *, gamma=12.0, mu=0.8, alpha=4.0, ratio=None):
+def eqlv2_loss(
+    pred: Tensor,
+    target: Tensor,
+    *,
+    gamma: NonNegative = 12.0,
+    mu: Number = 0.8,
+    alpha: NonNegative = 4.0,
+    ratio: Tensor | None = None,
+) -> Tensor:
     """BCE with weights by class: negatives ``r = sigmoid(gamma (ratio - mu))``, positives ``1 + alpha (1 - r)``.
 
     Args:
@@ -169,15 +193,17 @@ def eqlv2_loss(pred, target, *, gamma=12.0, mu=0.8, alpha=4.0, ratio=None):
     >>> eqlv2_loss(pred, target, ratio=torch.tensor([0.5, 0.8]))  # weights 1 + 4 (1 - 0.0266) and 1/2
     tensor([[1.8160, 0.2565]])
     """
-    weight = None if ratio is None else eqlv2_weight(pred, target, ratio, gamma, mu, alpha)
-    return focused_ce(pred, target, "soft", 0, weight)
+    pred = float32(pred)
+    target = target.to(pred.dtype)
+    loss = bce(pred, target)
+    return loss if ratio is None else eqlv2_weight(target, ratio, gamma, mu, alpha) * loss
 
 
-def eqlv2_weight(pred, target, ratio, gamma, mu, alpha):
-    """The weights of :func:`eqlv2_loss`, the shape of ``pred``."""
-    negative = F.pad(torch.sigmoid(gamma * (ratio.to(pred.dtype) - mu)), (0, pred.shape[-1] - len(ratio)), value=1.0)
-    positive = 1 + alpha * (1 - negative)
-    return torch.addcmul(negative, target, positive - negative)
+def eqlv2_weight(target: Tensor, ratio: Tensor, gamma: float, mu: float, alpha: float) -> Tensor:
+    """The weights of :func:`eqlv2_loss`, in the shape of the dense target."""
+    of_classes = torch.sigmoid(gamma * (ratio.to(target.dtype) - mu))
+    negative = F.pad(of_classes, (0, target.shape[-1] - len(ratio)), value=1.0)
+    return torch.lerp(negative, 1 + alpha * (1 - negative), target)
 
 
 @MODELS.register_module()
@@ -194,53 +220,51 @@ class EQLV2Loss(ClassificationLoss):
     """
 
     fn = staticmethod(eqlv2_loss)
-    inputs = ("ratio",)
-    by_rows = True
-    paper = "https://arxiv.org/abs/2012.08548"
-    yolo_gain = 4.0
-    sums_classes = True
-    example = MappingProxyType({"num_classes": 9})  # the sample's tenth column is the background
-    upstream = (Upstream("mmdet.models.losses.EQLV2Loss", {"num_classes": 9}, {"num_classes": 9}),)
+    facts = ClassificationLoss.facts.but(
+        paper="https://arxiv.org/abs/2012.08548",
+        row_wise=True,
+        sums_classes=True,
+        filled=("ratio",),
+        example={"num_classes": 9},  # the sample's tenth column is the background
+        upstream=(Upstream("mmdet.models.losses.EQLV2Loss", {"num_classes": 9}, {"num_classes": 9}),),
+    )
 
-    def __init__(self, *, num_classes=1203, **kwargs):
-        super().__init__(**kwargs)
+    def __init__(self, *, num_classes: Count = 1203, **settings):
+        super().__init__(**settings)
         self.num_classes = num_classes
         # The ratio starts so high that every weight is 1.
         self.register_buffer("pos_grad", torch.zeros(num_classes))
         self.register_buffer("neg_grad", torch.zeros(num_classes))
         self.register_buffer("pos_neg", torch.full((num_classes,), 100.0))
 
-    def survey(self, pred, target, weight):
+    def prepare(self, pred, target):
         if pred.shape[-1] not in (self.num_classes, self.num_classes + 1):
             raise ValueError(
                 f"EQLV2Loss with num_classes={self.num_classes} takes {self.num_classes + 1} logits (the last for the "
                 f"background) or {self.num_classes}, not {pred.shape[-1]}."
             )
-        ratio = self.pos_neg.clone()
-        if self.learning:
-            self._accumulate(pred, target, ratio)
-        return {"ratio": ratio}
+        return super().prepare(pred, target)
 
-    @torch.no_grad()
-    def _accumulate(self, pred, target, ratio):
-        of_positives = of_negatives = 0
-        for _, x, t, _ in parts(self, pred, target, None):
-            x, t, valid = self.prepare(float32(x), t)
-            size = x.sigmoid().sub_(t).abs_().mul_(eqlv2_weight(x, t, ratio, **self.settings))
-            size = apply_weight(size, valid)[..., : self.num_classes].flatten(0, -2)
-            positive = size * t[..., : self.num_classes].flatten(0, -2)
-            of_positives = of_positives + positive.nansum(0)
-            of_negatives = of_negatives + size.sub_(positive).nansum(0)
-        for buffer, found in ((self.pos_grad, of_positives), (self.neg_grad, of_negatives)):
-            buffer.add_(rank_mean(found.to(buffer.dtype)))
-        seen = self.pos_grad + self.neg_grad > 0
-        self.pos_neg.copy_(torch.where(seen, self.pos_grad / (self.neg_grad + 1e-10), self.pos_neg))
+    @property
+    def observes(self):
+        return self.learning
+
+    def statistics(self, pred, target, valid, weight):
+        size = (pred.sigmoid() - target).abs() * eqlv2_weight(target, self.pos_neg, **self.settings)
+        size = apply_weight(size, valid)[..., : self.num_classes].flatten(0, -2)
+        positive = size * target[..., : self.num_classes].flatten(0, -2)
+        return {"positive": positive.nansum(0), "negative": (size - positive).nansum(0)}
+
+    def summarise(self, sums):
+        ratio = self.pos_neg.clone()
+        if sums:
+            for buffer, name in ((self.pos_grad, "positive"), (self.neg_grad, "negative")):
+                buffer.add_(rank_mean(sums[name].to(buffer.dtype)))
+            seen = self.pos_grad + self.neg_grad > 0
+            self.pos_neg.copy_(torch.where(seen, self.pos_grad / (self.neg_grad + 1e-10), self.pos_neg))
+        return {"ratio": ratio}
 
     def get_activation(self, cls_score):
         """Scores from logits ``(N, C + 1)``: class times not-background; the background last."""
         scores = cls_score.sigmoid()
         return torch.cat([scores[..., :-1] * (1 - scores[..., -1:]), scores[..., -1:]], -1)
-
-
-# What is defined here is public; a new loss is exported by being here.
-__all__ = [k for k, v in list(globals().items()) if getattr(v, "__module__", "") == __name__ and k[0] != "_"]

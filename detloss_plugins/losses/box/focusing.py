@@ -1,19 +1,44 @@
 """Losses that decide which boxes count: by what training has seen, or by another IoU in place of the IoU."""
 
-from types import MappingProxyType
+from collections.abc import Callable, Mapping
+from typing import Annotated, Literal
 
 import torch
+from torch import Tensor
 
-from detloss_plugins.base import Rule, above, one_of, rules
+from detloss_plugins.facts import NonNegative, Positive, Share, between
 from detloss_plugins.families import BoxLoss
 from detloss_plugins.geometry import Pair, resized
 from detloss_plugins.losses.box.iou import ciou_loss
-from detloss_plugins.reduction import apply_weight
+from detloss_plugins.reduction import counts
 from detloss_plugins.registry import MODELS, build_loss
 
+__all__ = [
+    "FocalerIoULoss",
+    "InnerIoULoss",
+    "WIoULoss",
+    "focaler_iou_loss",
+    "inner_iou_loss",
+    "wiou_loss",
+]
 
-def wiou_loss(pred, target, *, version=3, gamma=0.5, alpha=1.9, delta=3.0, mean=1.0, eps=1e-7):
-    """``exp(centre distance^2 / hull diagonal^2) * (1 - IoU)``, the diagonal a constant, times a focusing constant.
+Momentum = Annotated[float, between(0, 1, "(0, 1]")]
+CIOU = {"type": "CIoULoss"}
+
+
+def wiou_loss(
+    pred: Tensor,
+    target: Tensor,
+    *,
+    version: Literal[1, 2, 3] = 3,
+    gamma: NonNegative = 0.5,
+    alpha: Positive = 1.9,
+    delta: Positive = 3.0,
+    mean: Tensor | float = 1.0,
+    eps: Positive = 1e-7,
+) -> Tensor:
+    """``exp(d^2 / c^2) * (1 - IoU)`` times a focusing constant: d the distance of the centers, c the diagonal of the
+    enclosing box, a constant.
 
     With ``b = (1 - IoU) / mean``, the factor is 1 in version 1, ``b^gamma`` in version 2 and
     ``b / (delta * alpha^(b - delta))`` in version 3, which is largest for boxes of medium quality.
@@ -25,7 +50,7 @@ def wiou_loss(pred, target, *, version=3, gamma=0.5, alpha=1.9, delta=3.0, mean=
     pair = Pair(pred, target, eps)
     loss = 1 - pair.iou
     outlier = loss.detach() / mean
-    loss = pair.ratio(pair.distance2, pair.diagonal2.detach()).exp() * loss
+    loss = pair.ratio(pair.center_distance2, pair.diagonal2.detach()).exp() * loss
     if version == 1:
         return loss
     return loss * (outlier**gamma if version == 2 else outlier / delta * alpha ** (delta - outlier))
@@ -44,46 +69,43 @@ class WIoULoss(BoxLoss):
         alpha, delta: of version 3, the paper's; the authors' code has 1.7 and 2.7 now.
         momentum: share of a batch in the running mean, in (0, 1]. The paper's is ``1 - 0.05^(1 / n)``, n the steps
             until the model hardly improves any more.
-
-    Raises:
-        ValueError: for another ``version``, or a ``momentum`` outside (0, 1].
     """
 
     fn = staticmethod(wiou_loss)
-    inputs = ("mean",)
-    paper = "https://arxiv.org/abs/2301.10051"
-    allowed = rules(version=one_of(1, 2, 3))
-    true_gradient = False
-    attracts = True
+    facts = BoxLoss.facts.but(
+        paper="https://arxiv.org/abs/2301.10051", row_wise=True, attracts=True, true_gradient=False, filled=("mean",)
+    )
 
-    def __init__(self, *, momentum=0.01, **kwargs):
-        super().__init__(**kwargs)
+    def __init__(self, *, momentum: Momentum = 0.01, **settings):
+        super().__init__(**settings)
         self.momentum = momentum
-        self.check("momentum", Rule("in (0, 1]", lambda value: 0 < value <= 1))
         self.register_buffer("mean", torch.tensor(1.0) if self.version > 1 else None)
 
-    @torch.no_grad()
-    def _see(self, loss, weight):
-        counts = (apply_weight(torch.ones_like(loss), weight) > 0) & loss.isfinite()
-        seen = torch.where(counts, loss, 0.0).sum() / counts.sum()
-        moved = (1 - self.momentum) * self.mean + self.momentum * seen
-        self.mean.copy_(torch.where(counts.any(), moved, self.mean))
+    @property
+    def observes(self):
+        return self.mean is not None and self.learning
 
-    def compute(self, pred, target, valid, weight):
+    def statistics(self, pred, target, valid, weight):
+        loss = 1 - Pair(pred, target, self.eps).iou
+        seen = counts(loss, weight) * loss.isfinite()
+        return {"loss": torch.where(seen > 0, loss, 0.0).sum(), "count": seen.sum()}
+
+    def summarise(self, sums):
         if self.mean is None:
-            return self.fn(pred, target, **self.settings)
-        if self.learning:
-            self._see(1 - Pair(pred.detach(), target, self.eps).iou, weight)
-        return self.fn(pred, target, mean=self.mean.clamp(min=self.eps).to(pred.dtype), **self.settings)
+            return {}
+        if sums:
+            moved = (1 - self.momentum) * self.mean + self.momentum * sums["loss"] / sums["count"]
+            self.mean.copy_(torch.where(sums["count"] > 0, moved, self.mean))
+        return {"mean": self.mean.clamp(min=self.eps)}
+
+    def elements(self, pred, target, seen):
+        return super().elements(pred, target, {name: value.to(pred.dtype) for name, value in seen.items()})
 
 
-def _exchange(pred, target, base, iou, other):
-    """``1 - other``, or a base loss with its IoU exchanged for another one."""
-    return 1 - other if base is None else base(pred, target) + iou - other
-
-
-def inner_iou_loss(pred, target, *, ratio=0.7, base=ciou_loss, eps=1e-7):
-    """``base + IoU - inner IoU``, the latter of both boxes resized by ``ratio`` about their own centres.
+def inner_iou_loss(
+    pred: Tensor, target: Tensor, *, ratio: Positive = 0.7, base: Callable | None = ciou_loss, eps: Positive = 1e-7
+) -> Tensor:
+    """``base + IoU - inner IoU``, the latter of both boxes resized by ``ratio`` about their own centers.
 
     ``base`` is a function ``(pred, target) -> losses``; None gives ``1 - inner IoU``.
 
@@ -91,11 +113,19 @@ def inner_iou_loss(pred, target, *, ratio=0.7, base=ciou_loss, eps=1e-7):
     >>> inner_iou_loss(pred, target, ratio=0.75, base=None)  # 3 x 3, one apart by 2: 1 - 3 / 15
     tensor(0.8000)
     """
-    iou, inner = Pair(pred, target, eps).iou, Pair(resized(pred, ratio), resized(target, ratio), eps).iou
-    return _exchange(pred, target, base, iou, inner)
+    inner = Pair(resized(pred, ratio), resized(target, ratio), eps).iou
+    return 1 - inner if base is None else base(pred, target) + Pair(pred, target, eps).iou - inner
 
 
-def focaler_iou_loss(pred, target, *, d=0.0, u=0.95, base=ciou_loss, eps=1e-7):
+def focaler_iou_loss(
+    pred: Tensor,
+    target: Tensor,
+    *,
+    d: Share = 0.0,
+    u: Momentum = 0.95,
+    base: Callable | None = ciou_loss,
+    eps: Positive = 1e-7,
+) -> Tensor:
     """``base + IoU - focaler IoU``, the latter being the IoU stretched from [d, u] to [0, 1] and kept there.
 
     ``base`` is a function ``(pred, target) -> losses``; None gives ``1 - focaler IoU``.
@@ -105,7 +135,8 @@ def focaler_iou_loss(pred, target, *, d=0.0, u=0.95, base=ciou_loss, eps=1e-7):
     tensor(0.5000)
     """
     iou = Pair(pred, target, eps).iou
-    return _exchange(pred, target, base, iou, ((iou - d) / (u - d)).clamp(0, 1))
+    focaler = ((iou - d) / (u - d)).clamp(0, 1)
+    return 1 - focaler if base is None else base(pred, target) + iou - focaler
 
 
 class _OverABase(BoxLoss):
@@ -118,25 +149,29 @@ class _OverABase(BoxLoss):
         ValueError: if ``base`` is another kind of loss.
     """
 
-    inputs = ("base",)
-    bounds = (0.0, 5.0)
-    true_gradient = False  # this and the next: of the default base
-    attracts = True
+    facts = BoxLoss.facts.but(  # some are those of the default base
+        bounds=(0.0, 5.0), true_gradient=False, attracts=True, filled=("base",)
+    )
 
-    def __init__(self, *, base=MappingProxyType({"type": "CIoULoss"}), **kwargs):
-        super().__init__(**kwargs)
+    def __init__(self, *, base: Mapping | None = CIOU, **settings):
+        super().__init__(**settings)
         self.base = None if base is None else build_loss(base)
-        if base is not None and not (self.base.family == "box" and self.base.values_per_box == 1):
+        if self.base is None:
+            return
+        of_base = self.base.facts
+        if of_base.family != "box" or not of_base.one_per_row:
             name = type(self).__name__
             raise ValueError(f"base of {name} must be a box loss of one value a box, not {base['type']}.")
+        self.facts = self.facts.but(row_wise=self.facts.row_wise and of_base.row_wise)
 
-    def _base(self, weight):
-        if self.base is None:
-            return None
-        return lambda pred, target: self.base.loss_weight * self.base.elements(pred, target, weight)[0]
+    def observe(self, pred, target, weight):
+        return {} if self.base is None else {"base": self.base.observe(pred, target, weight)}
 
-    def compute(self, pred, target, valid, weight):
-        return self.fn(pred, target, base=self._base(weight), **self.settings)
+    def elements(self, pred, target, seen):
+        def base(pred, target):
+            return self.base.loss_weight * self.base.unweighted(pred, target, seen["base"])[0]
+
+        return super().elements(pred, target, {"base": base if self.base is not None else None})
 
 
 @MODELS.register_module()
@@ -148,12 +183,11 @@ class InnerIoULoss(_OverABase):
         base: config of a box loss with one value a box; None for ``1 - inner IoU``.
 
     Raises:
-        ValueError: if ``ratio`` is not above 0, or ``base`` is another kind of loss.
+        ValueError: if ``base`` is another kind of loss.
     """
 
     fn = staticmethod(inner_iou_loss)
-    paper = "https://arxiv.org/abs/2311.02877"
-    allowed = rules(ratio=above(0))
+    facts = _OverABase.facts.but(paper="https://arxiv.org/abs/2311.02877", row_wise=True)
 
 
 @MODELS.register_module()
@@ -169,13 +203,9 @@ class FocalerIoULoss(_OverABase):
     """
 
     fn = staticmethod(focaler_iou_loss)
-    paper = "https://arxiv.org/abs/2401.10525"
-    allowed = rules(u=Rule("in (0, 1]", lambda u: 0 < u <= 1))
+    facts = _OverABase.facts.but(paper="https://arxiv.org/abs/2401.10525", row_wise=True)
 
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        self.check("d", Rule(f"at least 0 and below u={self.u}", lambda d: 0 <= d < self.u))
-
-
-# What is defined here is public; a new loss is exported by being here.
-__all__ = [k for k, v in list(globals().items()) if getattr(v, "__module__", "") == __name__ and k[0] != "_"]
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        if not self.d < self.u:
+            raise ValueError(f"d of FocalerIoULoss must be below u={self.u}, not {self.d}.")

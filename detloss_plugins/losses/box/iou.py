@@ -1,12 +1,42 @@
-"""The IoU and its penalties: what is added to ``1 - IoU`` for the distance, the sides or the hull of two boxes."""
+"""The IoU and its penalties: what is added to ``1 - IoU`` for the distance, the sides or the enclosing box.
+
+Every function takes boxes ``(..., 4)`` as corners ``(x1, y1, x2, y2)`` in any one unit and returns losses ``(...)``.
+"""
+
+from typing import Annotated, Literal
 
 import torch
+from torch import Tensor
 
-from detloss_plugins.base import Rule, Upstream, above, at_least, one_of, rules
+from detloss_plugins.facts import NonNegative, Positive, Share, Upstream, at_least
 from detloss_plugins.families import BoxLoss
-from detloss_plugins.geometry import Pair, both, each, iou_loss_with, power, wh
+from detloss_plugins.geometry import Pair, power
 from detloss_plugins.registry import MODELS
 
+__all__ = [
+    "AlphaIoULoss",
+    "CIoULoss",
+    "DIoULoss",
+    "EIoULoss",
+    "EfficientIoULoss",
+    "FocalEIoULoss",
+    "FocalEfficientIoULoss",
+    "GIoULoss",
+    "IoULoss",
+    "SIoULoss",
+    "ShapeIoULoss",
+    "alpha_iou_loss",
+    "ciou_loss",
+    "diou_loss",
+    "eiou_loss",
+    "focal_eiou_loss",
+    "giou_loss",
+    "iou_loss",
+    "shape_iou_loss",
+    "siou_loss",
+]
+
+AtLeastOne = Annotated[float, at_least(1)]
 # Inputs on which upstream is wrong, and why.
 _INVERTED = "an inverted box has a positive area there: this one, fully inverted, costs nothing"
 _FULLY_INVERTED = ((20, 20, 10, 10), (10, 10, 20, 20))
@@ -14,7 +44,9 @@ _ABSOLUTE_EPS = "eps is added to areas there, so identical boxes in normalised c
 _NORMALISED = ((1e-3, 1e-3, 2e-3, 2e-3), (1e-3, 1e-3, 2e-3, 2e-3))
 
 
-def iou_loss(pred, target, *, mode="log", eps=1e-6):
+def iou_loss(
+    pred: Tensor, target: Tensor, *, mode: Literal["log", "linear", "square"] = "log", eps: Positive = 1e-6
+) -> Tensor:
     """``-ln IoU`` (mode "log"), ``1 - IoU`` ("linear") or ``1 - IoU^2`` ("square").
 
     "log" keeps the IoU above ``eps`` (a pure number): disjoint boxes cost 13.8 and, as in every mode, get no gradient.
@@ -22,7 +54,10 @@ def iou_loss(pred, target, *, mode="log", eps=1e-6):
     >>> iou_loss(torch.tensor([0.0, 0, 2, 2]), torch.tensor([0.0, 0, 4, 2]), mode="square")  # 1 - (1/2)^2
     tensor(0.7500)
     """
-    return iou_loss_with(pred, target, eps, mode)
+    iou = Pair(pred, target, eps).iou
+    if mode == "log":
+        return -iou.clamp(min=eps).log()
+    return 1 - (iou if mode == "linear" else iou.square())
 
 
 @MODELS.register_module()
@@ -30,26 +65,27 @@ class IoULoss(BoxLoss):
     """Yu et al., UnitBox, 2016.
 
     The logarithmic form is the paper's; the linear and the square one are mmdet's.
-
-    Raises:
-        ValueError: if ``mode`` is not "log", "linear" or "square".
     """
 
     fn = staticmethod(iou_loss)
-    paper = "https://arxiv.org/abs/1608.01471"
-    allowed = rules(mode=one_of("log", "linear", "square"))
-    upstream = tuple(
-        Upstream("mmdet.models.losses.IoULoss", {"mode": mode}, {"mode": mode}) for mode in ("log", "linear", "square")
+    facts = BoxLoss.facts.but(
+        paper="https://arxiv.org/abs/1608.01471",
+        row_wise=True,
+        upstream=tuple(
+            Upstream("mmdet.models.losses.IoULoss", {"mode": mode}, {"mode": mode})
+            for mode in ("log", "linear", "square")
+        ),
     )
 
 
-def giou_loss(pred, target, *, eps=1e-7):
-    """``1 - IoU + (hull - union) / hull`` with areas.
+def giou_loss(pred: Tensor, target: Tensor, *, eps: Positive = 1e-7) -> Tensor:
+    """``1 - IoU + (C - U) / C``: C the area of the enclosing box, U that of the union.
 
     >>> giou_loss(torch.tensor([0.0, 0, 1, 1]), torch.tensor([1.0, 1, 2, 2]))  # 1 - 0 + (4 - 2) / 4
     tensor(1.5000)
     """
-    return iou_loss_with(pred, target, eps, penalty="hull")
+    pair = Pair(pred, target, eps)
+    return 1 - pair.iou + pair.enclosing_penalty
 
 
 @MODELS.register_module()
@@ -57,25 +93,29 @@ class GIoULoss(BoxLoss):
     """Rezatofighi et al., Generalized Intersection over Union, 2019."""
 
     fn = staticmethod(giou_loss)
-    attracts = True
-    paper = "https://arxiv.org/abs/1902.09630"
-    bounds = (0.0, 2.0)
-    upstream = (
-        Upstream("mmdet.models.losses.GIoULoss"),
-        Upstream("torchvision.ops.generalized_box_iou_loss"),
-        Upstream("ultralytics.utils.metrics.bbox_iou", theirs={"xywh": False, "GIoU": True}),
-        Upstream("mmdet.models.losses.GIoULoss", differs=_INVERTED, at=_FULLY_INVERTED),
-        Upstream("torchvision.ops.generalized_box_iou_loss", differs=_INVERTED, at=_FULLY_INVERTED),
+    facts = BoxLoss.facts.but(
+        paper="https://arxiv.org/abs/1902.09630",
+        row_wise=True,
+        attracts=True,
+        bounds=(0.0, 2.0),
+        upstream=(
+            Upstream("mmdet.models.losses.GIoULoss"),
+            Upstream("torchvision.ops.generalized_box_iou_loss"),
+            Upstream("ultralytics.utils.metrics.bbox_iou", theirs={"xywh": False, "GIoU": True}),
+            Upstream("mmdet.models.losses.GIoULoss", differs=_INVERTED, at=_FULLY_INVERTED),
+            Upstream("torchvision.ops.generalized_box_iou_loss", differs=_INVERTED, at=_FULLY_INVERTED),
+        ),
     )
 
 
-def diou_loss(pred, target, *, eps=1e-7):
-    """``1 - IoU`` plus the squared distance of the centres over the squared diagonal of the hull.
+def diou_loss(pred: Tensor, target: Tensor, *, eps: Positive = 1e-7) -> Tensor:
+    """``1 - IoU + d^2 / c^2``: d the distance of the centers, c the diagonal of the enclosing box.
 
     >>> diou_loss(torch.tensor([0.0, 0, 2, 2]), torch.tensor([0.0, 0, 4, 2]))  # 1 - 1/2 + 1/20
     tensor(0.5500)
     """
-    return iou_loss_with(pred, target, eps, penalty="center")
+    pair = Pair(pred, target, eps)
+    return 1 - pair.iou + pair.center_penalty
 
 
 @MODELS.register_module()
@@ -83,19 +123,22 @@ class DIoULoss(BoxLoss):
     """Zheng et al., Distance-IoU Loss, 2019."""
 
     fn = staticmethod(diou_loss)
-    attracts = True
-    paper = "https://arxiv.org/abs/1911.08287"
-    bounds = (0.0, 2.0)
-    upstream = (
-        Upstream("mmdet.models.losses.DIoULoss"),
-        Upstream("torchvision.ops.distance_box_iou_loss"),
-        Upstream("ultralytics.utils.metrics.bbox_iou", theirs={"xywh": False, "DIoU": True}),
-        Upstream("mmdet.models.losses.DIoULoss", differs=_ABSOLUTE_EPS, at=_NORMALISED),
-        Upstream("torchvision.ops.distance_box_iou_loss", differs=_ABSOLUTE_EPS, at=_NORMALISED),
+    facts = BoxLoss.facts.but(
+        paper="https://arxiv.org/abs/1911.08287",
+        row_wise=True,
+        attracts=True,
+        bounds=(0.0, 2.0),
+        upstream=(
+            Upstream("mmdet.models.losses.DIoULoss"),
+            Upstream("torchvision.ops.distance_box_iou_loss"),
+            Upstream("ultralytics.utils.metrics.bbox_iou", theirs={"xywh": False, "DIoU": True}),
+            Upstream("mmdet.models.losses.DIoULoss", differs=_ABSOLUTE_EPS, at=_NORMALISED),
+            Upstream("torchvision.ops.distance_box_iou_loss", differs=_ABSOLUTE_EPS, at=_NORMALISED),
+        ),
     )
 
 
-def ciou_loss(pred, target, *, alpha_gate=None, eps=1e-7):
+def ciou_loss(pred: Tensor, target: Tensor, *, alpha_gate: Share | None = None, eps: Positive = 1e-7) -> Tensor:
     """DIoU plus ``alpha * v``: v compares the aspect ratios, ``alpha = v / (1 - IoU + v)`` is a constant (detached).
 
     ``alpha_gate=0.5`` sets alpha to zero unless IoU exceeds 0.5, as the authors' code and mmdet do; None (the paper's
@@ -105,7 +148,8 @@ def ciou_loss(pred, target, *, alpha_gate=None, eps=1e-7):
     >>> ciou_loss(pred, target)  # v = (4 / pi^2) (atan 2 - atan 1)^2 = 0.04196, alpha = v / (1/2 + v) = 0.07742
     tensor(0.5532)
     """
-    return iou_loss_with(pred, target, eps, penalty="aspect", alpha_gate=alpha_gate)
+    pair = Pair(pred, target, eps)
+    return 1 - pair.iou + pair.center_penalty + pair.aspect_ratio_penalty(alpha_gate)
 
 
 @MODELS.register_module()
@@ -113,42 +157,45 @@ class CIoULoss(BoxLoss):
     """Zheng et al., Distance-IoU Loss, 2019 (CIoU)."""
 
     fn = staticmethod(ciou_loss)
-    attracts = True
-    paper = "https://arxiv.org/abs/1911.08287"
-    bounds = (0.0, 2.5)
-    true_gradient = False
-    upstream = (
-        Upstream("mmdet.models.losses.CIoULoss", {"alpha_gate": 0.5}),
-        Upstream("torchvision.ops.complete_box_iou_loss"),
-        Upstream("ultralytics.utils.metrics.bbox_iou", theirs={"xywh": False, "CIoU": True}),
-        Upstream(
-            "mmdet.models.losses.CIoULoss",
-            {"alpha_gate": 0.5},
-            differs="mmdet's alpha is 0/0 = NaN for identical boxes",
-            at=((10, 10, 20, 20), (10, 10, 20, 20)),
-        ),
-        Upstream(
-            "torchvision.ops.complete_box_iou_loss",
-            differs="torchvision's aspect ratio is 0/0 = NaN for a box without extent",
-            at=((5, 5, 5, 5), (3, 3, 9, 9)),
-        ),
-        Upstream(
-            "ultralytics.utils.metrics.bbox_iou",
-            theirs={"xywh": False, "CIoU": True},
-            differs="Ultralytics' aspect term has a gradient of a million for a box without extent",
-            at=((6, 6, 6, 6), (3, 3, 9, 9)),
+    facts = BoxLoss.facts.but(
+        paper="https://arxiv.org/abs/1911.08287",
+        row_wise=True,
+        attracts=True,
+        bounds=(0.0, 2.5),
+        true_gradient=False,
+        upstream=(
+            Upstream("mmdet.models.losses.CIoULoss", {"alpha_gate": 0.5}),
+            Upstream("torchvision.ops.complete_box_iou_loss"),
+            Upstream("ultralytics.utils.metrics.bbox_iou", theirs={"xywh": False, "CIoU": True}),
+            Upstream(
+                "mmdet.models.losses.CIoULoss",
+                {"alpha_gate": 0.5},
+                differs="mmdet's alpha is 0/0 = NaN for identical boxes",
+                at=((10, 10, 20, 20), (10, 10, 20, 20)),
+            ),
+            Upstream(
+                "torchvision.ops.complete_box_iou_loss",
+                differs="torchvision's aspect ratio is 0/0 = NaN for a box without extent",
+                at=((5, 5, 5, 5), (3, 3, 9, 9)),
+            ),
+            Upstream(
+                "ultralytics.utils.metrics.bbox_iou",
+                theirs={"xywh": False, "CIoU": True},
+                differs="Ultralytics' aspect term has a gradient of a million for a box without extent",
+                at=((6, 6, 6, 6), (3, 3, 9, 9)),
+            ),
         ),
     )
 
 
-def eiou_loss(pred, target, *, eps=1e-7):
-    """DIoU plus the squared differences of width and height over the hull's squared sides.
+def eiou_loss(pred: Tensor, target: Tensor, *, eps: Positive = 1e-7) -> Tensor:
+    """DIoU plus the squared differences of width and height over the squared sides of the enclosing box.
 
     >>> eiou_loss(torch.tensor([0.0, 0, 2, 2]), torch.tensor([0.0, 0, 4, 2]))  # 1 - 1/2 + 1/20 + 4/16
     tensor(0.8000)
     """
     pair = Pair(pred, target, eps)
-    return 1 - pair.iou + pair.center_gap() + pair.side_gap()
+    return 1 - pair.iou + pair.center_penalty + pair.side_penalty
 
 
 @MODELS.register_module(name=["EfficientIoULoss", "EIoULoss"])
@@ -159,13 +206,16 @@ class EfficientIoULoss(BoxLoss):
     """
 
     fn = staticmethod(eiou_loss)
-    attracts = True
-    paper = "https://arxiv.org/abs/2101.08158"
-    bounds = (0.0, 4.0)
-    upstream = (
-        Upstream(
-            "mmdet.models.losses.EIoULoss",
-            differs="mmdet's EIoULoss is Extended-IoU (smooth, libfacedetection), not Efficient-IoU",
+    facts = BoxLoss.facts.but(
+        paper="https://arxiv.org/abs/2101.08158",
+        row_wise=True,
+        attracts=True,
+        bounds=(0.0, 4.0),
+        upstream=(
+            Upstream(
+                "mmdet.models.losses.EIoULoss",
+                differs="mmdet's EIoULoss is Extended-IoU (smooth, libfacedetection), not Efficient-IoU",
+            ),
         ),
     )
 
@@ -173,7 +223,15 @@ class EfficientIoULoss(BoxLoss):
 EIoULoss = EfficientIoULoss
 
 
-def focal_eiou_loss(pred, target, *, gamma=0.5, detach_weight=True, floor=0.0, eps=1e-7):
+def focal_eiou_loss(
+    pred: Tensor,
+    target: Tensor,
+    *,
+    gamma: NonNegative = 0.5,
+    detach_weight: bool = True,
+    floor: Share = 0.0,
+    eps: Positive = 1e-7,
+) -> Tensor:
     """``max(IoU^gamma, floor) * EIoU``. The weight is a constant unless ``detach_weight`` is False.
 
     The published weight (``floor=0``) is zero for disjoint boxes: they cost nothing and get no gradient. A floor in
@@ -185,44 +243,37 @@ def focal_eiou_loss(pred, target, *, gamma=0.5, detach_weight=True, floor=0.0, e
     pair = Pair(pred, target, eps)
     weight = power(pair.iou, gamma, eps).clamp(min=floor)
     weight = weight.detach() if detach_weight else weight
-    return weight * (1 - pair.iou + pair.center_gap() + pair.side_gap())
+    return weight * (1 - pair.iou + pair.center_penalty + pair.side_penalty)
 
 
 @MODELS.register_module(name=["FocalEfficientIoULoss", "FocalEIoULoss"])
 class FocalEfficientIoULoss(BoxLoss):
-    """Zhang et al., Focal and Efficient IOU Loss, 2021 (Focal-EIoU).
-
-    Raises:
-        ValueError: if ``floor`` is not in [0, 1].
-    """
+    """Zhang et al., Focal and Efficient IOU Loss, 2021 (Focal-EIoU)."""
 
     fn = staticmethod(focal_eiou_loss)
-    allowed = rules(floor=Rule("in [0, 1]", lambda floor: 0 <= floor <= 1))
-    paper = "https://arxiv.org/abs/2101.08158"
-    bounds = (0.0, 4.0)
-    true_gradient = False
+    facts = BoxLoss.facts.but(
+        paper="https://arxiv.org/abs/2101.08158", row_wise=True, bounds=(0.0, 4.0), true_gradient=False
+    )
 
 
 FocalEIoULoss = FocalEfficientIoULoss
 
 
-def siou_loss(pred, target, *, theta=4.0, eps=1e-7):
+def siou_loss(pred: Tensor, target: Tensor, *, theta: AtLeastOne = 4.0, eps: Positive = 1e-7) -> Tensor:
     """``1 - IoU + (distance cost + shape cost) / 2``; the distance costs more along an axis than on a diagonal.
 
-    Distance: ``sum over x, y of 1 - exp((slant - 2) (offset / side of the hull)^2)``, ``slant = |sin 2a|`` of the angle
-    between the centres. Shape: ``sum over w, h of (1 - exp(-|difference| / longer))^theta``.
+    Distance: ``sum over x, y of 1 - exp((|sin 2a| - 2) (offset / side of the enclosing box)^2)``, a the angle of the
+    line between the centers. Shape: ``sum over w, h of (1 - exp(-|difference| / longer))^theta``.
 
     >>> siou_loss(torch.tensor([0.0, 0, 2, 2]), torch.tensor([1.0, 0, 3, 2]))  # 1 - 1/3 + (1 - exp(-2 / 9)) / 2
     tensor(0.7663)
     """
     pair = Pair(pred, target, eps)
-    slant = pair.slant()
-
-    def cost(offset2, change):
-        """Of the distance and the shape along one axis."""
-        return 1 - torch.exp((slant - 2) * offset2) + (1 - torch.exp(-change)).pow(theta)
-
-    return 1 - pair.iou + both(each(cost, pair.over_hull2(pair.offset), pair.side_change())) / 2
+    dx, dy = pair.center_offset
+    sin_2a = pair.ratio(2 * (dx * dy).abs(), dx.square() + dy.square())
+    cost = sum(1 - torch.exp((sin_2a - 2) * share) for share in pair.over_enclosing2(dx, dy))
+    cost = cost + sum((1 - torch.exp(-change)).pow(theta) for change in pair.side_change)
+    return 1 - pair.iou + cost / 2
 
 
 @MODELS.register_module()
@@ -231,33 +282,39 @@ class SIoULoss(BoxLoss):
 
     Args:
         theta: how much a small difference of the sides is forgiven, at least 1; 2 to 6 are usual.
-
-    Raises:
-        ValueError: if ``theta`` is below 1.
     """
 
     fn = staticmethod(siou_loss)
-    paper = "https://arxiv.org/abs/2205.12740"
-    allowed = rules(theta=at_least(1))
-    bounds = (0.0, 2.1)
-    attracts = True
-    upstream = (
-        Upstream("mmdet.models.losses.SIoULoss", theirs={"neg_gamma": True}),
-        Upstream(
-            "mmdet.models.losses.SIoULoss",
-            theirs={"neg_gamma": True},
-            differs="mmdet's is 0/0 = NaN for two boxes without extent",
-            at=((5, 5, 5, 5), (5, 5, 5, 5)),
-        ),
-        Upstream(
-            "mmdet.models.losses.SIoULoss",
-            differs="mmdet's default has the distance term's sign reversed: far boxes cost less and are pushed away",
-            at=((0, 0, 2, 2), (4, 3, 6, 7)),
+    facts = BoxLoss.facts.but(
+        paper="https://arxiv.org/abs/2205.12740",
+        row_wise=True,
+        attracts=True,
+        bounds=(0.0, 2.1),
+        upstream=(
+            Upstream("mmdet.models.losses.SIoULoss", theirs={"neg_gamma": True}),
+            Upstream(
+                "mmdet.models.losses.SIoULoss",
+                theirs={"neg_gamma": True},
+                differs="mmdet's is 0/0 = NaN for two boxes without extent",
+                at=((5, 5, 5, 5), (5, 5, 5, 5)),
+            ),
+            Upstream(
+                "mmdet.models.losses.SIoULoss",
+                differs="mmdet's default has the distance term's sign reversed: far boxes cost less, are pushed away",
+                at=((0, 0, 2, 2), (4, 3, 6, 7)),
+            ),
         ),
     )
 
 
-def alpha_iou_loss(pred, target, *, alpha=3.0, penalty="iou", eps=1e-7):
+def alpha_iou_loss(
+    pred: Tensor,
+    target: Tensor,
+    *,
+    alpha: Positive = 3.0,
+    penalty: Literal["iou", "giou", "diou", "ciou"] = "iou",
+    eps: Positive = 1e-7,
+) -> Tensor:
     """``1 - IoU^alpha`` plus the powers of the terms of GIoU, DIoU or CIoU, as ``penalty`` says.
 
     CIoU's trade-off factor is inside the power, and a constant.
@@ -266,14 +323,14 @@ def alpha_iou_loss(pred, target, *, alpha=3.0, penalty="iou", eps=1e-7):
     tensor(0.8750)
     """
     pair = Pair(pred, target, eps)
-    terms = []
+    loss = 1 - power(pair.iou, alpha, eps)
     if penalty == "giou":
-        terms = [pair.hull_gap()]
-    elif penalty != "iou":
-        terms = [pair.center_gap()]
+        loss = loss + power(pair.enclosing_penalty, alpha, eps)
+    if penalty in ("diou", "ciou"):
+        loss = loss + power(pair.center_penalty, alpha, eps)
     if penalty == "ciou":
-        terms.append(pair.weighted_aspect_gap())
-    return 1 - power(pair.iou, alpha, eps) + sum(power(term, alpha, eps) for term in terms)
+        loss = loss + power(pair.aspect_ratio_penalty(), alpha, eps)
+    return loss
 
 
 @MODELS.register_module()
@@ -285,19 +342,16 @@ class AlphaIoULoss(BoxLoss):
     Args:
         alpha: the power, above 0.
         penalty: "iou" for none, "giou", "diou" or "ciou".
-
-    Raises:
-        ValueError: for another ``penalty``, or an ``alpha`` that is not above 0.
     """
 
     fn = staticmethod(alpha_iou_loss)
-    paper = "https://arxiv.org/abs/2110.13675"
-    allowed = rules(alpha=above(0), penalty=one_of("iou", "giou", "diou", "ciou"))
-    bounds = (0.0, 3.0)
+    facts = BoxLoss.facts.but(paper="https://arxiv.org/abs/2110.13675", row_wise=True, bounds=(0.0, 3.0))
 
 
-def shape_iou_loss(pred, target, *, scale=0.0, theta=4.0, eps=1e-7):
-    """``1 - IoU + weighted centre distance + shape cost / 2``, weighted by the shape of the target.
+def shape_iou_loss(
+    pred: Tensor, target: Tensor, *, scale: NonNegative = 0.0, theta: AtLeastOne = 4.0, eps: Positive = 1e-7
+) -> Tensor:
+    """``1 - IoU + weighted center distance + shape cost / 2``, weighted by the shape of the target.
 
     The horizontal terms weigh ``2 h^s / (w^s + h^s)`` and the vertical ones ``2 w^s / (w^s + h^s)``, s being ``scale``
     and w, h the target's sides; at 0 both are 1.
@@ -306,14 +360,14 @@ def shape_iou_loss(pred, target, *, scale=0.0, theta=4.0, eps=1e-7):
     tensor(0.7436)
     """
     pair = Pair(pred, target, eps)
-    floor = pair.floor()
-    width, height = each(lambda side: side.clamp(min=floor), wh(pair.target))
+    shortest = pair.shortest_side
+    width, height = pair.target.width.clamp(min=shortest), pair.target.height.clamp(min=shortest)
     # The powers' shares: a sigmoid of the logarithms, which neither overflows nor divides by zero.
     tilt = scale * (height.log() - width.log())
-    (dx, dy), (change_w, change_h) = pair.offset, pair.side_change()
     weight_x, weight_y = 2 * tilt.sigmoid(), 2 * (-tilt).sigmoid()
+    (dx, dy), (change_w, change_h) = pair.center_offset, pair.side_change
     distance = pair.ratio(weight_x * dx.square() + weight_y * dy.square(), pair.diagonal2)
-    shape = sum((1 - torch.exp(-w * change)).pow(theta) for w, change in ((weight_x, change_w), (weight_y, change_h)))
+    shape = (1 - torch.exp(-weight_x * change_w)).pow(theta) + (1 - torch.exp(-weight_y * change_h)).pow(theta)
     return 1 - pair.iou + distance + shape / 2
 
 
@@ -324,18 +378,9 @@ class ShapeIoULoss(BoxLoss):
     Args:
         scale: exponent of the target's sides in the weights; larger for data sets of larger objects, 0 to switch off.
         theta: as in SIoU, at least 1.
-
-    Raises:
-        ValueError: if ``theta`` is below 1.
     """
 
     fn = staticmethod(shape_iou_loss)
-    paper = "https://arxiv.org/abs/2312.17663"
-    allowed = rules(theta=at_least(1))
-    bounds = (0.0, 4.0)
-    symmetric = False
-    attracts = True
-
-
-# What is defined here is public; a new loss is exported by being here.
-__all__ = [k for k, v in list(globals().items()) if getattr(v, "__module__", "") == __name__ and k[0] != "_"]
+    facts = BoxLoss.facts.but(
+        paper="https://arxiv.org/abs/2312.17663", row_wise=True, attracts=True, bounds=(0.0, 4.0), symmetric=False
+    )

@@ -1,58 +1,85 @@
 """The focal family."""
 
-import torch
+from typing import Annotated
 
-from detloss_plugins.base import Loss, Upstream, at_least, rules
-from detloss_plugins.families import RegressionLoss, check_same_shape, negatives
+import torch
+from torch import Tensor
+
+from detloss_plugins.facts import Facts, NonNegative, PerClass, Share, Upstream, at_least, two_increasing
+from detloss_plugins.families import ClassificationLoss, RegressionLoss, check_same_shape
+from detloss_plugins.loss import Loss
 from detloss_plugins.losses.classification.common import (
-    QualityLoss,
     SoftmaxOrSigmoid,
     balance,
+    bce,
     class_vector,
-    focused_ce,
-    index_target,
+    is_zero,
+    miss,
     power,
-    softmax_ce,
 )
+from detloss_plugins.precision import float32
 from detloss_plugins.registry import MODELS
 
+__all__ = [
+    "FocalLoss",
+    "GaussianFocalLoss",
+    "GeneralizedFocalLoss",
+    "PolyLoss",
+    "QualityFocalLoss",
+    "VarifocalLoss",
+    "focal_loss",
+    "gaussian_focal_loss",
+    "generalized_focal_loss",
+    "poly_loss",
+    "quality_focal_loss",
+    "varifocal_loss",
+]
 
-def focal_loss(pred, target, *, gamma=2.0, alpha=0.25, use_sigmoid=True, activated=False):
-    """``alpha_t (1 - p_t)^gamma CE``; the factor carries gradient.
 
-    Sigmoid form: a loss per class, ``alpha_t = alpha`` for positives and ``1 - alpha`` for negatives. Softmax form: one
-    per row, where a scalar alpha is a mere scale and a per-class one balances. ``alpha=None`` leaves it out.
+def focal_loss(
+    pred: Tensor,
+    target: Tensor,
+    *,
+    gamma: NonNegative = 2.0,
+    alpha: Share | PerClass | None = 0.25,
+    use_sigmoid: bool = True,
+    activated: bool = False,
+) -> Tensor:
+    """``alpha_t (1 - p_t)^gamma CE`` of logits, or of probabilities if ``activated``; the factor carries gradient.
+
+    Sigmoid form: a loss per class, ``(..., C)`` as pred and target, ``alpha_t = alpha`` for positives and
+    ``1 - alpha`` for negatives. Softmax form: one per row, where a scalar alpha is a mere scale and a per-class one
+    balances. ``alpha=None`` leaves it out.
 
     >>> focal_loss(torch.tensor([0.8, -0.4, 3.0]), torch.tensor([1.0, 0.0, 0.0]))
     tensor([0.0089, 0.0620, 2.0747])
     """
-    form = _sigmoid_focal_loss if use_sigmoid else _softmax_focal_loss
-    return form(pred, target, gamma, class_vector(alpha, pred), activated)
+    return _poly_focal(pred, target, gamma, alpha, use_sigmoid, activated)
 
 
-def _sigmoid_focal_loss(pred, target, gamma, alpha, activated=False, epsilon=0.0):
-    """``alpha_t (1 - p_t)^gamma (CE + epsilon (1 - p_t))`` of each class."""
-    return focused_ce(pred, target, "hard", gamma, balance(alpha, target), epsilon, activated)
-
-
-def _softmax_focal_loss(pred, target, gamma, alpha, activated=False, epsilon=0.0):
-    """The same of each row; a distribution sums over its classes."""
-    if not activated and index_target(target):
-        ce = softmax_ce(pred.flatten(0, -2), target.flatten()).unflatten(0, target.shape)
-    else:
-        ce = -(pred.clamp(min=torch.finfo(pred.dtype).tiny).log() if activated else pred.log_softmax(-1))
-        if index_target(target):
-            ce = ce.gather(-1, target.unsqueeze(-1)).squeeze(-1)
-    loss = ce
-    if gamma or epsilon:
-        miss = -torch.expm1(-ce)
-        loss = power(miss, gamma) * (ce + epsilon * miss)
-    if not index_target(target):
-        loss = target * loss
+def _poly_focal(pred, target, gamma, alpha, use_sigmoid, activated=False, epsilon=0.0):
+    """``alpha_t (1 - p_t)^gamma (CE + epsilon (1 - p_t))``: the focal loss, and Poly-1."""
+    pred = float32(pred)
+    alpha = class_vector(alpha, pred)
+    if use_sigmoid:
+        target = target.to(pred.dtype)
+        ce = bce(pred, target, activated)
+        gap = None if is_zero(gamma) and is_zero(epsilon) else miss(pred, target, activated)
+        return balance(alpha, target) * _focused(ce, gap, gamma, epsilon)
+    ce = -(pred.clamp(min=torch.finfo(pred.dtype).tiny).log() if activated else pred.log_softmax(-1))
+    if target.is_floating_point():  # distributions
+        loss = target * _focused(ce, -torch.expm1(-ce), gamma, epsilon)
         return (loss if alpha is None else alpha * loss).sum(-1)
-    if isinstance(alpha, torch.Tensor) and alpha.dim():
+    ce = ce.gather(-1, target.unsqueeze(-1)).squeeze(-1)
+    if isinstance(alpha, Tensor) and alpha.dim():
         alpha = alpha.expand(pred.shape[-1])[target]
+    loss = _focused(ce, -torch.expm1(-ce), gamma, epsilon)
     return loss if alpha is None else alpha * loss
+
+
+def _focused(ce, gap, gamma, epsilon):
+    loss = ce if is_zero(epsilon) else ce + epsilon * gap
+    return loss if is_zero(gamma) else power(gap, gamma) * loss
 
 
 @MODELS.register_module()
@@ -61,7 +88,7 @@ class FocalLoss(SoftmaxOrSigmoid):
 
     Args:
         gamma: focusing power, 0 or at least 1 for a bounded second derivative.
-        alpha: weight of the positives, a number or one a class; None for no balance.
+        alpha: weight of the positives in [0, 1], or one a class, of any size in the softmax form; None for no balance.
         use_sigmoid: False for the softmax form.
         activated: ``pred`` holds probabilities.
 
@@ -69,35 +96,44 @@ class FocalLoss(SoftmaxOrSigmoid):
     """
 
     fn = staticmethod(focal_loss)
-    apart_without = ("activated",)
-    paper = "https://arxiv.org/abs/1708.02002"
-    yolo_gain = 16.0
-    needs_mining = False
-    upstream = (
-        Upstream("mmdet.models.losses.FocalLoss", theirs={"use_sigmoid": True}),
-        Upstream("mmdet.models.losses.FocalLoss", {"activated": True}, {"use_sigmoid": True, "activated": True}),
-        Upstream("torchvision.ops.sigmoid_focal_loss"),
-        Upstream("torchvision.ops.sigmoid_focal_loss", {"alpha": None, "gamma": 1.5}, {"alpha": -1, "gamma": 1.5}),
-        Upstream("ultralytics.utils.loss.FocalLoss", {"gamma": 1.5}, {"gamma": 1.5}),
+    facts = SoftmaxOrSigmoid.facts.but(
+        paper="https://arxiv.org/abs/1708.02002",
+        row_wise=True,
+        needs_mining=False,
+        upstream=(
+            Upstream("mmdet.models.losses.FocalLoss", theirs={"use_sigmoid": True}),
+            Upstream("mmdet.models.losses.FocalLoss", {"activated": True}, {"use_sigmoid": True, "activated": True}),
+            Upstream("torchvision.ops.sigmoid_focal_loss"),
+            Upstream("torchvision.ops.sigmoid_focal_loss", {"alpha": None, "gamma": 1.5}, {"alpha": -1, "gamma": 1.5}),
+            Upstream("ultralytics.utils.loss.FocalLoss", {"gamma": 1.5}, {"gamma": 1.5}),
+        ),
     )
 
-    def __init__(self, *, use_sigmoid=True, **kwargs):
-        super().__init__(use_sigmoid=use_sigmoid, **kwargs)
+    def __init__(self, *, use_sigmoid: bool = True, **settings):
+        super().__init__(use_sigmoid=use_sigmoid, **settings)
 
 
-def quality_focal_loss(pred, target, *, beta=2.0, alpha=None, activated=False):
+def quality_focal_loss(
+    pred: Tensor, target: Tensor, *, beta: NonNegative = 2.0, alpha: Share | None = None, activated: bool = False
+) -> Tensor:
     """``|y - p|^beta BCE`` with a quality ``y`` in [0, 1]; the factor carries gradient.
 
-    ``alpha`` (a number) multiplies ``alpha y + (1 - alpha)(1 - y)``, the form of YOLOv5 and not of the paper.
+    ``alpha`` (a number) multiplies ``alpha y + (1 - alpha)(1 - y)``, the form of YOLOv5 and not of the paper. Logits
+    (probabilities if ``activated``) and targets have one shape, which is that of the losses.
 
     >>> quality_focal_loss(torch.tensor([0.8, -0.4, 1.5]), torch.tensor([0.6, 0.0, 1.0]))
     tensor([0.0056, 0.0826, 0.0067])
     """
-    return focused_ce(pred, target, "soft", beta, balance(alpha, target), activated=activated)
+    pred = float32(pred)
+    target = target.to(pred.dtype)
+    p = pred if activated else pred.sigmoid()
+    loss = bce(pred, target, activated)
+    loss = loss if is_zero(beta) else power((target - p).abs(), beta) * loss
+    return loss if alpha is None else balance(alpha, target) * loss
 
 
 @MODELS.register_module()
-class QualityFocalLoss(QualityLoss):
+class QualityFocalLoss(ClassificationLoss):
     """Li et al., Generalized Focal Loss, 2020 (QFL).
 
     The class sums over the classes: ``reduction="none"`` gives ``(...)``. In Ultralytics' ``cls`` slot the default
@@ -105,30 +141,37 @@ class QualityFocalLoss(QualityLoss):
     """
 
     fn = staticmethod(quality_focal_loss)
-    apart_without = ("activated",)
-    paper = "https://arxiv.org/abs/2006.04388"
-    yolo_gain = 16.0
-    sums_classes = True
-    upstream = (
-        Upstream("mmdet.models.losses.QualityFocalLoss"),
-        Upstream("mmdet.models.losses.QualityFocalLoss", {"activated": True}, {"activated": True}),
+    facts = ClassificationLoss.facts.but(
+        paper="https://arxiv.org/abs/2006.04388",
+        row_wise=True,
+        needs_mining=False,
+        takes_quality=True,
+        sums_classes=True,
+        upstream=(
+            Upstream("mmdet.models.losses.QualityFocalLoss"),
+            Upstream("mmdet.models.losses.QualityFocalLoss", {"activated": True}, {"activated": True}),
+        ),
     )
 
 
-def varifocal_loss(pred, target, *, alpha=0.75, gamma=2.0, iou_weighted=True):
+def varifocal_loss(
+    pred: Tensor, target: Tensor, *, alpha: Share = 0.75, gamma: NonNegative = 2.0, iou_weighted: bool = True
+) -> Tensor:
     """``y BCE`` where the quality ``y > 0``, ``alpha p^gamma BCE`` where it is 0; ``iou_weighted=False`` drops the y.
+
+    Logits and targets have one shape, which is that of the losses.
 
     >>> varifocal_loss(torch.tensor([0.8, -0.4, 1.5]), torch.tensor([0.6, 0.0, 1.0]))
     tensor([0.4147, 0.0620, 0.2014])
     """
-    weight = alpha
-    if not negatives(target):
-        weight = torch.where(target > 0, target if iou_weighted else 1.0, alpha)
-    return focused_ce(pred, target, "negative", gamma, weight)
+    pred = float32(pred)
+    target = target.to(pred.dtype)
+    weight = torch.where(target > 0, target if iou_weighted else 1.0, alpha * power(pred.sigmoid(), gamma))
+    return weight * bce(pred, target)
 
 
 @MODELS.register_module()
-class VarifocalLoss(QualityLoss):
+class VarifocalLoss(ClassificationLoss):
     """Zhang et al., VarifocalNet, 2020 (VFL).
 
     A positive whose quality is 0 counts as a negative. In Ultralytics' ``cls`` slot the default ``loss_weight`` is 16,
@@ -136,24 +179,36 @@ class VarifocalLoss(QualityLoss):
     """
 
     fn = staticmethod(varifocal_loss)
-    apart_without = ()
-    paper = "https://arxiv.org/abs/2008.13367"
-    yolo_gain = 16.0
-    upstream = (
-        Upstream("mmdet.models.losses.VarifocalLoss"),
-        Upstream("mmdet.models.losses.VarifocalLoss", {"iou_weighted": False}, {"iou_weighted": False}),
-        Upstream("ultralytics.utils.loss.VarifocalLoss"),
+    facts = ClassificationLoss.facts.but(
+        paper="https://arxiv.org/abs/2008.13367",
+        row_wise=True,
+        needs_mining=False,
+        takes_quality=True,
+        upstream=(
+            Upstream("mmdet.models.losses.VarifocalLoss"),
+            Upstream("mmdet.models.losses.VarifocalLoss", {"iou_weighted": False}, {"iou_weighted": False}),
+            Upstream("ultralytics.utils.loss.VarifocalLoss"),
+        ),
     )
 
 
-def poly_loss(pred, target, *, epsilon=1.0, gamma=0.0, alpha=None, use_sigmoid=True):
+def poly_loss(
+    pred: Tensor,
+    target: Tensor,
+    *,
+    epsilon: Annotated[float, at_least(-1)] = 1.0,
+    gamma: NonNegative = 0.0,
+    alpha: Share | PerClass | None = None,
+    use_sigmoid: bool = True,
+) -> Tensor:
     """Poly-1: ``alpha_t [(1 - p_t)^gamma CE + epsilon (1 - p_t)^(gamma + 1)]``; ``alpha=None`` leaves it out.
+
+    Shapes as in :func:`focal_loss`.
 
     >>> poly_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, 0.0]]))  # ln 2 + 1/2
     tensor([[1.1931, 1.1931]])
     """
-    form = _sigmoid_focal_loss if use_sigmoid else _softmax_focal_loss
-    return form(pred, target, gamma, class_vector(alpha, pred), epsilon=epsilon)
+    return _poly_focal(pred, target, gamma, alpha, use_sigmoid, epsilon=epsilon)
 
 
 @MODELS.register_module()
@@ -161,47 +216,47 @@ class PolyLoss(SoftmaxOrSigmoid):
     """Leng et al., PolyLoss, 2022 (Poly-1).
 
     Args:
-        epsilon: what is added to the first polynomial coefficient, at least -1; the paper tunes it for each task.
+        epsilon: what is added to the first polynomial coefficient, at least -1, as less would reward a wrong
+            prediction; the paper tunes it for each task.
         gamma: power of the focal loss; 0 is cross entropy.
         alpha: as in FocalLoss; it weighs both terms.
         use_sigmoid: False for the softmax form.
-
-    Raises:
-        ValueError: if ``epsilon`` is below -1, which would reward a wrong prediction.
     """
 
     fn = staticmethod(poly_loss)
-    apart_without = ()
-    paper = "https://arxiv.org/abs/2204.12511"
-    allowed = rules(epsilon=at_least(-1))
-    upstream = (
-        Upstream("torch.nn.functional.cross_entropy", {"epsilon": 0.0, "use_sigmoid": False}),
-        Upstream("torchvision.ops.sigmoid_focal_loss", {"epsilon": 0.0, "gamma": 2.0, "alpha": 0.25}),
+    facts = SoftmaxOrSigmoid.facts.but(
+        paper="https://arxiv.org/abs/2204.12511",
+        row_wise=True,
+        upstream=(
+            Upstream("torch.nn.functional.cross_entropy", {"epsilon": 0.0, "use_sigmoid": False}),
+            Upstream("torchvision.ops.sigmoid_focal_loss", {"epsilon": 0.0, "gamma": 2.0, "alpha": 0.25}),
+        ),
     )
 
-    def __init__(self, *, use_sigmoid=True, **kwargs):
-        super().__init__(use_sigmoid=use_sigmoid, **kwargs)
+    def __init__(self, *, use_sigmoid: bool = True, **settings):
+        super().__init__(use_sigmoid=use_sigmoid, **settings)
 
 
-def generalized_focal_loss(pred, target, *, beta=2.0, values=(0.0, 1.0)):
+def generalized_focal_loss(
+    pred: Tensor, target: Tensor, *, beta: NonNegative = 2.0, values: tuple = (0.0, 1.0)
+) -> Tensor:
     """``|y - m|^beta [(r - y) (-ln p_l) + (y - l) (-ln p_r)]``: a target ``y`` between two values ``l`` and ``r``.
 
-    ``p_r = sigmoid(pred)``, ``p_l = 1 - p_r`` and ``m = l p_l + r p_r`` is the predicted value.
+    ``p_r = sigmoid(pred)``, ``p_l = 1 - p_r`` and ``m = l p_l + r p_r`` is the predicted value. Logits and targets have
+    one shape, which is that of the losses.
 
     >>> generalized_focal_loss(torch.tensor([0.0]), torch.tensor([3.0]), values=(1.0, 3.0))  # 1^2 * 2 ln 2
     tensor([1.3863])
     """
     left, right = values
-    if tuple(values) == (0.0, 1.0):
-        return focused_ce(pred, target, "soft", beta)
     width = right - left
-    share = (target - left) / width  # the best p_r
-    # Bracket and factor in units of the width: a cross entropy and a quality focal factor.
-    return width ** (1 + beta) * focused_ce(pred, share, "soft", beta)
+    # In units of the width, bracket and factor are a cross entropy and a quality focal factor of the share of r.
+    loss = quality_focal_loss(pred, (target - left) / width, beta=beta)
+    return loss if width == 1 else width ** (1 + beta) * loss
 
 
 @MODELS.register_module()
-class GeneralizedFocalLoss(QualityLoss):
+class GeneralizedFocalLoss(ClassificationLoss):
     """Li et al., Generalized Focal Loss, 2020 (GFL).
 
     ``pred`` is the logit of the right value, in any shape; the per-element losses have its shape. With the values 0 and
@@ -216,18 +271,19 @@ class GeneralizedFocalLoss(QualityLoss):
     """
 
     fn = staticmethod(generalized_focal_loss)
-    yolo_gain = 16.0  # the quality focal loss's, which it equals there
-    paper = "https://arxiv.org/abs/2006.04388"
-    upstream = (Upstream("torch.nn.functional.binary_cross_entropy_with_logits", {"beta": 0.0}),)
+    facts = ClassificationLoss.facts.but(
+        paper="https://arxiv.org/abs/2006.04388",
+        row_wise=True,
+        needs_mining=False,
+        takes_quality=True,
+        upstream=(Upstream("torch.nn.functional.binary_cross_entropy_with_logits", {"beta": 0.0}),),
+    )
 
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        self.values = tuple(self.values)
-        if len(self.values) != 2 or not self.values[0] < self.values[1]:
-            raise ValueError(f"values of GeneralizedFocalLoss must be two increasing numbers, not {self.values}.")
+    def __init__(self, *, values: Annotated[tuple, two_increasing()] = (0.0, 1.0), **settings):
+        super().__init__(values=tuple(values), **settings)
 
     def prepare(self, pred, target):
-        dense = isinstance(target, torch.Tensor) and target.shape == pred.shape
+        dense = isinstance(target, Tensor) and target.shape == pred.shape
         if self.values != (0.0, 1.0) and not dense:
             raise ValueError(
                 f"GeneralizedFocalLoss between the values {self.values} takes targets of the shape of pred, "
@@ -236,19 +292,21 @@ class GeneralizedFocalLoss(QualityLoss):
         return super().prepare(pred, target)
 
 
-def gaussian_focal_loss(pred, target, *, alpha=2.0, gamma=4.0):
+def gaussian_focal_loss(pred: Tensor, target: Tensor, *, alpha: NonNegative = 2.0, gamma: NonNegative = 4.0) -> Tensor:
     """``-(1 - p)^alpha ln p`` where the target is 1, else ``-(1 - t)^gamma p^alpha ln(1 - p)``, of a probability p.
 
-    1e-12 is added to the arguments of the logarithms, as upstream does.
+    1e-12 is added to the arguments of the logarithms, as upstream does. Probabilities and targets have one shape,
+    which is that of the losses.
 
     >>> gaussian_focal_loss(torch.tensor([0.5, 0.5]), torch.tensor([1.0, 0.5]))  # ln 2 / 4, and that / 16
     tensor([0.1733, 0.0108])
     """
-    # With t = 1 at a peak and 0 elsewhere: what should be 1, and what should be 0. Each is exact where it is small.
-    peak = (target == 1).to(pred.dtype)
-    rest = 1 - pred
-    right, wrong = torch.lerp(rest, pred, peak), torch.lerp(pred, rest, peak)
-    return power(1 - target + peak, gamma).neg() * power(wrong, alpha) * (right + 1e-12).log()
+    pred = float32(pred)
+    target = target.to(pred.dtype)
+    peak = target == 1
+    # What should be 1, and what should be 0. Each is exact where it is small.
+    right, wrong = torch.where(peak, pred, 1 - pred), torch.where(peak, 1 - pred, pred)
+    return -power(torch.where(peak, 1.0, 1 - target), gamma) * power(wrong, alpha) * (right + 1e-12).log()
 
 
 @MODELS.register_module()
@@ -263,16 +321,22 @@ class GaussianFocalLoss(Loss):
     """
 
     fn = staticmethod(gaussian_focal_loss)
-    family = "heatmap"
-    leading = RegressionLoss.leading
-    paper = "https://arxiv.org/abs/1808.01244"
-    upstream = (
-        Upstream("mmdet.models.losses.GaussianFocalLoss"),
-        Upstream("mmdet.models.losses.GaussianFocalLoss", {"alpha": 1.5, "gamma": 3.0}, {"alpha": 1.5, "gamma": 3.0}),
+    facts = Facts(
+        family="heatmap",
+        paper="https://arxiv.org/abs/1808.01244",
+        row_wise=True,
+        one_per_row=False,
+        upstream=(
+            Upstream("mmdet.models.losses.GaussianFocalLoss"),
+            Upstream(
+                "mmdet.models.losses.GaussianFocalLoss", {"alpha": 1.5, "gamma": 3.0}, {"alpha": 1.5, "gamma": 3.0}
+            ),
+        ),
     )
+    leading = RegressionLoss.leading
 
     def prepare(self, pred, target):
-        if not isinstance(target, torch.Tensor):
+        if not isinstance(target, Tensor):
             raise ValueError("GaussianFocalLoss takes a heatmap of the shape of pred as its target, not a tuple.")
         check_same_shape(pred, target, "heatmaps of one shape")
         return super().prepare(pred, target)
@@ -286,7 +350,3 @@ class GaussianFocalLoss(Loss):
         center[::2] = center[::2].round()
         target = (-(torch.arange(16) - center).square() / 8).exp()
         return pred.sigmoid().to(dtype), target.to(dtype)
-
-
-# What is defined here is public; a new loss is exported by being here.
-__all__ = [k for k, v in list(globals().items()) if getattr(v, "__module__", "") == __name__ and k[0] != "_"]

@@ -1,85 +1,63 @@
 """Multi-label losses that treat the positive and the negative term of a class differently, and a sample weight."""
 
+from typing import Annotated, Literal
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from detloss_plugins.base import Rule, Upstream, check_use_sigmoid, one_of, rules
-from detloss_plugins.execution import Analytic, pointwise, scaled
+from detloss_plugins.facts import NonNegative, Share, SharePerClass, Upstream, between
 from detloss_plugins.families import ClassificationLoss
-from detloss_plugins.losses.classification import common
+from detloss_plugins.loss import check_use_sigmoid
+from detloss_plugins.losses.classification.common import class_vector
+from detloss_plugins.losses.classification.common import power as to_the
+from detloss_plugins.precision import float32
 from detloss_plugins.registry import MODELS
 
+__all__ = [
+    "AsymmetricLoss",
+    "ModifiedCrossEntropyLoss",
+    "asymmetric_loss",
+    "confidence_weight",
+    "modified_cross_entropy_loss",
+]
 
-def modified_cross_entropy_loss(pred, target, *, activation="sigmoid", alpha=None, gamma=0.0):
+
+def modified_cross_entropy_loss(
+    pred: Tensor,
+    target: Tensor,
+    *,
+    activation: Literal["sigmoid", "softmax"] = "sigmoid",
+    alpha: Share | SharePerClass | None = None,
+    gamma: NonNegative = 0.0,
+) -> Tensor:
     """``-alpha t (1 - p)^gamma ln p - (1 - alpha) (1 - t) p^gamma ln(1 - p)`` of each class; the class sums them.
 
-    ``p`` is the sigmoid of the logits or their softmax; ``alpha=None`` leaves both factors out.
+    ``p`` is the sigmoid of the logits ``(..., C)`` or their softmax; ``alpha=None`` leaves both factors out.
 
     >>> modified_cross_entropy_loss(torch.zeros(3), torch.tensor([1.0, 0.0, 0.0]), activation="softmax")  # ln 3, ln 3/2
     tensor([1.0986, 0.4055, 0.4055])
     """
-    if activation == "sigmoid" and gamma == 0 and alpha is None:
-        return common.bce(pred, target)
+    pred = float32(pred)
     # As p_c = sigmoid(margin_c), one stable form serves both activations.
     logit = pred if activation == "sigmoid" else _margin(pred)
-    alpha = common.class_vector(alpha, pred)
-    return two_sided_ce(logit, target, gamma, gamma, alpha=alpha)
+    positive, negative = _terms(logit, target.to(pred.dtype), gamma, gamma)
+    alpha = class_vector(alpha, pred)
+    return positive + negative if alpha is None else alpha * positive + (1 - alpha) * negative
 
 
-def two_sided_ce(pred, target, gamma_pos, gamma_neg, clip=0.0, alpha=None, detach=False):
-    """``-a y (1 - p)^gamma_pos ln p - b (1 - y) p_m^gamma_neg ln(1 - p_m)`` of logits; ``p_m = max(p - clip, 0)``.
+def _terms(pred, target, gamma_pos, gamma_neg, clip=0.0, detach=False):
+    """``-y (1 - p)^gamma_pos ln p`` and ``-(1 - y) p_m^gamma_neg ln(1 - p_m)`` of logits; ``p_m = max(p - clip, 0)``.
 
-    ``a = alpha`` and ``b = 1 - alpha``, or 1 if there is none. ``detach`` makes constants of the powers.
+    ``detach`` makes constants of the powers.
     """
-    return pointwise(_TwoSidedCE, pred, target, gamma_pos, gamma_neg, clip, alpha, detach)
-
-
-class _TwoSidedCE(Analytic):
-    """See :func:`two_sided_ce`. Its derivative is worked out along with the value, and is all that is kept."""
-
-    @staticmethod
-    def plain(pred, target, gamma_pos, gamma_neg, clip, alpha, detach):
-        p, q = pred.sigmoid(), (-pred).sigmoid()
-        positive, negative = common.power(q, gamma_pos), common.power((p - clip).clamp(min=0), gamma_neg)
-        if detach:
-            positive, negative = positive.detach(), negative.detach()
-        # 1 - p_m = min(1 - p + clip, 1) stays above clip; without a clip the logarithm of the sigmoid is the exact one.
-        log_negative = (q + clip).clamp(max=1).log() if clip else F.logsigmoid(-pred)
-        positive, negative = -target * positive * F.logsigmoid(pred), -(1 - target) * negative * log_negative
-        return positive + negative if alpha is None else alpha * positive + (1 - alpha) * negative
-
-    @staticmethod
-    def value(ctx, pred, target, gamma_pos, gamma_neg, clip, alpha, detach):
-        small, p, q = common.logistic_terms(pred)
-        pq = p * q
-        positive, of_positive = _powered(q, -pq, small + (-pred).relu(), -q, gamma_pos, detach)
-        if clip:
-            margin = (p - clip).relu()
-            inside = margin.sign().mul_(pq)
-            rest = (q + clip).clamp(max=1)  # 1 - p_m, which stays above clip
-            negative = _powered(margin, inside, -rest.log(), inside / rest, gamma_neg, detach)
-        else:
-            negative = _powered(p, pq, small + pred.relu(), p, gamma_neg, detach)
-        weights = (target, 1 - target) if alpha is None else (alpha * target, (1 - alpha) * (1 - target))
-        ctx.slope = (weights[0] * of_positive).addcmul_(weights[1], negative[1])
-        return (weights[0] * positive).addcmul_(weights[1], negative[0])
-
-    @staticmethod
-    def gradients(ctx, outer):
-        return [scaled(ctx.slope, outer)]
-
-
-def _powered(base, slope_of_base, ce, slope_of_ce, gamma, detach):
-    """``base^gamma ce`` and its slope, in which the power may count as a constant."""
-    if gamma == 0:
-        return ce, slope_of_ce
-    slope = base * slope_of_ce
-    if not detach:
-        slope.addcmul_(slope_of_base, ce, value=gamma)
-    if gamma == 1:
-        return base * ce, slope
-    lower = common.power(base, gamma - 1)
-    return base * ce * lower, slope.mul_(lower)
+    p, rest = pred.sigmoid(), (-pred).sigmoid()
+    of_positive, of_negative = to_the(rest, gamma_pos), to_the((p - clip).clamp(min=0), gamma_neg)
+    if detach:
+        of_positive, of_negative = of_positive.detach(), of_negative.detach()
+    # 1 - p_m = min(1 - p + clip, 1) stays above clip; without a clip the logarithm of the sigmoid is the exact one.
+    log_negative = (rest + clip).clamp(max=1).log() if clip else F.logsigmoid(-pred)
+    return -target * of_positive * F.logsigmoid(pred), -(1 - target) * of_negative * log_negative
 
 
 def _margin(pred):
@@ -115,33 +93,49 @@ class ModifiedCrossEntropyLoss(ClassificationLoss):
         use_sigmoid: may be given because mmdet's heads read it from the config; it must fit ``activation``.
 
     Raises:
-        ValueError: for another activation, or a ``use_sigmoid`` that does not fit.
+        ValueError: for a ``use_sigmoid`` that does not fit.
     """
 
     fn = staticmethod(modified_cross_entropy_loss)
-    allowed = rules(activation=one_of("sigmoid", "softmax"))
-    sums_classes = True
-    sigmoid_only = False
-    upstream = (
-        Upstream("torch.nn.functional.binary_cross_entropy_with_logits"),
-        Upstream("torchvision.ops.sigmoid_focal_loss", {"alpha": 0.25, "gamma": 2.0}, {"alpha": 0.25, "gamma": 2.0}),
+    facts = ClassificationLoss.facts.but(
+        row_wise=True,
+        sums_classes=True,
+        upstream=(
+            Upstream("torch.nn.functional.binary_cross_entropy_with_logits"),
+            Upstream(
+                "torchvision.ops.sigmoid_focal_loss", {"alpha": 0.25, "gamma": 2.0}, {"alpha": 0.25, "gamma": 2.0}
+            ),
+        ),
     )
+    sigmoid_only = False
 
-    def __init__(self, *, activation="sigmoid", use_sigmoid=None, **kwargs):
-        super().__init__(use_sigmoid=activation == "sigmoid", activation=activation, **kwargs)
-        self.keeps_little = self.use_sigmoid and self.gamma == 0 and self.alpha is None
+    def __init__(
+        self, *, activation: Literal["sigmoid", "softmax"] = "sigmoid", use_sigmoid: bool | None = None, **settings
+    ):
+        super().__init__(use_sigmoid=activation == "sigmoid", activation=activation, **settings)
         check_use_sigmoid(self, use_sigmoid)
 
 
-def asymmetric_loss(pred, target, *, gamma_neg=4.0, gamma_pos=1.0, clip=0.05, detach_focusing=True):
+def asymmetric_loss(
+    pred: Tensor,
+    target: Tensor,
+    *,
+    gamma_neg: NonNegative = 4.0,
+    gamma_pos: NonNegative = 1.0,
+    clip: Annotated[float, between(0, 1, "[0, 1)")] = 0.05,
+    detach_focusing: bool = True,
+) -> Tensor:
     """``-y (1 - p)^gamma_pos ln p - (1 - y) p_m^gamma_neg ln(1 - p_m)`` with ``p_m = max(p - clip, 0)``.
 
-    The two powers are constants unless ``detach_focusing`` is False.
+    The two powers are constants unless ``detach_focusing`` is False. Logits and targets have one shape, which is that
+    of the losses.
 
     >>> asymmetric_loss(torch.zeros(2), torch.tensor([1.0, 0.0]))  # ln 2 / 2 and -0.45^4 ln 0.55
     tensor([0.3466, 0.0245])
     """
-    return two_sided_ce(pred, target, gamma_pos, gamma_neg, clip, detach=detach_focusing)
+    pred = float32(pred)
+    positive, negative = _terms(pred, target.to(pred.dtype), gamma_pos, gamma_neg, clip, detach_focusing)
+    return positive + negative
 
 
 @MODELS.register_module()
@@ -152,39 +146,35 @@ class AsymmetricLoss(ClassificationLoss):
 
     Args:
         gamma_neg, gamma_pos: focusing powers of the negatives and the positives.
-        clip: a negative with a probability below it costs nothing.
+        clip: a negative with a probability below it costs nothing; in [0, 1).
         detach_focusing: treat the powers as constants, as the authors' default does.
-
-    Raises:
-        ValueError: if ``clip`` is not in [0, 1).
     """
 
     fn = staticmethod(asymmetric_loss)
-    allowed = rules(clip=Rule("in [0, 1)", lambda clip: 0 <= clip < 1))
-    paper = "https://arxiv.org/abs/2009.14119"
-    yolo_gain = 64.0
-    needs_mining = False
-    true_gradient = False
-    upstream = (
-        Upstream(
-            "torchvision.ops.sigmoid_focal_loss",
-            {"gamma_neg": 2.0, "gamma_pos": 2.0, "clip": 0.0, "detach_focusing": False},
-            {"alpha": -1, "gamma": 2.0},
+    facts = ClassificationLoss.facts.but(
+        paper="https://arxiv.org/abs/2009.14119",
+        row_wise=True,
+        needs_mining=False,
+        true_gradient=False,
+        upstream=(
+            Upstream(
+                "torchvision.ops.sigmoid_focal_loss",
+                {"gamma_neg": 2.0, "gamma_pos": 2.0, "clip": 0.0, "detach_focusing": False},
+                {"alpha": -1, "gamma": 2.0},
+            ),
         ),
     )
 
 
-def confidence_weight(q_fg, q_bg, power, *, detach=True):
+def confidence_weight(q_fg: Tensor, q_bg: Tensor, power: float, *, detach: bool = True) -> Tensor:
     """``(1 - q_fg)^power q_bg``: a sample's weight from its foreground and background confidence, a constant.
 
-    It is large where the background is sure and the foreground is not. ``detach=False`` lets gradient through.
+    It is large where the background is sure and the foreground is not. ``detach=False`` lets gradient through. Both
+    confidences are in [0, 1], of one shape.
 
     >>> confidence_weight(torch.tensor([0.3]), torch.tensor([0.6]), 2.0)  # 0.7^2 * 0.6
     tensor([0.2940])
     """
-    weight = common.power(1 - q_fg, power) * q_bg
+    rest = 1 - float32(q_fg)
+    weight = to_the(rest, power) * float32(q_bg)
     return weight.detach() if detach else weight
-
-
-# What is defined here is public; a new loss is exported by being here.
-__all__ = [k for k, v in list(globals().items()) if getattr(v, "__module__", "") == __name__ and k[0] != "_"]

@@ -3,15 +3,21 @@
 import math
 
 import torch
+from torch import Tensor
 
-from detloss_plugins.base import above, at_least, rules
+from detloss_plugins.facts import NonNegative, Number, Positive
 from detloss_plugins.families import RankingLoss
+from detloss_plugins.precision import float32
 from detloss_plugins.registry import MODELS
+
+__all__ = ["DR_LAMBDA", "DRLoss", "distributional_ranking", "dr_loss"]
 
 DR_LAMBDA = 0.1 / math.log(3.5)  # the authors' temperature of the negatives
 
 
-def distributional_ranking(positives, negatives, *, pos_lambda, neg_lambda, margin, L, tau):
+def distributional_ranking(
+    positives: Tensor, negatives: Tensor, *, pos_lambda: float, neg_lambda: float, margin: float, L: float, tau: float
+) -> Tensor:
     """The DR loss of two sets of probabilities: ``tau / L ln(1 + exp(L (d- - d+ + margin)))``.
 
     ``d-`` is the mean of the negatives under the weights ``softmax(p / neg_lambda)``, the hardest first, and ``d+``
@@ -23,7 +29,16 @@ def distributional_ranking(positives, negatives, *, pos_lambda, neg_lambda, marg
     return tau / L * torch.nn.functional.softplus(L * (high - low + margin))
 
 
-def dr_loss(pred, target, *, pos_lambda=1.0, neg_lambda=DR_LAMBDA, margin=0.5, L=6.0, tau=4.0):
+def dr_loss(
+    pred: Tensor,
+    target: Tensor,
+    *,
+    pos_lambda: Positive = 1.0,
+    neg_lambda: Positive = DR_LAMBDA,
+    margin: Number = 0.5,
+    L: Positive = 6.0,
+    tau: NonNegative = 4.0,
+) -> Tensor:
     """Distributional ranking: the hard negatives' mean probability must lie ``margin`` below the hard positives'.
 
     Args:
@@ -36,6 +51,7 @@ def dr_loss(pred, target, *, pos_lambda=1.0, neg_lambda=DR_LAMBDA, margin=0.5, L
     >>> dr_loss(torch.tensor([0.0, 0.0]), torch.tensor([1, 0]))  # d+ = d- = 1/2: 4 / 6 ln(1 + e^3)
     tensor([2.0324])
     """
+    pred = float32(pred)
     positives, negatives = (pred.masked_select(mask).sigmoid() for mask in (target > 0, target == 0))
     if not len(positives):
         return pred.flatten()[:0]
@@ -56,18 +72,10 @@ class DRLoss(RankingLoss):
         margin: by how much the positives' mean must exceed the negatives'.
         L: steepness of the logistic loss.
         tau: factor on the loss.
-
-    Raises:
-        ValueError: if ``pos_lambda``, ``neg_lambda`` or ``L`` is not positive, or ``tau`` is negative.
     """
 
     fn = staticmethod(dr_loss)
-    yolo_gain = 20.0
-    yolo_prior = 0.1
-    paper = "https://arxiv.org/abs/1907.10156"
-    bounds = (0.0, 6.1)  # 4 / 6 ln(1 + exp(6 * 1.5))
-    allowed = rules(pos_lambda=above(0), neg_lambda=above(0), L=above(0), tau=at_least(0))
-
-
-# What is defined here is public; a new loss is exported by being here.
-__all__ = [k for k, v in list(globals().items()) if getattr(v, "__module__", "") == __name__ and k[0] != "_"]
+    facts = RankingLoss.facts.but(
+        paper="https://arxiv.org/abs/1907.10156",
+        bounds=(0.0, 6.1),  # 4 / 6 ln(1 + exp(6 * 1.5))
+    )

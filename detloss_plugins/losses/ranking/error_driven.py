@@ -8,20 +8,20 @@ negative is looked up among them once, and all sums over either side come from r
 ``O((P + N) log P)``. They are float64, and of terms that are not negative.
 """
 
-import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from detloss_plugins.base import above, at_least, rules
-from detloss_plugins.execution import float32, without_autocast
+from detloss_plugins.facts import NonNegative, Positive
 from detloss_plugins.families import RankingLoss
-from detloss_plugins.reduction import reduce
+from detloss_plugins.precision import float32
 from detloss_plugins.registry import MODELS
 
-CELLS = 64  # of the look-up on a CPU, for each kink
-MOST_IN_A_CELL = 6  # kinks, for the look-up to pay
+__all__ = ["ALRPLoss", "APLoss", "RankSortLoss", "alrp_loss", "ap_loss", "rank_sort_errors", "rank_sort_loss"]
+
 LEAST_BLOCK = 2**14  # pairs of positives that Rank & Sort compares at a time, if an eighth of the scores is less
 ALRP_EPS = 1e-5  # a positive that is outranked by less gives no update
 RANK_SORT_EPS = 1e-10  # the same, for both parts
@@ -51,11 +51,6 @@ class _Steps(NamedTuple):
     def pieces(self, queries, delta):
         """On which linear piece each query lies: how many kinks are below it, in int32."""
         # With delta = 0, a query on the step has passed it.
-        passed = torch.ge if delta == 0 else torch.gt
-        if queries.device.type == "cpu" and len(queries) > CELLS * len(self.kinks):
-            found = _by_cells(self.kinks, queries, passed)
-            if found is not None:
-                return found
         return torch.searchsorted(self.kinks, queries, right=delta == 0, out_int32=True)
 
     def along(self, queries, pieces, delta):
@@ -93,34 +88,6 @@ class _Steps(NamedTuple):
         value = _from_zero((slope[:-1] * self.lengths(delta)).cumsum(0))  # at each kink
         slope, value = (_from_zero(t).to(along.dtype).index_select(0, pieces) for t in (slope, value))
         return value.addcmul_(slope, along)
-
-
-def _by_cells(kinks, queries, passed):
-    """What searchsorted gives, faster on a CPU: a table of equal cells, then a walk past the few kinks of a cell.
-
-    None where some cell has many kinks, or the kinks are not finite.
-    """
-    count = CELLS * len(kinks)
-    scale = count / (kinks[-1] - kinks[0])
-    if not 0 < scale < math.inf:
-        return None
-
-    def cell(scores):
-        # Kinks and queries go through the same monotonic map, so whatever it rounds, their order stays. NaN is last.
-        return (scores - kinks[0]).mul_(scale).clamp_(0, count).nan_to_num_(count).to(torch.int32)
-
-    first, inside = cell(kinks).unique_consecutive(return_counts=True)
-    most = int(inside.max())
-    if most > MOST_IN_A_CELL:
-        return None
-    before = torch.zeros(count + 2, dtype=torch.int32)  # how many kinks are in lower cells
-    before[first + 1] = inside.to(torch.int32)
-    pieces = before.cumsum(0, dtype=torch.int32).index_select(0, cell(queries))
-    kinks = torch.cat([kinks, kinks.new_full((1,), math.nan)])  # which nothing passes
-    next_kink = torch.empty_like(queries)
-    for _ in range(most):
-        pieces += passed(queries, torch.index_select(kinks, 0, pieces, out=next_kink))
-    return pieces
 
 
 class _Ranking(NamedTuple):
@@ -196,15 +163,16 @@ class _ErrorDriven(torch.autograd.Function):
 
 
 @torch.compiler.disable  # the shapes depend on the data; the rest of a compiled model stays compiled
-def _error_driven(pred, target, delta, errors):
+def _error_driven(pred: Tensor, target: Tensor, delta: float, errors: Callable) -> Tensor:
     """Losses of the positives; ``errors(ranking)`` gives them with their update."""
+    pred = float32(pred)
     ranking = _Ranking.of(pred, target, delta)
     if ranking is None:
         return pred.flatten()[:0]
     return _ErrorDriven.apply(pred, *errors(ranking), ranking, delta)
 
 
-def ap_loss(pred, target, *, delta=1.0):
+def ap_loss(pred: Tensor, target: Tensor, *, delta: Positive = 1.0) -> Tensor:
     """One minus the interpolated precision of every positive; backward is the error-driven update.
 
     With ``a_i = 1 + sum_k H(s_k - s_i)`` over the other positives and ``b_i = sum_j H(t_j - s_i)`` over the negatives,
@@ -238,20 +206,15 @@ class APLoss(RankingLoss):
 
     Args:
         delta: half the width of the step, in logits.
-
-    Raises:
-        ValueError: if ``delta`` is not positive.
     """
 
     fn = staticmethod(ap_loss)
-    yolo_gain = 20.0
-    paper = "https://arxiv.org/abs/1904.06373"
-    bounds = (0.0, 1.0)
-    true_gradient = False
-    allowed = rules(delta=above(0))
+    facts = RankingLoss.facts.but(paper="https://arxiv.org/abs/1904.06373", bounds=(0.0, 1.0), true_gradient=False)
 
 
-def alrp_loss(pred, target, *, delta=1.0, loc_error=None):
+def alrp_loss(
+    pred: Tensor, target: Tensor, *, delta: Positive = 1.0, loc_error: Tensor | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
     """``1 -`` precision of every positive, updated by what its rank costs in precision and in localisation.
 
     With ``rank_i = a_i + b_i`` as in :func:`ap_loss` and ``E_i = sum_k H(s_k - s_i) e_k`` over the other positives, the
@@ -322,30 +285,18 @@ class ALRPLoss(RankingLoss):
         delta: half the width of the step, in logits.
 
     Raises:
-        ValueError: if ``delta`` is not positive, or ``loc_error`` has not one value a positive.
+        ValueError: if ``loc_error`` has not one value a positive.
     """
 
     fn = staticmethod(alrp_loss)
-    yolo_gain = 30.0
-    yolo_prior = 0.1
-    paper = "https://arxiv.org/abs/2009.13592"
-    bounds = (0.0, 1.0)
-    true_gradient = False
-    inputs = ("loc_error",)
-    allowed = rules(delta=above(0))
+    facts = RankingLoss.facts.but(
+        paper="https://arxiv.org/abs/2009.13592", bounds=(0.0, 1.0), true_gradient=False, filled=("loc_error",)
+    )
 
     def forward(self, pred, target, weight=None, avg_factor=None, reduction_override=None, loc_error=None):
         """Compute the loss; with ``loc_error``, both components."""
-        return self._run(pred, target, weight, avg_factor, reduction_override, loc_error=loc_error)
-
-    def total(self, pred, target, weight, avg_factor, reduction, loc_error=None):
-        if loc_error is None:
-            return super().total(pred, target, weight, avg_factor, reduction)
-        with without_autocast(pred.device):
-            pred, target, _ = self.prepare(float32(pred), target)
-            target, weight = self.weighed(pred, target, weight)
-            parts = self.fn(pred, target, **self.settings, loc_error=float32(loc_error))
-        return tuple(self.loss_weight * reduce(part, weight, avg_factor, reduction) for part in parts)
+        given = {} if loc_error is None else {"loc_error": float32(loc_error)}
+        return self.reduced(pred, target, weight, avg_factor, reduction_override, self.loss_weight, **given)
 
 
 def _pairs(scores, quality, delta, pairs):
@@ -379,7 +330,7 @@ def _missorted(scores, quality, sorting, delta, pairs):
     return pushed
 
 
-def rank_sort_errors(pred, target, *, delta=0.5):
+def rank_sort_errors(pred: Tensor, target: Tensor, *, delta: float = 0.5) -> tuple[Tensor, Tensor]:
     """The ranking and the sorting error of every positive, as constants: the two parts of :func:`rank_sort_loss`."""
     ranking = _Ranking.of(pred, target, delta)
     return (pred.detach().flatten()[:0],) * 2 if ranking is None else _rank_sort(ranking, target, delta)[:2]
@@ -399,7 +350,7 @@ def _rank_sort(ranking, target, delta):
     return ranked, sorted_, _Update(own, torch.where(misranked, 1 / rank, 0.0), quality, sorting)
 
 
-def rank_sort_loss(pred, target, *, delta=0.5):
+def rank_sort_loss(pred: Tensor, target: Tensor, *, delta: NonNegative = 0.5) -> Tensor:
     """Ranking plus sorting error of every positive; backward is the error-driven update of both.
 
     With ``r_i = sum_k H(s_k - s_i)`` over all positives (``H(0)`` for itself) and ``b_i`` as in :func:`ap_loss`, the
@@ -435,18 +386,7 @@ class RankSortLoss(RankingLoss):
 
     Args:
         delta: half the width of the step, in logits; 0 for a hard step.
-
-    Raises:
-        ValueError: if ``delta`` is negative.
     """
 
     fn = staticmethod(rank_sort_loss)
-    yolo_gain = 20.0
-    paper = "https://arxiv.org/abs/2107.11669"
-    bounds = (0.0, 2.0)
-    true_gradient = False
-    allowed = rules(delta=at_least(0))
-
-
-# What is defined here is public; a new loss is exported by being here.
-__all__ = [k for k, v in list(globals().items()) if getattr(v, "__module__", "") == __name__ and k[0] != "_"]
+    facts = RankingLoss.facts.but(paper="https://arxiv.org/abs/2107.11669", bounds=(0.0, 2.0), true_gradient=False)

@@ -1,0 +1,38 @@
+"""In which precision the losses are worked out, and what differs between devices."""
+
+import contextlib
+import warnings
+
+import torch
+from torch import Tensor
+
+
+def float32(tensor: Tensor) -> Tensor:
+    """Half precision up-cast to float32; anything else as it is."""
+    return tensor.float() if tensor.is_floating_point() and tensor.element_size() < 4 else tensor
+
+
+def _knows_autocast(device: str) -> bool:
+    with contextlib.suppress(RuntimeError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.autocast(device, enabled=False)
+        return True
+    return False
+
+
+_AUTOCAST = frozenset(filter(_knows_autocast, ("cpu", "cuda", "xpu", "mps")))
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """A context in which nothing is cast."""
+    known = device.type in _AUTOCAST
+    return torch.autocast(device.type, enabled=False) if known else contextlib.nullcontext()
+
+
+def is_asynchronous(device: torch.device) -> bool:
+    """Whether the host waits for the device when it asks for a number."""
+    return device.type not in ("cpu", "meta")
+
+
+# Whether a model that holds the loss is being compiled; torch before 2.3 does not tell.
+is_compiling = getattr(torch.compiler, "is_compiling", lambda: False)
