@@ -2,10 +2,10 @@
 
 A figure is the median of forward and backward over many rounds after a warm-up; in each round everybody has one turn,
 in any order. Both sides get their modules, and their target in the form that they take, before the clock starts. Beside
-it: quartiles, the largest memory beyond what was there before, the number of kernels and the bandwidth, which is the
-time of a copy of as many bytes as must move at least (pred and target read, the gradient written) over the median (on a
-GPU over the time that its kernels ran). The ranking losses have a plain loop over the positives and the focal loss on
-the same logits beside them.
+it: quartiles, the largest memory beyond what was there before, with gradients and without, the number of kernels and
+the bandwidth, which is the time of a copy of as many bytes as must move at least (pred and target read, the gradient
+written) over the median (on a GPU over the time that its kernels ran). The ranking losses have a plain loop over the
+positives and the focal loss on the same logits beside them.
 """
 
 import argparse
@@ -21,15 +21,14 @@ from pathlib import Path
 
 import torch
 from cases import cases, contests, our_losses, participants, size_of
-from compare import registered
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from speed_page import check_bars, write_page, write_picture
-from timing import copier, interleaved, named_loops, observe, spread
-from twins import in_words
+from timing import copier, interleaved, named_loops, observe, peak_memory, spread
 
-from detloss_plugins.registry import loss_class
+from detloss_plugins.registry import loss_class, registered_losses
+from detloss_plugins.testing.twins import in_words
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PACKAGES = ("torchvision", "mmdet", "mmcv", "mmengine", "ultralytics")
@@ -49,13 +48,23 @@ def forward_backward(call, pred, target):
     return run
 
 
+def forward_only(call, pred, target):
+    """A function of no arguments that gives the value alone, as a validation does."""
+
+    def run():
+        with torch.no_grad():
+            return call(pred, target)
+
+    return run
+
+
 def runs_of(contest, case, ours, device, dtype):
-    """``{who: function}`` of a contest and of the copy; the bytes of the logits or boxes, and those that must move."""
+    """``{who: function}`` of a contest and of the copy, and those without gradients; pred, and the bytes that move."""
     pred, target, found = participants(contest, case, ours, device, dtype)
     calls = {who: forward_backward(call, pred, given) for who, (call, given) in found.items()}
-    size = size_of(pred)
-    bytes_moved = 2 * size + size_of(target)
-    return calls | {COPY: copier(bytes_moved, device)}, pred, bytes_moved
+    without = {who: forward_only(call, pred, given) for who, (call, given) in found.items()}
+    bytes_moved = 2 * size_of(pred) + size_of(target)
+    return calls | {COPY: copier(bytes_moved, device)}, without, pred, bytes_moved
 
 
 def able(calls):
@@ -77,12 +86,12 @@ def able(calls):
 
 def measure(contest, case, ours, device, dtype, options):
     """The rows of one contest at one size."""
-    calls, pred, bytes_moved = runs_of(contest, case, ours, device, dtype)
+    calls, without, pred, bytes_moved = runs_of(contest, case, ours, device, dtype)
     working, notes, failed = able(calls)
     times = interleaved(working, device, options.runs, options.seconds, options.limit)
     facts = {
         "loss": contest.cls.__name__,
-        "family": contest.cls.family,
+        "family": contest.cls.facts.family,
         "settings": in_words(contest.ours),
         "form": contest.form,
         "case": case.name,
@@ -96,7 +105,9 @@ def measure(contest, case, ours, device, dtype, options):
     copied = {**spread(times.pop(COPY)), **observe(working[COPY], device)}
     for who, taken in times.items():
         row = {**facts, "who": who, "theirs": settings.get(who, ""), **spread(taken), **observe(working[who], device)}
-        row["of_pred"] = row["memory"] / size_of(pred)
+        without[who]()  # which may compile
+        row["memory_without"] = peak_memory(without[who], device)
+        row["of_pred"], row["of_pred_without"] = (row[key] / size_of(pred) for key in ("memory", "memory_without"))
         row["copy_ms"] = copied.get("device_ms", copied["ms"])
         row["bandwidth"] = row["copy_ms"] / row.get("device_ms", row["ms"])
         note = notes.get(who, "one run: it takes too long" if len(taken) == 1 != options.runs else "")
@@ -120,7 +131,7 @@ def chosen_cases(contest, options):
         return [case for case in found if any(word in case.name for word in options.case)]
     if options.quick:
         found = found[:-1] or found
-    beside = contest.twins or contest.cls.family == "ranking"
+    beside = contest.twins or contest.cls.facts.family == "ranking"
     return found if beside or options.every_case else found[:2][-1:]
 
 
@@ -160,9 +171,8 @@ def in_short(dtype):
 
 def print_table(found):
     """The rows as a table."""
-    table = Table(
-        "loss", "who", "size", "ms", "quartiles", "memory", "kernels", "of copy", "ours faster: eager", "compiled"
-    )
+    figures = ("ms", "quartiles", "memory", "memory without", "kernels", "of copy", "ours faster: eager", "compiled")
+    table = Table("loss", "who", "size", *figures)
     for row in found:
         name = f"{row['loss']}({row['settings']})" if row["settings"] else row["loss"]
         size = f"{row['case']}, {row['dtype']}, {row['device']}"
@@ -173,7 +183,8 @@ def print_table(found):
         faster = [
             f"{row['faster'][mode]:.2f}" if mode in row.get("faster", {}) else "" for mode in ("eager", "compiled")
         ]
-        figures = (f"{row['ms']:.3g}", quartiles, f"{row['of_pred']:.1f}", str(row["kernels"]))
+        memory = (f"{row[key]:.1f}" for key in ("of_pred", "of_pred_without"))
+        figures = (f"{row['ms']:.3g}", quartiles, *memory, str(row["kernels"]))
         who = f"{row['who']} ({row['note']})" if row["note"] else row["who"]
         table.add_row(name, who, size, *figures, f"{100 * row['bandwidth']:.0f} %", *faster)
     Console(width=None if sys.stdout.isatty() else 190).print(table)
@@ -236,7 +247,7 @@ def parse(argv):
     add("--page", type=Path, metavar="FILE", nargs="?", const=Path("docs/speed.md"), help="write the page (%(const)s)")
     args = parser.parse_args(argv)
     try:
-        args.names = [loss_class(name).__name__ for name in args.loss or registered()]
+        args.names = [loss_class(name).__name__ for name in args.loss or registered_losses()]
     except ValueError as error:
         parser.error(str(error))
     if args.runs is not None and args.runs < 1:

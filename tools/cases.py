@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from compare import HARD_TARGETS
-from twins import load, twin_of
 
-from detloss_plugins.base import Upstream
+from detloss_plugins.facts import Upstream
 from detloss_plugins.families import ClassificationLoss, RankingLoss
+from detloss_plugins.nested import each_tensor, flatten
 from detloss_plugins.registry import loss_class
+from detloss_plugins.testing.parity import HARD_TARGETS
+from detloss_plugins.testing.twins import load, twin_of
 
 YARDSTICK = "FocalLoss"  # beside the ranking losses, which have no counterparts
 LOOP = "plain loop"  # beside AP loss: it as its authors write it
@@ -159,7 +160,7 @@ class Contest(NamedTuple):
 def contests(cls, every_setting=False):
     """The contests of a loss: each counterpart under the first of its settings, or under all; at least one contest."""
     found, seen = {}, set()
-    for upstream in cls.upstream:
+    for upstream in cls.facts.upstream:
         new = upstream.path not in seen or every_setting
         if upstream.differs or not new or load(upstream.path) is None:
             continue
@@ -203,7 +204,7 @@ def way_of(twins):
 def our_losses(contest, case, modes, device):
     """``{mode: module}``; they serve all cases of a contest, as their number of classes is one."""
     cls = contest.cls
-    settings = fitted({**cls.example, **contest.ours}, cls, case)
+    settings = fitted({**cls.facts.example, **contest.ours}, cls, case)
     extra = {"eager": {}, "compiled": {"compile": True}}
     made = {mode: cls(**settings, **extra[mode]).to(device) for mode in modes}
     return {mode: loss for mode, loss in made.items() if mode != "compiled" or loss.compiles(torch.device(device))}
@@ -234,13 +235,9 @@ def _with_keywords(call, kwargs, pred, target):
 
 def moved(tensors, device, dtype):
     """Tensors, nested in tuples, on a device, those of floating point in a dtype."""
-    if isinstance(tensors, tuple):
-        return tuple(moved(part, device, dtype) for part in tensors)
-    return tensors.to(device, dtype if tensors.is_floating_point() else tensors.dtype)
+    return each_tensor(lambda x: x.to(device, dtype if x.is_floating_point() else x.dtype), tensors)
 
 
 def size_of(tensors):
     """Bytes of tensors, nested in tuples."""
-    if isinstance(tensors, tuple):
-        return sum(map(size_of, tensors))
-    return tensors.numel() * tensors.element_size()
+    return sum(x.nbytes for x in flatten(tensors)[0])

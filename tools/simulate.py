@@ -1,13 +1,13 @@
 """Regress anchors onto targets by plain gradient descent with losses of ours, and print how the error falls.
 
 The experiment by which DIoU, CIoU and EIoU were argued for. Seven targets of unit area with aspect ratios 1:4 to 4:1
-lie at (10, 10). Anchors have 5000 centres, uniform in the disc of radius 3 around it, seven areas and the same seven
+lie at (10, 10). Anchors have 5000 centers, uniform in the disc of radius 3 around it, seven areas and the same seven
 ratios: 1 715 000 cases. Each box (cx, cy, w, h) takes 200 steps down the exact gradient of its own loss: step 0.1, from
 the 161st 0.01, from the 181st 0.001, times (2 - IoU), a constant. The error is |dx| + |dy| + |dw| + |dh|, summed over
 the cases.
 
   tools/simulate.py                                          IoU (linear), GIoU, DIoU, CIoU, EIoU, SIoU
-  tools/simulate.py --quick --loss all                       every box loss with its defaults, a tenth of the centres
+  tools/simulate.py --quick --loss all                       every box loss with its defaults, a tenth of the centers
   tools/simulate.py --loss GIoULoss --loss "{type: CIoULoss, alpha_gate: 0.5}"
 
 Nothing is clamped: a step may turn a side negative, and the next one goes on from there. A loss with state stays as it
@@ -32,7 +32,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
-from compare import registered
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -40,7 +39,7 @@ from rich.table import Table
 
 import detloss_plugins
 from detloss_plugins.losses import iou_loss
-from detloss_plugins.registry import loss_class
+from detloss_plugins.registry import loss_class, registered_losses
 
 RADIUS, CENTERS = 3.0, 5000
 RATIOS = (1 / 4, 1 / 3, 1 / 2, 1.0, 2.0, 3.0, 4.0)  # width over height
@@ -65,7 +64,7 @@ def parse_loss(word):
     except yaml.YAMLError:
         cfg = None
     if cfg == "all":
-        return [complete({"type": name}) for name, cls in registered().items() if cls.family == "box"]
+        return [complete({"type": name}) for name, cls in registered_losses().items() if cls.facts.family == "box"]
     cfg = {"type": cfg} if isinstance(cfg, str) else cfg
     if not isinstance(cfg, dict) or "type" not in cfg:
         raise ValueError(
@@ -77,7 +76,7 @@ def parse_loss(word):
 def complete(cfg):
     """The config with the settings that the loss has here when none are given; see :func:`parse_loss` for errors."""
     cls = loss_class(cfg["type"])
-    cfg = {**cls.example, **PIXEL_CONSTANTS.get(cls.__name__, {}), **cfg, "type": cls.__name__}
+    cfg = {**cls.facts.example, **PIXEL_CONSTANTS.get(cls.__name__, {}), **cfg, "type": cls.__name__}
     if build(cfg).family != "box":
         raise ValueError(
             f"{cls.__name__} is not a loss between boxes (x1, y1, x2, y2); see the README's table for those."
@@ -96,21 +95,21 @@ def label(cfg):
 
 
 def anchor_centers(count, seed):
-    """Centres ``(count, 2)``, uniform in the disc, relative to that of the targets."""
+    """Centers ``(count, 2)``, uniform in the disc, relative to that of the targets."""
     share, turn = np.random.default_rng(seed).random((2, count))
     direction = np.stack([np.cos(2 * np.pi * turn), np.sin(2 * np.pi * turn)], -1)
     return RADIUS * np.sqrt(share)[:, None] * direction
 
 
 def grid(centers):
-    """The extents of the grid of cases: targets, centres, areas, ratios."""
+    """The extents of the grid of cases: targets, centers, areas, ratios."""
     return len(RATIOS), len(centers), len(AREAS), len(RATIOS)
 
 
 def cases(centers, start, stop):
     """Anchors and targets ``(4, stop - start)`` as rows cx, cy, w, h, of the cases with these numbers.
 
-    The centre of the targets is the origin: no loss depends on where it is, and at (10, 10) float32 is too coarse for
+    The center of the targets is the origin: no loss depends on where it is, and at (10, 10) float32 is too coarse for
     the last steps (EIoU's error ends 5 % too high; here it agrees with float64 within 0.2 %).
     """
     target, center, area, ratio = np.unravel_index(np.arange(start, stop), grid(centers))
@@ -240,9 +239,9 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--loss", action="append", metavar="LOSS", help="a name, a dict or all (repeat for more)")
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--centers", type=int, default=CENTERS, metavar="N", help="anchor centres (default 5000)")
+    size.add_argument("--centers", type=int, default=CENTERS, metavar="N", help="anchor centers (default 5000)")
     size.add_argument("--quick", action="store_const", dest="centers", const=CENTERS // 10, help="a tenth of them")
-    parser.add_argument("--seed", type=int, default=0, help="of the anchor centres")
+    parser.add_argument("--seed", type=int, default=0, help="of the anchor centers")
     parser.add_argument(
         "--workers", type=int, default=os.cpu_count(), metavar="N", help="processes (default: all cores)"
     )

@@ -7,13 +7,13 @@ import sys
 import warnings
 from pathlib import Path
 
-from compare import registered
 from mmengine.config import Config
 from ultralytics.nn.tasks import yaml_model_load
 from ultralytics.utils import ROOT as ULTRALYTICS
 
 from detloss_plugins import MODELS
-from detloss_plugins.adapters.ultralytics import SLOTS, model_task
+from detloss_plugins.adapters.ultralytics import SLOTS, default_gain, model_task
+from detloss_plugins.registry import registered_losses
 
 README = Path(__file__).parents[1] / "README.md"
 CONFIGS = Path(__file__).parents[1] / "configs" / "mmdetection"
@@ -31,21 +31,23 @@ def fits_a_slot(cls):
     """Whether a loss goes into a slot of the Ultralytics adapter; class scores there are independent sigmoids."""
     families = {family for slots in SLOTS.values() for takes in slots.values() for family in takes}
     try:
-        return cls.family in families and (cls.family != "classification" or cls.make(use_sigmoid=True).use_sigmoid)
+        sigmoid = cls.facts.family != "classification" or cls.make(use_sigmoid=True).use_sigmoid
+        return sigmoid and cls.facts.family in families
     except (TypeError, ValueError):
         return False
 
 
 def loss_rows():
     """One row a loss, family by family."""
-    for name, cls in sorted(registered().items(), key=lambda item: item[1].family):
+    for name, cls in sorted(registered_losses().items(), key=lambda item: item[1].facts.family):
+        facts = cls.facts
         aliases = [alias for alias, found in MODELS.module_dict.items() if found is cls and alias != name]
         title = "<br>".join(f"`{n}`" for n in (name, *aliases))
         source = inspect.getdoc(cls).splitlines()[0].rstrip(".")
-        source = f"[{source}]({cls.paper})" if cls.paper else source
-        upstream = dict.fromkeys(u.path.split(".")[0] for u in cls.upstream if not u.differs)
-        gain = f"{cls.yolo_gain:g}" if fits_a_slot(cls) else ""
-        yield title, cls.family, f"`{hyper_parameters(cls)}`".replace("``", ""), source, ", ".join(upstream), gain
+        source = f"[{source}]({facts.paper})" if facts.paper else source
+        upstream = dict.fromkeys(u.path.split(".")[0] for u in facts.upstream if not u.differs)
+        gain = f"{default_gain(cls):g}" if fits_a_slot(cls) else ""
+        yield title, facts.family, f"`{hyper_parameters(cls)}`".replace("``", ""), source, ", ".join(upstream), gain
 
 
 def in_words(names):

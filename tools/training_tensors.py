@@ -84,7 +84,7 @@ def _mmdet_step(config, captured):
     from mmdet.structures.mask import BitmapMasks
     from mmengine.runner import Runner
 
-    from detloss_plugins.base import Loss
+    from detloss_plugins.loss import Loss
 
     root = build_digits()
     dataset = {

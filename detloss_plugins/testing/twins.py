@@ -1,13 +1,19 @@
-"""How every upstream counterpart of a loss is called: once here, for the comparison and for the benchmark."""
+"""How each upstream counterpart of a loss is called: what it is built from, and in which form it takes the target.
+
+Only :func:`load` imports an upstream package, and only when it is asked for something of it.
+"""
 
 import importlib
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
+
+from detloss_plugins.facts import Upstream
+from detloss_plugins.loss import Loss
 
 
-def load(path):
+def load(path: str) -> Any:
     """The object at a dotted path, or None where its package is absent."""
     module, name = path.rsplit(".", 1)
     try:
@@ -16,14 +22,12 @@ def load(path):
         return None
 
 
-def in_words(settings):
+def in_words(settings: Mapping) -> str:
     """Settings as they are written in a call."""
     return ", ".join(f"{name}={value}" for name, value in settings.items())
 
 
-def reduce_rows(rows, reduction):
-    """A plain reduction of one loss a row."""
-    return {"none": rows, "mean": rows.mean(), "sum": rows.sum()}[reduction]
+# Built once, of (class or function, their settings, pred).
 
 
 def module(found, theirs, pred):
@@ -34,6 +38,9 @@ def module(found, theirs, pred):
 def bare(found, theirs, pred):
     """A function, which gets its settings in the call."""
     return lambda *args, **kwargs: found(*args, **theirs, **kwargs)
+
+
+# The target that it takes, of (loss, their settings, pred, target).
 
 
 def as_given(loss, theirs, pred, target):
@@ -64,46 +71,40 @@ def quality_pair(loss, theirs, pred, target):
     return target
 
 
+def with_ones(loss, theirs, pred, target):
+    """The target, and a weight of ones in its shape."""
+    target = dense_if_indexed(loss, theirs, pred, target)
+    return target, pred.new_ones(target.shape)
+
+
 def with_label(loss, theirs, pred, target):
     """The dense quality, and the label beside it."""
     target = dense(loss, theirs, pred, target)
     return target, (target > 0).to(pred.dtype)
 
 
-def with_ones(loss, theirs, pred, target):
-    """The target and a weight of ones in its shape, for those that must have one."""
-    return target, pred.new_ones(target.shape)
+# The loss, of (what is built, loss, pred, converted target, mmdet's keyword arguments).
 
 
-def teacher_logits(loss, theirs, pred, target):
-    """The teacher's logits for its distribution."""
-    return loss.temperature * target.log()
-
-
-def column(loss, theirs, pred, target):
-    """A trailing dimension; a copy, because its target is clamped in place."""
-    return target.clone().unsqueeze(-1)
-
-
-def channel(loss, theirs, pred, target):
-    """Masks of one channel."""
-    return target.unsqueeze(1)
+def rows(losses, kwargs):
+    """A plain reduction of one loss a row."""
+    reduction = kwargs.get("reduction_override", "mean")
+    return losses if reduction == "none" else getattr(losses, reduction)()
 
 
 def mmdet(built, loss, pred, target, kwargs):
     """A class of mmdet's, under our own contract."""
-    if "weight" in kwargs and loss.family == "classification" and loss.use_sigmoid and not loss.sums_classes:
+    if "weight" in kwargs and loss.family == "classification" and loss.use_sigmoid and not loss.facts.sums_classes:
         kwargs = {**kwargs, "weight": kwargs["weight"].unsqueeze(-1)}  # theirs broadcasts as torch does
     return built(pred, target, **kwargs)
 
 
 def mmdet_ghm(built, loss, pred, target, kwargs):
-    """They must have a weight, in the target's shape."""
-    target, ones = target
-    kwargs = dict(kwargs)
+    """It must have a weight, in the target's shape."""
+    (target, ones), kwargs = target, dict(kwargs)
     weight = kwargs.pop("weight", ones)
-    if weight.shape != (shape := target.shape):
-        weight = weight.reshape(len(pred), -1)[:, :1].expand(len(pred), shape[1:].numel()).reshape(shape)
+    if weight.shape != target.shape:
+        weight = weight.reshape(len(pred), -1)[:, :1].expand(target.shape)
     return built(pred, target, label_weight=weight, **kwargs)
 
 
@@ -113,43 +114,16 @@ def mmdet_seesaw(built, loss, pred, target, kwargs):
     return built(pred, target, **kwargs)
 
 
-def mmdet_distillation(built, loss, pred, target, kwargs):
-    """It averages over the classes."""
-    return pred.shape[-1] * built(pred, target, **kwargs)
-
-
 def function(built, loss, pred, target, kwargs):
     """A function of torch's or torchvision's."""
-    reduction = kwargs.get("reduction_override", "mean")
-    if loss.sums_classes:
-        return reduce_rows(built(pred, target, reduction="none").sum(-1), reduction)
-    return built(pred, target, reduction=reduction)
-
-
-def kl_div(built, loss, pred, target, kwargs):
-    """It takes the model's logarithms."""
-    rows = built(pred.log_softmax(-1), target, reduction="none").sum(-1)
-    return reduce_rows(rows, kwargs.get("reduction_override", "mean"))
-
-
-def similarity(built, loss, pred, target, kwargs):
-    """A function that returns the similarity of boxes, not the loss."""
-    return reduce_rows(1 - built(pred, target).reshape(len(pred)), kwargs.get("reduction_override", "mean"))
+    if loss.facts.sums_classes:
+        return rows(built(pred, target, reduction="none").sum(-1), kwargs)
+    return built(pred, target, reduction=kwargs.get("reduction_override", "mean"))
 
 
 def ultralytics(built, loss, pred, target, kwargs):
-    """They average over dim 1 and sum over the rest; ours is the sum."""
-    return built(pred, target) * pred.shape[1]
-
-
-def ultralytics_varifocal(built, loss, pred, target, kwargs):
-    """The same, with the label beside the quality."""
-    return built(pred, *target) * pred.shape[1]
-
-
-def ultralytics_dfl(built, loss, pred, target, kwargs):
-    """One loss a row."""
-    return reduce_rows(built(pred, target).squeeze(-1), kwargs.get("reduction_override", "mean"))
+    """It averages over dim 1 and sums over the rest; ours is the sum. A target may have the label beside it."""
+    return built(pred, *(target if isinstance(target, tuple) else (target,))) * pred.shape[1]
 
 
 def ultralytics_dice(built, loss, pred, target, kwargs):
@@ -162,12 +136,12 @@ class Twin(NamedTuple):
     """How to call a counterpart: what is made once, and what each call does."""
 
     call: Callable  # (what is built, loss, pred, converted target, mmdet's keyword arguments) -> the loss
-    ways: set | None = None  # of calling, by the names in tools/compare.py; None: all
+    ways: set[str] | None = None  # of calling, by the names in :func:`detloss_plugins.testing.parity.calls`; None: all
     convert: Callable = as_given  # (loss, their settings, pred, target) -> the target that it takes
     build: Callable = module  # (class or function, their settings, pred) -> what is called
     form: str = ""  # of a class loss's target that it takes by nature: "index", "quality" or "dense"
 
-    def ready(self, upstream, loss, pred, target):
+    def ready(self, upstream: Upstream, loss: Loss, pred: Tensor, target: Any) -> tuple[Callable, Any]:
         """``call(pred, target, kwargs)`` of a new instance, and the target in the form that it takes."""
         built = self.build(load(upstream.path), upstream.theirs, pred)
         if isinstance(built, nn.Module):
@@ -182,7 +156,10 @@ TWINS = {
     "mmdet": Twin(mmdet, form="index"),
     "mmdet QualityFocalLoss": Twin(mmdet, convert=quality_pair, form="quality"),
     "mmdet VarifocalLoss": Twin(mmdet, convert=dense, form="dense"),
-    "mmdet KnowledgeDistillationKLDivLoss": Twin(mmdet_distillation, convert=teacher_logits),
+    "mmdet KnowledgeDistillationKLDivLoss": Twin(  # it averages over the classes, and takes the teacher's logits
+        lambda built, loss, pred, target, kwargs: pred.shape[-1] * built(pred, target, **kwargs),
+        convert=lambda loss, theirs, pred, target: loss.temperature * target.log(),
+    ),
     "mmdet EQLV2Loss": Twin(mmdet, {"mean"}, form="index"),
     # They have a normaliser always, which they refuse to combine with a sum.
     "mmdet GHMC": Twin(mmdet_ghm, {"none", "mean", "weight", "weight, avg_factor"}, with_ones, form="dense"),
@@ -193,18 +170,36 @@ TWINS = {
     ),
     "torch": Twin(function, PLAIN, dense_if_indexed, bare, "dense"),
     "torch cross_entropy": Twin(function, PLAIN, build=bare, form="index"),
-    "torch kl_div": Twin(kl_div, PLAIN, build=bare),
+    "torch kl_div": Twin(  # it takes the model's logarithms
+        lambda built, loss, pred, target, kwargs: rows(
+            built(pred.log_softmax(-1), target, reduction="none").sum(-1), kwargs
+        ),
+        PLAIN,
+        build=bare,
+    ),
     "torchvision": Twin(function, PLAIN, dense_if_indexed, bare, "dense"),
     "ultralytics": Twin(ultralytics, {"sum"}, dense, form="dense"),
-    "ultralytics VarifocalLoss": Twin(ultralytics_varifocal, {"sum"}, with_label, form="dense"),
-    "ultralytics DFLoss": Twin(ultralytics_dfl, PLAIN, column, lambda found, theirs, pred: found(pred.shape[-1])),
-    "ultralytics MultiChannelDiceLoss": Twin(ultralytics_dice, PLAIN, channel),
-    "ultralytics bbox_iou": Twin(similarity, PLAIN, build=bare),
-    "ultralytics probiou": Twin(similarity, PLAIN, build=bare),
-}
+    "ultralytics VarifocalLoss": Twin(ultralytics, {"sum"}, with_label, form="dense"),
+    "ultralytics DFLoss": Twin(  # it takes a trailing dimension, here of a copy because it clamps it in place
+        lambda built, loss, pred, target, kwargs: rows(built(pred, target).squeeze(-1), kwargs),
+        PLAIN,
+        convert=lambda loss, theirs, pred, target: target.clone().unsqueeze(-1),
+        build=lambda found, theirs, pred: found(pred.shape[-1]),
+    ),
+    "ultralytics MultiChannelDiceLoss": Twin(
+        ultralytics_dice, PLAIN, convert=lambda loss, theirs, pred, target: target.unsqueeze(1)
+    ),
+} | dict.fromkeys(
+    ("ultralytics bbox_iou", "ultralytics probiou"),  # the similarity of boxes, not the loss
+    Twin(
+        lambda built, loss, pred, target, kwargs: rows(1 - built(pred, target).reshape(len(pred)), kwargs),
+        PLAIN,
+        build=bare,
+    ),
+)
 
 
-def twin_of(path):
+def twin_of(path: str) -> Twin:
     """How the counterpart at a dotted path is called."""
     package, *_, name = path.split(".")
     return TWINS.get(f"{package} {name}") or TWINS[package]
