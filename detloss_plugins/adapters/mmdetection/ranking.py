@@ -14,6 +14,7 @@ import torch
 from mmdet.models.dense_heads import ATSSHead, RetinaHead
 from mmdet.structures.bbox import bbox_overlaps, get_box_tensor
 
+from detloss_plugins.adapters.mmdetection.levels import GathersLevels
 from detloss_plugins.families import RankingLoss
 from detloss_plugins.losses import ALRPLoss, RankSortLoss
 
@@ -21,7 +22,7 @@ FIRST_BALANCE = 50.0  # aLRP's factor on the box loss until it has a history
 EPS = 1e-6
 
 
-class _AllLevels:
+class _Ranking(GathersLevels):
     """What becomes of the box loss depends on the class loss.
 
     - APLoss, DRLoss: it is over the number of positives.
@@ -69,10 +70,7 @@ class _AllLevels:
     def positive(self, labels):
         return (labels >= 0) & (labels < self.num_classes)
 
-    def loss_by_feat(self, *args, **kwargs):
-        """The losses of all levels; the parent class only makes the targets, and calls ``loss_by_feat_single``."""
-        *tensors, avg_factors = zip(*super().loss_by_feat(*args, **kwargs)["loss_cls"], strict=True)
-        scores, labels, label_weights, boxes, targets = map(torch.cat, tensors)
+    def losses(self, scores, labels, label_weights, boxes, targets, avg_factor):
         if isinstance(self.loss_cls, ALRPLoss):
             errors = self.box_errors(boxes, targets)
             loss_cls, loss_bbox = self.loss_cls(scores, labels, label_weights, loc_error=errors)
@@ -89,7 +87,7 @@ class _AllLevels:
             loss_bbox = loss_bbox * balance * self.loss_bbox.loss_weight
         else:
             loss_cls = self.loss_cls(scores, labels, label_weights)
-            loss_bbox = self.loss_bbox(boxes, targets, avg_factor=avg_factors[0])
+            loss_bbox = self.loss_bbox(boxes, targets, avg_factor=avg_factor)
         return dict(loss_cls=loss_cls, loss_bbox=loss_bbox)
 
     def box_errors(self, boxes, targets):
@@ -113,8 +111,8 @@ class _AllLevels:
         return self.box_balance.clone()
 
 
-class RankingRetinaHead(_AllLevels, RetinaHead):
-    __doc__ = f"RetinaHead for a ranking loss. {_AllLevels.__doc__}"
+class RankingRetinaHead(_Ranking, RetinaHead):
+    __doc__ = f"RetinaHead for a ranking loss. {_Ranking.__doc__}"
 
     def loss_by_feat_single(
         self, cls_score, bbox_pred, anchors, labels, label_weights, bbox_targets, bbox_weights, avg_factor
@@ -122,10 +120,10 @@ class RankingRetinaHead(_AllLevels, RetinaHead):
         return self.level(cls_score, bbox_pred, anchors, labels, label_weights, bbox_targets, avg_factor), None
 
 
-class RankingATSSHead(_AllLevels, ATSSHead):
+class RankingATSSHead(_Ranking, ATSSHead):
     __doc__ = (
         "ATSSHead for a ranking loss, without centerness: no branch, no loss, no part in the score. "
-        f"A ``loss_centerness`` from a base config is left alone. {_AllLevels.__doc__}"
+        f"A ``loss_centerness`` from a base config is left alone. {_Ranking.__doc__}"
     )
 
     def __init__(self, *args, loss_centerness=None, **kwargs):

@@ -15,11 +15,12 @@ from mmdet.registry import MODELS
 from mmdet.structures.bbox import get_box_tensor
 from mmengine.model import bias_init_with_prob
 
+from detloss_plugins.adapters.mmdetection.levels import GathersLevels
 from detloss_plugins.families import BoxLoss
 from detloss_plugins.losses import mining_ratio, multibox_loss
 
 
-class PluginSSDHead(SSDHead):
+class PluginSSDHead(GathersLevels, SSDHead):
     """SSDHead with any losses, as :func:`detloss_plugins.losses.multibox_loss` puts them together.
 
     A sigmoid loss has ``num_classes`` channels and sigmoid scores, a softmax loss one more and softmax scores. With the
@@ -36,15 +37,9 @@ class PluginSSDHead(SSDHead):
         ValueError: if a loss has no place here, or a box loss comes without ``reg_decoded_bbox=True``.
     """
 
-    def __init__(
-        self,
-        *args,
-        loss_cls=None,
-        loss_bbox=None,
-        neg_pos_ratio="auto",
-        prior_prob=0.01,
-        **kwargs,
-    ):
+    join = staticmethod(torch.stack)
+
+    def __init__(self, *args, loss_cls=None, loss_bbox=None, neg_pos_ratio="auto", prior_prob=0.01, **kwargs):
         super().__init__(*args, **kwargs)
         self.loss_cls = MODELS.build(loss_cls or dict(type="detloss_plugins.CrossEntropyLoss"))
         self.loss_bbox = MODELS.build(loss_bbox or dict(type="detloss_plugins.SmoothL1Loss"))
@@ -69,13 +64,11 @@ class PluginSSDHead(SSDHead):
                 torch.nn.init.constant_(layers[-1].bias, bias_init_with_prob(self.prior_prob))
 
     def loss_by_feat_single(self, *image, avg_factor):
-        """The tensors of an image; :meth:`loss_by_feat` computes the losses of all images at once."""
+        """The tensors of an image: the stock head takes image by image."""
         return (*image, avg_factor), None
 
-    def loss_by_feat(self, *args, **kwargs):
-        """The losses of the batch; the parent class only makes the targets, and calls ``loss_by_feat_single``."""
-        *tensors, avg_factors = zip(*super().loss_by_feat(*args, **kwargs)["loss_cls"], strict=True)
-        scores, boxes, anchors, labels, label_weights, true_boxes, box_weights = map(torch.stack, tensors)
+    def losses(self, scores, boxes, anchors, labels, label_weights, true_boxes, box_weights, avg_factor):
+        """Of all images at once, as negatives are mined image by image but counted together."""
         boxes = boxes.float()
         if self.reg_decoded_bbox:
             decoded = self.bbox_coder.decode(anchors.flatten(0, 1), boxes.flatten(0, 1))
@@ -84,7 +77,7 @@ class PluginSSDHead(SSDHead):
             (scores, boxes),
             (labels, true_boxes),
             (label_weights, box_weights),
-            avg_factors[0],
+            avg_factor,
             neg_pos_ratio=self.neg_pos_ratio,
             loss_cls=self.loss_cls,
             loss_bbox=self.loss_bbox,

@@ -31,8 +31,8 @@ from mmdet.models.task_modules.coders import BaseBBoxCoder
 from mmdet.structures.bbox import HorizontalBoxes, bbox_overlaps, get_box_tensor
 from mmengine.structures import InstanceData
 
-from detloss_plugins.base import float32
 from detloss_plugins.losses import UncertaintyKLLoss
+from detloss_plugins.precision import float32
 
 MIN_SIDE = 1e-6  # of the box that offsets are relative to, in pixels
 MIN_SIGMA = 1e-6  # in the vote, in pixels

@@ -14,8 +14,8 @@ path, and needs no ``custom_imports``::
 import torch
 from mmdet.models.dense_heads import YOLOV3Head
 
-from detloss_plugins.base import float32
 from detloss_plugins.losses import KLDivLoss
+from detloss_plugins.precision import float32
 
 
 class PluginYOLOV3Head(YOLOV3Head):

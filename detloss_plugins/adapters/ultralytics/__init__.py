@@ -11,7 +11,7 @@ to build this criterion. The instance attributes that tell it so are taken off w
 Ultralytics is AGPL-3.0; this module is imported only by those who use it.
 """
 
-from detloss_plugins.adapters.ultralytics.config import SLOTS, load_losses
+from detloss_plugins.adapters.ultralytics.config import SLOTS, default_gain, default_prior, load_losses
 from detloss_plugins.adapters.ultralytics.criterion import (
     PluginDetectionLoss,
     PluginRTDETRLoss,
@@ -38,6 +38,8 @@ __all__ = [
     "check_head",
     "criterion_class",
     "criterion_state",
+    "default_gain",
+    "default_prior",
     "describe",
     "install",
     "load_criterion_state",

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import yaml
 
+from detloss_plugins.loss import Loss
+from detloss_plugins.losses import JointLoss
 from detloss_plugins.registry import MODELS, build_loss, loss_class
 
 YOLO_SLOTS = {
@@ -26,6 +28,55 @@ SLOTS = {
         "loss_giou": ("box",),
     },
 }
+# The loss_weight that a loss has by default in a slot: with it, one that is swapped in and nothing else trains well
+# under the gains of the stock losses. Of the classes that are not here it is 1.
+GAINS = {
+    "FocalLoss": 16.0,
+    "QualityFocalLoss": 16.0,
+    "VarifocalLoss": 16.0,
+    "GeneralizedFocalLoss": 16.0,  # the quality focal loss's, which it equals there
+    "AsymmetricLoss": 64.0,
+    "EQLV2Loss": 4.0,
+    "ConfidenceWeightedLoss": 4.0,
+    "APLoss": 20.0,
+    "ALRPLoss": 30.0,
+    "RankSortLoss": 20.0,
+    "DRLoss": 20.0,
+    "BoundedIoULoss": 0.25,  # a box counts as the mean of its four, as in the dfl slot
+    "GWDLoss": 0.5,
+    "KLDLoss": 0.25,
+    "KFIoULoss": 0.5,
+}
+# The score of every class that a new head starts with; the stock heads' own, which assumes few objects, for the rest.
+PRIORS = {"RankingLoss": 0.01, "ALRPLoss": 0.1, "DRLoss": 0.1}
+
+
+def default_gain(loss: Loss | type[Loss]) -> float:
+    """The ``loss_weight`` by default of a loss or its class: its ``yolo_gain``, or that of the nearest class known.
+
+    >>> from detloss_plugins.losses import FocalLoss
+    >>> class Own(FocalLoss): ...
+    >>> default_gain(Own)
+    16.0
+    """
+    return _stated(loss, "yolo_gain", GAINS, 1.0)
+
+
+def default_prior(loss: Loss | type[Loss]) -> float | None:
+    """The class score that a new head should start with; None for the stock one.
+
+    It is the ``yolo_prior`` of a loss or its class, or that of the nearest class known; of a joint loss, its first
+    part's.
+    """
+    of_parts = default_prior(loss.losses[0]) if isinstance(loss, JointLoss) else None
+    return _stated(loss, "yolo_prior", PRIORS, of_parts)
+
+
+def _stated(loss, attribute, known, default):
+    if hasattr(loss, attribute):
+        return getattr(loss, attribute)
+    cls = loss if isinstance(loss, type) else type(loss)
+    return next((known[base.__name__] for base in cls.__mro__ if base.__name__ in known), default)
 
 
 def check_task(task):
@@ -43,9 +94,9 @@ def load_losses(losses, task="detect"):
             ``loss_giou``.
 
     Returns:
-        A new plain dict. ``loss_weight``, where absent, is the ``yolo_gain`` of the loss's class, but 1 for RT-DETR's
-        class loss, whose stock is a varifocal loss of that weight; ``image_size``, where a loss takes one and has none,
-        is "batch", the size of the network's input.
+        A new plain dict. ``loss_weight``, where absent, is that of :func:`default_gain`, but 1 for RT-DETR's class
+        loss, whose stock is a varifocal loss of that weight; ``image_size``, where a loss takes one and has none, is
+        "batch", the size of the network's input.
 
     Raises:
         TypeError: if it is not a dict of dicts, or a hyper-parameter is unknown.
@@ -86,7 +137,7 @@ def _checked(task, slot, cfg):
         )
     if getattr(loss, "activated", False):
         raise ValueError(f"YOLO hands logits to its loss; leave activated=True out of {type(loss).__name__}.")
-    return {"loss_weight": 1.0 if task == "rtdetr" and of_classes else loss.yolo_gain, **cfg}
+    return {"loss_weight": 1.0 if task == "rtdetr" and of_classes else default_gain(loss), **cfg}
 
 
 def _tasks(fits):
@@ -96,7 +147,7 @@ def _tasks(fits):
 
 def _wrong_family(task, slot, loss):
     families = SLOTS[task][slot]
-    names = sorted({cls.__name__ for cls in MODELS.module_dict.values() if cls.family in families})
+    names = sorted({cls.__name__ for cls in MODELS.module_dict.values() if cls.facts.family in families})
     elsewhere = _tasks(lambda slots: loss.family in slots.get(slot, ()))
     hint = f", for task={elsewhere}" if elsewhere else ""
     return (

@@ -13,9 +13,8 @@ from ultralytics.utils.ops import xywh2xyxy
 from ultralytics.utils.tal import bbox2dist, rbox2dist
 
 from detloss_plugins.adapters.ultralytics.config import SLOTS, check_task, filled, load_losses
-from detloss_plugins.base import average_state, float32
-from detloss_plugins.families import RankingLoss
-from detloss_plugins.losses.classification.common import QualityLoss
+from detloss_plugins.loss import average_state
+from detloss_plugins.precision import float32, without_autocast
 from detloss_plugins.registry import build_loss
 
 
@@ -63,7 +62,7 @@ def average_states(losses):
     """Average the state of those losses that a rank without positives does not call; for every step of training."""
     if torch.is_grad_enabled():  # validation is of one rank
         for loss in losses:
-            if not loss.every_rank:
+            if not loss.facts.every_rank:
                 average_state(loss)
 
 
@@ -82,19 +81,23 @@ class _ClassSlot:
 
     def __init__(self, loss, of_elements):
         self.loss = loss
-        self.of_elements = of_elements or loss.family == "ranking" or loss.self_normalized
+        self.of_elements = of_elements or loss.family == "ranking" or loss.facts.self_normalized
 
     def __call__(self, pred_scores, target_scores):
         if not self.of_elements:
             return self.loss(pred_scores, target_scores, reduction_override="sum")
-        elements, valid = self.loss.elements(pred_scores, target_scores)
+        target_scores = float32(target_scores)  # under autocast their sum would be rounded to half precision
+        with without_autocast(pred_scores.device):
+            rows = pred_scores.flatten(0, -2), target_scores.flatten(0, -2)
+            seen = self.loss.observe(*rows, None)
+            elements, _ = self.loss.unweighted(*rows, seen)
         if self.loss.family == "ranking":
             elements = self.in_their_places(elements, target_scores)
-        if self.loss.self_normalized:
+        if self.loss.facts.self_normalized:
             # The criterion divides the sum by the scores; a loss with a normaliser of its own keeps that.
-            own = self.loss.normalizer(None, elements, valid, None, "mean")
+            own = self.loss.normalizer(elements.numel(), seen)
             elements = elements * (target_scores.sum().clamp(min=1) / own)
-        return self.loss.loss_weight * elements
+        return self.loss.loss_weight * elements.view_as(pred_scores)
 
     @staticmethod
     def in_their_places(losses, target_scores):
@@ -252,7 +255,7 @@ class PluginRTDETRLoss(RTDETRDetectionLoss):
         if "loss_class" not in self.built:
             return super()._get_loss_class(pred_scores, targets, gt_scores, num_gts, postfix)
         loss = self.built["loss_class"]
-        of_quality = any(isinstance(part, QualityLoss | RankingLoss) for part in loss.modules())
+        of_quality = loss.facts.takes_quality or loss.family == "ranking"
         value = loss(pred_scores, (targets, gt_scores) if of_quality else targets, avg_factor=max(num_gts, 1))
         return {f"loss_class{postfix}": self.loss_gain["class"] * value}
 

@@ -17,7 +17,7 @@ from ultralytics.utils import DEFAULT_CFG, LOGGER
 from ultralytics.utils.loss import E2ELoss
 from ultralytics.utils.torch_utils import unwrap_model
 
-from detloss_plugins.adapters.ultralytics.config import load_losses
+from detloss_plugins.adapters.ultralytics.config import default_prior, load_losses
 from detloss_plugins.adapters.ultralytics.criterion import (
     PluginRTDETRLoss,
     branches,
@@ -29,12 +29,12 @@ from detloss_plugins.adapters.ultralytics.criterion import (
     slot_gains,
     training_args,
 )
-from detloss_plugins.base import Loss
+from detloss_plugins.loss import Loss
 from detloss_plugins.registry import build_loss
 
 RECORD = "detloss_plugins"  # attribute of the model, and so of the checkpoint, that records the losses
-
-
+# Settings that are not in a loss's description: said beside it, or the same in every slot.
+SAID_OTHERWISE = {"loss_weight", "compile", "reduction", "use_sigmoid"}
 TRAINERS = {
     "detect": DetectionTrainer,
     "segment": SegmentationTrainer,
@@ -146,7 +146,7 @@ def describe(losses, args, task="detect"):
         line = "stock loss"
         if slot in losses:
             loss = build_loss(losses[slot])
-            compiled = ", compiled" if loss.compiled and not loss.counts_positives else ""
+            compiled = ", compiled" if loss.compiled and not loss.facts.counts_positives else ""
             line = f"{_in_words(loss)}{compiled}, weight {loss.loss_weight:g}"
         lines.append(f"{slot}: {line} x gain {gain:g}")
     return lines
@@ -154,7 +154,9 @@ def describe(losses, args, task="detect"):
 
 def _in_words(loss):
     """A loss with all its settings, and with those of the losses it is made of."""
-    words = [f"{name}={value!r}" for name, value in loss.settings.items()]
+    own = [name for name in loss.rules if name not in SAID_OTHERWISE and hasattr(loss, name)]
+    values = {name: getattr(loss, name) for name in own}
+    words = [f"{name}={value!r}" for name, value in values.items() if not isinstance(value, torch.nn.Module)]
     words += [_in_words(part) for part in loss.modules() if isinstance(part, Loss) and part is not loss]
     return f"{type(loss).__name__}({', '.join(words)})"
 
@@ -185,7 +187,7 @@ def make_trainer(losses, task="detect", trainer=None, compile=False):
         losses = {slot: {**cfg, "compile": True} for slot, cfg in losses.items()}
     base = trainer or TRAINERS[task]
     of_classes = losses.get("cls") or losses.get("loss_class")
-    prior = build_loss(of_classes).yolo_prior if of_classes else None
+    prior = default_prior(build_loss(of_classes)) if of_classes else None
 
     class PluginTrainer(base):
         plugin_losses = losses
