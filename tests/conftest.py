@@ -1,11 +1,15 @@
-"""Any test that asks for ``loss_cls`` runs once for every registered loss; ``--device`` moves them to a GPU."""
+"""Any test that asks for ``loss_cls`` runs once for every registered loss, or for those that ``support.only`` leaves;
+``--device`` moves them to a GPU."""
 
 import os
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
-from compare import registered
-from digits import digits_dir
+
+from detloss_plugins import engine
+from detloss_plugins.registry import registered_losses
 
 
 def pytest_addoption(parser):
@@ -20,7 +24,8 @@ def pytest_configure():
         threads = max(1, torch.get_num_threads() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))
         torch.set_num_threads(threads)
         os.environ["OMP_NUM_THREADS"] = str(threads)  # for the processes that a test starts
-        os.environ["DETLOSS_PLUGINS_CACHE"] = str(digits_dir().parent / worker)
+        cache = os.environ.get("DETLOSS_PLUGINS_CACHE") or Path.home() / ".cache" / "detloss_plugins"
+        os.environ["DETLOSS_PLUGINS_CACHE"] = str(Path(cache) / worker)
 
 
 @pytest.fixture(scope="session")
@@ -30,6 +35,20 @@ def device(request):
 
 def pytest_generate_tests(metafunc):
     if "loss_cls" in metafunc.fixturenames:
-        only = getattr(metafunc.function, "family", None)
-        classes = {name: cls for name, cls in registered().items() if only in (None, cls.family)}
+        says = getattr(metafunc.function, "only", lambda facts: True)
+        classes = {name: cls for name, cls in registered_losses().items() if says(cls.facts)}
         metafunc.parametrize("loss_cls", classes.values(), ids=classes.keys())
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """``torch.compile`` without a C++ compiler: everything up to the kernels, which would take seconds each."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    stock = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, options=None, **how: stock(f, backend="eager", **how))
+    monkeypatch.setattr(engine, "_kernels", {})
+    monkeypatch.setattr(engine, "_failed", set())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*runs uncompiled")
+        yield

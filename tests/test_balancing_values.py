@@ -6,8 +6,20 @@ import pytest
 import torch
 
 from detloss_plugins import build_loss
-from detloss_plugins.losses import GHMC, GHMR, EQLV2Loss, SeesawLoss, SlideLoss, slide_weight
-from detloss_plugins.losses.balancing import harmony
+from detloss_plugins.losses import (
+    GHMC,
+    GHMR,
+    EQLV2Loss,
+    SeesawLoss,
+    SlideLoss,
+    bin_counts,
+    confidence_weighted_loss,
+    ghmc_loss,
+    ghmr_loss,
+    harmony,
+    slide_loss,
+    slide_weight,
+)
 
 X = torch.tensor([0.8, -0.4, 1.5, 0.7], dtype=torch.float64)
 Z = torch.tensor([[2.0, -1.0, 0.5], [0.1, 0.2, -0.3]], dtype=torch.float64)
@@ -58,11 +70,32 @@ def test_harmonising_weights_average_one():
     torch.testing.assert_close((weight * counts).sum() / counts.sum(), torch.tensor(1.0, dtype=torch.float64))
 
 
+def test_a_table_of_weights_in_place_of_the_own():
+    """One weight for each bin of the norms .310, .401, .818 and .332 of GHM-C."""
+    target = torch.tensor([1.0, 0, 0, 1], dtype=torch.float64)
+    table = torch.zeros(10)
+    table[[3, 4, 8]] = torch.tensor([2.0, 3.0, 5.0])
+    bce = torch.nn.functional.binary_cross_entropy_with_logits(X, target, reduction="none")
+    close(ghmc_loss(X, target, table=table), torch.tensor([2, 3, 5, 2]) * bce)
+    # GHM-R's norms .447, .999 and .243, and sqrt(d^2 + .02^2) - .02.
+    errors, table = torch.tensor([0.01, -0.5, 0.005], dtype=torch.float64), torch.arange(10.0)
+    smooth = (errors.square() + 0.02**2).sqrt() - 0.02
+    close(ghmr_loss(errors, torch.zeros(3), table=table), torch.tensor([4, 9, 2]) * smooth)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_counts_have_the_type_of_the_norms(dtype):
+    counts = bin_counts(torch.tensor([0.1, 0.12, 1.0], dtype=dtype), torch.tensor([1, 0, 1]), 2)
+    assert counts.dtype == dtype
+    assert counts.tolist() == [1, 1]
+
+
 def test_nothing_counts_as_one():
     """The Ultralytics adapter divides by it."""
-    rows, ignored = torch.zeros(2, 3), torch.zeros(2, dtype=torch.bool)
-    assert GHMC().normalizer(None, rows, ignored, None, "mean") == 1
-    assert GHMC().normalizer(None, rows[:0], None, None, "mean") == 1
+    loss, rows = GHMC(), torch.zeros(2, 3)
+    for pred, target in ((rows, torch.tensor([-1, -1])), (rows[:0], rows[:0])):
+        seen = loss.observe(pred, target, None)
+        assert loss.normalizer(pred.numel(), seen) == 1
 
 
 def test_seesaw():
@@ -129,6 +162,12 @@ def test_slide():
     close(torch.autograd.grad(value.sum(), pred)[0], weight * (pred.detach().sigmoid() - iou.unsqueeze(-1)))
 
 
+def test_slide_weighs_any_elements():
+    iou, mean = torch.tensor([[0.1], [0.55], [0.9]], dtype=torch.float64), torch.tensor(0.6, dtype=torch.float64)
+    elements = torch.tensor([[1.0], [2.0], [3.0]], dtype=torch.float64)
+    close(slide_loss(iou, iou, mean_iou=mean, elements=elements), [[1.0], [2 * math.exp(0.4)], [3 * math.exp(0.1)]])
+
+
 def test_slide_mean_is_that_of_the_positives_and_at_least_a_fifth():
     loss = SlideLoss()
     loss(torch.zeros(4, 2), torch.tensor([[0.6, 0], [0, 0.8], [0, 0], [0, 0]]))
@@ -157,9 +196,13 @@ def test_confidence_weighted():
     weight = 0.7**2 * 0.7  # Q_fg = 0.3, Q_bg = 1 - 0.3
     close(value, [[-weight * math.log(0.7), -weight * math.log(0.1)]])
     close(torch.autograd.grad(value.sum(), pred)[0], [[weight * 0.3, weight * -0.9]])
+    of_function = confidence_weighted_loss(pred, target, power=1.0, elements=torch.tensor([[2.0, 1.0]]).double())
+    close(of_function, [[2 * 0.7**2, 0.7**2]])  # (1 - Q_fg) Q_bg
     softmax = build_loss({"type": "ConfidenceWeightedLoss", "base": {"type": "CrossEntropyLoss"}, "reduction": "none"})
     p = torch.tensor([[0.3, 0.1, 0.6]], dtype=torch.float64)  # background last: Q_fg = 0.3, Q_bg = 0.6
     close(softmax(p.log(), torch.tensor([1])), [-0.294 * math.log(0.1)])
+    of_function = confidence_weighted_loss(p.log(), None, use_sigmoid=False, elements=torch.tensor([2.0]).double())
+    close(of_function, [2 * 0.294])
 
 
 def test_joint():

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from compare import registered
 
 from detloss_plugins import build_loss
-from detloss_plugins.base import average_state
+from detloss_plugins.loss import average_state
 from detloss_plugins.losses import CIoULoss, FocalEfficientIoULoss, IoULoss, MPDIoULoss, NWDLoss, WIoULoss
+from detloss_plugins.registry import registered_losses
 
-BOX_LOSSES = [cls for cls in registered().values() if cls.family == "box"]
+BOX_LOSSES = [cls for cls in registered_losses().values() if cls.facts.family == "box"]
 
 
 def boxes(dtype=torch.float64, n=32, seed=0):
@@ -44,6 +44,14 @@ def test_encoded_deltas_are_refused(cls):
     few = cls.make()
     with pytest.raises(ValueError, match="reg_decoded_bbox=True"):
         [few(row[None], row[None]) for row in deltas]  # a head that finds one positive a batch
+
+
+def test_encoded_deltas_are_refused_by_the_parts_of_a_joint_loss():
+    deltas = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    for reduction in ("none", "mean", "sum"):
+        joint = build_loss({"type": "JointLoss", "losses": [{"type": "CIoULoss"}, {"type": "NWDLoss"}]})
+        with pytest.raises(ValueError, match="reg_decoded_bbox=True"):
+            joint(deltas, deltas.flip(0), reduction_override=reduction)
 
 
 def test_targets_are_looked_at_in_the_first_calls_only():
@@ -127,9 +135,11 @@ def test_wiou_version_1_has_no_state():
 
 
 def test_mpdiou_must_know_the_image():
-    for wrong in ({}, {"image_size": 640}, {"image_size": (640, 0)}, {"image_size": "input"}):
-        with pytest.raises(ValueError, match=r"image_size of MPDIoULoss must be \(height, width\)"):
-            MPDIoULoss(**wrong)
+    for wrong in (640, (640, 0), (640, 640, 3), "input", None):
+        with pytest.raises((TypeError, ValueError), match=r"image_size of MPDIoULoss must be \(height, width\)"):
+            MPDIoULoss(image_size=wrong)
+    with pytest.raises(ValueError, match=r"Give MPDIoULoss image_size=\(height, width\)"):
+        MPDIoULoss()
     loss = MPDIoULoss(image_size="batch")
     pred, target = boxes()
     with pytest.raises(ValueError, match=r"give MPDIoULoss \(height, width\)"):
@@ -145,7 +155,7 @@ def test_mpdiou_must_know_the_image():
         ({"type": "AlphaIoULoss", "alpha": 0}, "above 0"),
         ({"type": "WIoULoss", "version": 4}, "1, 2 or 3"),
         ({"type": "WIoULoss", "momentum": 0}, r"\(0, 1\]"),
-        ({"type": "PowerfulIoULoss", "version": "2"}, "wrong type"),
+        ({"type": "PowerfulIoULoss", "version": "2"}, "1 or 2, not '2'"),
         ({"type": "PowerfulIoULoss", "version": 3}, "1 or 2"),
         ({"type": "InnerIoULoss", "ratio": 0}, "above 0"),
         ({"type": "InnerIoULoss", "base": {"type": "FocalLoss"}}, "one value a box, not FocalLoss"),
@@ -164,7 +174,7 @@ def test_a_bad_setting_fails_when_the_loss_is_built(cfg, message):
         build_loss(cfg)
 
 
-BASES = [cls for cls in BOX_LOSSES if cls.values_per_box == 1 and "base" not in cls.inputs]
+BASES = [cls for cls in BOX_LOSSES if cls.facts.one_per_row and "base" not in cls.facts.filled]
 
 
 @pytest.mark.parametrize("cls", BASES, ids=lambda cls: cls.__name__)
@@ -172,7 +182,7 @@ BASES = [cls for cls in BOX_LOSSES if cls.values_per_box == 1 and "base" not in 
 def test_inner_and_focaler_over_any_base(around, cls):
     """``base + IoU - other``, where the plain form is ``1 - other``."""
     pred, target = boxes()
-    base = {"type": cls.__name__, "loss_weight": 0.7, **cls.example}
+    base = {"type": cls.__name__, "loss_weight": 0.7, **cls.facts.example}
     rows = lambda cfg: build_loss({**cfg, "reduction": "none"}).eval()(pred, target)  # noqa: E731
     combined, plain = rows({"type": around, "base": base}), rows({"type": around, "base": None})
     torch.testing.assert_close(combined, rows(base) + plain - iou_losses(pred, target))

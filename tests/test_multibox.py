@@ -252,8 +252,8 @@ def test_hard_negatives_of_one_row():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(neg_pos_ratio=-1), "neg_pos_ratio must be .* at least 0, not -1"),
-        (dict(neg_pos_ratio="3"), "neg_pos_ratio must be"),
+        (dict(neg_pos_ratio=-1), "neg_pos_ratio of MultiBoxLoss must be .* at least 0 .*, not -1"),
+        (dict(neg_pos_ratio="3"), "neg_pos_ratio of MultiBoxLoss must be"),
         (dict(loss_cls=dict(type="GIoULoss")), "loss_cls .* classification or ranking loss, not GIoULoss"),
         (dict(loss_bbox=dict(type="FocalLoss")), "loss_bbox .* regression or box loss, not FocalLoss"),
         (dict(loss_cls=dict(type="APLoss"), neg_pos_ratio=3), "APLoss ranks all negatives; write neg_pos_ratio=None"),

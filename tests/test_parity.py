@@ -3,32 +3,41 @@
 ``tools/compare.py`` does the same on the tensors of real training steps.
 """
 
-import compare
 import pytest
 
-TENSORS = compare.random_tensors()
-PAIRS = [(cls, upstream) for cls in compare.registered().values() for upstream in cls.upstream]
+from detloss_plugins.registry import registered_losses
+from detloss_plugins.testing.parity import compare, random_tensors, verdict
+from detloss_plugins.testing.twins import in_words, load
 
 
-@pytest.mark.parametrize(("cls", "upstream"), PAIRS, ids=lambda x: getattr(x, "__name__", getattr(x, "path", "")))
+def described(cls, upstream):
+    """``FocalLoss(gamma=1.5)-ultralytics.utils.loss.FocalLoss``."""
+    at = f" at {upstream.at}" if upstream.at else ""
+    return f"{cls.__name__}({in_words(upstream.ours)})-{upstream.path}{at}"
+
+
+PAIRS = {described(cls, up): (cls, up) for cls in registered_losses().values() for up in cls.facts.upstream}
+EQUAL = [cls for cls in registered_losses().values() if any(not up.differs for up in cls.facts.upstream)]
+
+
+def worst_of(cls, upstream):
+    if load(upstream.path) is None:
+        pytest.skip(f"{upstream.path} is not installed")
+    return compare(cls, upstream, [random_tensors(cls)])
+
+
+@pytest.mark.parametrize(("cls", "upstream"), PAIRS.values(), ids=PAIRS)
 def test_parity(cls, upstream):
-    worst = compare.compare(cls, upstream, {"random": TENSORS[cls.family]})
-    assert compare.verdict(upstream, worst) in ("PASS", "DIFFERS"), worst
+    worst = worst_of(cls, upstream)
+    assert verdict(upstream, worst) in ("PASS", "DIFFERS"), worst
 
 
-def broken(factor, power):
-    """A function that gets the formula a little wrong."""
-
-    def break_it(function):
-        return staticmethod(lambda pred, target, **hyper: factor * function(pred, target, **hyper) ** power)
-
-    return break_it
-
-
-@pytest.mark.parametrize(("factor", "power"), [(1.0001, 1), (1, 1.0001)])
-def test_a_broken_loss_fails(loss_cls, factor, power, monkeypatch):
-    pairs = [upstream for upstream in loss_cls.upstream if not upstream.differs]
-    monkeypatch.setattr(loss_cls, "fn", broken(factor, power)(loss_cls.fn))
-    for upstream in pairs:
-        worst = compare.compare(loss_cls, upstream, {"random": TENSORS[loss_cls.family]})
-        assert compare.verdict(upstream, worst) == "FAIL"
+@pytest.mark.parametrize("cls", EQUAL, ids=lambda cls: cls.__name__)
+def test_a_formula_that_is_a_little_wrong_fails(cls, monkeypatch):
+    function = cls.fn
+    for factor, power in ((1.0001, 1), (1, 1.0001)):
+        wrong = lambda *args, f=factor, p=power, **hyper: f * function(*args, **hyper) ** p  # noqa: E731
+        monkeypatch.setattr(cls, "fn", staticmethod(wrong))
+        for upstream in cls.facts.upstream:
+            if not upstream.differs:
+                assert verdict(upstream, worst_of(cls, upstream)) == "FAIL", upstream

@@ -17,7 +17,6 @@ from detloss_plugins.losses import (
     distributional_ranking,
     rank_sort_errors,
 )
-from detloss_plugins.losses.ranking.error_driven import CELLS, _by_cells
 
 RANKING = {"APLoss": APLoss, "ALRPLoss": ALRPLoss, "RankSortLoss": RankSortLoss}
 SCORES = [1, 0.2, -0.5, 0.6, 0.1, -0.4, -2]
@@ -178,28 +177,6 @@ def test_definition_on_a_grid(name, positives, negatives, quality, delta):
     qualities = [(quality // 6 ** (i % 4)) % 6 / 6 + 1 / 6 for i in range(len(positives))]
     scores = (torch.tensor(x, dtype=torch.float64) / 4 for x in (positives, negatives))
     check(name, (*scores, torch.tensor(qualities, dtype=torch.float64)), delta, torch.float64, 1e-9)
-
-
-@pytest.mark.parametrize("right", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_look_up_of_many_queries(dtype, right):
-    """The table of cells finds what the binary search finds, at the kinks and their neighbours too."""
-    generator = torch.Generator().manual_seed(0)
-    for count, scale in ((2, 1.0), (40, 1e-3), (4000, 3.0), (4000, 1e3)):
-        kinks = (scale * torch.randn(count, generator=generator, dtype=dtype)).sort().values
-        queries = 2 * scale * torch.randn(CELLS * count + 1, generator=generator, dtype=dtype)
-        beside = torch.nextafter(kinks, kinks - 1), torch.nextafter(kinks, kinks + 1)
-        odd = torch.tensor([torch.inf, -torch.inf, 1e30, -1e30], dtype=dtype)
-        queries = torch.cat([queries, kinks, *beside, odd])
-        found = _by_cells(kinks, queries, torch.ge if right else torch.gt)
-        assert torch.equal(found, torch.searchsorted(kinks, queries, right=right, out_int32=True))
-    nan = _by_cells(kinks, torch.tensor([torch.nan], dtype=dtype), torch.gt)
-    assert nan > 0, "a NaN is not below all kinks, where it would not count"
-
-
-@pytest.mark.parametrize("kinks", [[1.0] * 8, [0.0] * 8 + [1.0], [0.0, torch.inf], [torch.nan, torch.nan]])
-def test_the_table_of_cells_is_not_for_crowds_of_kinks_or_infinite_ones(kinks):
-    assert _by_cells(torch.tensor(kinks), torch.zeros(3), torch.gt) is None
 
 
 def test_localisation_component():

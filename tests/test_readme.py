@@ -33,8 +33,9 @@ def test_mmdetection_block_is_a_config():
 def test_the_example_of_a_new_loss(tmp_path):
     """In a process of its own, so that the example does not join the registry of the other tests."""
     module = tmp_path / "example.py"
-    head = "import math\nimport torch\nimport torch.nn.functional as F\nfrom detloss_plugins import MODELS\n"
-    module.write_text(f"{head}from detloss_plugins.families import RegressionLoss\n{block('LogCoshLoss')}")
+    there = (ROOT / "detloss_plugins/losses/regression.py").read_text(encoding="utf-8")
+    head = there[: there.index("__all__")]  # what the file imports already
+    module.write_text(f"{head}{block('class LogCoshLoss')}", encoding="utf-8")
     code = (
         "import doctest, example\n"
         "from detloss_plugins import build_loss\n"
@@ -42,7 +43,8 @@ def test_the_example_of_a_new_loss(tmp_path):
         "loss = build_loss(dict(type='LogCoshLoss', scale=2.0))\n"
         "pred, target = loss.sample()\n"
         "loss(pred.requires_grad_(), target).backward()\n"
-    )
+        "from example import LogCoshLoss\n"
+    ) + block("check_loss(LogCoshLoss)")
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 

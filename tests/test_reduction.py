@@ -8,7 +8,7 @@ from detloss_plugins.reduction import apply_weight, reduce
 
 @pytest.mark.parametrize(
     ("loss_shape", "weight_shape", "expected_shape"),
-    [((5,), (5,), (5,)), ((5,), (5, 1), (5,)), ((5,), (5, 4), (5,)), ((5, 3), (5,), (5, 3)), ((5, 3), (15,), (5, 3))],
+    [((5,), (5,), (5,)), ((5,), (5, 1), (5,)), ((5,), (5, 4), (5,)), ((5, 3), (5,), (5, 3)), ((5, 3), (5, 1), (5, 3))],
 )
 def test_weight_shapes(loss_shape, weight_shape, expected_shape):
     weight = torch.rand(weight_shape)
@@ -17,10 +17,22 @@ def test_weight_shapes(loss_shape, weight_shape, expected_shape):
     torch.testing.assert_close(weighted.mean(), weight.mean())
 
 
-@pytest.mark.parametrize("weight_shape", [(4,), (3,), (5, 2), (2, 5, 3)])
-def test_weight_that_does_not_fit(weight_shape):
-    with pytest.raises(ValueError, match=r"does not fit losses of shape \(5, 3\)"):
-        apply_weight(torch.ones(5, 3), torch.ones(weight_shape))
+@pytest.mark.parametrize(
+    ("loss_shape", "weight_shape"),
+    [
+        ((5, 3), (4,)),
+        ((5, 3), (3,)),
+        ((5, 3), (5, 2)),
+        ((5, 3), (2, 5, 3)),
+        ((5, 3), (15,)),
+        ((5,), (1, 5)),  # for as many boxes, a row of weights would mean those of one box
+        ((2, 3), (3, 2)),  # as many numbers, in another order
+        ((2, 3), (1, 3)),
+    ],
+)
+def test_weight_that_does_not_fit(loss_shape, weight_shape):
+    with pytest.raises(ValueError, match=rf"weight of shape .* does not fit losses of shape \({loss_shape[0]},"):
+        apply_weight(torch.ones(loss_shape), torch.ones(weight_shape))
 
 
 def test_mean_divides_by_elements_not_by_weights():

@@ -236,10 +236,10 @@ def test_a_step_down_the_gradient_lowers_the_loss(cfg):
     ("cfg", "words"),
     [
         ({"type": "DiceLoss", "use_sigmoid": False}, "use_sigmoid=True, or activate=False"),
-        ({"type": "DiceLoss", "eps": -1.0}, "eps of DiceLoss must be at least 0"),
-        ({"type": "JaccardLoss", "smooth": -1.0}, "smooth of JaccardLoss must be at least 0"),
-        ({"type": "TverskyLoss", "alpha": -0.1}, "alpha of TverskyLoss must be at least 0"),
-        ({"type": "TverskyLoss", "gamma": 0.0}, "gamma of TverskyLoss must be above 0"),
+        ({"type": "DiceLoss", "eps": -1.0}, "eps of DiceLoss must be a number of at least 0"),
+        ({"type": "JaccardLoss", "smooth": -1.0}, "smooth of JaccardLoss must be a number of at least 0"),
+        ({"type": "TverskyLoss", "alpha": -0.1}, "alpha of TverskyLoss must be a number of at least 0"),
+        ({"type": "TverskyLoss", "gamma": 0.0}, "gamma of TverskyLoss must be a number above 0"),
     ],
     ids=str,
 )
@@ -249,7 +249,8 @@ def test_wrong_settings(cfg, words):
 
 
 def test_probabilities_need_no_activation():
-    build_loss({"type": "DiceLoss", "use_sigmoid": False, "activate": False})
+    loss = build_loss({"type": "DiceLoss", "use_sigmoid": False, "activate": False})
+    assert loss(*double(T, T)) == build_loss({"type": "DiceLoss"})(1e4 * double(T, T)[0] - 5e3, double(T)[0])
 
 
 @every_loss

@@ -8,6 +8,7 @@ import torch
 
 from detloss_plugins import build_loss
 from detloss_plugins.families import RotatedLoss
+from detloss_plugins.registry import loss_class
 
 PAIR = [5.0, 5, 8, 4, 0.3], [5.5, 4.6, 7, 4.5, 0.5]
 # Settings and the loss of PAIR, computed from the papers' formulas outside this package, to 6 digits.
@@ -34,6 +35,8 @@ WORKED = [
     ({"type": "ProbIoULoss", "mode": "l2"}, 0.042244),
 ]
 SETTINGS = [cfg for cfg, _ in WORKED] + [{"type": "ProbIoULoss", "floor": 0.01}]
+NAMES = ("ProbIoULoss", "GWDLoss", "KLDLoss", "KFIoULoss")
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 MINIMUM = {  # for identical boxes; 0 for what is not here
     "GWDLoss": lambda cfg: 1 - 1 / cfg.get("tau", 2) if cfg.get("tau", 2) else 0,
     "KFIoULoss": lambda cfg: {"log": math.log(3), "exp": math.expm1(2 / 3)}.get(cfg.get("mode"), 2 / 3),
@@ -52,15 +55,15 @@ def minimum(cfg):
     return MINIMUM.get(cfg["type"], lambda _: 0.0)(cfg)
 
 
-@pytest.fixture(params=SETTINGS, ids=describe)
-def cfg(request):
-    return request.param
-
-
-@pytest.fixture
-def rows(cfg):
+def of_rows(cfg):
     """The loss as a function of boxes, one value a row."""
     return build_loss({**cfg, "reduction": "none"})
+
+
+@pytest.fixture(params=NAMES)
+def settings(request):
+    """One of the losses under all its settings, ``[(config, function of boxes), ...]``."""
+    return [(cfg, of_rows(cfg)) for cfg in SETTINGS if cfg["type"] == request.param]
 
 
 def gradient(loss, pred, target):
@@ -128,14 +131,15 @@ FORMULAS = [
 @pytest.mark.parametrize(("cfg", "formula"), FORMULAS, ids=[describe(cfg) for cfg, _ in FORMULAS])
 def test_the_papers_matrix_formulas(cfg, formula):
     pred, target = RotatedLoss.sample(500, dtype=torch.float64)
-    loss = build_loss({**cfg, "reduction": "none"})
+    loss = of_rows(cfg)
     torch.testing.assert_close(loss(pred, target), formula(pred, target), rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(gradient(loss, pred, target), gradient(formula, pred, target), rtol=1e-7, atol=1e-7)
 
 
-def test_gradient_is_the_derivative(rows):
+def test_gradient_is_the_derivative(settings):
     pred, target = RotatedLoss.sample(8, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda p: rows(p, target), pred.requires_grad_())
+    for _, rows in settings:
+        assert torch.autograd.gradcheck(lambda p, rows=rows: rows(p, target), pred.requires_grad_())
 
 
 EXTREME = {
@@ -162,44 +166,52 @@ EXTREME = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", EXTREME)
-def test_extreme_boxes(cfg, rows, case, dtype, device):
-    pred, target = (torch.tensor([box], device=device).clamp(max=6e4).to(dtype) for box in EXTREME[case])
-    assert rows(pred, target).isfinite().all()
-    slope = gradient(rows, pred, target)
-    if dtype == torch.float16 and (cfg.get("fun") == "none" or cfg.get("mode") == "l2"):
-        # A distance itself grows with (gap / thickness)^2, and its gradient is more than float16 can hold.
-        slope = slope.where(gradient(rows, pred.float(), target.float()).abs() <= torch.finfo(dtype).max, 0)
-    assert slope.isfinite().all()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_extreme_boxes(settings, dtype, device):
+    for cfg, rows in settings:
+        for case, boxes in EXTREME.items():
+            pred, target = (torch.tensor([box], device=device).clamp(max=6e4).to(dtype) for box in boxes)
+            assert rows(pred, target).isfinite().all(), case
+            slope = gradient(rows, pred, target)
+            if dtype == torch.float16 and (cfg.get("fun") == "none" or cfg.get("mode") == "l2"):
+                # A distance itself grows with (gap / thickness)^2, and its gradient is more than float16 can hold.
+                largest = torch.finfo(dtype).max
+                slope = slope.where(gradient(rows, pred.float(), target.float()).abs() <= largest, 0)
+            assert slope.isfinite().all(), case
 
 
-def test_a_side_of_no_length_counts_as_eps(cfg):
+def test_a_side_of_no_length_counts_as_eps(settings):
     pred, target = torch.tensor([[5.0, 5, 0, 3, 0.3], [5, 5, -2, 3, 0.3]]), torch.tensor([[6.0, 6, 8, 4, 0.9]] * 2)
-    loss = build_loss({**cfg, "reduction": "none", "eps": 0.01})
     thin = pred.clone()
     thin[:, 2] = 0.08
-    if not cfg.get("floor"):
-        torch.testing.assert_close(loss(pred, target), loss(thin, target))
-    assert (gradient(loss, pred, target)[:, 2] == 0).all()
+    for cfg, _ in settings:
+        loss = of_rows({**cfg, "eps": 0.01})
+        if not cfg.get("floor"):
+            torch.testing.assert_close(loss(pred, target), loss(thin, target))
+        assert (gradient(loss, pred, target)[:, 2] == 0).all()
 
 
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
-def test_identical_boxes_are_the_minimum(cfg, rows, scale, device):
-    target = RotatedLoss.sample(500)[1].to(device)
-    target[:, :4] *= scale
-    value = rows(target.clone(), target)
-    torch.testing.assert_close(value, torch.full_like(value, minimum(cfg)), atol=1e-6, rtol=0)
-    assert gradient(rows, target, target).abs().max() <= 1e-5 / scale
-    pred = RotatedLoss.sample(500, seed=1)[0].to(device)
-    pred[:, :4] *= scale
-    assert rows(pred, target).min() >= minimum(cfg) - 1e-6
-    assert rows(target + scale * torch.tensor([1.0, 0, 0, 0, 0]), target).min() >= minimum(cfg) - 1e-6
+def test_identical_boxes_are_the_minimum(settings, device):
+    def scaled(boxes):
+        return torch.cat([scale * boxes[:, :4], boxes[:, 4:]], -1).to(device)
+
+    for scale in (1e-3, 1.0, 1e3):
+        target, pred = scaled(RotatedLoss.sample(500)[1]), scaled(RotatedLoss.sample(500, seed=1)[0])
+        moved = target + scale * torch.tensor([1.0, 0, 0, 0, 0], device=device)
+        for cfg, rows in settings:
+            value = rows(target.clone(), target)
+            torch.testing.assert_close(value, torch.full_like(value, minimum(cfg)), atol=1e-6, rtol=0)
+            assert gradient(rows, target, target).abs().max() <= 1e-5 / scale
+            assert rows(pred, target).min() >= minimum(cfg) - 1e-6
+            assert rows(moved, target).min() >= minimum(cfg) - 1e-6
 
 
-def test_the_class_states_its_minimum():
-    for name in ("ProbIoULoss", "GWDLoss", "KLDLoss", "KFIoULoss"):
-        assert type(build_loss({"type": name})).minimum == pytest.approx(minimum({"type": name}))
+def test_facts():
+    for name in NAMES:
+        facts = loss_class(name).facts
+        assert facts.minimum == pytest.approx(minimum({"type": name}))
+        assert facts.symmetric == (name in ("ProbIoULoss", "GWDLoss"))
+        assert facts.scale_invariant == unit_free({"type": name})
 
 
 def turned(boxes, angle):
@@ -209,88 +221,86 @@ def turned(boxes, angle):
     return torch.cat([torch.stack([x * cos - y * sin, x * sin + y * cos], -1), boxes[:, 2:4], boxes[:, 4:] + angle], -1)
 
 
-def test_one_box_has_many_names(rows, device):
+def test_one_box_has_many_names(settings, device):
     pred, target = (x.to(device) for x in RotatedLoss.sample(200))
     other = {
         "swapped sides": lambda b: b[:, [0, 1, 3, 2, 4]] + b.new_tensor([0, 0, 0, 0, math.pi / 2]),
         "half a turn": lambda b: b + b.new_tensor([0, 0, 0, 0, math.pi]),
     }
-    expected = rows(pred, target)
-    for name in other.values():
-        for p, t in ((name(pred), target), (pred, name(target)), (name(pred), name(target))):
-            torch.testing.assert_close(rows(p, t), expected, rtol=1e-4, atol=1e-5)
+    for _, rows in settings:
+        expected = rows(pred, target)
+        for name in other.values():
+            for p, t in ((name(pred), target), (pred, name(target)), (name(pred), name(target))):
+                torch.testing.assert_close(rows(p, t), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_invariances(cfg, rows, device):
+def test_invariances(settings, device):
+    """Those that hold, and that the others do not."""
     pred, target = (x.to(device) for x in RotatedLoss.sample(200))
-    expected = rows(pred, target)
     moved = [b + b.new_tensor([64, -32, 0, 0, 0]) for b in (pred, target)]
-    torch.testing.assert_close(rows(*moved), expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(rows(turned(pred, 0.7), turned(target, 0.7)), expected, rtol=1e-3, atol=1e-4)
-    for scale in (1e-3, 1 / 32, 1e3):
-        scaled = rows(*(torch.cat([scale * b[:, :4], b[:, 4:]], -1) for b in (pred, target)))
-        if unit_free(cfg):
-            torch.testing.assert_close(scaled, expected, atol=1e-4, rtol=1e-4)
-        elif scale != 1e3:  # a floor vanishes beside boxes so large
-            assert (scaled - expected).abs().max() > 1e-3
-    symmetric = cfg["type"] in ("ProbIoULoss", "GWDLoss") or cfg.get("center_weight") == 0
-    swapped = rows(target, pred)
-    if symmetric:
-        torch.testing.assert_close(swapped, expected, rtol=1e-4, atol=1e-5)
-    else:
-        assert (swapped - expected).abs().max() > 1e-2
+    for cfg, rows in settings:
+        expected = rows(pred, target)
+        torch.testing.assert_close(rows(*moved), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(rows(turned(pred, 0.7), turned(target, 0.7)), expected, rtol=1e-3, atol=1e-4)
+        for scale in (1e-3, 1 / 32, 1e3):
+            scaled = rows(*(torch.cat([scale * b[:, :4], b[:, 4:]], -1) for b in (pred, target)))
+            if unit_free(cfg):
+                torch.testing.assert_close(scaled, expected, atol=1e-4, rtol=1e-4)
+            elif scale != 1e3:  # a floor vanishes beside boxes so large
+                assert (scaled - expected).abs().max() > 1e-3
+        swapped = rows(target, pred)
+        if cfg["type"] in ("ProbIoULoss", "GWDLoss") or cfg.get("center_weight") == 0:
+            torch.testing.assert_close(swapped, expected, rtol=1e-4, atol=1e-5)
+        else:
+            assert (swapped - expected).abs().max() > 1e-2
 
 
-def test_facts_hold(device):
-    for name in ("ProbIoULoss", "GWDLoss", "KLDLoss", "KFIoULoss"):
-        cls = type(build_loss({"type": name}))
-        assert cls.symmetric == (name in ("ProbIoULoss", "GWDLoss"))
-        assert cls.scale_invariant == unit_free({"type": name})
-
-
-def test_a_square_has_no_angle(rows):
-    pred, target = RotatedLoss.sample(50)
+def test_a_square_has_no_angle(settings, device):
+    pred, target = (x.to(device) for x in RotatedLoss.sample(50))
     pred[:, 3] = pred[:, 2]
-    assert (gradient(rows, pred, target)[:, 4] == 0).all()
-    quarter = pred + torch.tensor([0, 0, 0, 0, 0.6])
-    torch.testing.assert_close(rows(quarter, target), rows(pred, target), rtol=1e-5, atol=1e-6)
+    other = pred + torch.tensor([0, 0, 0, 0, 0.6], device=device)
+    for _, rows in settings:
+        assert (gradient(rows, pred, target)[:, 4] == 0).all()
+        torch.testing.assert_close(rows(other, target), rows(pred, target), rtol=1e-5, atol=1e-6)
 
 
-def test_the_two_sides_of_a_square_are_not_mixed(rows):
+def test_the_two_sides_of_a_square_are_not_mixed(settings):
     """A square whose target is longer in one direction has another gradient on each side."""
     square = torch.tensor([[1.0, 2, 5, 5, 0.2]], dtype=torch.float64)
     target = torch.tensor([[1.5, 2, 9, 5, 0.3]], dtype=torch.float64)
-    actual = gradient(rows, square, target)[0]
-    for i in range(5):
-        step = torch.zeros_like(square)
-        step[0, i] = 1e-6
-        slope = (rows(square + step, target) - rows(square - step, target)) / 2e-6
-        assert actual[i].item() == pytest.approx(slope.item(), abs=1e-7)
-    assert abs(actual[2] - actual[3]) > 1e-4
+    for _, rows in settings:
+        actual = gradient(rows, square, target)[0]
+        for i in range(5):
+            step = torch.zeros_like(square)
+            step[0, i] = 1e-6
+            slope = (rows(square + step, target) - rows(square - step, target)) / 2e-6
+            assert actual[i].item() == pytest.approx(slope.item(), abs=1e-7)
+        assert abs(actual[2] - actual[3]) > 1e-4
 
 
 def approach(steps=200):
-    """A box that comes from far away, over its target of the same size: the last step is the target's centre."""
+    """A box that comes from far away, over its target of the same size: the last step is the target's center."""
     target = torch.tensor([[100.0, 100, 40, 20, 0.5]]).expand(steps, 5)
     way = torch.linspace(900, 0, steps).unsqueeze(-1) * torch.tensor([0.8, -0.6])
     return torch.cat([target[:, :2] + way, target[:, 2:]], -1), target
 
 
-def test_loss_falls_as_a_box_approaches(cfg, rows):
+def test_loss_falls_as_a_box_approaches(settings):
     pred, target = approach()
-    value, slope = rows(pred, target), gradient(rows, pred, target)
-    towards = (slope[:-1, :2] * (pred - target)[:-1, :2]).sum(-1)
-    if cfg.get("center_weight") == 0:  # KFIoU alone does not see the centres
-        torch.testing.assert_close(value, value[-1:].expand_as(value))
-        assert (slope[:, :2] == 0).all()
-    elif cfg["type"] == "ProbIoULoss" and cfg.get("mode") != "l2":  # saturates
-        assert (value.diff() <= 0).all()
-        assert (towards >= 0).all()
-        assert (slope[0] == 0).all()
-        assert value[0] == 1
-    else:
-        assert (value.diff() < 0).all()
-        assert (towards > 0).all()
+    for cfg, rows in settings:
+        value, slope = rows(pred, target), gradient(rows, pred, target)
+        towards = (slope[:-1, :2] * (pred - target)[:-1, :2]).sum(-1)
+        if cfg.get("center_weight") == 0:  # KFIoU alone does not see the centers
+            torch.testing.assert_close(value, value[-1:].expand_as(value))
+            assert (slope[:, :2] == 0).all()
+        elif cfg["type"] == "ProbIoULoss" and cfg.get("mode") != "l2":  # saturates
+            assert (value.diff() <= 0).all()
+            assert (towards >= 0).all()
+            assert (slope[0] == 0).all()
+            assert value[0] == 1
+        else:
+            assert (value.diff() < 0).all()
+            assert (towards > 0).all()
 
 
 def test_probiou_l1_has_no_offset_and_a_finite_slope(device):
@@ -315,28 +325,29 @@ def test_probiou_floor_adds_to_both_variances():
 
 
 @pytest.mark.parametrize(("nearness", "accuracy"), [(1, 1e-4), (1e-3, 2e-3)])
-def test_float32_is_as_good_as_float64(cfg, rows, nearness, accuracy):
+def test_float32_is_as_good_as_float64(settings, nearness, accuracy):
     """Boxes 1e-4 to 1e5 long. Of those a thousandth of their size apart, three digits of the difference are lost."""
     pred, target = RotatedLoss.sample(500)
     pred = target + nearness * (pred - target)
-    for scale in (1.0, 1e3) if cfg.get("floor") else (1e-5, 1e-3, 1.0, 1e3):  # a floor drowns small boxes on purpose
-        p, t = (torch.cat([scale * b[:, :4], b[:, 4:]], -1) for b in (pred, target))
-        torch.testing.assert_close(rows(p, t).double(), rows(p.double(), t.double()), rtol=accuracy / 10, atol=2e-7)
-        unit = torch.tensor([1 / scale] * 4 + [1], dtype=torch.float64)
-        got, want = (gradient(rows, p.to(x), t.to(x)) / unit for x in (torch.float32, torch.float64))
-        assert ((got - want).abs() <= accuracy * want.abs().amax(-1, keepdim=True) + 1e-9).all()
+    for cfg, rows in settings:
+        for scale in (1.0, 1e3) if cfg.get("floor") else (1e-5, 1e-3, 1.0, 1e3):  # a floor drowns small boxes
+            p, t = (torch.cat([scale * b[:, :4], b[:, 4:]], -1) for b in (pred, target))
+            torch.testing.assert_close(rows(p, t).double(), rows(p.double(), t.double()), rtol=accuracy / 10, atol=2e-7)
+            unit = torch.tensor([1 / scale] * 4 + [1], dtype=torch.float64)
+            got, want = (gradient(rows, p.to(x), t.to(x)) / unit for x in (torch.float32, torch.float64))
+            assert ((got - want).abs() <= accuracy * want.abs().amax(-1, keepdim=True) + 1e-9).all()
 
 
-@pytest.mark.parametrize("cfg", [{"type": t} for t in ("ProbIoULoss", "GWDLoss", "KLDLoss", "KFIoULoss")], ids=describe)
-def test_each_loss_alone_finds_its_target(cfg):
-    """Gradient descent on centre, logarithms of the sides and angle brings boxes onto their targets."""
+@pytest.mark.parametrize("name", NAMES)
+def test_each_loss_alone_finds_its_target(name):
+    """Gradient descent on center, logarithms of the sides and angle brings boxes onto their targets."""
     start, target = RotatedLoss.sample(64, seed=2)
     sides = target[:, 2:4].sort(-1).values
     target = target[sides[:, 1] > 1.3 * sides[:, 0]]  # a square has no angle to find
     start = start[sides[:, 1] > 1.3 * sides[:, 0]]
     free = torch.cat([start[:, :2] / 100, start[:, 2:4].log(), start[:, 4:]], -1).requires_grad_()
     boxes = lambda x: torch.cat([x[:, :2] * 100, x[:, 2:4].exp(), x[:, 4:]], -1)  # noqa: E731
-    loss, optimizer = build_loss(cfg), torch.optim.Adam([free], lr=0.03)
+    loss, optimizer = build_loss({"type": name}), torch.optim.Adam([free], lr=0.03)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 600)
     for _ in range(600):
         optimizer.zero_grad()
@@ -347,11 +358,13 @@ def test_each_loss_alone_finds_its_target(cfg):
     assert (left < 1e-3).float().mean() > 0.95
 
 
-def test_weight_of_five_columns(rows):
+def test_weight_of_five_columns():
     pred, target = RotatedLoss.sample(8)
     weight = torch.arange(8.0)
     columns = weight.unsqueeze(-1).expand(8, 5)
-    torch.testing.assert_close(rows(pred, target, columns), rows(pred, target) * weight)
+    for cfg in SETTINGS:
+        rows = of_rows(cfg)
+        torch.testing.assert_close(rows(pred, target, columns), rows(pred, target) * weight)
 
 
 WRONG = [
@@ -372,11 +385,13 @@ def test_wrong_settings(cfg, message):
         build_loss(cfg)
 
 
-def test_wrong_shapes(rows):
-    with pytest.raises(ValueError, match=r"\(2, 5\) and target \(3, 5\)"):
-        rows(torch.rand(2, 5), torch.rand(3, 5))
-    with pytest.raises(ValueError, match=r"5 values .* not 4"):
-        rows(torch.rand(2, 4), torch.rand(2, 4))
+def test_wrong_shapes():
+    for name in NAMES:
+        loss = build_loss({"type": name})
+        with pytest.raises(ValueError, match=r"\(2, 5\) and target \(3, 5\)"):
+            loss(torch.rand(2, 5), torch.rand(3, 5))
+        with pytest.raises(ValueError, match=r"5 values .* not 4"):
+            loss(torch.rand(2, 4), torch.rand(2, 4))
 
 
 def test_samples_are_varied():

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from compare import registered
 from mmengine.dist import all_reduce_params
-from ranks import two_ranks
+from support.ranks import two_ranks
 
-from detloss_plugins.base import average_state
+from detloss_plugins.loss import average_state
+from detloss_plugins.registry import registered_losses
 
 # Settings that give a loss its state where the defaults do not.
 MOMENTUM = {"GHMC": {"momentum": 0.75}, "GHMR": {"momentum": 0.7}}
@@ -18,7 +18,7 @@ def make(cls):
     return cls.make(**MOMENTUM.get(cls.__name__, {}))
 
 
-STATEFUL = [cls for cls in registered().values() if make(cls).state_dict()]
+STATEFUL = [cls for cls in registered_losses().values() if make(cls).state_dict()]
 stateful = pytest.mark.parametrize("cls", STATEFUL, ids=lambda cls: cls.__name__)
 
 
@@ -49,7 +49,7 @@ def test_a_loss_on_positives_waits_for_no_other_rank(cls, monkeypatch):
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "all_reduce", waited.append)
     call(make(cls))
-    assert bool(waited) == cls.every_rank == (cls.family == "classification")
+    assert bool(waited) == cls.facts.every_rank == (cls.facts.family == "classification")
 
 
 @stateful
@@ -106,7 +106,7 @@ def rank_states(rank):
     for cls in STATEFUL:
         loss = make(cls)
         call(loss, seed=rank)
-        if not cls.every_rank:
+        if not cls.facts.every_rank:
             hooked = copy.deepcopy(loss)
             average_state(loss)  # what the Ultralytics adapter does in every step
             all_reduce_params(hooked.buffers(), op="mean")  # what mmengine's SyncBuffersHook does after an epoch

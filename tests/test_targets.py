@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from compare import registered
 
 from detloss_plugins import build_loss
 from detloss_plugins.losses import (
@@ -16,14 +15,15 @@ from detloss_plugins.losses import (
     KLDivLoss,
     PolyLoss,
 )
+from detloss_plugins.registry import registered_losses
 
 LABEL = torch.tensor([0, 2, 3, 1])  # 3 is background
 QUALITY = torch.tensor([0.4, 0.9, 0.0, 1.0])
 DENSE = torch.tensor([[1.0, 0, 0], [0, 0, 1], [0, 0, 0], [0, 1, 0]])
 SIGMOID = [
-    {"type": name, **{key: value for key, value in cls.example.items() if key != "num_classes"}}
-    for name, cls in registered().items()
-    if cls.family == "classification" and cls.make().use_sigmoid
+    {"type": name, **{key: value for key, value in cls.facts.example.items() if key != "num_classes"}}
+    for name, cls in registered_losses().items()
+    if cls.facts.family == "classification" and cls.make().use_sigmoid
 ]
 SOFTMAX = [
     {"type": "CrossEntropyLoss"},
@@ -37,7 +37,7 @@ EVERY = [*SIGMOID, *SOFTMAX]
 
 def build(cfg, classes=3, **settings):
     """A frozen loss for so many classes; one with state gives the same result twice only when it is frozen."""
-    known = {"num_classes": classes} if hasattr(registered()[cfg["type"]].make(), "num_classes") else {}
+    known = {"num_classes": classes} if hasattr(registered_losses()[cfg["type"]].make(), "num_classes") else {}
     return build_loss({**cfg, **known, **settings}).eval()
 
 
@@ -281,6 +281,12 @@ def test_ignore_index(use_sigmoid, logits):
     valid_only(logits, nothing).backward()
 
 
+def test_labels_below_zero_and_the_ignored_one_cost_nothing(logits):
+    label = torch.tensor([0, -1, 255, -100])
+    rows = CrossEntropyLoss(ignore_index=255)(logits, label, reduction_override="none")
+    assert (rows == 0).tolist() == [False, True, True, True]
+
+
 @pytest.mark.parametrize(
     "cfg",
     [
@@ -349,8 +355,9 @@ def test_bad_settings_fail_at_construction():
         ({"type": "HuberLoss", "delta": 0.0}, "delta"),
         ({"type": "BalancedL1Loss", "beta": 0.0}, "beta"),
         ({"type": "BalancedL1Loss", "alpha": -0.5}, "alpha"),
+        ({"type": "FocalLoss", "alpha": [0.5, 1.0, 2.0]}, r"alpha of FocalLoss must be in \[0, 1\]"),
     ):
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises((TypeError, ValueError), match=words):
             build_loss(cfg)
 
 

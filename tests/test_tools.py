@@ -15,11 +15,12 @@ import table
 import timing
 import torch
 import train
-import twins
 from mmengine.config import ConfigDict
 
-from detloss_plugins.base import Upstream
+from detloss_plugins.facts import Upstream
 from detloss_plugins.losses import FocalLoss, GIoULoss, ap_loss
+from detloss_plugins.registry import registered_losses
+from detloss_plugins.testing import parity, twins
 
 
 def refused(capsys, *argv, status):
@@ -107,8 +108,8 @@ def test_compare_command(tmp_path, capsys, monkeypatch):
 
 def test_a_documented_difference_that_is_none_fails():
     same = Upstream("mmdet.models.losses.GIoULoss", differs="it does not")
-    worst = compare.compare(GIoULoss, same, {"random": GIoULoss.sample()})
-    assert compare.verdict(same, worst) == "FAIL"
+    worst = parity.compare(GIoULoss, same, [GIoULoss.sample()])
+    assert parity.verdict(same, worst) == "FAIL"
 
 
 @pytest.mark.parametrize(("name", "row"), [("losses", "| `CIoULoss` | box |"), ("detectors", "| `RTDETRDecoder` |")])
@@ -192,8 +193,8 @@ def test_both_sides_of_a_contest_compute_the_same(loss_cls):
 
 
 def test_every_counterpart_has_its_contest():
-    for cls in compare.registered().values():
-        expected = {upstream.path for upstream in cls.upstream if not upstream.differs}
+    for cls in registered_losses().values():
+        expected = {upstream.path for upstream in cls.facts.upstream if not upstream.differs}
         assert {upstream.path for contest in cases.contests(cls) for upstream in contest.twins} == expected
 
 
@@ -244,7 +245,7 @@ def test_bench_command(tmp_path, capsys, tiny):
 
 
 def test_bench_compiled(tiny):
-    args = bench.parse(["--loss", "L1Loss", "--case", "40", "--runs", "2", "--dtype", "float32", "--device", "cpu"])
+    args = bench.parse(["--loss", "GIoULoss", "--case", "40", "--runs", "2", "--dtype", "float32", "--device", "cpu"])
     rows = bench.rows(args.names, args)
     (compiled,) = [row for row in rows if row["who"] == "ours compiled"]
     assert not compiled["note"]
@@ -270,6 +271,7 @@ def test_who_does_not_run_is_in_the_table(tmp_path, monkeypatch, tiny):
 def made_up(who, ms, family="classification", loss="FocalLoss", case=cases.YOLO, **more):
     row = {"loss": loss, "family": family, "settings": "", "form": "index", "case": case, "dtype": "float32"}
     row |= {"device": "cpu", "who": who, "theirs": "", "ms": ms, "low": ms, "high": ms, "of_pred": 2.0, "kernels": 4}
+    row["of_pred_without"] = 1.0
     return row | {"bandwidth": 0.5, "note": "", **more}
 
 
@@ -284,13 +286,15 @@ def test_bars():
     rows = made_up_rows()
     assert rows[2]["faster"] == {"eager": 2.5, "compiled": 5.0}
     verdicts = [bar["verdict"] for bar in speed_page.check_bars(rows)]
-    assert verdicts == ["HOLDS", "MISSED", "HOLDS", "MISSED", "HOLDS", "HOLDS", "NOT MEASURED", "NOT MEASURED"]
-    missed = speed_page.check_bars(rows)[3]
-    assert missed["figure"] == "worst 0.90 (CIoULoss, 10k, float32, cpu, ultralytics.bbox_iou); 2 of 3 hold"
-    rows[0]["of_pred"] = 3.1
-    assert speed_page.check_bars(rows)[5]["verdict"] == "MISSED"
-    on_gpu = [made_up("ours compiled", 2.0, device="cuda", kernels=4, bandwidth=0.7)]
-    assert [bar["verdict"] for bar in speed_page.check_bars(on_gpu)][-2:] == ["MISSED", "HOLDS"]
+    assert verdicts == ["HOLDS"] * 7 + ["NOT MEASURED"] * 4
+    slow = bench.with_ratios([made_up("ours eager", 5.0, family="box", loss="CIoULoss", case="10k"), rows[-1]])
+    missed = speed_page.check_bars([*rows[:3], *slow, {**rows[-1], "faster": {"eager": 0.7, "compiled": 2.0}}])
+    assert [bar["verdict"] for bar in missed[2:4]] == ["MISSED", "MISSED"]
+    assert missed[3]["figure"].startswith("worst 1.43 (CIoULoss, 10k, float32, cpu, ultralytics.bbox_iou); ")
+    for key, place in (("of_pred", 5), ("of_pred_without", 6)):
+        assert speed_page.check_bars([{**rows[0], key: 3.1}, *rows[1:]])[place]["verdict"] == "MISSED"
+    on_gpu = [made_up("ours compiled", 2.0, device="cuda", kernels=6)]
+    assert speed_page.check_bars(on_gpu)[-1]["verdict"] == "MISSED"
 
 
 def test_the_page_lists_where_ours_is_slower(tmp_path):

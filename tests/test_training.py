@@ -10,14 +10,6 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-def train(work_dir, *arguments):
-    """Run tools/train.py; return its mAP50 and what it printed."""
-    command = [sys.executable, str(ROOT / "tools" / "train.py"), *arguments, "--work-dir", str(work_dir)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return float(re.search(r"^mAP50 ([\d.]+)", done.stdout, re.MULTILINE)[1]), done.stdout
-
-
 @pytest.mark.slow
 def test_main_job(tmp_path):
     map50, printed = train(tmp_path / "run")

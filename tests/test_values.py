@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from detloss_plugins import build_loss
-from detloss_plugins.geometry import Pair, aspect_weight
+from detloss_plugins.geometry import Pair
 from detloss_plugins.losses import confidence_weight
 
 BOX_A = ([1.0, 2, 5, 7], [2.0, 1, 7, 6])
@@ -104,14 +104,17 @@ def test_building_blocks_of_the_catalogue():
     pair = Pair(pred, target, 1e-7)
     close(pair.iou, (0.363636, 0.723562, 0.0))
     close(pair.union, (33.0, 97.02, 12.0))
-    close(pair.hull.t(), ((6.0, 6.0), (9.9, 10.0), (6.0, 7.0)))
-    close(pair.distance2, (3.25, 0.8125, 32.0))
-    v = pair.aspect_gap()
+    close(pair.enclosing_width, (6.0, 9.9, 6.0))
+    close(pair.enclosing_height, (6.0, 10.0, 7.0))
+    close(pair.center_distance2, (3.25, 0.8125, 32.0))
+    v = pair.aspect_ratio_term
     close(v, (0.004963, 0.011806, 0.041956))
-    close(aspect_weight(v, pair.iou, None, 1e-7)[1], 0.040958)
-    close(pair.slant()[0], 0.923077)
-    close((1 - torch.exp((pair.slant() - 2) * pair.over_hull2(pair.offset))).sum(0)[0], 0.094564)
-    close((1 - torch.exp(-pair.side_change())).pow(4).sum(0)[0], 0.001080)
+    close((pair.aspect_ratio_penalty() / v)[1], 0.040958)
+    dx, dy = pair.center_offset
+    slant = 2 * (dx * dy).abs() / pair.center_distance2
+    close(slant[0], 0.923077)
+    close(sum(1 - torch.exp((slant - 2) * share) for share in pair.over_enclosing2(dx, dy))[0], 0.094564)
+    close(sum((1 - torch.exp(-change)).pow(4) for change in pair.side_change)[0], 0.001080)
 
 
 def logits(*probabilities):

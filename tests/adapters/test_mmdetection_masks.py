@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from compare import registered
 from mmdet.registry import MODELS as MMDET_MODELS
 from mmdet.structures import DetDataSample
 from mmdet.structures.mask import BitmapMasks
@@ -15,11 +14,9 @@ from mmengine.config import Config
 from mmengine.hub import get_config
 from mmengine.runner import set_random_seed
 from mmengine.structures import InstanceData
-from test_mmdetection import backward, build, dicts, mmdet_scope
 
-from detloss_plugins.registry import loss_class
+from detloss_plugins.registry import loss_class, registered_losses
 
-__all__ = ["mmdet_scope"]  # a fixture of the tests here too
 
 # mmdet's config, the key of its mask loss, and layers that predict masks.
 HEADS = {
@@ -32,7 +29,7 @@ HEADS = {
     "MaskFormer": ("maskformer/maskformer_r50_ms-16xb1-75e_coco.py", "loss_dice", "panoptic_head.mask_embed"),
     "Mask2Former": ("mask2former/mask2former_r50_8xb2-lsj-50e_coco.py", "loss_dice", "panoptic_head.mask_embed"),
 }
-LOSSES = [name for name, cls in registered().items() if cls.family == "region"]
+LOSSES = [name for name, cls in registered_losses().items() if cls.facts.family == "region"]
 
 
 @pytest.fixture(scope="module")

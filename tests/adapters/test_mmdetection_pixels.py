@@ -7,7 +7,6 @@ import inspect
 
 import pytest
 import torch
-from compare import registered
 from mmdet.models import dense_heads
 from mmdet.registry import MODELS as MMDET_MODELS
 from mmdet.structures import DetDataSample
@@ -19,6 +18,7 @@ from mmengine.structures import InstanceData
 
 from detloss_plugins.adapters import mmdetection
 from detloss_plugins.losses import NWDLoss
+from detloss_plugins.registry import registered_losses
 
 STRIDES = [8, 16, 32]
 ANCHORS = dict(type="AnchorGenerator", ratios=[1.0], octave_base_scale=4, scales_per_octave=1, strides=STRIDES)
@@ -69,7 +69,7 @@ HEADS = {
         strides=STRIDES, regress_ranges=RANGES, loss_cls=dict(type="mmdet.GaussianFocalLoss", pos_weight=0.25)
     ),
 }
-IN_PIXELS = [cls for cls in registered().values() if cls.family == "box" and not cls.scale_invariant]
+IN_PIXELS = [cls for cls in registered_losses().values() if cls.facts.family == "box" and not cls.facts.scale_invariant]
 SIGMOID = dict(use_sigmoid=True)
 every_head = pytest.mark.parametrize("name", HEADS)
 
@@ -207,7 +207,7 @@ def test_boxes_are_the_images(name, samples):
 def test_a_step_with_a_constant_in_pixels(name, loss, samples):
     if (name, loss.__name__) == ("CenterNetUpdateHead", "BoundedIoULoss"):
         pytest.skip("this head takes one loss a box only, not one a coordinate")
-    box = dict(type=f"detloss_plugins.{loss.__name__}", **loss.example)
+    box = dict(type=f"detloss_plugins.{loss.__name__}", **loss.facts.example)
     (expected, _), (found, gradients) = (backward(head(name, prefix, box), samples) for prefix in ("", "Pixel"))
     changed = {key for key in found if found[key] != expected[key]}
     assert changed

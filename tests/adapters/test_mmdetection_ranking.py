@@ -12,14 +12,10 @@ from mmdet.structures.bbox import bbox_overlaps
 from mmengine.config import ConfigDict
 from mmengine.runner import set_random_seed
 from mmengine.structures import InstanceData
-from test_mmdetection import CONFIG_DIR, Interrupt, mmdet_scope, run, small
 
 from detloss_plugins.losses import ALRPLoss, APLoss, DRLoss, GIoULoss, RankSortLoss, rank_sort_errors
 
-__all__ = ["mmdet_scope"]  # a fixture of the tests here too
 
-STRIDES = [8, 16, 32]
-CLASSES = 4
 ANCHORS = dict(type="AnchorGenerator", ratios=[1.0], octave_base_scale=2, scales_per_octave=2, strides=STRIDES)
 MAX_IOU = dict(type="MaxIoUAssigner", pos_iou_thr=0.5, neg_iou_thr=0.4, min_pos_iou=0, ignore_iof_thr=0.5)
 HEADS = {
@@ -27,31 +23,8 @@ HEADS = {
     "ATSSHead": dict(assigner=dict(type="ATSSAssigner", topk=9)),
 }
 LOSSES = {cls.__name__: cls for cls in (APLoss, ALRPLoss, RankSortLoss, DRLoss)}
-# Labels and boxes of each image.
-SCENES = {
-    "objects": [[(1, (10, 12, 50, 60)), (2, (60, 70, 90, 84))], [(1, (30, 20, 118, 120)), (0, (5, 90, 25, 112))]],
-    "one level": [[(3, (40, 40, 57, 57))], []],
-    "nothing": [[], []],
-}
 every_head = pytest.mark.parametrize("name", HEADS)
 every_loss = pytest.mark.parametrize("loss", LOSSES)
-
-
-def samples(scene):
-    """Two images with those objects."""
-    found = []
-    for objects in SCENES[scene]:
-        shape = dict(img_shape=(128, 128), pad_shape=(128, 128), batch_input_shape=(128, 128), ori_shape=(128, 128))
-        found.append(DetDataSample(metainfo={**shape, "scale_factor": (1.0, 1.0)}))
-        boxes = torch.tensor([box for _, box in objects], dtype=torch.float32).reshape(-1, 4)
-        labels = torch.tensor([label for label, _ in objects], dtype=torch.long)
-        found[-1].gt_instances = InstanceData(bboxes=boxes, labels=labels)
-    return found
-
-
-def features():
-    set_random_seed(1)
-    return [torch.randn(2, 16, 128 // stride, 128 // stride) for stride in STRIDES]
 
 
 def settings(name, loss, **options):
@@ -84,13 +57,6 @@ def head(name, loss, **options):
         if isinstance(module, torch.nn.Conv2d) and "centerness" not in key:  # a fresh head predicts one box everywhere
             torch.nn.init.normal_(module.weight, std=0.1)
     return model.train()
-
-
-def grads(model, losses):
-    """Gradients of the sum of a loss dict by parameter."""
-    model.zero_grad()
-    sum(sum(value) if isinstance(value, list) else value for value in losses.values()).backward()
-    return {key: parameter.grad.clone() for key, parameter in model.named_parameters() if parameter.grad is not None}
 
 
 def gathered(model, scene):

@@ -14,31 +14,11 @@ from mmengine.config import ConfigDict
 from mmengine.optim import build_optim_wrapper
 from mmengine.runner import set_random_seed
 from mmengine.structures import InstanceData
-from test_mmdetection import (
-    BOX_LOSSES,
-    CONFIG_DIR,
-    FORMS,
-    REGRESSION,
-    TRAIN,
-    Interrupt,
-    backward,
-    batch,
-    box_loss_cfg,
-    build,
-    mmdet_scope,
-    python,
-    run,
-    scalars,
-    settings_of,
-    small,
-)
-from test_mmdetection_ranking import CLASSES, features, grads, samples
 
-from detloss_plugins.base import Loss
+from detloss_plugins.loss import Loss
 from detloss_plugins.losses import MultiBoxLoss
 from detloss_plugins.registry import loss_class
 
-__all__ = ["batch", "mmdet_scope"]  # fixtures of the tests here too
 
 DIGITS = CONFIG_DIR / "ssd_r18_digits.py"
 OURS = "detloss_plugins.adapters.mmdetection.PluginSSDHead"

@@ -9,24 +9,9 @@ from mmcv.ops import nms, soft_nms
 from mmdet.registry import MODELS as MMDET_MODELS
 from mmengine.config import ConfigDict
 from mmengine.structures import InstanceData
-from test_mmdetection import batch, build, mmdet_scope, small
-from test_mmdetection_uncertainty import (
-    HARD,
-    MASK_RCNN,
-    SCALE_FACTOR,
-    config,
-    detector,
-    equal,
-    every_detector,
-    head_of,
-    layers,
-    predict,
-    stock,
-)
 
 from detloss_plugins.adapters.mmdetection import variance_voting
 
-__all__ = ["batch", "mmdet_scope"]  # fixtures of the tests here too
 
 NMS = {
     "hard": HARD,

@@ -8,26 +8,9 @@ from digits import build_digits
 from mmdet.registry import MODELS as MMDET_MODELS
 from mmengine.config import Config
 from mmengine.structures import InstanceData
-from test_mmdetection import (
-    CONFIG_DIR,
-    FORMS,
-    TRAIN,
-    Interrupt,
-    backward,
-    batch,
-    build,
-    mmdet_scope,
-    python,
-    run,
-    scalars,
-    settings_of,
-    small,
-    twin_configs,
-)
 
 from detloss_plugins.registry import loss_class
 
-__all__ = ["batch", "mmdet_scope"]  # fixtures of the tests here too
 
 YOLOV1 = CONFIG_DIR / "yolov1_r18_fpn_digits.py"
 YOLOV3 = CONFIG_DIR / "yolov3_r18_digits.py"

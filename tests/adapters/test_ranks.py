@@ -6,9 +6,7 @@ from mmdet.structures import DetDataSample
 from mmengine.dist import all_reduce_params
 from mmengine.registry import DefaultScope
 from mmengine.structures import InstanceData
-from ranks import two_ranks
-from test_mmdetection import CONFIG_DIR, build, small
-from test_ultralytics import detector
+from support.ranks import two_ranks
 from torch.nn.parallel import DistributedDataParallel
 
 from detloss_plugins.adapters.ultralytics import install

@@ -10,7 +10,6 @@ import digits
 import pytest
 import torch
 import yaml
-from compare import registered
 from ultralytics import RTDETR, YOLO
 from ultralytics.cfg import get_cfg
 from ultralytics.nn.tasks import (
@@ -25,12 +24,15 @@ from ultralytics.utils import LOGGER
 from ultralytics.utils.dist import generate_ddp_file
 from ultralytics.utils.loss import E2ELoss, VarifocalLoss
 
+from detloss_plugins import engine
 from detloss_plugins.adapters.ultralytics import (
     SLOTS,
     TRAINERS,
     PluginDetectionLoss,
     PluginRTDETRLoss,
     criterion_state,
+    default_gain,
+    default_prior,
     describe,
     install,
     load_losses,
@@ -38,63 +40,12 @@ from detloss_plugins.adapters.ultralytics import (
     model_task,
     trained_losses,
 )
-from detloss_plugins.registry import loss_class
+from detloss_plugins.adapters.ultralytics.config import GAINS, PRIORS
+from detloss_plugins.losses import APLoss, FocalLoss, L1Loss
+from detloss_plugins.registry import build_loss, loss_class, registered_losses
 
-MODELS = ("yolov8n", "yolo11n", "yolo26n", "yolov8n-obb", "yolo26n-obb")
-# With those of the tasks whose boxes and classes have the same criterion.
-TASK_MODELS = (*MODELS, "yolov10n", "yolov8n-seg", "yolo26n-seg", "yolov8n-pose", "yolo26n-pose")
-CLASSES = {
-    "detect": DetectionModel,
-    "obb": OBBModel,
-    "segment": SegmentationModel,
-    "pose": functools.partial(PoseModel, data_kpt_shape=(4, 3)),
-    "rtdetr": RTDETRDetectionModel,
-}
 # The stock loss of oriented boxes has a floor on their size, which is not ours to repeat.
 STOCK_BOX = {"box": {"type": "CIoULoss"}}
-LOSSES = {"cls": {"type": "VarifocalLoss"}, "box": {"type": "EIoULoss"}}
-ORIENTED = {"cls": {"type": "VarifocalLoss"}, "box": {"type": "KLDLoss"}}
-FOR_RTDETR = {"loss_class": {"type": "VarifocalLoss"}, "loss_giou": {"type": "EIoULoss"}}
-SETTINGS = {
-    "imgsz": 64,
-    "batch": 8,
-    "nbs": 8,
-    "device": "cpu",
-    "plots": False,
-    "verbose": False,
-    "pretrained": False,
-    "val": True,
-    "optimizer": "SGD",
-    "lr0": 1e-3,
-}
-
-
-def third(model):
-    """The loss that the third slot's stock loss equals."""
-    return {"type": "DistributionFocalLoss" if head(model).reg_max > 1 else "L1Loss"}
-
-
-def head(model):
-    return model.model[-1]
-
-
-def task_of(name):
-    endings = {"-obb": "obb", "-seg": "segment", "-pose": "pose", "-rtdetr": "rtdetr"}
-    return next((task for ending, task in endings.items() if name.endswith(ending)), "detect")
-
-
-def losses_for(name):
-    return {"obb": ORIENTED, "rtdetr": FOR_RTDETR}.get(task_of(name), LOSSES)
-
-
-@pytest.fixture(scope="module")
-def datasets(tmp_path_factory):
-    """A digits set of 16 training and 8 validation images for each task."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(digits, "IMAGES", {"train": 16, "val": 8})
-        patch.setenv("DETLOSS_PLUGINS_CACHE", str(tmp_path_factory.mktemp("cache")))
-        folders = {task: digits.build_digits(task) for task in digits.PREFIXES}
-        return {task: str(folders.get(task, folders["detect"]) / "digits.yaml") for task in TRAINERS}
 
 
 @pytest.fixture(scope="module")
@@ -103,76 +54,11 @@ def data(datasets):
 
 
 @pytest.fixture(scope="module")
-def batches(datasets, tmp_path_factory):
-    """A training batch for each task as its real data loader makes it."""
-    return {task: real_batch(task, path, tmp_path_factory.mktemp("batch")) for task, path in datasets.items()}
-
-
-def real_batch(task, data, place):
-    name = next(name for name in (*TASK_MODELS, "yolov8n-rtdetr") if task_of(name) == task)
-    overrides = {**SETTINGS, "data": data, "model": f"{name}.yaml", "project": str(place)}
-    trainer = TRAINERS[task](overrides=overrides)
-    trainer.model = detector(name)
-    loader = trainer.get_dataloader(trainer.data["train"], batch_size=8, rank=-1, mode="train")
-    return trainer.preprocess_batch(next(iter(loader)))
-
-
-@pytest.fixture(scope="module")
 def batch(batches):
     return batches["detect"]
 
 
-def model_cfg(name):
-    """The model's YAML as a dict; RT-DETR's real decoder with fewer channels, queries and layers."""
-    cfg = yaml_model_load(f"{name}.yaml")
-    if model_task(cfg) == "rtdetr":
-        cfg["head"][-1][3] = ["nc", 64, 50, 4, 4, 2, 128]
-    return cfg
-
-
-def model_file(name, folder):
-    """That YAML as a file."""
-    path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump({key: value for key, value in model_cfg(name).items() if key != "yaml_file"}))
-    return str(path)
-
-
-@functools.cache
-def detector(name):
-    torch.manual_seed(0)
-    model = CLASSES[task_of(name)](model_cfg(name), nc=10, verbose=False).train()
-    model.args, model.nc = get_cfg(), 10
-    return model
-
-
-def stock_criterion(model):
-    return type(model).init_criterion(model)
-
-
-def result(model, criterion, batch):
-    """Loss vector, items and the gradient of every parameter."""
-    loss, items = criterion(model(batch["img"]), batch)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    gradients = torch.autograd.grad(loss.sum(), parameters, allow_unused=True)
-    return loss.detach(), items, [g for g in gradients if g is not None]
-
-
 PLUGINS = (PluginDetectionLoss, PluginRTDETRLoss)
-
-
-def branches(criterion):
-    return [criterion.one2many, criterion.one2one] if isinstance(criterion, E2ELoss) else [criterion]
-
-
-def ours(model, losses):
-    install(model, losses)
-    return model.init_criterion()
-
-
-def assert_same(a, b, **tolerance):
-    for x, y in zip((a[0], *a[1].values(), *a[2]), (b[0], *b[1].values(), *b[2]), strict=True):
-        torch.testing.assert_close(x, y, **tolerance)
-    assert list(a[1]) == list(b[1])
 
 
 @pytest.mark.parametrize("name", TASK_MODELS)
@@ -230,6 +116,47 @@ def test_class_weights_keep_working(cls, batch):
     torch.testing.assert_close(doubled["box_loss"], plain["box_loss"])
 
 
+@pytest.mark.parametrize("weights", [None, torch.ones(10)], ids=["plain", "class weights of one"])
+def test_a_loss_with_a_normaliser_of_its_own_keeps_it(weights, batch):
+    """The number of scores that count, whatever the criterion divides by; under autocast too."""
+    model, seen = detector("yolov8n"), []
+    model.class_weights = weights
+    criterion = ours(model, {"cls": {"type": "GHMC", "loss_weight": 3.0}})
+    model.class_weights = None
+    slot = criterion.bce
+    criterion.bce = lambda *args: seen.append(args) or slot(*args)
+    for half in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            items = result(model, criterion, batch)[1]
+            scores, target = seen.pop()
+        assert scores.dtype == (torch.bfloat16 if half else torch.float32)
+        expected = model.args.cls * criterion.built["cls"](scores, target)
+        torch.testing.assert_close(items["cls_loss"], expected.detach(), rtol=1e-3 if half else 1e-5, atol=0)
+
+
+def test_a_rebuilt_criterion_compiles_nothing_again(batch, monkeypatch):
+    """A loss has one kernel for training and one for validation, and every criterion of the process shares them."""
+    made, losses = [], {**LOSSES, "dfl": {"type": "DistributionFocalLoss"}}
+    monkeypatch.setattr(engine, "_kernels", {})
+    monkeypatch.setattr(torch, "compile", lambda function, **_: made.append(function) or function)
+    model, plain = (copy.deepcopy(detector("yolov8n")) for _ in range(2))
+    install(plain, losses)
+    install(model, {slot: {**cfg, "compile": True} for slot, cfg in losses.items()})
+    for count in (1, 2, 2):
+        loss = model.loss(batch)[0]
+        loss.sum().backward()
+        torch.testing.assert_close(loss, plain.loss(batch)[0])
+        assert len(made) == count * len(losses)
+        ema = copy.deepcopy(model)
+        ema.criterion = None  # as the trainer does before each validation
+        with torch.no_grad():
+            torch.testing.assert_close(ema.loss(batch)[0], loss)
+        assert len(made) == 2 * len(losses)
+    install(model, {slot: {**cfg, "compile": True, "loss_weight": 0.5} for slot, cfg in losses.items()})
+    model.loss(batch)[0].sum().backward()
+    assert len(made) == 2 * len(losses), "a weight is no part of a kernel"
+
+
 @pytest.mark.parametrize("name", ["yolo26n", "yolo26n-obb"])
 def test_end_to_end_head(name):
     model = detector(name)
@@ -247,15 +174,12 @@ def test_end_to_end_head(name):
     assert criterion.o2m < 0.8
 
 
-CLASS_LOSSES = [cls for cls in registered().values() if cls.family in SLOTS["detect"]["cls"] and cls.make().use_sigmoid]
+CLASS_LOSSES = [
+    cls for cls in registered_losses().values() if cls.facts.family in SLOTS["detect"]["cls"] and cls.make().use_sigmoid
+]
 # Those that the source documents describe.
 DOCUMENTED = """BinaryCrossEntropyLoss BalancedCrossEntropyLoss FocalLoss ModifiedCrossEntropyLoss QualityFocalLoss
 VarifocalLoss GeneralizedFocalLoss ConfidenceWeightedLoss JointLoss""".split()
-
-
-def in_slot(cls):
-    """A loss as it is configured in the ``cls`` slot, where the number of classes is the model's."""
-    return {"type": cls.__name__, **{key: value for key, value in cls.example.items() if key != "num_classes"}}
 
 
 @pytest.mark.parametrize("cls", CLASS_LOSSES, ids=lambda cls: cls.__name__)
@@ -273,32 +197,11 @@ def test_every_class_loss_takes_a_step(cls, batch):
         optimizer.step()
 
 
-def steps(model, criterion, batch, count):
-    """The class loss of each of some steps on one batch."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    values = []
-    for _ in range(count):
-        loss, items = criterion(model(batch["img"]), batch)
-        values.append(items["cls_loss"].item())
-        optimizer.zero_grad()
-        loss.sum().backward()
-        optimizer.step()
-    return values
-
-
-@pytest.fixture(scope="module")
-def warm(batch):
-    """A model after some steps of stock training: at first the assigner's scores, the targets, grow from nothing."""
-    model = copy.deepcopy(detector("yolov8n"))
-    steps(model, DetectionModel.init_criterion(model), batch, 60)
-    return model
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", DOCUMENTED)
 def test_losses_of_the_documents_fall_in_training(name, batch, warm):
     model = copy.deepcopy(warm)
-    values = steps(model, ours(model, {"cls": in_slot(registered()[name])}), batch, 30)
+    values = steps(model, ours(model, {"cls": in_slot(registered_losses()[name])}), batch, 30)
     assert sum(values[-5:]) < 0.9 * sum(values[:5]), values
 
 
@@ -319,10 +222,23 @@ def test_class_losses_without_a_meaning_for_independent_sigmoids(cfg):
         load_losses({"cls": cfg})
 
 
-def without_objects(batch):
-    """A batch of images without objects: no boxes, keypoints or masks."""
-    empty = {key: batch[key][:0] for key in ("batch_idx", "cls", "bboxes", "keypoints") if key in batch}
-    return {**batch, **empty, **{key: batch[key] * 0 for key in ("masks", "sem_masks") if key in batch}}
+class Own(FocalLoss):
+    """A user's, which says nothing of its gain."""
+
+
+class Stated(APLoss):
+    yolo_gain, yolo_prior = 3.0, 0.2
+
+
+def test_default_gains_and_priors():
+    """Of the nearest class that is known, or what a class states itself; every class that is known exists."""
+    assert (default_gain(FocalLoss), default_gain(Own), default_gain(Own()), default_gain(L1Loss)) == (16, 16, 16, 1)
+    assert (default_prior(APLoss), default_prior(Own), default_prior(loss_class("DRLoss")())) == (0.01, None, 0.1)
+    assert [(default_gain(loss), default_prior(loss)) for loss in (Stated, Stated())] == [(3, 0.2)] * 2
+    joint = build_loss({"type": "JointLoss", "losses": [{"type": "DRLoss"}, {"type": "APLoss"}]})
+    assert (default_gain(joint), default_prior(joint)) == (1, 0.1)
+    bases = {base.__name__ for cls in registered_losses().values() for base in cls.__mro__}
+    assert {*GAINS, *PRIORS} <= bases
 
 
 def test_no_objects_in_the_batch(batches):

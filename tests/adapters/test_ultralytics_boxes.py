@@ -6,19 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from compare import registered
-from test_properties import NoSynchronisation
-from test_training import train
-from test_ultralytics import batches, branches, datasets, detector, head, ours, task_of  # noqa: F401
 
-from detloss_plugins import base, build_loss
+from detloss_plugins import build_loss
+from detloss_plugins import loss as core
 from detloss_plugins.adapters.ultralytics import SLOTS, describe, load_losses
+from detloss_plugins.registry import registered_losses
 
 NAMES = ("yolov8n", "yolo26n", "yolov8n-obb", "yolo26n-obb")
 
 
 def in_slot(cls):
-    return {"type": cls.__name__, **cls.example}
+    return {"type": cls.__name__, **cls.facts.example}
 
 
 def any_loss(name, **settings):
@@ -62,7 +60,7 @@ class Recorder(torch.nn.Module):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_boxes_in_the_slot_are_in_pixels(name, batches):  # noqa: F811
+def test_boxes_in_the_slot_are_in_pixels(name, batches):
     model, batch = detector(name), batches[task_of(name)]
     criterion = first_branch(model, {"box": any_loss(name)})
     criterion.bbox_loss.box = Recorder()
@@ -79,7 +77,7 @@ def test_boxes_in_the_slot_are_in_pixels(name, batches):  # noqa: F811
 
 
 @pytest.mark.parametrize("cfg", [{"type": "NWDLoss"}, {"type": "BoundedIoULoss", "eps": 1.0}, {"type": "MPDIoULoss"}])
-def test_constants_are_pixels(cfg, batches):  # noqa: F811
+def test_constants_are_pixels(cfg, batches):
     """The slot's value is that of the loss on boxes in pixels, and on stride units it would be another."""
     model, batch = detector("yolov8n"), batches["detect"]
     cfg = {"loss_weight": 1.0, **cfg}
@@ -107,7 +105,7 @@ def nested(inner):
 
 @pytest.mark.parametrize("depth", range(4))
 @pytest.mark.parametrize("name", ["yolov8n", "yolo26n"])
-def test_image_size_comes_from_the_batch(name, depth, batches):  # noqa: F811
+def test_image_size_comes_from_the_batch(name, depth, batches):
     """Whatever its shape, and however deep the loss is nested; batches of two shapes one after the other."""
     model, batch = detector(name), batches["detect"]
     from_batch = ours(model, {"box": nested(MPDIOU)[depth]})
@@ -124,7 +122,7 @@ def test_image_size_comes_from_the_batch(name, depth, batches):  # noqa: F811
         assert abs(values[3] / values[0] - 1) > 0.01
 
 
-def test_the_size_is_height_and_width_and_of_this_batch(batches):  # noqa: F811
+def test_the_size_is_height_and_width_and_of_this_batch(batches):
     model, batch = detector("yolov8n"), batches["detect"]
     criterion = ours(model, {"box": nested(MPDIOU)[1]})
     for size in ((64, 96), (96, 64)):
@@ -153,7 +151,7 @@ class NoSynchronisationButTheStockOne(NoSynchronisation):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_no_synchronisation_in_the_slots(name, batches):  # noqa: F811
+def test_no_synchronisation_in_the_slots(name, batches):
     model, batch = detector(name), batches[task_of(name)]
     box = any_loss(name) if task_of(name) == "obb" else nested(MPDIOU)[3]
     dfl = {"type": "DistributionFocalLoss" if head(model).reg_max > 1 else "L1Loss"}
@@ -195,13 +193,13 @@ def trainee(name):
 STEPS = [
     pytest.param(name, cls, id=f"{name}-{cls.__name__}")
     for name in NAMES
-    for cls in registered().values()
-    if cls.family in SLOTS[task_of(name)]["box"]
+    for cls in registered_losses().values()
+    if cls.facts.family in SLOTS[task_of(name)]["box"]
 ]
 
 
 @pytest.mark.parametrize(("name", "cls"), STEPS)
-def test_every_box_loss_takes_steps(name, cls, batches):  # noqa: F811
+def test_every_box_loss_takes_steps(name, cls, batches):
     model, batch = trainee(name), batches[task_of(name)]
     model.load_state_dict(detector(name).state_dict())
     criterion, twice = (ours(model, {"box": {**in_slot(cls), "loss_weight": w}}) for w in (1.0, 2.0))
@@ -223,14 +221,14 @@ def test_every_box_loss_takes_steps(name, cls, batches):  # noqa: F811
 
 
 @pytest.mark.parametrize("name", ["yolov8n", "yolo26n"])
-def test_state_of_a_box_loss_is_averaged_over_ranks_in_training_only(name, batches, monkeypatch):  # noqa: F811
+def test_state_of_a_box_loss_is_averaged_over_ranks_in_training_only(name, batches, monkeypatch):
     """Once a step for every branch, whether or not there are positives; a rank alone in validation must not wait."""
     model, batch = detector(name), batches["detect"]
     criterion = ours(model, {"cls": {"type": "GHMC", "momentum": 0.5}, "box": {"type": "WIoULoss"}})
     empty = {**batch, **{key: batch[key][:0] for key in ("batch_idx", "cls", "bboxes")}}
     found = model(batch["img"])
     seen = []
-    monkeypatch.setattr(base, "rank_mean", lambda tensor: seen.append(tensor) or tensor)
+    monkeypatch.setattr(core, "rank_mean", lambda tensor: seen.append(tensor) or tensor)
     for given in (batch, empty):
         seen.clear()
         criterion(found, given)

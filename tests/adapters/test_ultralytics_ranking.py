@@ -4,35 +4,18 @@ import copy
 
 import pytest
 import torch
-from compare import registered
-from test_ultralytics import (  # noqa: F401
-    MODELS,
-    SETTINGS,
-    batch,
-    batches,
-    branches,
-    datasets,
-    detector,
-    head,
-    in_slot,
-    ours,
-    result,
-    steps,
-    stock_criterion,
-    task_of,
-    warm,
-)
 
 from detloss_plugins import build_loss
-from detloss_plugins.adapters.ultralytics import make_trainer
+from detloss_plugins.adapters.ultralytics import default_gain, default_prior, make_trainer
 from detloss_plugins.adapters.ultralytics.trainer import start_at_prior
 from detloss_plugins.families import RankingLoss
+from detloss_plugins.registry import registered_losses
 
-RANKING = [cls for cls in registered().values() if issubclass(cls, RankingLoss)]
+RANKING = [cls for cls in registered_losses().values() if issubclass(cls, RankingLoss)]
 each_loss = pytest.mark.parametrize("cls", RANKING, ids=lambda cls: cls.__name__)
 
 
-def of_each_branch(model, batch):  # noqa: F811
+def of_each_branch(model, batch):
     """Scores and targets of the stock criterion's class loss, with the graph, for every branch of the head."""
     criterion, seen = stock_criterion(model), []
     for branch in branches(criterion):
@@ -48,7 +31,7 @@ def biases(model):
 
 @pytest.mark.parametrize("name", MODELS)
 @each_loss
-def test_the_whole_batch_is_ranked_and_the_mean_of_the_positives_is_the_loss(cls, name, batches):  # noqa: F811
+def test_the_whole_batch_is_ranked_and_the_mean_of_the_positives_is_the_loss(cls, name, batches):
     """Neither the sum of the scores nor the number of positives is left in the result."""
     model, images = detector(name), batches[task_of(name)]
     criterion = ours(model, {"cls": {**in_slot(cls), "loss_weight": 3.0}})
@@ -68,19 +51,19 @@ def test_the_whole_batch_is_ranked_and_the_mean_of_the_positives_is_the_loss(cls
 
 
 @each_loss
-def test_the_gradient_is_that_of_the_loss(cls, batch):  # noqa: F811
+def test_the_gradient_is_that_of_the_loss(cls, batch):
     model = detector("yolov8n")
     ((scores, target),) = of_each_branch(model, batch)
     criterion = ours(model, {"cls": in_slot(cls)})
     mine = scores.detach().requires_grad_()
     (criterion.bce(mine, target).sum() / target.sum().clamp(min=1)).backward()
     plain = scores.detach().requires_grad_()
-    build_loss({**in_slot(cls), "loss_weight": cls.yolo_gain})(plain, target).backward()
+    build_loss({**in_slot(cls), "loss_weight": default_gain(cls)})(plain, target).backward()
     torch.testing.assert_close(mine.grad, plain.grad, rtol=1e-4, atol=1e-5 * plain.grad.abs().max().item())
 
 
 @each_loss
-def test_class_weights_are_those_of_the_positives(cls, batch):  # noqa: F811
+def test_class_weights_are_those_of_the_positives(cls, batch):
     model = detector("yolov8n")
     ((scores, target),) = of_each_branch(model, batch)
     model.class_weights = torch.arange(1.0, 11)
@@ -94,7 +77,7 @@ def test_class_weights_are_those_of_the_positives(cls, batch):  # noqa: F811
 
 @pytest.mark.parametrize("name", MODELS)
 @each_loss
-def test_no_objects_in_the_batch(cls, name, batches):  # noqa: F811
+def test_no_objects_in_the_batch(cls, name, batches):
     model, images = detector(name), batches[task_of(name)]
     empty = {**images, **{key: images[key][:0] for key in ("batch_idx", "cls", "bboxes")}}
     loss, items, gradients = result(model, ours(model, {"cls": in_slot(cls)}), empty)
@@ -104,7 +87,7 @@ def test_no_objects_in_the_batch(cls, name, batches):  # noqa: F811
 
 
 @pytest.mark.parametrize("name", ["yolov8n", "yolo26n", "yolov8n-obb"])
-def test_a_new_head_starts_at_the_prior_and_loaded_weights_stay(name, datasets, tmp_path):  # noqa: F811
+def test_a_new_head_starts_at_the_prior_and_loaded_weights_stay(name, datasets, tmp_path):
     task = task_of(name)
     overrides = {**SETTINGS, "data": datasets[task], "model": f"{name}.yaml", "project": str(tmp_path)}
     losses = {"cls": {"type": "APLoss"}}
@@ -119,7 +102,7 @@ def test_a_new_head_starts_at_the_prior_and_loaded_weights_stay(name, datasets, 
     assert torch.equal(biases(other.get_model(f"{name}.yaml", verbose=False)), biases(detector(name)))
 
 
-def test_a_joint_loss_of_ranking_losses(batch):  # noqa: F811
+def test_a_joint_loss_of_ranking_losses(batch):
     model = detector("yolov8n")
     ((scores, target),) = of_each_branch(model, batch)
     parts = [{"type": "APLoss"}, {"type": "DRLoss", "loss_weight": 0.5}]
@@ -130,8 +113,8 @@ def test_a_joint_loss_of_ranking_losses(batch):  # noqa: F811
 
 @pytest.mark.slow
 @each_loss
-def test_ranking_losses_fall_in_training(cls, batch, warm):  # noqa: F811
+def test_ranking_losses_fall_in_training(cls, batch, warm):
     model, losses = copy.deepcopy(warm), {"cls": in_slot(cls)}
-    start_at_prior(model, cls.yolo_prior)
+    start_at_prior(model, default_prior(cls))
     values = steps(model, ours(model, losses), batch, 60)
     assert sum(values[-5:]) < 0.9 * sum(values[:5]), values

@@ -10,31 +10,7 @@ from types import SimpleNamespace
 import digits
 import pytest
 import torch
-from compare import registered
 from table import ultralytics_detectors
-from test_ultralytics import (  # noqa: F401
-    CLASSES,
-    FOR_RTDETR,
-    LOSSES,
-    SETTINGS,
-    TASK_MODELS,
-    assert_same,
-    batches,
-    branches,
-    datasets,
-    detector,
-    head,
-    in_slot,
-    losses_for,
-    model_cfg,
-    model_file,
-    ours,
-    result,
-    stock_criterion,
-    task_of,
-    third,
-    without_objects,
-)
 from ultralytics import RTDETR, YOLO
 from ultralytics.cfg import get_cfg
 from ultralytics.models.utils.loss import RTDETRDetectionLoss
@@ -51,7 +27,8 @@ from ultralytics.nn.tasks import (
 )
 from ultralytics.utils import LOGGER
 
-from detloss_plugins import base, build_loss
+from detloss_plugins import build_loss
+from detloss_plugins import loss as core
 from detloss_plugins.adapters.ultralytics import (
     SLOTS,
     PluginDetectionLoss,
@@ -64,6 +41,7 @@ from detloss_plugins.adapters.ultralytics import (
     tune,
 )
 from detloss_plugins.adapters.ultralytics.trainer import class_biases, start_at_prior
+from detloss_plugins.registry import registered_losses
 
 RTDETR_NAME = "yolov8n-rtdetr"
 # What RT-DETR's stock losses are in ours.
@@ -110,7 +88,7 @@ def assert_close(mine, stock, scale=1.0):
 
 
 @pytest.fixture(scope="module")
-def images(batches):  # noqa: F811
+def images(batches):
     return batches["rtdetr"]
 
 
@@ -152,7 +130,8 @@ def test_rtdetr_focal_loss_gets_classes_and_equals_the_stock_focal_loss(images):
 
 
 def takes_a_slot(cls):
-    return any(cls.family in takes for takes in SLOTS["rtdetr"].values()) and getattr(cls.make(), "use_sigmoid", True)
+    families = {family for takes in SLOTS["rtdetr"].values() for family in takes}
+    return cls.facts.family in families and getattr(cls.make(), "use_sigmoid", True)
 
 
 @pytest.fixture(scope="module")
@@ -171,11 +150,11 @@ def predictions(images):
 
 
 @pytest.mark.parametrize(
-    "cls", [cls for cls in registered().values() if takes_a_slot(cls)], ids=lambda cls: cls.__name__
+    "cls", [cls for cls in registered_losses().values() if takes_a_slot(cls)], ids=lambda cls: cls.__name__
 )
 def test_rtdetr_every_loss_has_a_gradient(cls, images, predictions, monkeypatch):
     forward = PluginRTDETRLoss.forward
-    slot = next(slot for slot, takes in SLOTS["rtdetr"].items() if cls.family in takes)
+    slot = next(slot for slot, takes in SLOTS["rtdetr"].items() if cls.facts.family in takes)
     model = detector(RTDETR_NAME)
     install(model, {slot: in_slot(cls)})
     found = [tensor.clone().requires_grad_() for tensor in predictions[0]]
@@ -245,7 +224,7 @@ def test_rtdetr_no_objects_in_the_batch(losses, images):
 
 def test_rtdetr_state_stays_out_of_the_model(images, monkeypatch):
     averaged = []
-    monkeypatch.setattr(base, "rank_mean", lambda tensor: averaged.append(tensor) or tensor)
+    monkeypatch.setattr(core, "rank_mean", lambda tensor: averaged.append(tensor) or tensor)
     model = with_losses(
         RTDETR_NAME, {"loss_class": {"type": "GHMC", "momentum": 0.5}, "loss_giou": {"type": "WIoULoss"}}
     )
@@ -274,7 +253,7 @@ def test_rtdetr_slots_are_checked():
 
 
 @pytest.mark.parametrize(("name", "task"), [(RTDETR_NAME, "detect"), ("yolov8n", "rtdetr")])
-def test_rtdetr_is_no_yolo(name, task, datasets, tmp_path):  # noqa: F811
+def test_rtdetr_is_no_yolo(name, task, datasets, tmp_path):
     wanted = task_of(name)
     with pytest.raises(ValueError, match=f"model's task is '{wanted}'; write make_trainer.losses, task='{wanted}'"):
         (RTDETR if wanted == "rtdetr" else YOLO)(f"{name}.yaml").train(
@@ -282,7 +261,7 @@ def test_rtdetr_is_no_yolo(name, task, datasets, tmp_path):  # noqa: F811
         )
 
 
-def test_rtdetr_says_that_class_weights_do_nothing(datasets, tmp_path, log):  # noqa: F811
+def test_rtdetr_says_that_class_weights_do_nothing(datasets, tmp_path, log):
     settings = {**SETTINGS, "data": datasets["rtdetr"], "project": str(tmp_path), "cls_pw": 0.5, "epochs": 1}
 
     def stop(trainer):
@@ -296,7 +275,7 @@ def test_rtdetr_says_that_class_weights_do_nothing(datasets, tmp_path, log):  # 
 
 
 @pytest.mark.parametrize("name", [name for name in TASK_MODELS if task_of(name) not in ("detect", "obb")])
-def test_class_weights_and_extra_losses_of_a_task(name, batches):  # noqa: F811
+def test_class_weights_and_extra_losses_of_a_task(name, batches):
     """Twice the class weights are twice the class loss; masks and keypoints do not notice that a loss was swapped."""
     model, batch = copy.deepcopy(detector(name)), batches[task_of(name)]
     stock = result(model, stock_criterion(model), batch)[1]
@@ -331,7 +310,7 @@ def texts(model, images):
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_models_with_texts_for_classes(name, batches):  # noqa: F811
+def test_models_with_texts_for_classes(name, batches):
     """World and YOLOE have the criterion of their task; only what the scores are made of differs."""
     model = text_model(name)
     batch = dict(batches["segment" if name.endswith("-seg") else "detect"])
@@ -362,7 +341,7 @@ class Alphabet:
 
 
 @pytest.mark.slow
-def test_world_trainer(datasets, tmp_path, monkeypatch):  # noqa: F811
+def test_world_trainer(datasets, tmp_path, monkeypatch):
     """Ultralytics' trainer for texts as the base: two epochs with validation, and a checkpoint with our record."""
     texts = SimpleNamespace(build_text_model=lambda *_, **__: Alphabet())
     monkeypatch.setitem(sys.modules, "ultralytics.nn.text_model", texts)
@@ -389,7 +368,7 @@ def model_of(head_name, stem):
 
 
 @pytest.mark.parametrize(("task", "head_name"), ultralytics_detectors())
-def test_every_detector_of_the_readme_takes_steps(task, head_name, batches):  # noqa: F811
+def test_every_detector_of_the_readme_takes_steps(task, head_name, batches):
     """A model of each task and head of the table, with a loss of ours in every slot."""
     stems = ultralytics_detectors()[task, head_name]
     nano = next(stem for stem in stems if "n" in yaml_model_load(f"{stem}.yaml").get("scales", {}))
@@ -416,7 +395,7 @@ def test_every_detector_of_the_readme_takes_steps(task, head_name, batches):  # 
     assert sum(moved) > len(moved) / 2
 
 
-def test_visual_prompts_are_refused(batches):  # noqa: F811
+def test_visual_prompts_are_refused(batches):
     """They have a criterion of their own, and would train the stock losses without a word."""
     model = text_model("yoloe-v8s")
     install(model, LOSSES)
@@ -434,7 +413,7 @@ def test_any_trainer_can_be_the_base():
 
 
 @pytest.mark.parametrize("name", ["yolov8n", "yolo26n-seg", "yolov8n-pose", RTDETR_NAME, *TEXTS])
-def test_a_head_starts_at_the_prior(name, batches):  # noqa: F811
+def test_a_head_starts_at_the_prior(name, batches):
     model = text_model(name) if name in TEXTS else copy.deepcopy(detector(name))
     count = len(class_biases(head(model)))
     assert count == (6 if "26" in name else 3)  # of RT-DETR, the encoder's and two layers'
@@ -454,7 +433,7 @@ BARE = {DetectionModel: "yolov8n", SegmentationModel: "yolo26n-seg", PoseModel: 
 
 
 @pytest.mark.parametrize("cls", BARE, ids=lambda cls: cls.__name__)
-def test_a_bare_model_without_training_arguments(cls, batches, log):  # noqa: F811
+def test_a_bare_model_without_training_arguments(cls, batches, log):
     """The value is that of the same model with Ultralytics' default arguments, and the gains are said."""
     name = BARE[cls]
     batch, losses = batches[task_of(name)], losses_for(name)
@@ -473,7 +452,7 @@ def test_a_bare_model_without_training_arguments(cls, batches, log):  # noqa: F8
     assert not hasattr(model, "args"), "what was lent is taken back"
 
 
-def test_plugin_detection_loss_on_its_own(batches, log):  # noqa: F811
+def test_plugin_detection_loss_on_its_own(batches, log):
     """On a model as YOLO("x.yaml") has it, whose arguments are a dict, also with gains of its own and foreign keys."""
     batch = batches["detect"]
     model = YOLO("yolov8n.yaml").model.train()
@@ -493,7 +472,7 @@ def test_plugin_detection_loss_on_its_own(batches, log):  # noqa: F811
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["yolov8n", "yolo26n-seg", "yolov8n-pose", "yolov8n-obb", RTDETR_NAME])
-def test_tuning_trains_our_losses(name, datasets, tmp_path):  # noqa: F811
+def test_tuning_trains_our_losses(name, datasets, tmp_path):
     """Each training of the search has our losses, and the values that the search chose."""
     task, seen = task_of(name), []
     trainer = make_trainer(losses_for(name), task)
@@ -513,7 +492,7 @@ def test_tuning_trains_our_losses(name, datasets, tmp_path):  # noqa: F811
     assert seen[0][1] != seen[1][1]
 
 
-def test_tuning_leaves_the_stock_class(datasets):  # noqa: F811
+def test_tuning_leaves_the_stock_class(datasets):
     from ultralytics.engine import trainer as engine
 
     before = engine.MultiTrainer

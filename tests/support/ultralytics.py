@@ -1,0 +1,150 @@
+MODELS = ("yolov8n", "yolo11n", "yolo26n", "yolov8n-obb", "yolo26n-obb")
+# With those of the tasks whose boxes and classes have the same criterion.
+TASK_MODELS = (*MODELS, "yolov10n", "yolov8n-seg", "yolo26n-seg", "yolov8n-pose", "yolo26n-pose")
+CLASSES = {
+    "detect": DetectionModel,
+    "obb": OBBModel,
+    "segment": SegmentationModel,
+    "pose": functools.partial(PoseModel, data_kpt_shape=(4, 3)),
+    "rtdetr": RTDETRDetectionModel,
+}
+LOSSES = {"cls": {"type": "VarifocalLoss"}, "box": {"type": "EIoULoss"}}
+ORIENTED = {"cls": {"type": "VarifocalLoss"}, "box": {"type": "KLDLoss"}}
+FOR_RTDETR = {"loss_class": {"type": "VarifocalLoss"}, "loss_giou": {"type": "EIoULoss"}}
+SETTINGS = {
+    "imgsz": 64,
+    "batch": 8,
+    "nbs": 8,
+    "device": "cpu",
+    "plots": False,
+    "verbose": False,
+    "pretrained": False,
+    "val": True,
+    "optimizer": "SGD",
+    "lr0": 1e-3,
+}
+
+
+def third(model):
+    """The loss that the third slot's stock loss equals."""
+    return {"type": "DistributionFocalLoss" if head(model).reg_max > 1 else "L1Loss"}
+
+
+def head(model):
+    return model.model[-1]
+
+
+def task_of(name):
+    endings = {"-obb": "obb", "-seg": "segment", "-pose": "pose", "-rtdetr": "rtdetr"}
+    return next((task for ending, task in endings.items() if name.endswith(ending)), "detect")
+
+
+def losses_for(name):
+    return {"obb": ORIENTED, "rtdetr": FOR_RTDETR}.get(task_of(name), LOSSES)
+
+
+@pytest.fixture(scope="module")
+def datasets(tmp_path_factory):
+    """A digits set of 16 training and 8 validation images for each task."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(digits, "IMAGES", {"train": 16, "val": 8})
+        patch.setenv("DETLOSS_PLUGINS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        folders = {task: digits.build_digits(task) for task in digits.PREFIXES}
+        return {task: str(folders.get(task, folders["detect"]) / "digits.yaml") for task in TRAINERS}
+
+
+@pytest.fixture(scope="module")
+def batches(datasets, tmp_path_factory):
+    """A training batch for each task as its real data loader makes it."""
+    return {task: real_batch(task, path, tmp_path_factory.mktemp("batch")) for task, path in datasets.items()}
+
+
+def real_batch(task, data, place):
+    name = next(name for name in (*TASK_MODELS, "yolov8n-rtdetr") if task_of(name) == task)
+    overrides = {**SETTINGS, "data": data, "model": f"{name}.yaml", "project": str(place)}
+    trainer = TRAINERS[task](overrides=overrides)
+    trainer.model = detector(name)
+    loader = trainer.get_dataloader(trainer.data["train"], batch_size=8, rank=-1, mode="train")
+    return trainer.preprocess_batch(next(iter(loader)))
+
+
+def model_cfg(name):
+    """The model's YAML as a dict; RT-DETR's real decoder with fewer channels, queries and layers."""
+    cfg = yaml_model_load(f"{name}.yaml")
+    if model_task(cfg) == "rtdetr":
+        cfg["head"][-1][3] = ["nc", 64, 50, 4, 4, 2, 128]
+    return cfg
+
+
+def model_file(name, folder):
+    """That YAML as a file."""
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump({key: value for key, value in model_cfg(name).items() if key != "yaml_file"}))
+    return str(path)
+
+
+@functools.cache
+def detector(name):
+    torch.manual_seed(0)
+    model = CLASSES[task_of(name)](model_cfg(name), nc=10, verbose=False).train()
+    model.args, model.nc = get_cfg(), 10
+    return model
+
+
+def stock_criterion(model):
+    return type(model).init_criterion(model)
+
+
+def result(model, criterion, batch):
+    """Loss vector, items and the gradient of every parameter."""
+    loss, items = criterion(model(batch["img"]), batch)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(loss.sum(), parameters, allow_unused=True)
+    return loss.detach(), items, [g for g in gradients if g is not None]
+
+
+def branches(criterion):
+    return [criterion.one2many, criterion.one2one] if isinstance(criterion, E2ELoss) else [criterion]
+
+
+def ours(model, losses):
+    install(model, losses)
+    return model.init_criterion()
+
+
+def assert_same(a, b, **tolerance):
+    for x, y in zip((a[0], *a[1].values(), *a[2]), (b[0], *b[1].values(), *b[2]), strict=True):
+        torch.testing.assert_close(x, y, **tolerance)
+    assert list(a[1]) == list(b[1])
+
+
+def in_slot(cls):
+    """A loss as it is configured in the ``cls`` slot, where the number of classes is the model's."""
+    return {"type": cls.__name__, **{key: value for key, value in cls.facts.example.items() if key != "num_classes"}}
+
+
+def steps(model, criterion, batch, count):
+    """The class loss of each of some steps on one batch."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    values = []
+    for _ in range(count):
+        loss, items = criterion(model(batch["img"]), batch)
+        values.append(items["cls_loss"].item())
+        optimizer.zero_grad()
+        loss.sum().backward()
+        optimizer.step()
+    return values
+
+
+@pytest.fixture(scope="module")
+def warm(batch):
+    """A model after some steps of stock training: at first the assigner's scores, the targets, grow from nothing."""
+    model = copy.deepcopy(detector("yolov8n"))
+    steps(model, DetectionModel.init_criterion(model), batch, 60)
+    return model
+
+
+def without_objects(batch):
+    """A batch of images without objects: no boxes, keypoints or masks."""
+    empty = {key: batch[key][:0] for key in ("batch_idx", "cls", "bboxes", "keypoints") if key in batch}
+    return {**batch, **empty, **{key: batch[key] * 0 for key in ("masks", "sem_masks") if key in batch}}

@@ -1,0 +1,73 @@
+"""Every registered loss keeps every promise that says something of it; that each can break, test_check_loss shows."""
+
+import pytest
+import torch
+from support import counted_graphs, sample_for
+
+from detloss_plugins.loss import Loss
+from detloss_plugins.registry import loss_class, registered_losses
+from detloss_plugins.testing import check_loss, checks, instances
+
+# Parity has tests of its own for each counterpart, compiling needs a fixture, and all others need a loss that is usable.
+ELSEWHERE = {"upstream", "compiled", "usable"}
+
+
+def says_something(cls, check):
+    if check.__name__ == "state":
+        return any(list(loss.buffers()) for loss in instances(cls))
+    if check.__name__ == "several_images":
+        return cls.facts.family != "region"  # whose rows are the first dimension alone
+    return check.__name__ not in ELSEWHERE
+
+
+PROMISES = {
+    f"{cls.__name__}-{check.__name__}": (cls, check)
+    for cls in registered_losses().values()
+    for check in checks(cls)
+    if says_something(cls, check)
+}
+COMPILED = next(check for check in checks() if check.__name__ == "compiled")
+# Settings that bring in what the defaults leave out: state, parts of another kind, a target of another form.
+MORE = [
+    {"type": "GHMC", "momentum": 0.75},
+    {"type": "GHMR", "momentum": 0.7},
+    {"type": "BalancedCrossEntropyLoss", "alpha": 0.4},
+    {"type": "FocalLoss", "use_sigmoid": False, "alpha": [0.5, 1.0, 2.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]},
+    {"type": "SlideLoss", "base": {"type": "QualityFocalLoss", "loss_weight": 2.0}, "authors_code": True},
+    {"type": "ConfidenceWeightedLoss", "base": {"type": "CrossEntropyLoss"}},
+    {"type": "CrossEntropyLoss", "ignore_index": 2},
+    {"type": "InnerIoULoss", "base": {"type": "WIoULoss", "momentum": 0.5}},
+    {"type": "DiceLoss", "activate": False},
+]
+
+
+@pytest.mark.parametrize(("cls", "check"), PROMISES.values(), ids=PROMISES)
+def test_promise(cls, check, device):
+    check(cls, device=device)
+
+
+@pytest.mark.parametrize("cls", registered_losses().values(), ids=registered_losses())
+def test_one_kernel_for_any_number_of_rows(cls, device, traced):
+    """All but the kernel itself; 0 rows and 1 run uncompiled."""
+    loss, eager = (cls.make(compile=compiled).to(device).eval() for compiled in (True, False))
+    for n in (40, 23, 1, 0):
+        pred, target = sample_for(loss, device, n, torch.float64)
+        found, expected = (x(pred, target, avg_factor=2.5 + n) for x in (loss, eager))
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(*(torch.autograd.grad(value, pred)[0] for value in (found, expected)))
+    parts = [part for part in loss.modules() if isinstance(part, Loss) and part.compiled]
+    assert counted_graphs() == sum(part.facts.row_wise and part.compiles(pred.device) for part in parts)
+
+
+ONE_OF_A_FAMILY = {cls.facts.family: cls for cls in registered_losses().values() if COMPILED.applies(cls.facts)}
+
+
+@pytest.mark.parametrize("cls", ONE_OF_A_FAMILY.values(), ids=ONE_OF_A_FAMILY)
+def test_compiled_in_a_model(cls, device, traced):
+    COMPILED(cls, device=device, compile=True)
+
+
+@pytest.mark.parametrize("cfg", MORE, ids=lambda cfg: "-".join(map(str, cfg.values()))[:60])
+def test_all_promises_under_more_settings(cfg, device, traced):
+    cls, settings = loss_class(cfg["type"]), {name: value for name, value in cfg.items() if name != "type"}
+    check_loss(cls, device=device, compile=True, **{**cls.facts.example, **settings})
