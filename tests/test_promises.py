@@ -8,7 +8,7 @@ from detloss_plugins.loss import Loss
 from detloss_plugins.registry import loss_class, registered_losses
 from detloss_plugins.testing import check_loss, checks, instances
 
-# Parity has tests of its own for each counterpart, compiling needs a fixture, and all others need a loss that is usable.
+# Each counterpart has a test of its own, compiling needs a fixture, and all the others need a usable loss.
 ELSEWHERE = {"upstream", "compiled", "usable"}
 
 
@@ -64,7 +64,7 @@ ONE_OF_A_FAMILY = {cls.facts.family: cls for cls in registered_losses().values()
 
 @pytest.mark.parametrize("cls", ONE_OF_A_FAMILY.values(), ids=ONE_OF_A_FAMILY)
 def test_compiled_in_a_model(cls, device, traced):
-    COMPILED(cls, device=device, compile=True)
+    COMPILED(cls, device=device, compile=True, **{"loss_weight": 1.0, **cls.facts.example})
 
 
 @pytest.mark.parametrize("cfg", MORE, ids=lambda cfg: "-".join(map(str, cfg.values()))[:60])

@@ -6,8 +6,8 @@ import math
 import numpy as np
 import pytest
 import simulate
-from support import only
 import torch
+from support import only
 
 
 def config(word):

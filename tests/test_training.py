@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.commands import train
 
 ROOT = Path(__file__).parents[1]
 

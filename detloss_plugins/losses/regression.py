@@ -17,21 +17,9 @@ from detloss_plugins.reduction import reduce
 from detloss_plugins.registry import MODELS
 
 __all__ = [
-    "BalancedL1Loss",
-    "HuberLoss",
-    "L1Loss",
-    "MSELoss",
-    "RMSELoss",
-    "SmoothL1Loss",
-    "UncertaintyKLLoss",
-    "balanced_l1_loss",
-    "huber_loss",
-    "l1_loss",
-    "mse_loss",
-    "rmse_loss",
-    "smooth_l1_loss",
-    "uncertainty_kl_loss",
-]
+    "BalancedL1Loss", "HuberLoss", "L1Loss", "MSELoss", "RMSELoss", "SmoothL1Loss", "UncertaintyKLLoss",
+    "balanced_l1_loss", "huber_loss", "l1_loss", "mse_loss", "rmse_loss", "smooth_l1_loss", "uncertainty_kl_loss",
+]  # fmt: skip
 
 
 def _of_one_type(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

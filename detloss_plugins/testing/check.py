@@ -320,10 +320,10 @@ def chunks(s: Subject) -> None:
         with torch.no_grad():
             return value, loss(pred, target, **kwargs), [x for x in slopes if x is not None]
 
-    for (pred, target), kwargs in itertools.product(s.forms(25, torch.float64), calls):
+    for pred, target in s.forms(25, torch.float64):
         learned = each_tensor(lambda x: x.clone().requires_grad_(x.is_floating_point()), target)
-        learns = any(x.requires_grad for x in flatten(learned)[0])
-        for given in (target, learned)[: 1 + learns]:  # a target may want its gradient too
+        # A target may want its gradient too.
+        for given, kwargs in (*((target, kwargs) for kwargs in calls), (learned, calls[3])):
             expected = run(whole, pred, given, kwargs)
             with small_chunks(s.device):
                 found = run(loss, pred, given, kwargs)
@@ -537,7 +537,7 @@ def copies(s: Subject) -> None:
         same(twin(pred, target), expected, "a copy must have the same value", exact=True)
 
 
-class _NoWaiting(TorchDispatchMode):
+class NoWaiting(TorchDispatchMode):
     """Raise at the operators that make the host wait for the device."""
 
     def __init__(self, *allowed):
@@ -561,7 +561,7 @@ def no_waiting(s: Subject) -> None:
         for name, module in list(sys.modules.items()):
             if name.startswith("detloss_plugins.") and hasattr(module, "is_asynchronous"):
                 on_a_gpu.enter_context(mock.patch.object(module, "is_asynchronous", return_value=True))
-        with _NoWaiting(*("nonzero", "masked_select") * loss.facts.counts_positives):
+        with NoWaiting(*("nonzero", "masked_select") * loss.facts.counts_positives):
             loss(pred, target, weight=s.random(len(pred)), avg_factor=s.random()).backward()
 
 

@@ -10,10 +10,15 @@ import torch
 from mmdet.models.losses import FocalLoss as StockFocal
 from mmdet.models.losses import QualityFocalLoss as Stock
 from mmdet.structures.bbox import bbox_cxcywh_to_xyxy, bbox_overlaps
+from support.commands import python
+from support.mmdetection import backward
+from support.mmdetection_detr import DEFORMABLE, DINO, MORE, QUALITY, calls, detector
 
 from detloss_plugins import build_loss
 from detloss_plugins.losses import VarifocalLoss
 from detloss_plugins.registry import registered_losses
+
+pytestmark = pytest.mark.usefixtures("mmdet_scope")
 
 
 def joint(*names):

@@ -5,29 +5,42 @@ Every config of configs/mmdetection is found by globbing and made small, so that
 
 import copy
 import functools
-import inspect
-import json
-import re
-import subprocess
-import sys
 import time
-from pathlib import Path
 
-import mmdet.models
 import pytest
 import torch
 from digits import build_digits
 from mmdet.registry import MODELS as MMDET_MODELS
-from mmdet.structures.mask import BitmapMasks
 from mmengine.config import Config
-from mmengine.hooks import Hook
 from mmengine.optim import build_optim_wrapper
-from mmengine.registry import DefaultScope
-from mmengine.runner import Runner, set_random_seed
+from mmengine.runner import set_random_seed
+from support.commands import python
+from support.mmdetection import (
+    CONFIG_DIR,
+    DIGITS,
+    FORMS,
+    REGRESSION,
+    TRAIN,
+    Interrupt,
+    backward,
+    box_loss_cfg,
+    branches,
+    build,
+    config,
+    every_box_loss,
+    loss_dicts,
+    run,
+    scalars,
+    settings_of,
+    small,
+    twin_configs,
+)
 
 from detloss_plugins.families import BoxLoss
 from detloss_plugins.loss import Loss
-from detloss_plugins.registry import MODELS, loss_class, registered_losses
+from detloss_plugins.registry import MODELS, loss_class
+
+pytestmark = pytest.mark.usefixtures("mmdet_scope")
 
 CONFIGS = sorted(CONFIG_DIR.glob("*.py"))
 RETINANET = CONFIG_DIR / "retinanet_r50_fpn_1x_coco.py"

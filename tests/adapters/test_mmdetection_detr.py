@@ -8,12 +8,27 @@ import torch
 from digits import build_digits
 from mmdet.registry import MODELS as MMDET_MODELS
 from mmdet.structures.bbox import bbox_cxcywh_to_xyxy, bbox_overlaps
-from mmengine.hub import get_config
 from mmengine.structures import InstanceData
+from support.commands import python
+from support.mmdetection import (
+    CONFIG_DIR,
+    FORMS,
+    Interrupt,
+    backward,
+    box_loss_cfg,
+    build,
+    every_box_loss,
+    run,
+    settings_of,
+    small,
+    twin_configs,
+)
+from support.mmdetection_detr import DEFORMABLE, DINO, MORE, QUALITY, calls, detector
 
-from detloss_plugins.losses import GeneralizedFocalLoss, NWDLoss, QualityFocalLoss, VarifocalLoss
+from detloss_plugins.losses import NWDLoss, QualityFocalLoss
 from detloss_plugins.registry import loss_class
 
+pytestmark = pytest.mark.usefixtures("mmdet_scope")
 
 DINO_QFL = CONFIG_DIR / "dino-4scale-qfl_r50_8xb2-12e_coco.py"
 every_detector = pytest.mark.parametrize("path", [DEFORMABLE, DINO], ids=["Deformable DETR", "DINO"])

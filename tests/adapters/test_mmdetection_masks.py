@@ -14,9 +14,11 @@ from mmengine.config import Config
 from mmengine.hub import get_config
 from mmengine.runner import set_random_seed
 from mmengine.structures import InstanceData
+from support.mmdetection import backward, build, dicts
 
 from detloss_plugins.registry import loss_class, registered_losses
 
+pytestmark = pytest.mark.usefixtures("mmdet_scope")
 
 # mmdet's config, the key of its mask loss, and layers that predict masks.
 HEADS = {

@@ -7,14 +7,16 @@ import pytest
 import torch
 from digits import build_digits
 from mmdet.registry import MODELS as MMDET_MODELS
-from mmdet.structures import DetDataSample
 from mmdet.structures.bbox import bbox_overlaps
 from mmengine.config import ConfigDict
 from mmengine.runner import set_random_seed
 from mmengine.structures import InstanceData
+from support.mmdetection import CONFIG_DIR, Interrupt, run, small
+from support.mmdetection_features import CLASSES, SCENES, STRIDES, features, grads, samples
 
 from detloss_plugins.losses import ALRPLoss, APLoss, DRLoss, GIoULoss, RankSortLoss, rank_sort_errors
 
+pytestmark = pytest.mark.usefixtures("mmdet_scope")
 
 ANCHORS = dict(type="AnchorGenerator", ratios=[1.0], octave_base_scale=2, scales_per_octave=2, strides=STRIDES)
 MAX_IOU = dict(type="MaxIoUAssigner", pos_iou_thr=0.5, neg_iou_thr=0.4, min_pos_iou=0, ignore_iof_thr=0.5)

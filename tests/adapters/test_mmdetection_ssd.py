@@ -14,11 +14,29 @@ from mmengine.config import ConfigDict
 from mmengine.optim import build_optim_wrapper
 from mmengine.runner import set_random_seed
 from mmengine.structures import InstanceData
+from support.commands import python
+from support.mmdetection import (
+    BOX_LOSSES,
+    CONFIG_DIR,
+    FORMS,
+    REGRESSION,
+    TRAIN,
+    Interrupt,
+    backward,
+    box_loss_cfg,
+    build,
+    run,
+    scalars,
+    settings_of,
+    small,
+)
+from support.mmdetection_features import CLASSES, features, grads, samples
 
 from detloss_plugins.loss import Loss
 from detloss_plugins.losses import MultiBoxLoss
 from detloss_plugins.registry import loss_class
 
+pytestmark = pytest.mark.usefixtures("mmdet_scope")
 
 DIGITS = CONFIG_DIR / "ssd_r18_digits.py"
 OURS = "detloss_plugins.adapters.mmdetection.PluginSSDHead"

@@ -13,9 +13,24 @@ from mmdet.structures.bbox import bbox_overlaps
 from mmengine.config import Config, ConfigDict
 from mmengine.runner import Runner, set_random_seed
 from scipy.stats import spearmanr
+from support.mmdetection import CONFIG_DIR, Interrupt, backward, build, run, small
+from support.mmdetection_uncertainty import (
+    FASTER_RCNN,
+    HARD,
+    RETINANET,
+    config,
+    detector,
+    equal,
+    every_detector,
+    head_of,
+    layers,
+    predict,
+    stock,
+)
 
 from detloss_plugins.adapters.mmdetection import CornerBBoxCoder
 
+pytestmark = pytest.mark.usefixtures("mmdet_scope")
 
 OURS = "detloss_plugins.adapters.mmdetection"
 

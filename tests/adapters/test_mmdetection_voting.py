@@ -9,9 +9,24 @@ from mmcv.ops import nms, soft_nms
 from mmdet.registry import MODELS as MMDET_MODELS
 from mmengine.config import ConfigDict
 from mmengine.structures import InstanceData
+from support.mmdetection import build, small
+from support.mmdetection_uncertainty import (
+    HARD,
+    MASK_RCNN,
+    SCALE_FACTOR,
+    config,
+    detector,
+    equal,
+    every_detector,
+    head_of,
+    layers,
+    predict,
+    stock,
+)
 
 from detloss_plugins.adapters.mmdetection import variance_voting
 
+pytestmark = pytest.mark.usefixtures("mmdet_scope")
 
 NMS = {
     "hard": HARD,

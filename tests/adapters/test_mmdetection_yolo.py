@@ -8,9 +8,24 @@ from digits import build_digits
 from mmdet.registry import MODELS as MMDET_MODELS
 from mmengine.config import Config
 from mmengine.structures import InstanceData
+from support.commands import python
+from support.mmdetection import (
+    CONFIG_DIR,
+    FORMS,
+    TRAIN,
+    Interrupt,
+    backward,
+    build,
+    run,
+    scalars,
+    settings_of,
+    small,
+    twin_configs,
+)
 
 from detloss_plugins.registry import loss_class
 
+pytestmark = pytest.mark.usefixtures("mmdet_scope")
 
 YOLOV1 = CONFIG_DIR / "yolov1_r18_fpn_digits.py"
 YOLOV3 = CONFIG_DIR / "yolov3_r18_digits.py"

@@ -6,7 +6,9 @@ from mmdet.structures import DetDataSample
 from mmengine.dist import all_reduce_params
 from mmengine.registry import DefaultScope
 from mmengine.structures import InstanceData
+from support.mmdetection import CONFIG_DIR, build, small
 from support.ranks import two_ranks
+from support.ultralytics import detector
 from torch.nn.parallel import DistributedDataParallel
 
 from detloss_plugins.adapters.ultralytics import install

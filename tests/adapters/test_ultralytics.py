@@ -1,25 +1,35 @@
 """The Ultralytics adapter on the real trainer: scale, parity, validation, checkpoints, resume, workers."""
 
 import copy
-import functools
 import logging
 import subprocess
 import sys
 
-import digits
 import pytest
 import torch
 import yaml
+from support.ultralytics import (
+    LOSSES,
+    SETTINGS,
+    TASK_MODELS,
+    assert_same,
+    branches,
+    detector,
+    head,
+    in_slot,
+    losses_for,
+    model_file,
+    ours,
+    result,
+    steps,
+    stock_criterion,
+    task_of,
+    third,
+    without_objects,
+)
 from ultralytics import RTDETR, YOLO
 from ultralytics.cfg import get_cfg
-from ultralytics.nn.tasks import (
-    DetectionModel,
-    OBBModel,
-    PoseModel,
-    RTDETRDetectionModel,
-    SegmentationModel,
-    yaml_model_load,
-)
+from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import LOGGER
 from ultralytics.utils.dist import generate_ddp_file
 from ultralytics.utils.loss import E2ELoss, VarifocalLoss
@@ -27,7 +37,6 @@ from ultralytics.utils.loss import E2ELoss, VarifocalLoss
 from detloss_plugins import engine
 from detloss_plugins.adapters.ultralytics import (
     SLOTS,
-    TRAINERS,
     PluginDetectionLoss,
     PluginRTDETRLoss,
     criterion_state,
@@ -37,7 +46,6 @@ from detloss_plugins.adapters.ultralytics import (
     install,
     load_losses,
     make_trainer,
-    model_task,
     trained_losses,
 )
 from detloss_plugins.adapters.ultralytics.config import GAINS, PRIORS

@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.commands import train
+from support.ultralytics import branches, detector, head, ours, task_of
 
 from detloss_plugins import build_loss
 from detloss_plugins import loss as core
 from detloss_plugins.adapters.ultralytics import SLOTS, describe, load_losses
 from detloss_plugins.registry import registered_losses
+from detloss_plugins.testing.check import NoWaiting
 
 NAMES = ("yolov8n", "yolo26n", "yolov8n-obb", "yolo26n-obb")
 
@@ -144,12 +147,6 @@ def test_a_size_that_is_given_stays():
     assert "image_size" not in load_losses({"box": {"type": "CIoULoss"}})["box"]
 
 
-class NoSynchronisationButTheStockOne(NoSynchronisation):
-    """The stock box criterion, too, asks where the positives are."""
-
-    FORBIDDEN = tuple(name for name in NoSynchronisation.FORBIDDEN if name != "nonzero")
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_no_synchronisation_in_the_slots(name, batches):
     model, batch = detector(name), batches[task_of(name)]
@@ -162,7 +159,7 @@ def test_no_synchronisation_in_the_slots(name, batches):
 
     def watched(*inputs):
         calls.append(inputs)
-        with NoSynchronisationButTheStockOne():
+        with NoWaiting("nonzero"):  # the stock box criterion, too, asks where the positives are
             return slots(*inputs)
 
     criterion.bbox_loss = watched

@@ -4,6 +4,19 @@ import copy
 
 import pytest
 import torch
+from support.ultralytics import (
+    MODELS,
+    SETTINGS,
+    branches,
+    detector,
+    head,
+    in_slot,
+    ours,
+    result,
+    steps,
+    stock_criterion,
+    task_of,
+)
 
 from detloss_plugins import build_loss
 from detloss_plugins.adapters.ultralytics import default_gain, default_prior, make_trainer
@@ -13,6 +26,11 @@ from detloss_plugins.registry import registered_losses
 
 RANKING = [cls for cls in registered_losses().values() if issubclass(cls, RankingLoss)]
 each_loss = pytest.mark.parametrize("cls", RANKING, ids=lambda cls: cls.__name__)
+
+
+@pytest.fixture(scope="module")
+def batch(batches):
+    return batches["detect"]
 
 
 def of_each_branch(model, batch):

@@ -10,6 +10,27 @@ from types import SimpleNamespace
 import digits
 import pytest
 import torch
+from support.ultralytics import (
+    CLASSES,
+    FOR_RTDETR,
+    LOSSES,
+    SETTINGS,
+    TASK_MODELS,
+    assert_same,
+    branches,
+    detector,
+    head,
+    in_slot,
+    losses_for,
+    model_cfg,
+    model_file,
+    ours,
+    result,
+    stock_criterion,
+    task_of,
+    third,
+    without_objects,
+)
 from table import ultralytics_detectors
 from ultralytics import RTDETR, YOLO
 from ultralytics.cfg import get_cfg

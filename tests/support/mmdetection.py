@@ -1,17 +1,30 @@
+"""Small detectors of MMDetection, a batch for them, and runs of its trainer."""
+
+import copy
+import functools
+import inspect
+import json
+import re
+from pathlib import Path
+
+import mmdet.models
+import pytest
+import torch
+from digits import build_digits
+from mmdet.registry import MODELS as MMDET_MODELS
+from mmdet.structures.mask import BitmapMasks
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.runner import Runner, set_random_seed
+
+from detloss_plugins.registry import MODELS, loss_class, registered_losses
+
 CONFIG_DIR = Path(__file__).parents[2] / "configs" / "mmdetection"
 DIGITS = CONFIG_DIR / "gfl_r18_fpn_digits.py"
 TRAIN = Path(mmdet.__file__).parent / ".mim" / "tools" / "train.py"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def mmdet_scope():
-    """The default scope of every mmdet config, under which a bare loss name means mmdet's class."""
-    with DefaultScope.overwrite_default_scope("mmdet"):
-        yield
-
-
-@pytest.fixture(scope="module")
-def batch():
+def digits_batch():
     """Four real digits images, as the data loader gives them; the mask of an object is its box."""
     build_digits()
     options = Config.fromfile(DIGITS).train_dataloader
@@ -161,13 +174,6 @@ def twin_configs(path):
     return ours, stock
 
 
-def python(*command):
-    """Run Python in a fresh process and return what it prints; its own errors fail the test."""
-    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout
-
-
 def scalars(work_dir):
     """What the run logged, one dict a line."""
     (file,) = work_dir.glob("*/vis_data/scalars.json")
@@ -200,4 +206,5 @@ def run(work_dir, hook, **options):
     return runner
 
 
+# The losses between coordinates that the source documents describe.
 REGRESSION = ["L1Loss", "SmoothL1Loss", "HuberLoss", "BalancedL1Loss", "MSELoss", "RMSELoss"]

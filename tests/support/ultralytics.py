@@ -1,3 +1,24 @@
+"""Small detectors of Ultralytics, batches for them, and criteria with our losses."""
+
+import functools
+
+import digits
+import pytest
+import torch
+import yaml
+from ultralytics.cfg import get_cfg
+from ultralytics.nn.tasks import (
+    DetectionModel,
+    OBBModel,
+    PoseModel,
+    RTDETRDetectionModel,
+    SegmentationModel,
+    yaml_model_load,
+)
+from ultralytics.utils.loss import E2ELoss
+
+from detloss_plugins.adapters.ultralytics import TRAINERS, install, model_task
+
 MODELS = ("yolov8n", "yolo11n", "yolo26n", "yolov8n-obb", "yolo26n-obb")
 # With those of the tasks whose boxes and classes have the same criterion.
 TASK_MODELS = (*MODELS, "yolov10n", "yolov8n-seg", "yolo26n-seg", "yolov8n-pose", "yolo26n-pose")
@@ -43,20 +64,13 @@ def losses_for(name):
     return {"obb": ORIENTED, "rtdetr": FOR_RTDETR}.get(task_of(name), LOSSES)
 
 
-@pytest.fixture(scope="module")
-def datasets(tmp_path_factory):
+def build_datasets(cache):
     """A digits set of 16 training and 8 validation images for each task."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(digits, "IMAGES", {"train": 16, "val": 8})
-        patch.setenv("DETLOSS_PLUGINS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("DETLOSS_PLUGINS_CACHE", str(cache))
         folders = {task: digits.build_digits(task) for task in digits.PREFIXES}
         return {task: str(folders.get(task, folders["detect"]) / "digits.yaml") for task in TRAINERS}
-
-
-@pytest.fixture(scope="module")
-def batches(datasets, tmp_path_factory):
-    """A training batch for each task as its real data loader makes it."""
-    return {task: real_batch(task, path, tmp_path_factory.mktemp("batch")) for task, path in datasets.items()}
 
 
 def real_batch(task, data, place):
@@ -134,14 +148,6 @@ def steps(model, criterion, batch, count):
         loss.sum().backward()
         optimizer.step()
     return values
-
-
-@pytest.fixture(scope="module")
-def warm(batch):
-    """A model after some steps of stock training: at first the assigner's scores, the targets, grow from nothing."""
-    model = copy.deepcopy(detector("yolov8n"))
-    steps(model, DetectionModel.init_criterion(model), batch, 60)
-    return model
 
 
 def without_objects(batch):

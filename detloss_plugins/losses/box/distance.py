@@ -12,17 +12,9 @@ from detloss_plugins.geometry import Box, Pair, ratio, root
 from detloss_plugins.registry import MODELS
 
 __all__ = [
-    "BoundedIoULoss",
-    "ExtendedIoULoss",
-    "MPDIoULoss",
-    "NWDLoss",
-    "PowerfulIoULoss",
-    "bounded_iou_loss",
-    "extended_iou_loss",
-    "mpdiou_loss",
-    "nwd_loss",
-    "powerful_iou_loss",
-]
+    "BoundedIoULoss", "ExtendedIoULoss", "MPDIoULoss", "NWDLoss", "PowerfulIoULoss", "bounded_iou_loss",
+    "extended_iou_loss", "mpdiou_loss", "nwd_loss", "powerful_iou_loss",
+]  # fmt: skip
 
 Size = Annotated[tuple, size_rule()]
 

@@ -14,13 +14,8 @@ from detloss_plugins.reduction import counts
 from detloss_plugins.registry import MODELS, build_loss
 
 __all__ = [
-    "FocalerIoULoss",
-    "InnerIoULoss",
-    "WIoULoss",
-    "focaler_iou_loss",
-    "inner_iou_loss",
-    "wiou_loss",
-]
+    "FocalerIoULoss", "InnerIoULoss", "WIoULoss", "focaler_iou_loss", "inner_iou_loss", "wiou_loss",
+]  # fmt: skip
 
 Momentum = Annotated[float, between(0, 1, "(0, 1]")]
 CIOU = {"type": "CIoULoss"}

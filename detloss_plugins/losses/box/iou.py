@@ -14,27 +14,10 @@ from detloss_plugins.geometry import Pair, power
 from detloss_plugins.registry import MODELS
 
 __all__ = [
-    "AlphaIoULoss",
-    "CIoULoss",
-    "DIoULoss",
-    "EIoULoss",
-    "EfficientIoULoss",
-    "FocalEIoULoss",
-    "FocalEfficientIoULoss",
-    "GIoULoss",
-    "IoULoss",
-    "SIoULoss",
-    "ShapeIoULoss",
-    "alpha_iou_loss",
-    "ciou_loss",
-    "diou_loss",
-    "eiou_loss",
-    "focal_eiou_loss",
-    "giou_loss",
-    "iou_loss",
-    "shape_iou_loss",
-    "siou_loss",
-]
+    "AlphaIoULoss", "CIoULoss", "DIoULoss", "EIoULoss", "EfficientIoULoss", "FocalEIoULoss",
+    "FocalEfficientIoULoss", "GIoULoss", "IoULoss", "SIoULoss", "ShapeIoULoss", "alpha_iou_loss", "ciou_loss",
+    "diou_loss", "eiou_loss", "focal_eiou_loss", "giou_loss", "iou_loss", "shape_iou_loss", "siou_loss",
+]  # fmt: skip
 
 AtLeastOne = Annotated[float, at_least(1)]
 # Inputs on which upstream is wrong, and why.

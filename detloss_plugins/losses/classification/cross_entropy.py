@@ -15,15 +15,9 @@ from detloss_plugins.reduction import counts
 from detloss_plugins.registry import MODELS
 
 __all__ = [
-    "BalancedCrossEntropyLoss",
-    "BinaryCrossEntropyLoss",
-    "CrossEntropyLoss",
-    "KLDivLoss",
-    "balanced_cross_entropy_loss",
-    "binary_cross_entropy_loss",
-    "cross_entropy_loss",
-    "kl_div_loss",
-]
+    "BalancedCrossEntropyLoss", "BinaryCrossEntropyLoss", "CrossEntropyLoss", "KLDivLoss",
+    "balanced_cross_entropy_loss", "binary_cross_entropy_loss", "cross_entropy_loss", "kl_div_loss",
+]  # fmt: skip
 
 
 def cross_entropy_loss(

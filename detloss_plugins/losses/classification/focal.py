@@ -21,19 +21,10 @@ from detloss_plugins.precision import float32
 from detloss_plugins.registry import MODELS
 
 __all__ = [
-    "FocalLoss",
-    "GaussianFocalLoss",
-    "GeneralizedFocalLoss",
-    "PolyLoss",
-    "QualityFocalLoss",
-    "VarifocalLoss",
-    "focal_loss",
-    "gaussian_focal_loss",
-    "generalized_focal_loss",
-    "poly_loss",
-    "quality_focal_loss",
+    "FocalLoss", "GaussianFocalLoss", "GeneralizedFocalLoss", "PolyLoss", "QualityFocalLoss", "VarifocalLoss",
+    "focal_loss", "gaussian_focal_loss", "generalized_focal_loss", "poly_loss", "quality_focal_loss",
     "varifocal_loss",
-]
+]  # fmt: skip
 
 
 def focal_loss(

@@ -15,12 +15,9 @@ from detloss_plugins.precision import float32
 from detloss_plugins.registry import MODELS
 
 __all__ = [
-    "AsymmetricLoss",
-    "ModifiedCrossEntropyLoss",
-    "asymmetric_loss",
-    "confidence_weight",
+    "AsymmetricLoss", "ModifiedCrossEntropyLoss", "asymmetric_loss", "confidence_weight",
     "modified_cross_entropy_loss",
-]
+]  # fmt: skip
 
 
 def modified_cross_entropy_loss(

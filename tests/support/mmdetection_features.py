@@ -1,3 +1,10 @@
+"""What a head is tested on without a body: random features, and objects in two images."""
+
+import torch
+from mmdet.structures import DetDataSample
+from mmengine.runner import set_random_seed
+from mmengine.structures import InstanceData
+
 STRIDES = [8, 16, 32]
 CLASSES = 4
 # Labels and boxes of each image.

@@ -1,3 +1,13 @@
+"""Small detectors that predict the uncertainty of boxes, their stock twins, and detections."""
+
+import copy
+
+import pytest
+import torch
+from mmengine.config import ConfigDict
+
+from support.mmdetection import CONFIG_DIR, build, small
+
 FASTER_RCNN = CONFIG_DIR / "faster-rcnn-kl_r18_fpn_digits.py"
 RETINANET = CONFIG_DIR / "retinanet-kl_r18_fpn_digits.py"
 MASK_RCNN = CONFIG_DIR / "mask-rcnn-kl_r50_fpn_1x_coco.py"

@@ -1,5 +1,20 @@
+"""Small detectors of the DETR type."""
+
+import copy
+
+import torch
+from mmengine.hub import get_config
+
+from detloss_plugins.losses import GeneralizedFocalLoss, QualityFocalLoss, VarifocalLoss
+from support.mmdetection import CONFIG_DIR, branches, build, shrink, small
+
 DEFORMABLE = CONFIG_DIR / "deformable-detr_r50_16xb2-50e_coco.py"
 DINO = CONFIG_DIR / "dino-4scale_r50_8xb2-12e_coco.py"
+# mmdet's own configs of two more heads.
+MORE = {
+    "DETR": "detr/detr_r50_8xb2-150e_coco.py",
+    "Conditional DETR": "conditional_detr/conditional-detr_r50_8xb2-50e_coco.py",
+}
 QUALITY = [QualityFocalLoss, VarifocalLoss, GeneralizedFocalLoss]
 
 
@@ -19,10 +34,3 @@ def calls(module):
     seen = []
     module.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
     return seen
-
-
-# mmdet's own configs of two more heads.
-MORE = {
-    "DETR": "detr/detr_r50_8xb2-150e_coco.py",
-    "Conditional DETR": "conditional_detr/conditional-detr_r50_8xb2-50e_coco.py",
-}
