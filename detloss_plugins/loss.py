@@ -270,9 +270,10 @@ class Loss(nn.Module):
     def _call(self, function: Callable, pred: Tensor, target: Any, weight: Tensor | None, seen: dict) -> engine.Call:
         rows, of_rows = flatten((pred, target, weight))
         shared, of_shared = flatten(seen)
+        count = len(rows)  # what is made below must not keep the tensors themselves
 
         def on_flat(function):
-            return lambda *flat: function(*unflatten(of_rows, flat), unflatten(of_shared, flat[len(rows) :]))
+            return lambda *flat: function(*unflatten(of_rows, flat), unflatten(of_shared, flat[count:]))
 
         row_wise = self.facts.row_wise and all(x.shape[:1] == pred.shape[:1] != () for x in rows) and not self.learns()
         kernel = None
