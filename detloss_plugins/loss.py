@@ -234,7 +234,10 @@ class Loss(nn.Module):
             pred, target, weight = self.as_rows(pred, target, weight)
             seen = self.observe(pred, target, weight)
             if reduction == "none":
-                found = self._call(self.weighted, pred, target, weight, seen).of_each_chunk()
+                call = self._call(self.weighted, pred, target, weight, seen)
+                # The backward of a chunk would be as long as the batch.
+                whole = torch.is_grad_enabled() and any(x.requires_grad for x in (*call.rows, *call.shared))
+                found = [call.losses()] if whole else call.of_each_chunk()
                 loss = torch.cat(found) if len(found) > 1 else found[0]
                 loss = loss.unflatten(0, shape) if self.facts.row_wise and len(shape) > 1 else loss
                 return scaled(loss, 1, None, "none", factor)

@@ -184,3 +184,12 @@ def test_chunks_are_small(device):
     with small_chunks(device):
         call = engine.Call(torch.mul, (torch.ones(12, 8, device=device),), row_wise=True)
         assert len(list(call.chunks())) > 1
+
+
+def test_losses_of_each_row_with_a_gradient_are_not_taken_in_chunks(device):
+    """The backward of each chunk would make a tensor as long as the batch."""
+    pred, target = sample_for(FocalLoss(), device, 300)
+    with small_chunks(device):
+        rows = FocalLoss()(pred, target, reduction_override="none")
+        assert rows.grad_fn.name() != "CatBackward0"
+        torch.testing.assert_close(rows, FocalLoss()(pred.detach(), target, reduction_override="none"))

@@ -42,6 +42,7 @@ class DistributionFocalLoss(DistributionLoss):
     facts = DistributionLoss.facts.but(
         paper="https://arxiv.org/abs/2006.04388",
         row_wise=True,
+        keeps_little=True,
         upstream=(
             Upstream("mmdet.models.losses.DistributionFocalLoss"),
             Upstream("ultralytics.utils.loss.DFLoss"),

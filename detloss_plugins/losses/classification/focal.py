@@ -117,9 +117,9 @@ def quality_focal_loss(
     """
     pred = float32(pred)
     target = target.to(pred.dtype)
-    p = pred if activated else pred.sigmoid()
     loss = bce(pred, target, activated)
-    loss = loss if is_zero(beta) else power((target - p).abs(), beta) * loss
+    if not is_zero(beta):
+        loss = power((target - (pred if activated else pred.sigmoid())).abs(), beta) * loss
     return loss if alpha is None else balance(alpha, target) * loss
 
 

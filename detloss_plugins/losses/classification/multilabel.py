@@ -9,7 +9,7 @@ from torch import Tensor
 from detloss_plugins.facts import NonNegative, Share, SharePerClass, Upstream, between
 from detloss_plugins.families import ClassificationLoss
 from detloss_plugins.loss import check_use_sigmoid
-from detloss_plugins.losses.classification.common import class_vector
+from detloss_plugins.losses.classification.common import bce, class_vector, is_zero
 from detloss_plugins.losses.classification.common import power as to_the
 from detloss_plugins.precision import float32
 from detloss_plugins.registry import MODELS
@@ -36,6 +36,8 @@ def modified_cross_entropy_loss(
     tensor([1.0986, 0.4055, 0.4055])
     """
     pred = float32(pred)
+    if activation == "sigmoid" and alpha is None and is_zero(gamma):
+        return bce(pred, target.to(pred.dtype))
     # As p_c = sigmoid(margin_c), one stable form serves both activations.
     logit = pred if activation == "sigmoid" else _margin(pred)
     positive, negative = _terms(logit, target.to(pred.dtype), gamma, gamma)
