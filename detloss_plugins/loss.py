@@ -13,7 +13,7 @@ from detloss_plugins import engine
 from detloss_plugins.facts import Facts, NonNegative, Rule, check_setting, plain, rule_of
 from detloss_plugins.nested import each_tensor, flatten, unflatten
 from detloss_plugins.precision import float32, is_compiling, without_autocast
-from detloss_plugins.reduction import apply_weight, check_reduction, scaled
+from detloss_plugins.reduction import apply_weight, check_reduction, scaled, times
 
 _ANY_KIND = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
@@ -240,7 +240,7 @@ class Loss(nn.Module):
                 found = [call.losses()] if whole else call.of_each_chunk()
                 loss = torch.cat(found) if len(found) > 1 else found[0]
                 loss = loss.unflatten(0, shape) if self.facts.row_wise and len(shape) > 1 else loss
-                return scaled(loss, 1, None, "none", factor)
+                return times(loss, factor)
             total = self.summed(pred, target, weight, seen)
             return self.normalized(total, pred, seen, avg_factor, reduction, factor)
 

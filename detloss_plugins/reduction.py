@@ -58,7 +58,12 @@ def scaled(total: Tensor, count: Tensor | int, avg_factor: Tensor | float | None
     """A sum of losses, reduced: for "mean" over ``avg_factor``, or else over ``count``; times ``factor``."""
     if reduction == "mean":
         total = total / (count if avg_factor is None else avg_factor + AVG_FACTOR_EPS)
-    return total if not isinstance(factor, Tensor) and factor == 1 else total * factor
+    return times(total, factor)
+
+
+def times(value: Tensor, factor: Tensor | float) -> Tensor:
+    """A product, which costs no operator for the number 1."""
+    return value if not isinstance(factor, Tensor) and factor == 1 else value * factor
 
 
 def counts(like: Tensor, *weights: Tensor | None) -> Tensor:

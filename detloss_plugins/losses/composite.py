@@ -11,7 +11,7 @@ from detloss_plugins.loss import Loss, check_use_sigmoid
 from detloss_plugins.losses.classification import confidence_weight
 from detloss_plugins.losses.classification.common import over_base
 from detloss_plugins.precision import float32, without_autocast
-from detloss_plugins.reduction import apply_weight, check_reduction, scaled
+from detloss_plugins.reduction import apply_weight, check_reduction, times
 from detloss_plugins.registry import MODELS, build_loss
 
 __all__ = ["ConfidenceWeightedLoss", "JointLoss", "confidence_weighted_loss", "joint_loss"]
@@ -73,7 +73,7 @@ class JointLoss(Loss):
         if reduction == "none" or not self.facts.row_wise:
             pred = float32(pred)  # once, so that half-precision gradients are not added up in half precision
             parts = (loss(pred, target, weight, avg_factor, reduction) for loss in self.losses)
-            return scaled(sum(parts), 1, None, "none", factor)
+            return times(sum(parts), factor)
         self.look(target)
         with without_autocast(pred.device):
             pred, target, weight = self.as_rows(pred, target, weight)
@@ -82,7 +82,7 @@ class JointLoss(Loss):
             for loss, of_loss in zip(self.losses, seen.values(), strict=True):
                 of_loss["scale"] = loss.normalized(one, pred, of_loss, avg_factor, reduction, loss.loss_weight)
             total = self.summed(pred, target, weight, seen)
-        return scaled(total, 1, None, "none", factor)
+        return times(total, factor)
 
     def look(self, target):
         for loss in self.losses:

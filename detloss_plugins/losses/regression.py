@@ -244,8 +244,8 @@ class UncertaintyKLLoss(RegressionLoss):
 
     Called ``loss(pred, target, log_variance, weight=None, avg_factor=None, reduction_override=None)``: the model
     predicts the logarithm of a variance beside each number. Large where errors are large, it makes the loss flat there;
-    the loss can be negative. It needs a head that predicts it: ``UncertaintyBBoxHead`` and ``UncertaintyRetinaHead`` of
-    the MMDetection adapter do.
+    the loss can be negative. With variances ``compile=True`` has no effect. It needs a head that predicts them:
+    ``UncertaintyBBoxHead`` and ``UncertaintyRetinaHead`` of the MMDetection adapter do.
 
     Args:
         clamp: the log variance is that far from 0 at most; one outside gets the gradient of the nearer end.

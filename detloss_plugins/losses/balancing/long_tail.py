@@ -60,7 +60,7 @@ class SeesawLoss(ClassificationLoss):
     For mmdet's two-stage heads, with mmdet's interface: logits ``(N, C + 2)``, the last two for object and background,
     labels ``(N,)`` with ``C`` for background. Returns a dict of the objectness and the class loss, or with
     ``return_dict=False`` their sum; "none" gives ``(N,)``, zero in the class part of background rows. ``compile=True``
-    has no effect on a CPU, where the positives are taken out of the batch first.
+    has no effect, as its two parts are reduced each for itself.
 
     Args:
         num_classes: C.
@@ -93,7 +93,7 @@ class SeesawLoss(ClassificationLoss):
         self.register_buffer("cum_samples", torch.zeros(num_classes + 1))
 
     def compiles(self, device):
-        return is_asynchronous(device)  # elsewhere the positives are taken out of the batch, and little is left to do
+        return False  # it is reduced from the losses of each row
 
     def get_cls_channels(self, num_classes):
         """How many logits mmdet's head must predict for ``num_classes``."""

@@ -54,7 +54,6 @@ def class_vector(values: Any, pred: Tensor) -> Any:
 class SoftmaxOrSigmoid(ClassificationLoss):
     """A loss with both forms: the softmax form takes indices or distributions as they are."""
 
-    facts = ClassificationLoss.facts.but()
     sigmoid_only = False
 
     def __init__(self, **settings):
