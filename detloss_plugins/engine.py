@@ -1,8 +1,7 @@
 """The value and the gradient of a sum over rows: in chunks of rows, or by one compiled kernel.
 
-As autograd does it, every intermediate of every row is kept until the backward: ten or twenty times the logits of a
-dense detector. Here a row's gradient is worked out along with its value, and nothing else is kept. The engine is given
-pure functions of tensors, which are plain operators, and differentiates those; it knows nothing of losses.
+Autograd keeps every intermediate of every row until the backward: ten or twenty times a dense detector's logits. Here a
+row's gradient is worked out along with its value. The engine differentiates pure functions and knows nothing of losses.
 """
 
 import types
@@ -13,12 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from detloss_plugins.precision import float32, is_compiling
-
-# Elements of pred in a chunk: few enough for a CPU's cache or a bit of a GPU's memory, enough to keep all cores busy.
-CHUNK = {"cpu": 350_000}
-LARGE_CHUNK = 2**23
-AT_ONCE = {"cpu": 4}  # so many chunks are as fast at once, and still small
+from detloss_plugins.precision import float32, is_compiling, is_large, rows_in_chunk
 
 
 class Call(NamedTuple):
@@ -28,8 +22,7 @@ class Call(NamedTuple):
     rows: tuple[Tensor, ...]  # pred, which alone is differentiated here, and what else has a row for each of its rows
     shared: tuple[Tensor, ...] = ()  # what every row needs
     row_wise: bool = False  # whether the losses of a row depend on that row and on what is shared alone
-    # How to compile it, once for the whole process: what is equal for functions that are the same, what makes such a
-    # function that reads nothing that may change, and the name to call it by in a warning.
+    # To compile it once: what is equal for equal functions, what makes one that cannot change, its name in a warning.
     kernel: tuple[Hashable, Callable[[], Callable[..., Tensor]], str] | None = None
 
     def losses(self) -> Tensor:
@@ -48,7 +41,7 @@ class Call(NamedTuple):
     def chunks(self) -> Iterator[tuple[slice, "Call"]]:
         """The call some rows at a time."""
         pred = self.rows[0]
-        step = max(CHUNK.get(pred.device.type, LARGE_CHUNK) * len(pred) // pred.numel(), 1)
+        step = rows_in_chunk(pred)
         for start in range(0, len(pred), step):
             part = slice(start, start + step)
             yield part, self._replace(rows=tuple(x[part] for x in self.rows))
@@ -56,11 +49,6 @@ class Call(NamedTuple):
     def of_each_chunk(self) -> list:
         """What the function gives for each chunk, or for all rows in a list of one."""
         return [chunk.losses() for _, chunk in self.chunks()] if self.in_chunks() else [self.losses()]
-
-
-def is_large(pred: Tensor) -> bool:
-    """Whether chunks pay."""
-    return pred.numel() > CHUNK.get(pred.device.type, LARGE_CHUNK) * AT_ONCE.get(pred.device.type, 1)
 
 
 def weighted_sum(call: Call) -> Tensor:
@@ -118,7 +106,7 @@ class _GradientInForward(torch.autograd.Function):
         if gradient.dtype == pred.dtype:
             return gradient * outer
         found = torch.empty_like(pred)
-        for part, chunk in Call(torch.mul, (gradient,), (outer,), row_wise=True).chunks():
+        for part, chunk in Call(torch.mul, (gradient,), (outer,)).chunks():
             found[part] = chunk.losses()
         return found
 
@@ -128,9 +116,7 @@ class _GradientInForward(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, *tangents):
-        pred = ctx.saved_tensors[1]
-        one = torch.ones((), dtype=float32(pred).dtype, device=pred.device)
-        return (_GradientInForward.gradient(ctx, one) * tangents[2]).sum(), None
+        return (_GradientInForward.gradient(ctx, float32(ctx.saved_tensors[1].new_ones(()))) * tangents[2]).sum(), None
 
     @staticmethod
     def vmap(info, in_dims, way, call, *flat):
@@ -151,7 +137,9 @@ def _by_kernel(call: Call, backward: bool) -> Tensor | None:
     def run(call):
         place = key, len(call.rows), backward
         kernel = _kernels.get(place) or _kernels.setdefault(place, _compile(make(), backward))
-        sums, *gradient = kernel(*(_contiguous(x.detach()) for x in (*call.rows, *call.shared)))
+        flat = [_contiguous(x.detach()) for x in (*call.rows, *call.shared)]
+        one = flat[0].new_ones(len(flat[0]) if flat[0][0].numel() > 5 else 1)
+        sums, *gradient = kernel(one, *flat)
         return sums.sum(), *gradient
 
     try:
@@ -170,22 +158,26 @@ def _by_kernel(call: Call, backward: bool) -> Tensor | None:
 
 def _contiguous(x: Tensor) -> Tensor:
     """The same; on a CPU a few columns with each contiguous, as a vector load then reads x1 of many boxes."""
-    few = x.device.type == "cpu" and x.dim() == 2 and x.shape[1] <= 5
-    return torch.stack(x.unbind(-1)).t() if few else x.contiguous()
+    return (
+        torch.stack(x.unbind(-1)).t() if x.device.type == "cpu" and x.dim() == 2 and x.shape[1] <= 5 else x.contiguous()
+    )
 
 
 def _compile(function: Callable[..., Tensor], backward: bool) -> Callable:
-    """A kernel that gives a sum for each row, as a full one would run in one block of a GPU, and maybe the gradient."""
+    """A kernel that gives a sum for each row, as a full one would run in one block of a GPU, and maybe the gradient.
 
-    def sums(*flat):
+    A 1 for each row comes first: without a number a row, the compiler makes a loop over all and another over the rows.
+    """
+
+    def sums(one, *flat):
         of_rows = function(*flat)
-        of_rows = of_rows.flatten(1).sum(1) if of_rows.dim() > 1 else of_rows
+        of_rows = one * (of_rows.flatten(1).sum(1) if of_rows.dim() > 1 else of_rows)
         return of_rows.sum(), of_rows
 
-    def plain(pred, *others):
+    def plain(one, pred, *others):
         if not backward:
-            return (sums(pred, *others)[1],)
-        gradient, of_rows = torch.func.grad(sums, has_aux=True)(float32(pred), *others)
+            return (sums(one, pred, *others)[1],)
+        gradient, of_rows = torch.func.grad(sums, argnums=1, has_aux=True)(one, float32(pred), *others)
         return of_rows, gradient if pred.dtype == torch.float16 else gradient.to(pred.dtype)
 
     # The compiler follows tensors through it and does not read it, as it would check all that it has read at each call.
@@ -196,5 +188,7 @@ def _compile(function: Callable[..., Tensor], backward: bool) -> Callable:
 
     # It has room for few graphs by code object, which all kernels would share: a copy has its own.
     own = types.FunctionType(kernel.__code__.replace(), globals(), kernel.__name__, None, kernel.__closure__)
-    # It is to use threads whatever the size of the first call: the next may be larger.
-    return torch.compile(own, dynamic=True, fullgraph=True, options={"cpp.min_chunk_size": 1})
+    # It is to use threads whatever the size of the first call, as the next may be larger; and to work out again what
+    # value and gradient share, rather than to keep that in memory between two loops.
+    in_one = {f"realize_{what}_threshold": 10**6 for what in ("opcount", "reads", "acc_reads") if backward}
+    return torch.compile(own, dynamic=True, fullgraph=True, options={"cpp.min_chunk_size": 1, **in_one})

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from detloss_plugins import engine
 from detloss_plugins.facts import Facts, NonNegative, Rule, check_setting, plain, rule_of
 from detloss_plugins.nested import each_tensor, flatten, unflatten
-from detloss_plugins.precision import float32, is_compiling, without_autocast
+from detloss_plugins.precision import float32, is_compiling, is_large, without_autocast
 from detloss_plugins.reduction import apply_weight, check_reduction, scaled, times
 
 _ANY_KIND = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -246,7 +246,7 @@ class Loss(nn.Module):
 
     def summed(self, pred, target, weight, seen):
         """The sum of the weighted losses, by the engine where chunks or a kernel gain something."""
-        if not self.compiled and (self.facts.keeps_little or not engine.is_large(pred)):
+        if not self.compiled and (self.facts.keeps_little or not is_large(pred)):
             return self.weighted(pred, target, weight, seen).sum()
         return engine.weighted_sum(self._call(self.weighted, pred, target, weight, seen))
 

@@ -36,3 +36,17 @@ def is_asynchronous(device: torch.device) -> bool:
 
 # Whether a model that holds the loss is being compiled; torch before 2.3 does not tell.
 is_compiling = getattr(torch.compiler, "is_compiling", lambda: False)
+
+# Elements of pred in a chunk: few enough for a cache or a bit of a GPU, enough to keep all cores busy.
+CHUNK, LARGE_CHUNK = {"cpu": 350_000}, 2**23
+AT_ONCE = {"cpu": 4}  # so many chunks are as fast at once, and still small
+
+
+def is_large(pred: Tensor) -> bool:
+    """Whether chunks pay."""
+    return pred.numel() > CHUNK.get(pred.device.type, LARGE_CHUNK) * AT_ONCE.get(pred.device.type, 1)
+
+
+def rows_in_chunk(pred: Tensor) -> int:
+    """How many rows of ``pred`` make a chunk."""
+    return max(CHUNK.get(pred.device.type, LARGE_CHUNK) * len(pred) // pred.numel(), 1)

@@ -13,7 +13,7 @@ from support import counted_graphs, plain, sample_for
 from torch import nn
 
 import detloss_plugins
-from detloss_plugins import engine
+from detloss_plugins import engine, precision
 from detloss_plugins.families import ClassificationLoss, RegressionLoss
 from detloss_plugins.losses import (
     GHMC,
@@ -37,8 +37,8 @@ ROWS = 300  # of 80 classes: several chunks
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch, device):
     """A chunk of 25 rows of 80 classes, and chunks wherever there are more than four."""
-    monkeypatch.setitem(engine.CHUNK, torch.device(device).type, 2000)
-    monkeypatch.setitem(engine.AT_ONCE, torch.device(device).type, 4)
+    monkeypatch.setitem(precision.CHUNK, torch.device(device).type, 2000)
+    monkeypatch.setitem(precision.AT_ONCE, torch.device(device).type, 4)
 
 
 def close(found, expected):

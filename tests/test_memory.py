@@ -8,7 +8,7 @@ import torch
 from support import only, plain, sample_for
 from timing import peak_memory
 
-from detloss_plugins import engine
+from detloss_plugins import engine, precision
 from detloss_plugins.losses import (
     GHMC,
     BinaryCrossEntropyLoss,
@@ -79,7 +79,7 @@ def check_memory(loss, cases, share=1):
 @pytest.mark.parametrize("kind", DENSE)
 def test_memory_of_dense_logits(kind, undisturbed, monkeypatch):
     """A tenth of the rows in chunks a tenth as large comes to the same, and takes a tenth of the time."""
-    monkeypatch.setitem(engine.CHUNK, "cpu", engine.CHUNK["cpu"] // 10)
+    monkeypatch.setitem(precision.CHUNK, "cpu", precision.CHUNK["cpu"] // 10)
     check_memory(kind(), MEMORY, share=10)
 
 

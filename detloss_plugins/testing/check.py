@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from detloss_plugins import engine
+from detloss_plugins import precision
 from detloss_plugins.facts import Facts
 from detloss_plugins.loss import Loss
 from detloss_plugins.nested import each_tensor, flatten
@@ -197,7 +197,7 @@ def cast(x: Any, dtype: torch.dtype) -> Any:
 @contextlib.contextmanager
 def small_chunks(device: str, elements: int = 16) -> Iterator[None]:
     """While chunks are so small that a few rows take several."""
-    with mock.patch.dict(engine.CHUNK, {torch.device(device).type: elements}):
+    with mock.patch.dict(precision.CHUNK, {torch.device(device).type: elements}):
         yield
 
 
