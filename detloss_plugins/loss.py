@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import inspect
+import warnings
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, ClassVar
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from detloss_plugins import engine
 from detloss_plugins.facts import Facts, NonNegative, Rule, check_setting, plain, rule_of
 from detloss_plugins.nested import each_tensor, flatten, unflatten
-from detloss_plugins.precision import float32, is_compiling, is_large, without_autocast
+from detloss_plugins.precision import COMPILES_FROM, can_compile, float32, is_compiling, is_large, without_autocast
 from detloss_plugins.reduction import apply_weight, check_reduction, scaled, times
 
 _ANY_KIND = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -37,8 +38,8 @@ class Loss(nn.Module):
         reduction: "none", "mean" or "sum".
         loss_weight: factor on the result, at least 0.
         compile: run "mean" and "sum" as one kernel of ``torch.compile``; the attribute is ``compiled``. Where the
-            compiler fails, a warning says so and the loss runs uncompiled, as one whose shapes depend on the number of
-            positives does.
+            compiler fails or torch is older than 2.4, a warning says so and the loss runs uncompiled, as one does whose
+            shapes depend on the number of positives.
 
     Raises:
         TypeError: for an unknown setting (the message lists the accepted ones), or one of a wrong type.
@@ -80,7 +81,13 @@ class Loss(nn.Module):
     ) -> None:
         super().__init__()
         self.reduction = check_reduction(reduction)
-        self.loss_weight, self.compiled = plain(loss_weight), compile
+        self.loss_weight, self.compiled = plain(loss_weight), compile and can_compile()
+        if compile and not self.compiled and not self.facts.counts_positives:
+            warnings.warn(
+                f"{type(self).__name__} runs uncompiled: compile=True needs torch {COMPILES_FROM} or newer, "
+                f"and this is {torch.__version__}.",
+                stacklevel=2,
+            )
         for name in self.hyper:
             setattr(self, name, plain(hyper.get(name, inspect.signature(type(self)).parameters[name].default)))
 

@@ -13,7 +13,7 @@ def float32(tensor: Tensor) -> Tensor:
 
 
 def _knows_autocast(device: str) -> bool:
-    with contextlib.suppress(RuntimeError), warnings.catch_warnings():
+    with contextlib.suppress(RuntimeError, AttributeError), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.autocast(device, enabled=False)
         return True
@@ -29,9 +29,27 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     return torch.autocast(device.type, enabled=False) if known else contextlib.nullcontext()
 
 
+# Devices without a float64, Apple's GPUs.
+WITHOUT_FLOAT64 = {"mps"}
+
+
+def longest(tensor: Tensor) -> Tensor:
+    """The same in float64, for sums over a whole batch; in float32 on a device that has nothing longer."""
+    return tensor.to(torch.float32 if tensor.device.type in WITHOUT_FLOAT64 else torch.float64)
+
+
 def is_asynchronous(device: torch.device) -> bool:
     """Whether the host waits for the device when it asks for a number."""
     return device.type not in ("cpu", "meta")
+
+
+# Before it, torch.compile does not know all that the kernels need.
+COMPILES_FROM = "2.4"
+
+
+def can_compile() -> bool:
+    """Whether ``compile=True`` has an effect with this torch."""
+    return torch.__version__ >= COMPILES_FROM
 
 
 # Whether a model that holds the loss is being compiled; torch before 2.3 does not tell.

@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from support import counted_graphs, gradient, sample_for
+from support import counted_graphs, gradient, needs_compiler, sample_for
 from torch import nn
 
 from detloss_plugins import build_loss, engine
@@ -19,6 +19,8 @@ from detloss_plugins.losses import (
     QualityFocalLoss,
     WIoULoss,
 )
+
+pytestmark = needs_compiler
 
 
 def test_a_setting_that_changes_in_place(device, traced):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support import counted_graphs, sample_for
+from support import counted_graphs, needs_compiler, sample_for
 
 from detloss_plugins.loss import Loss
 from detloss_plugins.registry import loss_class, registered_losses
@@ -47,6 +47,7 @@ def test_promise(cls, check, device):
 
 
 @pytest.mark.parametrize("cls", registered_losses().values(), ids=registered_losses())
+@needs_compiler
 def test_one_kernel_for_any_number_of_rows(cls, device, traced):
     """All but the kernel itself; 0 rows and 1 run uncompiled."""
     loss, eager = (cls.make(compile=compiled).to(device).eval() for compiled in (True, False))
@@ -63,11 +64,13 @@ ONE_OF_A_FAMILY = {cls.facts.family: cls for cls in registered_losses().values()
 
 
 @pytest.mark.parametrize("cls", ONE_OF_A_FAMILY.values(), ids=ONE_OF_A_FAMILY)
+@needs_compiler
 def test_compiled_in_a_model(cls, device, traced):
     COMPILED(cls, device=device, compile=True, **{"loss_weight": 1.0, **cls.facts.example})
 
 
 @pytest.mark.parametrize("cfg", MORE, ids=lambda cfg: "-".join(map(str, cfg.values()))[:60])
+@needs_compiler
 def test_all_promises_under_more_settings(cfg, device, traced):
     cls, settings = loss_class(cfg["type"]), {name: value for name, value in cfg.items() if name != "type"}
     check_loss(cls, device=device, compile=True, **{**cls.facts.example, **settings})

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
+from support import needs_compiler
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -30,6 +31,7 @@ def test_mmdetection_block_is_a_config():
     assert names["model"]["bbox_head"]["loss_bbox"]["type"] == "detloss_plugins.CIoULoss"
 
 
+@needs_compiler
 def test_the_example_of_a_new_loss(tmp_path):
     """In a process of its own, so that the example does not join the registry of the other tests."""
     module = tmp_path / "example.py"

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from support import needs_compiler
 
 from detloss_plugins.adapters.ultralytics import SLOTS
 from detloss_plugins.losses import JointLoss, SmoothL1Loss, UncertaintyKLLoss
@@ -134,6 +135,7 @@ def test_nan_is_not_hidden():
         assert UncertaintyKLLoss()(*inputs).isnan()
 
 
+@needs_compiler
 def test_inputs_are_not_modified_and_one_graph():
     inputs = sample()
     before = [x.detach().clone() for x in inputs]

@@ -97,11 +97,15 @@ def peak_memory(run, device):
     return torch.cuda.max_memory_allocated() - before
 
 
+def _start(event):
+    return event.start_ns() if hasattr(event, "start_ns") else event.start_us()  # before torch 2.2
+
+
 def peak_of(seen):
     """The highest sum of the allocations and releases that a profile has recorded."""
     events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
     now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
+    for event in sorted(events, key=_start):
         now += event.nbytes()
         peak = max(peak, now)
     return peak

@@ -1,6 +1,9 @@
 """What several test modules use."""
 
+import pytest
 import torch
+
+from detloss_plugins.precision import COMPILES_FROM, can_compile
 
 
 def only(says):
@@ -37,3 +40,6 @@ def plain(loss, pred, target, *args, **kwargs):
 def counted_graphs():
     """How many graphs the compiler has made since its reset."""
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+needs_compiler = pytest.mark.skipif(not can_compile(), reason=f"compile=True needs torch {COMPILES_FROM}")

@@ -32,7 +32,7 @@ from mmdet.structures.bbox import HorizontalBoxes, bbox_overlaps, get_box_tensor
 from mmengine.structures import InstanceData
 
 from detloss_plugins.losses import UncertaintyKLLoss
-from detloss_plugins.precision import float32
+from detloss_plugins.precision import float32, longest
 
 MIN_SIDE = 1e-6  # of the box that offsets are relative to, in pixels
 MIN_SIGMA = 1e-6  # in the vote, in pixels
@@ -115,11 +115,11 @@ def variance_voting(boxes, sigmas, kept, sigma_t):
     >>> variance_voting(boxes, sigmas, torch.tensor([0]), sigma_t=0.02)
     tensor([[ 0.0418,  0.0399, 10.0418, 10.0200]])
     """
-    exact = boxes.double()
+    exact = longest(boxes)
     iou = bbox_overlaps(exact[kept], exact)
     nearness = torch.exp(-((1 - iou) ** 2) / sigma_t) * (iou > 0)
     nearness[torch.arange(len(kept), device=kept.device), kept] = 1  # also where a box has no size
-    certainty = sigmas.double().clamp(min=MIN_SIGMA) ** -2
+    certainty = longest(sigmas).clamp(min=MIN_SIGMA) ** -2
     return (nearness @ (certainty * exact) / (nearness @ certainty)).to(boxes.dtype)
 
 

@@ -10,7 +10,7 @@ from detloss_plugins.facts import Facts, NonNegative, PerClass, Positive, Share,
 from detloss_plugins.families import ClassificationLoss
 from detloss_plugins.loss import Loss
 from detloss_plugins.losses.classification.common import SoftmaxOrSigmoid, bce, class_vector
-from detloss_plugins.precision import float32
+from detloss_plugins.precision import float32, longest
 from detloss_plugins.reduction import counts
 from detloss_plugins.registry import MODELS
 
@@ -250,7 +250,7 @@ class BalancedCrossEntropyLoss(ClassificationLoss):
     def statistics(self, pred, target, valid, weight):
         counted = counts(target, valid, weight) * ((target >= 0) | target.isnan())
         positives, negatives = _balance_sums(torch.where(counted > 0, target, 0), counted)
-        return {"positives": positives.double(), "negatives": negatives.double()}
+        return {"positives": longest(positives), "negatives": longest(negatives)}
 
     def summarise(self, sums):
         return sums or {}

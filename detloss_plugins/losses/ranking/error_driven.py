@@ -5,7 +5,7 @@ error-driven update in place of a derivative: what a positive loses by the negat
 given to it. Their authors loop over the positives, ``O(P (P + N))``. Seen from one score, a sum of steps over
 the positives is piecewise linear with kinks at ``s_i - delta`` and ``s_i + delta``. So the kinks are sorted, every
 negative is looked up among them once, and all sums over either side come from running sums over the kinks, in
-``O((P + N) log P)``. They are float64, and of terms that are not negative.
+``O((P + N) log P)``. They are float64 where a device has it, and of terms that are not negative.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from detloss_plugins.facts import NonNegative, Positive
 from detloss_plugins.families import RankingLoss
-from detloss_plugins.precision import float32
+from detloss_plugins.precision import float32, longest
 from detloss_plugins.registry import MODELS
 
 __all__ = ["ALRPLoss", "APLoss", "RankSortLoss", "alrp_loss", "ap_loss", "rank_sort_errors", "rank_sort_loss"]
@@ -60,18 +60,18 @@ class _Steps(NamedTuple):
 
     def lengths(self, delta):
         """Of the pieces between two kinks."""
-        return self.kinks.double().diff().clamp(max=2 * delta)
+        return longest(self.kinks).diff().clamp(max=2 * delta)
 
     def over_queries(self, pieces, along, delta, weight=None):
-        """``sum_j w_j H(t_j - s_i)`` for every positive, ``(P,)`` in float64; exactly 0 where no step has begun."""
-        table = torch.zeros(len(self.kinks) + 1, dtype=torch.float64, device=along.device)
+        """``sum_j w_j H(t_j - s_i)`` for every positive, ``(P,)``; exactly 0 where no step has begun."""
+        table = longest(along.new_zeros(len(self.kinks) + 1))
         size = len(table)
         on_piece = torch.bincount(pieces, minlength=size) if weight is None else table.index_add(0, pieces, weight)
-        passed = _from_the_top(on_piece.double())[1:]  # the weight of the queries beyond each kink
+        passed = _from_the_top(longest(on_piece))[1:]  # the weight of the queries beyond each kink
         if delta == 0:
             return passed[self.low]
         # sum_j w_j max(t_j - kink, 0): H is the difference of two ramps.
-        along = along.double()
+        along = longest(along)
         beyond = table.index_add_(0, pieces, along if weight is None else along.mul_(weight))[1:]
         beyond[:-1] += passed[1:] * self.lengths(delta)
         beyond = _from_the_top(beyond)
@@ -131,7 +131,7 @@ class _Ranking(NamedTuple):
 
 
 class _Update(NamedTuple):
-    """What backward gives the logits for each positive's loss, each ``(P,)`` in float64."""
+    """What backward gives the logits for each positive's loss, each ``(P,)``."""
 
     own: torch.Tensor  # how much the positive itself is pushed up
     share: torch.Tensor  # times H(t_j - s_i): how much each negative is pushed down
@@ -153,7 +153,7 @@ class _ErrorDriven(torch.autograd.Function):
     def backward(ctx, incoming):
         saved, delta = ctx.saved_tensors, ctx.delta
         count = len(_Update._fields)
-        update, ranking, incoming = _Update(*saved[:count]), _Ranking(*saved[count:]), incoming.double()
+        update, ranking, incoming = _Update(*saved[:count]), _Ranking(*saved[count:]), longest(incoming)
         up = -incoming * update.own
         if update.sorting is not None:
             up += _missorted(ranking.scores, update.quality, incoming * update.sorting, delta, ranking.pairs)
@@ -242,10 +242,10 @@ def alrp_loss(
         outranked = ranking.outranked(delta)
         rank = ranking.above(delta) + 0.5 + outranked
         if loc_error is None:
-            own_error = 1 - target.flatten()[ranking.positive].double()
+            own_error = 1 - longest(target.flatten()[ranking.positive])
         else:
             _check_one_a_positive(loc_error, len(rank))
-            own_error = loc_error.detach().double()
+            own_error = longest(loc_error.detach())
             localisation.append(_cumulated(loc_error, ranking.scores) / rank)
         others = ranking.above(delta, own_error) - own_error / 2
         own = torch.where(outranked > ALRP_EPS, (others + outranked) / rank, 0.0)
@@ -268,7 +268,7 @@ def _check_one_a_positive(loc_error, count):
 def _cumulated(values, scores):
     """``sum_k v_k`` over ``s_k >= s_i``, equal scores included whatever their order."""
     ascending, order = scores.sort()
-    sums = _from_the_top(values.double()[order])
+    sums = _from_the_top(longest(values)[order])
     return sums[torch.searchsorted(ascending, scores).clamp(max=len(scores) - 1)]  # a NaN is beyond all
 
 
@@ -301,11 +301,11 @@ class ALRPLoss(RankingLoss):
 
 def _pairs(scores, quality, delta, pairs):
     """For blocks of positives i: their slice, ``H(s_k - s_i)``, and where k is of lower quality than i."""
-    scores, rows = scores.double(), max(pairs // len(scores), 1)
+    scores, rows = longest(scores), max(pairs // len(scores), 1)
     for start in range(0, len(scores), rows):
         block = slice(start, start + rows)
         gap = scores - scores[block, None]
-        step = (gap >= 0).double() if delta == 0 else gap.div_(2 * delta).add_(0.5).clamp_(0, 1)
+        step = longest(gap >= 0) if delta == 0 else gap.div_(2 * delta).add_(0.5).clamp_(0, 1)
         yield block, step, quality < quality[block, None]
 
 
@@ -338,7 +338,7 @@ def rank_sort_errors(pred: Tensor, target: Tensor, *, delta: float = 0.5) -> tup
 
 def _rank_sort(ranking, target, delta):
     """Ranking error, sorting error and the update of both."""
-    quality = target.flatten()[ranking.positive].double()
+    quality = longest(target.flatten()[ranking.positive])
     above, outranked = ranking.above(delta), ranking.outranked(delta)
     rank = above + outranked
     ranked = outranked / rank

@@ -1,0 +1,57 @@
+"""What differs between devices: a float64 that an Apple GPU has not, and compilers that a torch has not."""
+
+import pytest
+import torch
+from support import gradient, only, sample_for
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from detloss_plugins import precision
+from detloss_plugins.losses import DRLoss, FocalLoss
+
+
+class NoFloat64(TorchDispatchMode):
+    """Raises where a tensor of float64 is made."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        if any(isinstance(x, torch.Tensor) and x.dtype == torch.float64 for x in tree_flatten(found)[0]):
+            raise TypeError(f"{func} makes a float64")
+        return found
+
+
+@pytest.fixture
+def without_float64(device, monkeypatch):
+    monkeypatch.setattr(precision, "WITHOUT_FLOAT64", {torch.device(device).type})
+
+
+@only(lambda facts: facts.family != "multibox")
+def test_no_float64_where_there_is_none(loss_cls, device, without_float64):
+    loss = loss_cls.make().to(device)
+    pred, target = sample_for(loss, device)
+    with NoFloat64():
+        loss(pred, target).backward()
+    assert pred.grad.isfinite().all()
+
+
+def test_a_float64_is_noticed():
+    with pytest.raises(TypeError, match="makes a float64"), NoFloat64():
+        torch.ones(2).double()
+
+
+@only(lambda facts: facts.family == "ranking")
+def test_ranking_losses_in_float32_sums(loss_cls, device, monkeypatch):
+    loss, (pred, target) = loss_cls(), loss_cls.sample(500)
+    pred, target = pred.to(device).requires_grad_(), target.to(device)
+    expected = loss(pred, target), gradient(loss, pred, target)
+    monkeypatch.setattr(precision, "WITHOUT_FLOAT64", {torch.device(device).type})
+    torch.testing.assert_close((loss(pred, target), gradient(loss, pred, target)), expected, atol=1e-6, rtol=1e-4)
+
+
+def test_compile_on_an_old_torch(monkeypatch):
+    monkeypatch.setattr(precision, "COMPILES_FROM", "99")
+    monkeypatch.setattr("detloss_plugins.loss.COMPILES_FROM", "99")
+    with pytest.warns(UserWarning, match="FocalLoss runs uncompiled: compile=True needs torch 99 or newer"):
+        loss = FocalLoss(compile=True)
+    assert not loss.compiled
+    assert not DRLoss(compile=True).compiled  # which never is, so there is nothing to say
