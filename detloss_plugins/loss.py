@@ -80,6 +80,7 @@ class Loss(nn.Module):
         self, *, reduction: str = "mean", loss_weight: NonNegative = 1.0, compile: bool = False, **hyper: Any
     ) -> None:
         super().__init__()
+        self.facts = self.facts  # as torch 2.4 compiles no model that reads an object of a class
         self.reduction = check_reduction(reduction)
         self.loss_weight, self.compiled = plain(loss_weight), compile and can_compile()
         if compile and not self.compiled and not self.facts.counts_positives:
