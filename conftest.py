@@ -8,7 +8,7 @@ HOSTS = {  # and what installs them
     "mmdet": "uv sync --all-groups",
     "ultralytics": "uv sync",
     "torchvision": "uv sync",
-    "mmrotate": "uv run nox -s rotated",
+    "mmrotate": "uv run nox -s onedl",
 }
 MISSING = [host for host in HOSTS if importlib.util.find_spec(host) is None]
 # Modules that import a host; a test elsewhere is skipped when it comes to import a missing one.
