@@ -66,7 +66,10 @@ class Facts:
             raise TypeError("upstream must be a tuple of Upstream.")
 
     def but(self, **changes: Any) -> "Facts":
-        """These facts with some of them changed."""
+        """These facts with some of them changed; ``TypeError`` for a fact that there is not."""
+        known = [field.name for field in dataclasses.fields(self)]
+        if unknown := sorted(changes.keys() - known):
+            raise TypeError(f"A loss class states fn and the facts {', '.join(known)}, not {', '.join(unknown)}.")
         return dataclasses.replace(self, **changes)
 
 

@@ -5,7 +5,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from detloss_plugins.facts import Facts
 from detloss_plugins.loss import Loss
 from detloss_plugins.precision import float32, is_compiling, without_autocast
 from detloss_plugins.reduction import check_reduction, fit_weight, reduce
@@ -17,7 +16,7 @@ def check_same_shape(pred, target, what):
         raise ValueError(f"pred {tuple(pred.shape)} and target {tuple(target.shape)} must both be {what}.")
 
 
-class BoxLoss(Loss):
+class BoxLoss(Loss, family="box"):
     """Losses between aligned boxes.
 
     Call with ``pred`` and ``target`` of shape ``(..., 4)``, corners ``(x1, y1, x2, y2)`` in any one unit; the
@@ -26,8 +25,6 @@ class BoxLoss(Loss):
     Raises:
         ValueError: if the shapes differ or do not end in 4, or the targets of the first calls are not boxes.
     """
-
-    facts = Facts(family="box")
 
     def __init__(self, **settings):
         super().__init__(**settings)
@@ -75,7 +72,7 @@ class BoxLoss(Loss):
         return pred.to(dtype), target.to(dtype)
 
 
-class ClassificationLoss(Loss):
+class ClassificationLoss(Loss, family="classification", every_rank=True, needs_mining=True, one_per_row=False):
     """Losses on class logits ``(..., C)``.
 
     Targets: class index ``(...)`` (integers; ``C`` is background, a negative one is ignored), dense ``(..., C)`` hard,
@@ -89,7 +86,6 @@ class ClassificationLoss(Loss):
         ValueError: if ``use_sigmoid`` is False for such a loss, or the target has none of these forms.
     """
 
-    facts = Facts(family="classification", every_rank=True, needs_mining=True, one_per_row=False)
     sigmoid_only: ClassVar[bool] = True
 
     def __init__(self, *, use_sigmoid: bool = True, **settings):
@@ -134,7 +130,7 @@ class ClassificationLoss(Loss):
         return logits.to(dtype), target.to(dtype)
 
 
-class RankingLoss(ClassificationLoss):
+class RankingLoss(ClassificationLoss, family="ranking", needs_mining=False, counts_positives=True, one_per_row=True):
     """Losses on the order of the scores: every positive against every negative of all that ``pred`` holds.
 
     Call once a step, with the logits ``(..., C)`` of all levels and images of a batch. Each class score is a cell of
@@ -145,8 +141,6 @@ class RankingLoss(ClassificationLoss):
     positives. ``weight`` 0 takes a row or a cell out of the ranking; any other weight multiplies the loss of a positive
     and has no effect on a negative. Without positives the loss is zero.
     """
-
-    facts = ClassificationLoss.facts.but(family="ranking", needs_mining=False, counts_positives=True, one_per_row=True)
 
     def prepare(self, pred, target):
         if isinstance(target, (tuple, list)):
@@ -179,10 +173,8 @@ class RankingLoss(ClassificationLoss):
         return target, weight.masked_select(target > 0)
 
 
-class DistributionLoss(Loss):
+class DistributionLoss(Loss, family="distribution"):
     """Losses on a distribution over bins: logits ``(..., bins)``, target distance ``(...)`` in units of a bin."""
-
-    facts = Facts(family="distribution")
 
     def prepare(self, pred, target):
         if pred.shape[:-1] != target.shape or pred.shape[-1] < 2:
@@ -201,14 +193,12 @@ class DistributionLoss(Loss):
         return logits.to(dtype), target.to(dtype)
 
 
-class RegressionLoss(Loss):
+class RegressionLoss(Loss, family="regression", one_per_row=False):
     """Point-wise losses between tensors of one shape, any shape.
 
     Raises:
         ValueError: if the shapes differ.
     """
-
-    facts = Facts(family="regression", one_per_row=False)
 
     def leading(self, pred):
         return max(pred.dim() - 1, min(pred.dim(), 1))
@@ -225,7 +215,7 @@ class RegressionLoss(Loss):
         return pred.to(dtype), target.to(dtype)
 
 
-class RegionLoss(Loss):
+class RegionLoss(Loss, family="region", bounds=(0.0, 1.0)):
     """Losses between masks ``(N, ...)``, one loss a mask: ``(N,)``.
 
     Call with logits, which go through a sigmoid, and targets in [0, 1] of the same shape and any type.
@@ -238,8 +228,6 @@ class RegionLoss(Loss):
         ValueError: if ``use_sigmoid`` is False and ``activate`` is not, or the shapes differ or have no pixels'
             dimension.
     """
-
-    facts = Facts(family="region", bounds=(0.0, 1.0))
 
     def __init__(self, *, use_sigmoid: bool = True, activate: bool = True, **settings):
         if activate and not use_sigmoid:
@@ -275,7 +263,7 @@ class RegionLoss(Loss):
         return ((target - 0.5) * fit + 1.5 * noise).to(dtype), target.to(dtype)
 
 
-class RotatedLoss(Loss):
+class RotatedLoss(Loss, family="rotated"):
     """Losses between aligned rotated boxes.
 
     Call with ``pred`` and ``target`` of shape ``(..., 5)``: ``(cx, cy, w, h, theta)``, the first four in any one unit,
@@ -285,8 +273,6 @@ class RotatedLoss(Loss):
     Raises:
         ValueError: if the shapes differ or do not end in 5.
     """
-
-    facts = Facts(family="rotated")
 
     def prepare(self, pred, target):
         check_same_shape(pred, target, "rotated boxes (N, 5) as (cx, cy, w, h, theta)")

@@ -29,9 +29,10 @@ def _settings_of(function: Callable, kinds: tuple = (inspect.Parameter.KEYWORD_O
 class Loss(nn.Module):
     """What every loss shares: settings, float32 inside, weight, avg_factor and reduction.
 
-    A subclass binds ``fn(pred, target, *, settings) -> per-element losses`` and states its ``facts``. The keyword-only
-    arguments of ``fn`` and the arguments of ``__init__`` are the settings; what they are annotated with (see
-    :mod:`detloss_plugins.facts`) is what they may be. They become attributes of the module.
+    A subclass states ``fn(pred, target, *, settings) -> per-element losses`` and its facts as keywords of its class
+    statement, ``class MyLoss(BoxLoss, fn=my_loss, row_wise=True)``, or as the attributes ``fn`` (a staticmethod) and
+    ``facts``. The keyword-only arguments of ``fn`` and the arguments of ``__init__`` are the settings; what they are
+    annotated with (see :mod:`detloss_plugins.facts`) is what they may be. They become attributes of the module.
 
     Args:
         reduction: "none", "mean" or "sum".
@@ -51,10 +52,13 @@ class Loss(nn.Module):
     rules: ClassVar[Mapping[str, Rule | None]] = {}  # of all settings
     seen_as: ClassVar[Callable | None] = None  # of a loss's type, the class that isinstance is told: set by adapters
 
-    def __init_subclass__(cls, **kwargs):
-        super().__init_subclass__(**kwargs)
-        if "facts" not in vars(cls):  # what it changes is not known
-            cls.facts = cls.facts.but(row_wise=False, upstream=())
+    def __init_subclass__(cls, *, fn: Callable | None = None, **facts: Any) -> None:
+        super().__init_subclass__()
+        if fn is not None:
+            cls.fn = staticmethod(fn)
+        if "facts" not in vars(cls):  # what the class changes besides is not known
+            facts = {"row_wise": False, "upstream": (), **facts}
+        cls.facts = cls.facts.but(**facts)
         parameters = {}
         if hasattr(cls, "fn"):
             parameters = {k: v for k, v in _settings_of(cls.fn).items() if k not in cls.facts.filled}

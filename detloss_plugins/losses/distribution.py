@@ -32,19 +32,15 @@ def distribution_focal_loss(pred: Tensor, target: Tensor) -> Tensor:
 
 
 @MODELS.register_module()
-class DistributionFocalLoss(DistributionLoss):
+class DistributionFocalLoss(
+    DistributionLoss,
+    fn=distribution_focal_loss,
+    paper="https://arxiv.org/abs/2006.04388",
+    row_wise=True,
+    keeps_little=True,
+    upstream=(Upstream("mmdet.models.losses.DistributionFocalLoss"), Upstream("ultralytics.utils.loss.DFLoss")),
+):
     """Li et al., Generalized Focal Loss, 2020 (DFL).
 
     Its minimum is the entropy of the target, not zero.
     """
-
-    fn = staticmethod(distribution_focal_loss)
-    facts = DistributionLoss.facts.but(
-        paper="https://arxiv.org/abs/2006.04388",
-        row_wise=True,
-        keeps_little=True,
-        upstream=(
-            Upstream("mmdet.models.losses.DistributionFocalLoss"),
-            Upstream("ultralytics.utils.loss.DFLoss"),
-        ),
-    )

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from detloss_plugins.facts import Facts, NonNegative
+from detloss_plugins.facts import NonNegative
 from detloss_plugins.loss import Loss
 from detloss_plugins.precision import float32, without_autocast
 from detloss_plugins.reduction import check_reduction, fit_weight
@@ -132,7 +132,14 @@ def mining_ratio(neg_pos_ratio: Any, loss_cls: Callable, loss_bbox: Callable, au
 
 
 @MODELS.register_module()
-class MultiBoxLoss(Loss):
+class MultiBoxLoss(
+    Loss,
+    fn=multibox_loss,
+    family="multibox",
+    paper="https://arxiv.org/abs/1512.02325",
+    mean_of_rows=False,
+    filled=("loss_cls", "loss_bbox", "neg_pos_ratio"),
+):
     """Liu et al., SSD: Single Shot MultiBox Detector, 2016.
 
     Call with A anchors in each of B images: ``pred`` is a pair of class logits ``(B, A, K)`` and boxes ``(B, A, 4)``,
@@ -158,14 +165,6 @@ class MultiBoxLoss(Loss):
     Raises:
         ValueError: if ``neg_pos_ratio`` is negative, or a loss has no place here, or shapes do not fit.
     """
-
-    fn = staticmethod(multibox_loss)
-    facts = Facts(
-        family="multibox",
-        paper="https://arxiv.org/abs/1512.02325",
-        mean_of_rows=False,
-        filled=("loss_cls", "loss_bbox", "neg_pos_ratio"),
-    )
 
     def __init__(
         self,

@@ -38,15 +38,14 @@ def l1_loss(pred: Tensor, target: Tensor) -> Tensor:
 
 
 @MODELS.register_module()
-class L1Loss(RegressionLoss):
+class L1Loss(
+    RegressionLoss,
+    fn=l1_loss,
+    row_wise=True,
+    keeps_little=True,
+    upstream=(Upstream("torch.nn.functional.l1_loss"), Upstream("mmdet.models.losses.L1Loss")),
+):
     """Absolute error; its mean is the MAE."""
-
-    fn = staticmethod(l1_loss)
-    facts = RegressionLoss.facts.but(
-        row_wise=True,
-        keeps_little=True,
-        upstream=(Upstream("torch.nn.functional.l1_loss"), Upstream("mmdet.models.losses.L1Loss")),
-    )
 
 
 def mse_loss(pred: Tensor, target: Tensor, *, use_sigmoid: bool = False) -> Tensor:
@@ -60,7 +59,13 @@ def mse_loss(pred: Tensor, target: Tensor, *, use_sigmoid: bool = False) -> Tens
 
 
 @MODELS.register_module()
-class MSELoss(RegressionLoss):
+class MSELoss(
+    RegressionLoss,
+    fn=mse_loss,
+    row_wise=True,
+    keeps_little=True,
+    upstream=(Upstream("torch.nn.functional.mse_loss"), Upstream("mmdet.models.losses.MSELoss")),
+):
     """Squared error; its sum is the "L2 loss" of the textbooks.
 
     mmdet's L2Loss is another loss, which clamps and edits its inputs.
@@ -68,13 +73,6 @@ class MSELoss(RegressionLoss):
     Args:
         use_sigmoid: ``pred`` is a logit and the error that of its sigmoid, to regress a confidence.
     """
-
-    fn = staticmethod(mse_loss)
-    facts = RegressionLoss.facts.but(
-        row_wise=True,
-        keeps_little=True,
-        upstream=(Upstream("torch.nn.functional.mse_loss"), Upstream("mmdet.models.losses.MSELoss")),
-    )
 
 
 def rmse_loss(pred: Tensor, target: Tensor) -> Tensor:
@@ -87,16 +85,13 @@ def rmse_loss(pred: Tensor, target: Tensor) -> Tensor:
 
 
 @MODELS.register_module()
-class RMSELoss(RegressionLoss):
+class RMSELoss(RegressionLoss, fn=rmse_loss, row_wise=True, keeps_little=True, root=True):
     """Root of the mean squared error.
 
     Every reduction is the root of the one of :class:`MSELoss`: "mean" is ``sqrt(sum(w d^2) / n)``, or over the
     ``avg_factor``; "sum" is the Euclidean norm, "none" ``sqrt(w) |d|``. Weights are therefore those of squared errors,
     and the mean of the values of several calls is not the value of all. The gradient of no error is zero.
     """
-
-    fn = staticmethod(rmse_loss)
-    facts = RegressionLoss.facts.but(row_wise=True, keeps_little=True, root=True)
 
     def weigh(self, loss, valid, weight):
         return super().weigh(loss.square(), valid, weight)
@@ -115,23 +110,22 @@ def smooth_l1_loss(pred: Tensor, target: Tensor, *, beta: NonNegative = 1.0) -> 
 
 
 @MODELS.register_module()
-class SmoothL1Loss(RegressionLoss):
+class SmoothL1Loss(
+    RegressionLoss,
+    fn=smooth_l1_loss,
+    paper="https://arxiv.org/abs/1504.08083",
+    row_wise=True,
+    keeps_little=True,
+    upstream=tuple(
+        Upstream(path, {"beta": beta}, {"beta": beta})
+        for path in ("torch.nn.functional.smooth_l1_loss", "mmdet.models.losses.SmoothL1Loss")
+        for beta in (1.0, 1 / 9)
+    ),
+):
     """Girshick, Fast R-CNN, 2015.
 
     ``beta`` has the unit of the input; Detectron's sigma is ``beta = 1 / sigma^2``.
     """
-
-    fn = staticmethod(smooth_l1_loss)
-    facts = RegressionLoss.facts.but(
-        paper="https://arxiv.org/abs/1504.08083",
-        row_wise=True,
-        keeps_little=True,
-        upstream=tuple(
-            Upstream(path, {"beta": beta}, {"beta": beta})
-            for path in ("torch.nn.functional.smooth_l1_loss", "mmdet.models.losses.SmoothL1Loss")
-            for beta in (1.0, 1 / 9)
-        ),
-    )
 
 
 def huber_loss(pred: Tensor, target: Tensor, *, delta: Positive = 1.0) -> Tensor:
@@ -144,22 +138,21 @@ def huber_loss(pred: Tensor, target: Tensor, *, delta: Positive = 1.0) -> Tensor
 
 
 @MODELS.register_module()
-class HuberLoss(RegressionLoss):
+class HuberLoss(
+    RegressionLoss,
+    fn=huber_loss,
+    row_wise=True,
+    keeps_little=True,
+    upstream=(
+        Upstream("torch.nn.functional.huber_loss"),
+        Upstream("torch.nn.functional.huber_loss", {"delta": 0.5}, {"delta": 0.5}),
+        Upstream("mmdet.models.losses.SmoothL1Loss", {"delta": 0.5}, {"beta": 0.5, "loss_weight": 0.5}),
+    ),
+):
     """Huber, Robust Estimation of a Location Parameter, 1964.
 
     It is ``delta`` times the smooth L1 loss with ``beta = delta``.
     """
-
-    fn = staticmethod(huber_loss)
-    facts = RegressionLoss.facts.but(
-        row_wise=True,
-        keeps_little=True,
-        upstream=(
-            Upstream("torch.nn.functional.huber_loss"),
-            Upstream("torch.nn.functional.huber_loss", {"delta": 0.5}, {"delta": 0.5}),
-            Upstream("mmdet.models.losses.SmoothL1Loss", {"delta": 0.5}, {"beta": 0.5, "loss_weight": 0.5}),
-        ),
-    )
 
 
 def balanced_l1_loss(
@@ -188,7 +181,22 @@ def balanced_l1_loss(
 
 
 @MODELS.register_module()
-class BalancedL1Loss(RegressionLoss):
+class BalancedL1Loss(
+    RegressionLoss,
+    fn=balanced_l1_loss,
+    paper="https://arxiv.org/abs/1904.02701",
+    row_wise=True,
+    upstream=(
+        Upstream("mmdet.models.losses.BalancedL1Loss"),
+        Upstream("mmdet.models.losses.BalancedL1Loss", {"upstream_form": True, "beta": 0.11}, {"beta": 0.11}),
+        Upstream(
+            "mmdet.models.losses.BalancedL1Loss",
+            {"beta": 0.11},
+            {"beta": 0.11},
+            differs="mmdet's form for beta != 1 has a kink at zero; upstream_form=True gives it",
+        ),
+    ),
+):
     """Pang et al., Libra R-CNN, 2019.
 
     Args:
@@ -198,22 +206,6 @@ class BalancedL1Loss(RegressionLoss):
         upstream_form: the released code's formula, which for ``beta != 1`` does not have the slope that the paper asks
             for.
     """
-
-    fn = staticmethod(balanced_l1_loss)
-    facts = RegressionLoss.facts.but(
-        paper="https://arxiv.org/abs/1904.02701",
-        row_wise=True,
-        upstream=(
-            Upstream("mmdet.models.losses.BalancedL1Loss"),
-            Upstream("mmdet.models.losses.BalancedL1Loss", {"upstream_form": True, "beta": 0.11}, {"beta": 0.11}),
-            Upstream(
-                "mmdet.models.losses.BalancedL1Loss",
-                {"beta": 0.11},
-                {"beta": 0.11},
-                differs="mmdet's form for beta != 1 has a kink at zero; upstream_form=True gives it",
-            ),
-        ),
-    )
 
 
 def uncertainty_kl_loss(
@@ -239,7 +231,15 @@ def uncertainty_kl_loss(
 
 
 @MODELS.register_module()
-class UncertaintyKLLoss(RegressionLoss):
+class UncertaintyKLLoss(
+    RegressionLoss,
+    fn=uncertainty_kl_loss,
+    family="uncertainty",  # of its own: what takes a regression loss has no log variance to give
+    paper="https://arxiv.org/abs/1809.08545",
+    row_wise=True,
+    bounds=(-math.inf, math.inf),
+    filled=("log_variance",),
+):
     """He et al., Bounding Box Regression with Uncertainty for Accurate Object Detection, 2018 (KL loss).
 
     Called ``loss(pred, target, log_variance, weight=None, avg_factor=None, reduction_override=None)``: the model
@@ -254,15 +254,6 @@ class UncertaintyKLLoss(RegressionLoss):
         ValueError: if the shapes differ, or ``log_variance`` has no gradient while ``pred`` has one: a head that knows
             nothing of variances passes its weights there.
     """
-
-    fn = staticmethod(uncertainty_kl_loss)
-    facts = RegressionLoss.facts.but(
-        family="uncertainty",  # of its own: what takes a regression loss has no log variance to give
-        paper="https://arxiv.org/abs/1809.08545",
-        row_wise=True,
-        bounds=(-math.inf, math.inf),
-        filled=("log_variance",),
-    )
 
     def forward(self, pred, target, log_variance=None, weight=None, avg_factor=None, reduction_override=None):
         """Compute the loss; without ``log_variance``, the smooth L1 loss."""

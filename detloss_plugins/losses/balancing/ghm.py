@@ -129,7 +129,17 @@ class _Harmonised:
 
 
 @MODELS.register_module()
-class GHMC(_Harmonised, ClassificationLoss):
+class GHMC(
+    _Harmonised,
+    ClassificationLoss,
+    fn=ghmc_loss,
+    paper="https://arxiv.org/abs/1811.05181",
+    row_wise=True,
+    needs_mining=False,
+    self_normalized=True,
+    filled=("table",),
+    upstream=(Upstream("mmdet.models.losses.GHMC"), Upstream("mmdet.models.losses.GHMC", {"bins": 30}, {"bins": 30})),
+):
     """Li et al., Gradient Harmonized Single-stage Detector, 2018 (GHM-C).
 
     As in mmdet, "mean" divides by the number of samples that count whatever ``avg_factor`` says, and a sample's weight
@@ -140,19 +150,6 @@ class GHMC(_Harmonised, ClassificationLoss):
         bins: number of unit regions of the gradient norm.
         momentum: of the moving average of the counts, in [0, 1); 0 keeps no state.
     """
-
-    fn = staticmethod(ghmc_loss)
-    facts = ClassificationLoss.facts.but(
-        paper="https://arxiv.org/abs/1811.05181",
-        row_wise=True,
-        needs_mining=False,
-        self_normalized=True,
-        filled=("table",),
-        upstream=(
-            Upstream("mmdet.models.losses.GHMC"),
-            Upstream("mmdet.models.losses.GHMC", {"bins": 30}, {"bins": 30}),
-        ),
-    )
 
     def __init__(self, *, momentum: Momentum = 0.0, **settings):
         super().__init__(**settings)
@@ -166,7 +163,16 @@ class GHMC(_Harmonised, ClassificationLoss):
 
 
 @MODELS.register_module()
-class GHMR(_Harmonised, RegressionLoss):
+class GHMR(
+    _Harmonised,
+    RegressionLoss,
+    fn=ghmr_loss,
+    paper="https://arxiv.org/abs/1811.05181",
+    row_wise=True,
+    self_normalized=True,
+    filled=("table",),
+    upstream=(Upstream("mmdet.models.losses.GHMR"),),
+):
     """Li et al., Gradient Harmonized Single-stage Detector, 2018 (GHM-R).
 
     As in mmdet, "mean" divides by the sum of the weights whatever ``avg_factor`` says; otherwise a weight is a mask.
@@ -176,15 +182,6 @@ class GHMR(_Harmonised, RegressionLoss):
         bins: number of unit regions of the gradient norm.
         momentum: of the moving average of the counts, in [0, 1); 0 keeps no state.
     """
-
-    fn = staticmethod(ghmr_loss)
-    facts = RegressionLoss.facts.but(
-        paper="https://arxiv.org/abs/1811.05181",
-        row_wise=True,
-        self_normalized=True,
-        filled=("table",),
-        upstream=(Upstream("mmdet.models.losses.GHMR"),),
-    )
 
     def __init__(self, *, momentum: Momentum = 0.0, **settings):
         super().__init__(**settings)

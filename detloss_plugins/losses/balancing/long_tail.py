@@ -53,8 +53,25 @@ def seesaw_loss(
     return F.cross_entropy(pred + log_weights, target, reduction="none")
 
 
+_EXAMPLE = {"num_classes": 8, "return_dict": False}
+
+
 @MODELS.register_module()
-class SeesawLoss(ClassificationLoss):
+class SeesawLoss(
+    ClassificationLoss,
+    fn=seesaw_loss,
+    paper="https://arxiv.org/abs/2008.10032",
+    row_wise=True,
+    true_gradient=False,
+    mean_of_rows=False,
+    one_per_row=True,
+    filled=("counts",),
+    example=_EXAMPLE,
+    upstream=(
+        Upstream("mmdet.models.losses.SeesawLoss", _EXAMPLE, _EXAMPLE),
+        Upstream("mmdet.models.losses.SeesawLoss", {**_EXAMPLE, "q": 1.0}, {**_EXAMPLE, "q": 1.0}),
+    ),
+):
     """Wang et al., Seesaw Loss for Long-Tailed Instance Segmentation, 2020.
 
     For mmdet's two-stage heads, with mmdet's interface: logits ``(N, C + 2)``, the last two for object and background,
@@ -68,20 +85,6 @@ class SeesawLoss(ClassificationLoss):
         return_dict: False to return the sum.
     """
 
-    fn = staticmethod(seesaw_loss)
-    facts = ClassificationLoss.facts.but(
-        paper="https://arxiv.org/abs/2008.10032",
-        row_wise=True,
-        true_gradient=False,
-        mean_of_rows=False,
-        one_per_row=True,
-        filled=("counts",),
-        example=(_EXAMPLE := {"num_classes": 8, "return_dict": False}),
-        upstream=(
-            Upstream("mmdet.models.losses.SeesawLoss", _EXAMPLE, _EXAMPLE),
-            Upstream("mmdet.models.losses.SeesawLoss", {**_EXAMPLE, "q": 1.0}, {**_EXAMPLE, "q": 1.0}),
-        ),
-    )
     sigmoid_only = False
     custom_cls_channels = custom_activation = custom_accuracy = True  # mmdet's heads ask for these
 
@@ -207,7 +210,16 @@ def eqlv2_weight(target: Tensor, ratio: Tensor, gamma: float, mu: float, alpha: 
 
 
 @MODELS.register_module()
-class EQLV2Loss(ClassificationLoss):
+class EQLV2Loss(
+    ClassificationLoss,
+    fn=eqlv2_loss,
+    paper="https://arxiv.org/abs/2012.08548",
+    row_wise=True,
+    sums_classes=True,
+    filled=("ratio",),
+    example={"num_classes": 9},  # the sample's tenth column is the background
+    upstream=(Upstream("mmdet.models.losses.EQLV2Loss", {"num_classes": 9}, {"num_classes": 9}),),
+):
     """Tan et al., Equalization Loss v2, 2020.
 
     With mmdet's interface: logits ``(N, C + 1)`` whose last column is the background, which has weight 1 and is not
@@ -218,16 +230,6 @@ class EQLV2Loss(ClassificationLoss):
         num_classes: C.
         gamma, mu, alpha: see :func:`eqlv2_loss`.
     """
-
-    fn = staticmethod(eqlv2_loss)
-    facts = ClassificationLoss.facts.but(
-        paper="https://arxiv.org/abs/2012.08548",
-        row_wise=True,
-        sums_classes=True,
-        filled=("ratio",),
-        example={"num_classes": 9},  # the sample's tenth column is the background
-        upstream=(Upstream("mmdet.models.losses.EQLV2Loss", {"num_classes": 9}, {"num_classes": 9}),),
-    )
 
     def __init__(self, *, num_classes: Count = 1203, **settings):
         super().__init__(**settings)

@@ -62,7 +62,13 @@ def _mean(total, count, otherwise=0.5):
 
 
 @MODELS.register_module()
-class SlideLoss(ClassificationLoss):
+class SlideLoss(
+    ClassificationLoss,
+    fn=slide_loss,
+    paper="https://arxiv.org/abs/2208.02019",
+    row_wise=True,
+    filled=("mean_iou", "elements"),
+):
     """Yu et al., YOLO-FaceV2, 2022.
 
     Hard samples, whose IoU is about the mean, weigh more. The target is the IoU on the label's channel: dense, or
@@ -75,11 +81,6 @@ class SlideLoss(ClassificationLoss):
     Raises:
         ValueError: if ``base`` is no sigmoid classification loss.
     """
-
-    fn = staticmethod(slide_loss)
-    facts = ClassificationLoss.facts.but(
-        paper="https://arxiv.org/abs/2208.02019", row_wise=True, filled=("mean_iou", "elements")
-    )
 
     def __init__(self, *, base: Mapping | None = None, **settings):
         super().__init__(**settings)

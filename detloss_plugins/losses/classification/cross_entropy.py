@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detloss_plugins.facts import Facts, NonNegative, PerClass, Positive, Share, Upstream
+from detloss_plugins.facts import NonNegative, PerClass, Positive, Share, Upstream
 from detloss_plugins.families import ClassificationLoss
 from detloss_plugins.loss import Loss
 from detloss_plugins.losses.classification.common import SoftmaxOrSigmoid, bce, class_vector
@@ -50,18 +50,28 @@ def cross_entropy_loss(
     else:
         target = target.masked_fill((target < 0) | (target == ignore_index), -100).flatten()
     loss = F.cross_entropy(
-        pred.flatten(0, -2),
-        target,
-        weight=weight,
-        reduction="none",
-        ignore_index=-100,
-        label_smoothing=label_smoothing,
+        pred.flatten(0, -2), target, weight=weight, reduction="none", ignore_index=-100, label_smoothing=label_smoothing
     )
     return loss.reshape(pred.shape[:-1])
 
 
 @MODELS.register_module()
-class CrossEntropyLoss(SoftmaxOrSigmoid):
+class CrossEntropyLoss(
+    SoftmaxOrSigmoid,
+    fn=cross_entropy_loss,
+    row_wise=True,
+    upstream=(
+        Upstream("torch.nn.functional.cross_entropy"),
+        Upstream("torch.nn.functional.cross_entropy", {"label_smoothing": 0.1}, {"label_smoothing": 0.1}),
+        Upstream("mmdet.models.losses.CrossEntropyLoss"),
+        Upstream(
+            "mmdet.models.losses.CrossEntropyLoss",
+            {"class_weight": [1.0, 2.0, 0.5, 1.5, 1.0] * 2},
+            {"class_weight": [1.0, 2.0, 0.5, 1.5, 1.0] * 2},
+        ),
+        Upstream("mmdet.models.losses.CrossEntropyLoss", {"use_sigmoid": True}, {"use_sigmoid": True}),
+    ),
+):
     """Softmax cross entropy, or binary cross entropy with `use_sigmoid=True`.
 
     The options and the mean are those of mmdet's class of this name.
@@ -74,29 +84,8 @@ class CrossEntropyLoss(SoftmaxOrSigmoid):
         label_smoothing: epsilon; the target becomes ``(1 - epsilon) target + epsilon / C`` (sigmoid: ``/ 2``).
     """
 
-    fn = staticmethod(cross_entropy_loss)
-    facts = SoftmaxOrSigmoid.facts.but(
-        row_wise=True,
-        upstream=(
-            Upstream("torch.nn.functional.cross_entropy"),
-            Upstream("torch.nn.functional.cross_entropy", {"label_smoothing": 0.1}, {"label_smoothing": 0.1}),
-            Upstream("mmdet.models.losses.CrossEntropyLoss"),
-            Upstream(
-                "mmdet.models.losses.CrossEntropyLoss",
-                {"class_weight": [1.0, 2.0, 0.5, 1.5, 1.0] * 2},
-                {"class_weight": [1.0, 2.0, 0.5, 1.5, 1.0] * 2},
-            ),
-            Upstream("mmdet.models.losses.CrossEntropyLoss", {"use_sigmoid": True}, {"use_sigmoid": True}),
-        ),
-    )
-
     def __init__(
-        self,
-        *,
-        use_sigmoid: bool = False,
-        avg_non_ignore: bool = False,
-        ignore_index: int | None = -100,
-        **settings,
+        self, *, use_sigmoid: bool = False, avg_non_ignore: bool = False, ignore_index: int | None = -100, **settings
     ):
         super().__init__(use_sigmoid=use_sigmoid, **settings)
         self.facts = self.facts.but(keeps_little=not use_sigmoid)  # one operator of torch's
@@ -153,7 +142,16 @@ def binary_cross_entropy_loss(
 
 
 @MODELS.register_module()
-class BinaryCrossEntropyLoss(ClassificationLoss):
+class BinaryCrossEntropyLoss(
+    ClassificationLoss,
+    fn=binary_cross_entropy_loss,
+    row_wise=True,
+    upstream=(
+        Upstream("torch.nn.functional.binary_cross_entropy_with_logits"),
+        Upstream("torch.nn.functional.binary_cross_entropy", {"activated": True}),
+        Upstream("mmdet.models.losses.CrossEntropyLoss", theirs={"use_sigmoid": True}),
+    ),
+):
     """Binary cross entropy of every class on its own, with hard, soft or multi-hot targets.
 
     Args:
@@ -163,16 +161,6 @@ class BinaryCrossEntropyLoss(ClassificationLoss):
     Raises:
         ValueError: for a ``pos_weight`` beside ``activated``.
     """
-
-    fn = staticmethod(binary_cross_entropy_loss)
-    facts = ClassificationLoss.facts.but(
-        row_wise=True,
-        upstream=(
-            Upstream("torch.nn.functional.binary_cross_entropy_with_logits"),
-            Upstream("torch.nn.functional.binary_cross_entropy", {"activated": True}),
-            Upstream("mmdet.models.losses.CrossEntropyLoss", theirs={"use_sigmoid": True}),
-        ),
-    )
 
     def __init__(self, **settings):
         super().__init__(**settings)
@@ -221,7 +209,18 @@ def _balance_sums(target, counted):
 
 
 @MODELS.register_module()
-class BalancedCrossEntropyLoss(ClassificationLoss):
+class BalancedCrossEntropyLoss(
+    ClassificationLoss,
+    fn=balanced_cross_entropy_loss,
+    paper="https://arxiv.org/abs/1504.06375",
+    row_wise=True,
+    needs_mining=False,
+    filled=("positives", "negatives"),
+    upstream=(
+        Upstream("torchvision.ops.sigmoid_focal_loss", {"alpha": 0.3}, {"alpha": 0.3, "gamma": 0.0}),
+        Upstream("torchvision.ops.sigmoid_focal_loss", {"alpha": 0.75}, {"alpha": 0.75, "gamma": 0.0}),
+    ),
+):
     """Xie and Tu, Holistically-Nested Edge Detection, 2015.
 
     Each call counts its own positives and negatives, without the rows whose label or weight says that they are ignored.
@@ -230,18 +229,6 @@ class BalancedCrossEntropyLoss(ClassificationLoss):
         alpha: "auto", or the weight of the positives, a number in [0, 1]; the negatives have ``1 - alpha``. "auto" is
             1/2 in a call without positives or without negatives.
     """
-
-    fn = staticmethod(balanced_cross_entropy_loss)
-    facts = ClassificationLoss.facts.but(
-        paper="https://arxiv.org/abs/1504.06375",
-        row_wise=True,
-        needs_mining=False,
-        filled=("positives", "negatives"),
-        upstream=(
-            Upstream("torchvision.ops.sigmoid_focal_loss", {"alpha": 0.3}, {"alpha": 0.3, "gamma": 0.0}),
-            Upstream("torchvision.ops.sigmoid_focal_loss", {"alpha": 0.75}, {"alpha": 0.75, "gamma": 0.0}),
-        ),
-    )
 
     @property
     def observes(self):
@@ -269,7 +256,17 @@ def kl_div_loss(pred: Tensor, target: Tensor, *, temperature: Positive = 1.0) ->
 
 
 @MODELS.register_module()
-class KLDivLoss(Loss):
+class KLDivLoss(
+    Loss,
+    fn=kl_div_loss,
+    family="soft label",
+    row_wise=True,
+    upstream=(
+        Upstream("torch.nn.functional.kl_div"),
+        Upstream("mmdet.models.losses.KnowledgeDistillationKLDivLoss", theirs={"T": 1}),
+        Upstream("mmdet.models.losses.KnowledgeDistillationKLDivLoss", {"temperature": 4.0}, {"T": 4}),
+    ),
+):
     """Kullback-Leibler divergence of the softmax of logits from a distribution.
 
     Call with logits and distributions ``(..., C)``; the per-element losses have shape ``(...)``.
@@ -281,17 +278,6 @@ class KLDivLoss(Loss):
     Raises:
         ValueError: if the target is not a distribution for each row.
     """
-
-    fn = staticmethod(kl_div_loss)
-    facts = Facts(
-        family="soft label",
-        row_wise=True,
-        upstream=(
-            Upstream("torch.nn.functional.kl_div"),
-            Upstream("mmdet.models.losses.KnowledgeDistillationKLDivLoss", theirs={"T": 1}),
-            Upstream("mmdet.models.losses.KnowledgeDistillationKLDivLoss", {"temperature": 4.0}, {"T": 4}),
-        ),
-    )
 
     def prepare(self, pred, target):
         if not isinstance(target, Tensor) or target.shape != pred.shape or not target.is_floating_point():

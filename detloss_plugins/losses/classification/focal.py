@@ -5,7 +5,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from detloss_plugins.facts import Facts, NonNegative, PerClass, Share, Upstream, at_least, two_increasing
+from detloss_plugins.facts import NonNegative, PerClass, Share, Upstream, at_least, two_increasing
 from detloss_plugins.families import ClassificationLoss, RegressionLoss, check_same_shape
 from detloss_plugins.loss import Loss
 from detloss_plugins.losses.classification.common import (
@@ -74,7 +74,20 @@ def _focused(ce, gap, gamma, epsilon):
 
 
 @MODELS.register_module()
-class FocalLoss(SoftmaxOrSigmoid):
+class FocalLoss(
+    SoftmaxOrSigmoid,
+    fn=focal_loss,
+    paper="https://arxiv.org/abs/1708.02002",
+    row_wise=True,
+    needs_mining=False,
+    upstream=(
+        Upstream("mmdet.models.losses.FocalLoss", theirs={"use_sigmoid": True}),
+        Upstream("mmdet.models.losses.FocalLoss", {"activated": True}, {"use_sigmoid": True, "activated": True}),
+        Upstream("torchvision.ops.sigmoid_focal_loss"),
+        Upstream("torchvision.ops.sigmoid_focal_loss", {"alpha": None, "gamma": 1.5}, {"alpha": -1, "gamma": 1.5}),
+        Upstream("ultralytics.utils.loss.FocalLoss", {"gamma": 1.5}, {"gamma": 1.5}),
+    ),
+):
     """Lin et al., Focal Loss for Dense Object Detection, 2017.
 
     Args:
@@ -85,20 +98,6 @@ class FocalLoss(SoftmaxOrSigmoid):
 
     In Ultralytics' ``cls`` slot the default ``loss_weight`` is 16, measured as the README tells.
     """
-
-    fn = staticmethod(focal_loss)
-    facts = SoftmaxOrSigmoid.facts.but(
-        paper="https://arxiv.org/abs/1708.02002",
-        row_wise=True,
-        needs_mining=False,
-        upstream=(
-            Upstream("mmdet.models.losses.FocalLoss", theirs={"use_sigmoid": True}),
-            Upstream("mmdet.models.losses.FocalLoss", {"activated": True}, {"use_sigmoid": True, "activated": True}),
-            Upstream("torchvision.ops.sigmoid_focal_loss"),
-            Upstream("torchvision.ops.sigmoid_focal_loss", {"alpha": None, "gamma": 1.5}, {"alpha": -1, "gamma": 1.5}),
-            Upstream("ultralytics.utils.loss.FocalLoss", {"gamma": 1.5}, {"gamma": 1.5}),
-        ),
-    )
 
     def __init__(self, *, use_sigmoid: bool = True, **settings):
         super().__init__(use_sigmoid=use_sigmoid, **settings)
@@ -124,25 +123,24 @@ def quality_focal_loss(
 
 
 @MODELS.register_module()
-class QualityFocalLoss(ClassificationLoss):
+class QualityFocalLoss(
+    ClassificationLoss,
+    fn=quality_focal_loss,
+    paper="https://arxiv.org/abs/2006.04388",
+    row_wise=True,
+    needs_mining=False,
+    takes_quality=True,
+    sums_classes=True,
+    upstream=(
+        Upstream("mmdet.models.losses.QualityFocalLoss"),
+        Upstream("mmdet.models.losses.QualityFocalLoss", {"activated": True}, {"activated": True}),
+    ),
+):
     """Li et al., Generalized Focal Loss, 2020 (QFL).
 
     The class sums over the classes: ``reduction="none"`` gives ``(...)``. In Ultralytics' ``cls`` slot the default
     ``loss_weight`` is 16, measured as the README tells.
     """
-
-    fn = staticmethod(quality_focal_loss)
-    facts = ClassificationLoss.facts.but(
-        paper="https://arxiv.org/abs/2006.04388",
-        row_wise=True,
-        needs_mining=False,
-        takes_quality=True,
-        sums_classes=True,
-        upstream=(
-            Upstream("mmdet.models.losses.QualityFocalLoss"),
-            Upstream("mmdet.models.losses.QualityFocalLoss", {"activated": True}, {"activated": True}),
-        ),
-    )
 
 
 def varifocal_loss(
@@ -162,25 +160,24 @@ def varifocal_loss(
 
 
 @MODELS.register_module()
-class VarifocalLoss(ClassificationLoss):
+class VarifocalLoss(
+    ClassificationLoss,
+    fn=varifocal_loss,
+    paper="https://arxiv.org/abs/2008.13367",
+    row_wise=True,
+    needs_mining=False,
+    takes_quality=True,
+    upstream=(
+        Upstream("mmdet.models.losses.VarifocalLoss"),
+        Upstream("mmdet.models.losses.VarifocalLoss", {"iou_weighted": False}, {"iou_weighted": False}),
+        Upstream("ultralytics.utils.loss.VarifocalLoss"),
+    ),
+):
     """Zhang et al., VarifocalNet, 2020 (VFL).
 
     A positive whose quality is 0 counts as a negative. In Ultralytics' ``cls`` slot the default ``loss_weight`` is 16,
     measured as the README tells.
     """
-
-    fn = staticmethod(varifocal_loss)
-    facts = ClassificationLoss.facts.but(
-        paper="https://arxiv.org/abs/2008.13367",
-        row_wise=True,
-        needs_mining=False,
-        takes_quality=True,
-        upstream=(
-            Upstream("mmdet.models.losses.VarifocalLoss"),
-            Upstream("mmdet.models.losses.VarifocalLoss", {"iou_weighted": False}, {"iou_weighted": False}),
-            Upstream("ultralytics.utils.loss.VarifocalLoss"),
-        ),
-    )
 
 
 def poly_loss(
@@ -203,7 +200,16 @@ def poly_loss(
 
 
 @MODELS.register_module()
-class PolyLoss(SoftmaxOrSigmoid):
+class PolyLoss(
+    SoftmaxOrSigmoid,
+    fn=poly_loss,
+    paper="https://arxiv.org/abs/2204.12511",
+    row_wise=True,
+    upstream=(
+        Upstream("torch.nn.functional.cross_entropy", {"epsilon": 0.0, "use_sigmoid": False}),
+        Upstream("torchvision.ops.sigmoid_focal_loss", {"epsilon": 0.0, "gamma": 2.0, "alpha": 0.25}),
+    ),
+):
     """Leng et al., PolyLoss, 2022 (Poly-1).
 
     Args:
@@ -213,16 +219,6 @@ class PolyLoss(SoftmaxOrSigmoid):
         alpha: as in FocalLoss; it weighs both terms.
         use_sigmoid: False for the softmax form.
     """
-
-    fn = staticmethod(poly_loss)
-    facts = SoftmaxOrSigmoid.facts.but(
-        paper="https://arxiv.org/abs/2204.12511",
-        row_wise=True,
-        upstream=(
-            Upstream("torch.nn.functional.cross_entropy", {"epsilon": 0.0, "use_sigmoid": False}),
-            Upstream("torchvision.ops.sigmoid_focal_loss", {"epsilon": 0.0, "gamma": 2.0, "alpha": 0.25}),
-        ),
-    )
 
     def __init__(self, *, use_sigmoid: bool = True, **settings):
         super().__init__(use_sigmoid=use_sigmoid, **settings)
@@ -247,7 +243,15 @@ def generalized_focal_loss(
 
 
 @MODELS.register_module()
-class GeneralizedFocalLoss(ClassificationLoss):
+class GeneralizedFocalLoss(
+    ClassificationLoss,
+    fn=generalized_focal_loss,
+    paper="https://arxiv.org/abs/2006.04388",
+    row_wise=True,
+    needs_mining=False,
+    takes_quality=True,
+    upstream=(Upstream("torch.nn.functional.binary_cross_entropy_with_logits", {"beta": 0.0}),),
+):
     """Li et al., Generalized Focal Loss, 2020 (GFL).
 
     ``pred`` is the logit of the right value, in any shape; the per-element losses have its shape. With the values 0 and
@@ -260,15 +264,6 @@ class GeneralizedFocalLoss(ClassificationLoss):
     Raises:
         ValueError: if ``values`` are not two increasing numbers.
     """
-
-    fn = staticmethod(generalized_focal_loss)
-    facts = ClassificationLoss.facts.but(
-        paper="https://arxiv.org/abs/2006.04388",
-        row_wise=True,
-        needs_mining=False,
-        takes_quality=True,
-        upstream=(Upstream("torch.nn.functional.binary_cross_entropy_with_logits", {"beta": 0.0}),),
-    )
 
     def __init__(self, *, values: Annotated[tuple, two_increasing()] = (0.0, 1.0), **settings):
         super().__init__(values=tuple(values), **settings)
@@ -301,7 +296,18 @@ def gaussian_focal_loss(pred: Tensor, target: Tensor, *, alpha: NonNegative = 2.
 
 
 @MODELS.register_module()
-class GaussianFocalLoss(Loss):
+class GaussianFocalLoss(
+    Loss,
+    fn=gaussian_focal_loss,
+    family="heatmap",
+    paper="https://arxiv.org/abs/1808.01244",
+    row_wise=True,
+    one_per_row=False,
+    upstream=(
+        Upstream("mmdet.models.losses.GaussianFocalLoss"),
+        Upstream("mmdet.models.losses.GaussianFocalLoss", {"alpha": 1.5, "gamma": 3.0}, {"alpha": 1.5, "gamma": 3.0}),
+    ),
+):
     """Law and Deng, CornerNet, 2018.
 
     Call with a heatmap of probabilities and one of targets, both of one shape, as the heads of CornerNet and CenterNet
@@ -311,19 +317,6 @@ class GaussianFocalLoss(Loss):
         ValueError: if the shapes differ.
     """
 
-    fn = staticmethod(gaussian_focal_loss)
-    facts = Facts(
-        family="heatmap",
-        paper="https://arxiv.org/abs/1808.01244",
-        row_wise=True,
-        one_per_row=False,
-        upstream=(
-            Upstream("mmdet.models.losses.GaussianFocalLoss"),
-            Upstream(
-                "mmdet.models.losses.GaussianFocalLoss", {"alpha": 1.5, "gamma": 3.0}, {"alpha": 1.5, "gamma": 3.0}
-            ),
-        ),
-    )
     leading = RegressionLoss.leading
 
     def prepare(self, pred, target):

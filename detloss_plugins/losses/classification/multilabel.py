@@ -78,7 +78,16 @@ def _margin(pred):
 
 
 @MODELS.register_module()
-class ModifiedCrossEntropyLoss(ClassificationLoss):
+class ModifiedCrossEntropyLoss(
+    ClassificationLoss,
+    fn=modified_cross_entropy_loss,
+    row_wise=True,
+    sums_classes=True,
+    upstream=(
+        Upstream("torch.nn.functional.binary_cross_entropy_with_logits"),
+        Upstream("torchvision.ops.sigmoid_focal_loss", {"alpha": 0.25, "gamma": 2.0}, {"alpha": 0.25, "gamma": 2.0}),
+    ),
+):
     """Cross entropy that also pushes the other classes down, with hard, soft or multi-label targets.
 
     A sum over the classes: ``reduction="none"`` gives ``(...)``. The sigmoid form without ``gamma`` is the sum of the
@@ -95,17 +104,6 @@ class ModifiedCrossEntropyLoss(ClassificationLoss):
         ValueError: for a ``use_sigmoid`` that does not fit.
     """
 
-    fn = staticmethod(modified_cross_entropy_loss)
-    facts = ClassificationLoss.facts.but(
-        row_wise=True,
-        sums_classes=True,
-        upstream=(
-            Upstream("torch.nn.functional.binary_cross_entropy_with_logits"),
-            Upstream(
-                "torchvision.ops.sigmoid_focal_loss", {"alpha": 0.25, "gamma": 2.0}, {"alpha": 0.25, "gamma": 2.0}
-            ),
-        ),
-    )
     sigmoid_only = False
 
     def __init__(
@@ -138,7 +136,21 @@ def asymmetric_loss(
 
 
 @MODELS.register_module()
-class AsymmetricLoss(ClassificationLoss):
+class AsymmetricLoss(
+    ClassificationLoss,
+    fn=asymmetric_loss,
+    paper="https://arxiv.org/abs/2009.14119",
+    row_wise=True,
+    needs_mining=False,
+    true_gradient=False,
+    upstream=(
+        Upstream(
+            "torchvision.ops.sigmoid_focal_loss",
+            {"gamma_neg": 2.0, "gamma_pos": 2.0, "clip": 0.0, "detach_focusing": False},
+            {"alpha": -1, "gamma": 2.0},
+        ),
+    ),
+):
     """Ridnik et al., Asymmetric Loss for Multi-Label Classification, 2020 (ASL).
 
     The authors' code returns the sum; here that is ``reduction="sum"``.
@@ -148,21 +160,6 @@ class AsymmetricLoss(ClassificationLoss):
         clip: a negative with a probability below it costs nothing; in [0, 1).
         detach_focusing: treat the powers as constants, as the authors' default does.
     """
-
-    fn = staticmethod(asymmetric_loss)
-    facts = ClassificationLoss.facts.but(
-        paper="https://arxiv.org/abs/2009.14119",
-        row_wise=True,
-        needs_mining=False,
-        true_gradient=False,
-        upstream=(
-            Upstream(
-                "torchvision.ops.sigmoid_focal_loss",
-                {"gamma_neg": 2.0, "gamma_pos": 2.0, "clip": 0.0, "detach_focusing": False},
-                {"alpha": -1, "gamma": 2.0},
-            ),
-        ),
-    )
 
 
 def confidence_weight(q_fg: Tensor, q_bg: Tensor, power: float, *, detach: bool = True) -> Tensor:
