@@ -1,4 +1,4 @@
-"""The families of losses: what pred and target of each look like, and how to sample them for a test."""
+"""The families of losses: what pred and target of each look like."""
 
 from typing import Any, ClassVar
 
@@ -55,22 +55,6 @@ class BoxLoss(Loss, family="box"):
                 "set reg_decoded_bbox=True in the MMDetection head, so that it hands over boxes, not encoded deltas."
             )
 
-    @classmethod
-    def sample(cls, n=64, seed=0, dtype=torch.float32):
-        """``n`` predictions and targets in pixels: overlapping ones mostly, disjoint and nested ones too."""
-        generator = torch.Generator().manual_seed(seed)
-
-        def uniform(low, high):
-            return torch.rand(n, 2, generator=generator, dtype=torch.float64) * (high - low) + low
-
-        center, sides = uniform(100, 500), uniform(10, 120)
-        # Pixel coordinates only: the conditioning of a loss at a scale is a property test of its own.
-        moved = center + sides * uniform(-0.8, 0.8)
-        resized = sides * uniform(0.4, 1.6)
-        target = torch.cat([center - sides / 2, center + sides / 2], -1)
-        pred = torch.cat([moved - resized / 2, moved + resized / 2], -1)
-        return pred.to(dtype), target.to(dtype)
-
 
 class ClassificationLoss(Loss, family="classification", every_rank=True, needs_mining=True, one_per_row=False):
     """Losses on class logits ``(..., C)``.
@@ -118,16 +102,6 @@ class ClassificationLoss(Loss, family="classification", every_rank=True, needs_m
             )
         classes = torch.arange(pred.shape[-1], device=label.device, dtype=label.dtype)
         return torch.where(label.unsqueeze(-1) == classes, value.unsqueeze(-1), 0), label >= 0
-
-    @classmethod
-    def sample(cls, n=64, seed=0, dtype=torch.float32, classes=10):
-        """Logits ``(n, classes)`` and dense soft targets: a quality on at most one channel, a third of them empty."""
-        generator = torch.Generator().manual_seed(seed)
-        logits = 3 * torch.randn(n, classes, generator=generator, dtype=torch.float64)
-        label = torch.randint(0, classes + classes // 2, (n, 1), generator=generator)
-        quality = torch.rand(n, 1, generator=generator, dtype=torch.float64)
-        target = torch.where(label == torch.arange(classes), quality, 0.0)
-        return logits.to(dtype), target.to(dtype)
 
 
 class RankingLoss(ClassificationLoss, family="ranking", needs_mining=False, counts_positives=True, one_per_row=True):
@@ -184,14 +158,6 @@ class DistributionLoss(Loss, family="distribution"):
             )
         return super().prepare(pred, target)
 
-    @classmethod
-    def sample(cls, n=64, seed=0, dtype=torch.float32, bins=16):
-        """Logits ``(n, bins)`` and distances inside the bins."""
-        generator = torch.Generator().manual_seed(seed)
-        logits = 2 * torch.randn(n, bins, generator=generator, dtype=torch.float64)
-        target = torch.rand(n, generator=generator, dtype=torch.float64) * (bins - 1.02)
-        return logits.to(dtype), target.to(dtype)
-
 
 class RegressionLoss(Loss, family="regression", one_per_row=False):
     """Point-wise losses between tensors of one shape, any shape.
@@ -206,13 +172,6 @@ class RegressionLoss(Loss, family="regression", one_per_row=False):
     def prepare(self, pred, target):
         check_same_shape(pred, target, "tensors of one shape")
         return super().prepare(pred, target)
-
-    @classmethod
-    def sample(cls, n=64, seed=0, dtype=torch.float32):
-        """Predictions and targets ``(n, 4)`` such as encoded box offsets."""
-        generator = torch.Generator().manual_seed(seed)
-        pred, target = torch.randn(2, n, 4, generator=generator, dtype=torch.float64).unbind(0)
-        return pred.to(dtype), target.to(dtype)
 
 
 class RegionLoss(Loss, family="region", bounds=(0.0, 1.0)):
@@ -250,18 +209,6 @@ class RegionLoss(Loss, family="region", bounds=(0.0, 1.0)):
             )
         return super().prepare(pred.sigmoid() if self.activate else pred, target)
 
-    @classmethod
-    def sample(cls, n=64, seed=0, dtype=torch.float32, side=8):
-        """Logits and rectangular masks ``(n, side, side)`` that they fit more or less; some masks are empty."""
-        generator = torch.Generator().manual_seed(seed)
-        pixel = torch.arange(side)
-        low, high = torch.randint(0, side + 1, (2, n, 2, 1), generator=generator).sort(0).values
-        rows, columns = ((low <= pixel) & (pixel < high)).unbind(1)
-        target = (rows.unsqueeze(-1) & columns.unsqueeze(-2)).double()
-        noise = torch.randn(n, side, side, generator=generator, dtype=torch.float64)
-        fit = 6 * torch.rand(n, 1, 1, generator=generator, dtype=torch.float64) - 1
-        return ((target - 0.5) * fit + 1.5 * noise).to(dtype), target.to(dtype)
-
 
 class RotatedLoss(Loss, family="rotated"):
     """Losses between aligned rotated boxes.
@@ -279,18 +226,3 @@ class RotatedLoss(Loss, family="rotated"):
         if pred.shape[-1] != 5:
             raise ValueError(f"Rotated boxes have 5 values (cx, cy, w, h, theta in radians), not {pred.shape[-1]}.")
         return super().prepare(pred, target)
-
-    @classmethod
-    def sample(cls, n=64, seed=0, dtype=torch.float32):
-        """``n`` predictions and targets in pixels, at all angles: most overlap, a quarter is turned at will."""
-        generator = torch.Generator().manual_seed(seed)
-
-        def uniform(low, high, columns=2):
-            return torch.rand(n, columns, generator=generator, dtype=torch.float64) * (high - low) + low
-
-        center, sides, angle = uniform(100, 500), uniform(10, 120), uniform(-torch.pi, torch.pi, 1)
-        moved, resized = center + sides * uniform(-0.8, 0.8), sides * uniform(0.4, 1.6)
-        turn, anyhow = uniform(-0.6, 0.6, 1), uniform(-torch.pi, torch.pi, 1)
-        turned = angle + torch.where(uniform(0, 1, 1) < 0.25, anyhow, turn)
-        target, pred = torch.cat([center, sides, angle], -1), torch.cat([moved, resized, turned], -1)
-        return pred.to(dtype), target.to(dtype)

@@ -106,8 +106,6 @@ class JointLoss(Loss, fn=joint_loss):
         ]
         return sum(factor * loss for factor, loss, _ in parts), parts[0][2]
 
-    sample = ClassificationLoss.sample
-
 
 def confidence_weighted_loss(
     pred: Tensor, target: Tensor, *, power: NonNegative = 2.0, use_sigmoid: bool = True, elements: Tensor

@@ -213,16 +213,3 @@ class MultiBoxLoss(
                 "MultiBoxLoss takes logits (B, A, K), boxes (B, A, 4), labels (B, A) and boxes (B, A, 4), not "
                 f"{', '.join(str(tuple(x.shape)) for x in (logits, boxes, labels, true_boxes))}."
             )
-
-    @classmethod
-    def sample(cls, n=64, seed=0, dtype=torch.float32, anchors=16, classes=3):
-        """Logits and offsets side by side, ``(n, anchors, classes + 5)``, and labels and offsets, ``(n, anchors, 5)``.
-
-        An image has a few positives, or none, and an ignored anchor.
-        """
-        generator = torch.Generator().manual_seed(seed)
-        pred = torch.randn(n, anchors, classes + 5, generator=generator, dtype=torch.float64)
-        boxes = torch.randn(n, anchors, 4, generator=generator, dtype=torch.float64)
-        label = torch.randint(0, 8 * classes, (n, anchors, 1), generator=generator).clamp(max=classes)
-        label[:, 0] = -1
-        return pred.to(dtype), torch.cat([label, boxes], -1).to(dtype)

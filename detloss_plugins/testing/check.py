@@ -23,6 +23,7 @@ from detloss_plugins.loss import Loss
 from detloss_plugins.nested import each_tensor, flatten
 from detloss_plugins.reduction import AVG_FACTOR_EPS, REDUCTIONS
 from detloss_plugins.testing import parity
+from detloss_plugins.testing.samples import sample
 from detloss_plugins.testing.twins import in_words, load
 
 HALF = (torch.float16, torch.bfloat16)
@@ -33,7 +34,7 @@ _CHECKS: list[Callable] = []
 
 
 def check_loss(cls: type[Loss], *, device: str = "cpu", compile: bool = False, **settings: Any) -> None:
-    """Check every promise of a loss class, registered or not, on what its ``sample`` gives.
+    """Check every promise of a loss class, registered or not, on what :func:`~detloss_plugins.testing.sample` gives.
 
     Args:
         cls: a subclass of :class:`detloss_plugins.loss.Loss`.
@@ -83,7 +84,7 @@ class Subject:
     def input(self, n: int = 32, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, Any]:
         """``pred``, a leaf with a gradient, and ``target``, in a form that the loss takes."""
         loss = self.make()
-        pred, target = self.moved(self.cls.sample(n, seed=seed, dtype=dtype))
+        pred, target = self.moved(sample(loss, n, seed, dtype))
         if loss.family == "classification" and not loss.use_sigmoid and target.shape == pred.shape:
             target = target.argmax(-1)
         return self.activated(pred).requires_grad_(), target
@@ -215,9 +216,11 @@ def linear(loss: Loss) -> Callable:
     return (lambda *args, **kwargs: loss(*args, **kwargs) ** 2) if loss.facts.root else loss
 
 
-@promise("derive it from a family or give it sample(n, seed, dtype), and state the settings that fit in facts.example")
+@promise(
+    "derive it from a family or give it a method sample(n, seed, dtype), and state fitting settings in facts.example"
+)
 def usable(s: Subject) -> None:
-    """It can be built, and called with what its ``sample`` gives."""
+    """It can be built, and called with what ``sample`` gives."""
     s.make()(*s.input())
 
 

@@ -167,14 +167,6 @@ class SeesawLoss(
         loss = {name: scaled(value, count, avg_factor, reduction) for name, (value, count) in parts.items()}
         return loss if self.return_dict else sum(loss.values())
 
-    @classmethod
-    def sample(cls, n=64, seed=0, dtype=torch.float32, classes=8):
-        """Logits ``(n, classes + 2)`` and labels, a third of them background."""
-        generator = torch.Generator().manual_seed(seed)
-        logits = torch.randn(n, classes + 2, generator=generator, dtype=torch.float64)
-        label = torch.randint(0, classes + classes // 2, (n,), generator=generator).clamp(max=classes)
-        return logits.to(dtype), label
-
 
 def eqlv2_loss(
     pred: Tensor,

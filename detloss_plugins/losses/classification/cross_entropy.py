@@ -287,12 +287,3 @@ class KLDivLoss(
                 f"{tuple(pred.shape)}, not {given}; for class indices use CrossEntropyLoss."
             )
         return super().prepare(pred, target)
-
-    @classmethod
-    def sample(cls, n=64, seed=0, dtype=torch.float32, classes=10):
-        """Logits ``(n, classes)`` and distributions, every fourth of which is one-hot."""
-        generator = torch.Generator().manual_seed(seed)
-        pred, target = 2 * torch.randn(2, n, classes, generator=generator, dtype=torch.float64)
-        one_hot = (target == target.amax(-1, keepdim=True)).to(target.dtype)
-        target = torch.where(torch.arange(n).unsqueeze(-1) % 4 == 0, one_hot, target.softmax(-1))
-        return pred.to(dtype), target.to(dtype)

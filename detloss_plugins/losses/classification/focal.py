@@ -324,13 +324,3 @@ class GaussianFocalLoss(
             raise ValueError("GaussianFocalLoss takes a heatmap of the shape of pred as its target, not a tuple.")
         check_same_shape(pred, target, "heatmaps of one shape")
         return super().prepare(pred, target)
-
-    @classmethod
-    def sample(cls, n=64, seed=0, dtype=torch.float32):
-        """Heatmaps ``(n, 16)`` of one bell each, with its peak of 1 in every second row, and probabilities."""
-        generator = torch.Generator().manual_seed(seed)
-        pred = 2 * torch.randn(n, 16, generator=generator, dtype=torch.float64)
-        center = 15 * torch.rand(n, 1, generator=generator, dtype=torch.float64)
-        center[::2] = center[::2].round()
-        target = (-(torch.arange(16) - center).square() / 8).exp()
-        return pred.sigmoid().to(dtype), target.to(dtype)
