@@ -19,6 +19,20 @@ class Upstream(NamedTuple):
     at: tuple = ()  # the boxes (pred, target), in float32, on which they differ; empty: on any
 
 
+MMDET, TORCH = "mmdet.models.losses.", "torch.nn.functional."  # where most counterparts are
+TORCHVISION, ULTRALYTICS = "torchvision.ops.", "ultralytics.utils.loss."
+
+
+def alike(path: str, *settings: Mapping, differs: str = "") -> tuple[Upstream, ...]:
+    """A counterpart with each of some settings that both sides have by the same name; without any, as it is."""
+    return tuple(Upstream(path, same, same, differs) for same in settings or ({},))
+
+
+def alike_except(path: str, differs: str, at: tuple, ours: Mapping = {}, theirs: Mapping = {}) -> tuple[Upstream, ...]:
+    """A counterpart that is the same loss but on the boxes ``at``, and why."""
+    return Upstream(path, ours, theirs), Upstream(path, ours, theirs, differs, at)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Facts:
     """What is known of every instance of a loss class; a class states what differs from its family's facts.

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from detloss_plugins.facts import Upstream
+from detloss_plugins.facts import MMDET, ULTRALYTICS, alike
 from detloss_plugins.families import DistributionLoss
 from detloss_plugins.precision import float32
 from detloss_plugins.registry import MODELS
@@ -38,7 +38,7 @@ class DistributionFocalLoss(
     paper="https://arxiv.org/abs/2006.04388",
     row_wise=True,
     keeps_little=True,
-    upstream=(Upstream("mmdet.models.losses.DistributionFocalLoss"), Upstream("ultralytics.utils.loss.DFLoss")),
+    upstream=(*alike(MMDET + "DistributionFocalLoss"), *alike(ULTRALYTICS + "DFLoss")),
 ):
     """Li et al., Generalized Focal Loss, 2020 (DFL).
 

@@ -9,7 +9,7 @@ cancellation near a perfect mask.
 import torch
 from torch import Tensor
 
-from detloss_plugins.facts import NonNegative, Positive, Upstream
+from detloss_plugins.facts import MMDET, ULTRALYTICS, NonNegative, Positive, Upstream, alike
 from detloss_plugins.families import RegionLoss
 from detloss_plugins.geometry import power, ratio
 from detloss_plugins.losses.regression import mse_loss
@@ -62,12 +62,9 @@ class DiceLoss(
     paper="https://arxiv.org/abs/1606.04797",
     row_wise=True,
     upstream=(
-        Upstream("mmdet.models.losses.DiceLoss"),
-        Upstream("mmdet.models.losses.DiceLoss", {"eps": 5e-6}, {"eps": 5e-6}),
-        Upstream("mmdet.models.losses.DiceLoss", {"naive_dice": True}, {"naive_dice": True}),
-        Upstream("mmdet.models.losses.DiceLoss", {"naive_dice": True, "eps": 1.0}, {"naive_dice": True, "eps": 1.0}),
-        Upstream("ultralytics.utils.loss.MultiChannelDiceLoss", {"naive_dice": True, "eps": 1e-6}),
-        Upstream("ultralytics.utils.loss.MultiChannelDiceLoss", {"naive_dice": True, "eps": 1.0}, {"smooth": 1.0}),
+        *alike(MMDET + "DiceLoss", {}, {"eps": 5e-6}, {"naive_dice": True}, {"naive_dice": True, "eps": 1.0}),
+        Upstream(ULTRALYTICS + "MultiChannelDiceLoss", {"naive_dice": True, "eps": 1e-6}),
+        Upstream(ULTRALYTICS + "MultiChannelDiceLoss", {"naive_dice": True, "eps": 1.0}, {"smooth": 1.0}),
     ),
 ):
     """Milletari et al., V-Net, 2016.

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detloss_plugins.facts import NonNegative, Positive, Upstream
+from detloss_plugins.facts import MMDET, TORCH, NonNegative, Positive, Upstream, alike
 from detloss_plugins.families import RegressionLoss
 from detloss_plugins.geometry import root
 from detloss_plugins.precision import float32, without_autocast
@@ -43,7 +43,7 @@ class L1Loss(
     fn=l1_loss,
     row_wise=True,
     keeps_little=True,
-    upstream=(Upstream("torch.nn.functional.l1_loss"), Upstream("mmdet.models.losses.L1Loss")),
+    upstream=(*alike(TORCH + "l1_loss"), *alike(MMDET + "L1Loss")),
 ):
     """Absolute error; its mean is the MAE."""
 
@@ -64,7 +64,7 @@ class MSELoss(
     fn=mse_loss,
     row_wise=True,
     keeps_little=True,
-    upstream=(Upstream("torch.nn.functional.mse_loss"), Upstream("mmdet.models.losses.MSELoss")),
+    upstream=(*alike(TORCH + "mse_loss"), *alike(MMDET + "MSELoss")),
 ):
     """Squared error; its sum is the "L2 loss" of the textbooks.
 
@@ -116,10 +116,9 @@ class SmoothL1Loss(
     paper="https://arxiv.org/abs/1504.08083",
     row_wise=True,
     keeps_little=True,
-    upstream=tuple(
-        Upstream(path, {"beta": beta}, {"beta": beta})
-        for path in ("torch.nn.functional.smooth_l1_loss", "mmdet.models.losses.SmoothL1Loss")
-        for beta in (1.0, 1 / 9)
+    upstream=(
+        *alike(TORCH + "smooth_l1_loss", {"beta": 1.0}, {"beta": 1 / 9}),
+        *alike(MMDET + "SmoothL1Loss", {"beta": 1.0}, {"beta": 1 / 9}),
     ),
 ):
     """Girshick, Fast R-CNN, 2015.
@@ -144,9 +143,8 @@ class HuberLoss(
     row_wise=True,
     keeps_little=True,
     upstream=(
-        Upstream("torch.nn.functional.huber_loss"),
-        Upstream("torch.nn.functional.huber_loss", {"delta": 0.5}, {"delta": 0.5}),
-        Upstream("mmdet.models.losses.SmoothL1Loss", {"delta": 0.5}, {"beta": 0.5, "loss_weight": 0.5}),
+        *alike(TORCH + "huber_loss", {}, {"delta": 0.5}),
+        Upstream(MMDET + "SmoothL1Loss", {"delta": 0.5}, {"beta": 0.5, "loss_weight": 0.5}),
     ),
 ):
     """Huber, Robust Estimation of a Location Parameter, 1964.
@@ -187,11 +185,10 @@ class BalancedL1Loss(
     paper="https://arxiv.org/abs/1904.02701",
     row_wise=True,
     upstream=(
-        Upstream("mmdet.models.losses.BalancedL1Loss"),
-        Upstream("mmdet.models.losses.BalancedL1Loss", {"upstream_form": True, "beta": 0.11}, {"beta": 0.11}),
-        Upstream(
-            "mmdet.models.losses.BalancedL1Loss",
-            {"beta": 0.11},
+        *alike(MMDET + "BalancedL1Loss"),
+        Upstream(MMDET + "BalancedL1Loss", {"upstream_form": True, "beta": 0.11}, {"beta": 0.11}),
+        *alike(
+            MMDET + "BalancedL1Loss",
             {"beta": 0.11},
             differs="mmdet's form for beta != 1 has a kink at zero; upstream_form=True gives it",
         ),

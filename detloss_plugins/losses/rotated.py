@@ -17,7 +17,7 @@ from typing import Annotated, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from detloss_plugins.facts import NonNegative, Positive, Rule, Upstream, between, is_number
+from detloss_plugins.facts import NonNegative, Positive, Rule, alike, between, is_number
 from detloss_plugins.families import RotatedLoss
 from detloss_plugins.geometry import coordinates
 from detloss_plugins.geometry import root as square_root
@@ -137,9 +137,7 @@ class ProbIoULoss(
     fn=probiou_loss,
     paper="https://arxiv.org/abs/2106.06072",
     row_wise=True,
-    upstream=tuple(
-        Upstream("ultralytics.utils.metrics.probiou", {"floor": floor}, {"floor": floor}) for floor in (0.0, 0.01)
-    ),
+    upstream=alike("ultralytics.utils.metrics.probiou", {"floor": 0.0}, {"floor": 0.01}),
 ):
     """Llerena et al., Gaussian Bounding Boxes and Probabilistic Intersection-over-Union, 2021.
 

@@ -5,7 +5,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from detloss_plugins.facts import Count, Positive, Upstream, between
+from detloss_plugins.facts import MMDET, Count, Positive, alike, between
 from detloss_plugins.families import ClassificationLoss, RegressionLoss
 from detloss_plugins.loss import rank_mean
 from detloss_plugins.losses.classification.common import bce
@@ -138,7 +138,7 @@ class GHMC(
     needs_mining=False,
     self_normalized=True,
     filled=("table",),
-    upstream=(Upstream("mmdet.models.losses.GHMC"), Upstream("mmdet.models.losses.GHMC", {"bins": 30}, {"bins": 30})),
+    upstream=alike(MMDET + "GHMC", {}, {"bins": 30}),
 ):
     """Li et al., Gradient Harmonized Single-stage Detector, 2018 (GHM-C).
 
@@ -171,7 +171,7 @@ class GHMR(
     row_wise=True,
     self_normalized=True,
     filled=("table",),
-    upstream=(Upstream("mmdet.models.losses.GHMR"),),
+    upstream=alike(MMDET + "GHMR"),
 ):
     """Li et al., Gradient Harmonized Single-stage Detector, 2018 (GHM-R).
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detloss_plugins.facts import Count, NonNegative, Number, Upstream, between
+from detloss_plugins.facts import MMDET, Count, NonNegative, Number, alike, between
 from detloss_plugins.families import ClassificationLoss
 from detloss_plugins.loss import rank_mean
 from detloss_plugins.losses.classification.common import bce
@@ -67,10 +67,7 @@ class SeesawLoss(
     one_per_row=True,
     filled=("counts",),
     example=_EXAMPLE,
-    upstream=(
-        Upstream("mmdet.models.losses.SeesawLoss", _EXAMPLE, _EXAMPLE),
-        Upstream("mmdet.models.losses.SeesawLoss", {**_EXAMPLE, "q": 1.0}, {**_EXAMPLE, "q": 1.0}),
-    ),
+    upstream=alike(MMDET + "SeesawLoss", _EXAMPLE, {**_EXAMPLE, "q": 1.0}),
 ):
     """Wang et al., Seesaw Loss for Long-Tailed Instance Segmentation, 2020.
 
@@ -210,7 +207,7 @@ class EQLV2Loss(
     sums_classes=True,
     filled=("ratio",),
     example={"num_classes": 9},  # the sample's tenth column is the background
-    upstream=(Upstream("mmdet.models.losses.EQLV2Loss", {"num_classes": 9}, {"num_classes": 9}),),
+    upstream=alike(MMDET + "EQLV2Loss", {"num_classes": 9}),
 ):
     """Tan et al., Equalization Loss v2, 2020.
 

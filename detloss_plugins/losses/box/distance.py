@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detloss_plugins.facts import Positive, Upstream, size_rule
+from detloss_plugins.facts import MMDET, Positive, alike, size_rule
 from detloss_plugins.families import BoxLoss
 from detloss_plugins.geometry import Box, Pair, ratio, root
 from detloss_plugins.registry import MODELS
@@ -175,7 +175,7 @@ class BoundedIoULoss(
     one_per_row=False,
     symmetric=False,
     scale_invariant=False,
-    upstream=(Upstream("mmdet.models.losses.BoundedIoULoss"),),
+    upstream=alike(MMDET + "BoundedIoULoss"),
 ):
     """Tychsen-Smith and Petersson, Fitness NMS and Bounded IoU Loss, 2017.
 
@@ -219,7 +219,7 @@ class ExtendedIoULoss(
     row_wise=True,
     attracts=True,
     bounds=(0.0, 2.0),
-    upstream=(Upstream("mmdet.models.losses.EIoULoss"),),
+    upstream=alike(MMDET + "EIoULoss"),
 ):
     """Peng and Yu, A Systematic IoU-Related Method, 2021 (mmdet's EIoULoss).
 

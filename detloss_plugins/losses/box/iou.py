@@ -8,7 +8,17 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from detloss_plugins.facts import NonNegative, Positive, Share, Upstream, at_least
+from detloss_plugins.facts import (
+    MMDET,
+    TORCHVISION,
+    NonNegative,
+    Positive,
+    Share,
+    Upstream,
+    alike,
+    alike_except,
+    at_least,
+)
 from detloss_plugins.families import BoxLoss
 from detloss_plugins.geometry import Pair, power
 from detloss_plugins.registry import MODELS
@@ -20,11 +30,18 @@ __all__ = [
 ]  # fmt: skip
 
 AtLeastOne = Annotated[float, at_least(1)]
-# Inputs on which upstream is wrong, and why.
+_BBOX_IOU = "ultralytics.utils.metrics.bbox_iou"
+# Why upstream is another loss, and the boxes on which it is.
 _INVERTED = "an inverted box has a positive area there: this one, fully inverted, costs nothing"
 _FULLY_INVERTED = ((20, 20, 10, 10), (10, 10, 20, 20))
 _ABSOLUTE_EPS = "eps is added to areas there, so identical boxes in normalised coordinates cost something"
 _NORMALISED = ((1e-3, 1e-3, 2e-3, 2e-3), (1e-3, 1e-3, 2e-3, 2e-3))
+_NAN_ALPHA = "mmdet's alpha is 0/0 = NaN for identical boxes"
+_NAN_ASPECT = "torchvision's aspect ratio is 0/0 = NaN for a box without extent"
+_HUGE_GRADIENT = "Ultralytics' aspect term has a gradient of a million for a box without extent"
+_EXTENDED = "mmdet's EIoULoss is Extended-IoU (smooth, libfacedetection), not Efficient-IoU"
+_NAN_SIOU = "mmdet's is 0/0 = NaN for two boxes without extent"
+_REVERSED = "mmdet's default has the distance term's sign reversed: far boxes cost less, are pushed away"
 
 
 def iou_loss(
@@ -49,9 +66,7 @@ class IoULoss(
     fn=iou_loss,
     paper="https://arxiv.org/abs/1608.01471",
     row_wise=True,
-    upstream=tuple(
-        Upstream("mmdet.models.losses.IoULoss", {"mode": mode}, {"mode": mode}) for mode in ("log", "linear", "square")
-    ),
+    upstream=alike(MMDET + "IoULoss", {"mode": "log"}, {"mode": "linear"}, {"mode": "square"}),
 ):
     """Yu et al., UnitBox, 2016.
 
@@ -78,11 +93,9 @@ class GIoULoss(
     attracts=True,
     bounds=(0.0, 2.0),
     upstream=(
-        Upstream("mmdet.models.losses.GIoULoss"),
-        Upstream("torchvision.ops.generalized_box_iou_loss"),
-        Upstream("ultralytics.utils.metrics.bbox_iou", theirs={"xywh": False, "GIoU": True}),
-        Upstream("mmdet.models.losses.GIoULoss", differs=_INVERTED, at=_FULLY_INVERTED),
-        Upstream("torchvision.ops.generalized_box_iou_loss", differs=_INVERTED, at=_FULLY_INVERTED),
+        *alike_except(MMDET + "GIoULoss", _INVERTED, _FULLY_INVERTED),
+        *alike_except(TORCHVISION + "generalized_box_iou_loss", _INVERTED, _FULLY_INVERTED),
+        Upstream(_BBOX_IOU, theirs={"xywh": False, "GIoU": True}),
     ),
 ):
     """Rezatofighi et al., Generalized Intersection over Union, 2019."""
@@ -107,11 +120,9 @@ class DIoULoss(
     attracts=True,
     bounds=(0.0, 2.0),
     upstream=(
-        Upstream("mmdet.models.losses.DIoULoss"),
-        Upstream("torchvision.ops.distance_box_iou_loss"),
-        Upstream("ultralytics.utils.metrics.bbox_iou", theirs={"xywh": False, "DIoU": True}),
-        Upstream("mmdet.models.losses.DIoULoss", differs=_ABSOLUTE_EPS, at=_NORMALISED),
-        Upstream("torchvision.ops.distance_box_iou_loss", differs=_ABSOLUTE_EPS, at=_NORMALISED),
+        *alike_except(MMDET + "DIoULoss", _ABSOLUTE_EPS, _NORMALISED),
+        *alike_except(TORCHVISION + "distance_box_iou_loss", _ABSOLUTE_EPS, _NORMALISED),
+        Upstream(_BBOX_IOU, theirs={"xywh": False, "DIoU": True}),
     ),
 ):
     """Zheng et al., Distance-IoU Loss, 2019."""
@@ -141,26 +152,9 @@ class CIoULoss(
     bounds=(0.0, 2.5),
     true_gradient=False,
     upstream=(
-        Upstream("mmdet.models.losses.CIoULoss", {"alpha_gate": 0.5}),
-        Upstream("torchvision.ops.complete_box_iou_loss"),
-        Upstream("ultralytics.utils.metrics.bbox_iou", theirs={"xywh": False, "CIoU": True}),
-        Upstream(
-            "mmdet.models.losses.CIoULoss",
-            {"alpha_gate": 0.5},
-            differs="mmdet's alpha is 0/0 = NaN for identical boxes",
-            at=((10, 10, 20, 20), (10, 10, 20, 20)),
-        ),
-        Upstream(
-            "torchvision.ops.complete_box_iou_loss",
-            differs="torchvision's aspect ratio is 0/0 = NaN for a box without extent",
-            at=((5, 5, 5, 5), (3, 3, 9, 9)),
-        ),
-        Upstream(
-            "ultralytics.utils.metrics.bbox_iou",
-            theirs={"xywh": False, "CIoU": True},
-            differs="Ultralytics' aspect term has a gradient of a million for a box without extent",
-            at=((6, 6, 6, 6), (3, 3, 9, 9)),
-        ),
+        *alike_except(MMDET + "CIoULoss", _NAN_ALPHA, ((10, 10, 20, 20), (10, 10, 20, 20)), {"alpha_gate": 0.5}),
+        *alike_except(TORCHVISION + "complete_box_iou_loss", _NAN_ASPECT, ((5, 5, 5, 5), (3, 3, 9, 9))),
+        *alike_except(_BBOX_IOU, _HUGE_GRADIENT, ((6, 6, 6, 6), (3, 3, 9, 9)), theirs={"xywh": False, "CIoU": True}),
     ),
 ):
     """Zheng et al., Distance-IoU Loss, 2019 (CIoU)."""
@@ -184,12 +178,7 @@ class EfficientIoULoss(
     row_wise=True,
     attracts=True,
     bounds=(0.0, 4.0),
-    upstream=(
-        Upstream(
-            "mmdet.models.losses.EIoULoss",
-            differs="mmdet's EIoULoss is Extended-IoU (smooth, libfacedetection), not Efficient-IoU",
-        ),
-    ),
+    upstream=(Upstream(MMDET + "EIoULoss", differs=_EXTENDED),),
 ):
     """Zhang et al., Focal and Efficient IOU Loss, 2021 (EIoU).
 
@@ -264,18 +253,8 @@ class SIoULoss(
     attracts=True,
     bounds=(0.0, 2.1),
     upstream=(
-        Upstream("mmdet.models.losses.SIoULoss", theirs={"neg_gamma": True}),
-        Upstream(
-            "mmdet.models.losses.SIoULoss",
-            theirs={"neg_gamma": True},
-            differs="mmdet's is 0/0 = NaN for two boxes without extent",
-            at=((5, 5, 5, 5), (5, 5, 5, 5)),
-        ),
-        Upstream(
-            "mmdet.models.losses.SIoULoss",
-            differs="mmdet's default has the distance term's sign reversed: far boxes cost less, are pushed away",
-            at=((0, 0, 2, 2), (4, 3, 6, 7)),
-        ),
+        *alike_except(MMDET + "SIoULoss", _NAN_SIOU, ((5, 5, 5, 5), (5, 5, 5, 5)), theirs={"neg_gamma": True}),
+        Upstream(MMDET + "SIoULoss", differs=_REVERSED, at=((0, 0, 2, 2), (4, 3, 6, 7))),
     ),
 ):
     """Gevorgyan, SIoU Loss, 2022.

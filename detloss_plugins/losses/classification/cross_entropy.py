@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detloss_plugins.facts import NonNegative, PerClass, Positive, Share, Upstream
+from detloss_plugins.facts import MMDET, TORCH, TORCHVISION, NonNegative, PerClass, Positive, Share, Upstream, alike
 from detloss_plugins.families import ClassificationLoss
 from detloss_plugins.loss import Loss
 from detloss_plugins.losses.classification.common import SoftmaxOrSigmoid, bce, class_vector
@@ -61,15 +61,8 @@ class CrossEntropyLoss(
     fn=cross_entropy_loss,
     row_wise=True,
     upstream=(
-        Upstream("torch.nn.functional.cross_entropy"),
-        Upstream("torch.nn.functional.cross_entropy", {"label_smoothing": 0.1}, {"label_smoothing": 0.1}),
-        Upstream("mmdet.models.losses.CrossEntropyLoss"),
-        Upstream(
-            "mmdet.models.losses.CrossEntropyLoss",
-            {"class_weight": [1.0, 2.0, 0.5, 1.5, 1.0] * 2},
-            {"class_weight": [1.0, 2.0, 0.5, 1.5, 1.0] * 2},
-        ),
-        Upstream("mmdet.models.losses.CrossEntropyLoss", {"use_sigmoid": True}, {"use_sigmoid": True}),
+        *alike(TORCH + "cross_entropy", {}, {"label_smoothing": 0.1}),
+        *alike(MMDET + "CrossEntropyLoss", {}, {"class_weight": [1.0, 2.0, 0.5, 1.5, 1.0] * 2}, {"use_sigmoid": True}),
     ),
 ):
     """Softmax cross entropy, or binary cross entropy with `use_sigmoid=True`.
@@ -147,9 +140,9 @@ class BinaryCrossEntropyLoss(
     fn=binary_cross_entropy_loss,
     row_wise=True,
     upstream=(
-        Upstream("torch.nn.functional.binary_cross_entropy_with_logits"),
-        Upstream("torch.nn.functional.binary_cross_entropy", {"activated": True}),
-        Upstream("mmdet.models.losses.CrossEntropyLoss", theirs={"use_sigmoid": True}),
+        *alike(TORCH + "binary_cross_entropy_with_logits"),
+        Upstream(TORCH + "binary_cross_entropy", {"activated": True}),
+        Upstream(MMDET + "CrossEntropyLoss", theirs={"use_sigmoid": True}),
     ),
 ):
     """Binary cross entropy of every class on its own, with hard, soft or multi-hot targets.
@@ -216,9 +209,9 @@ class BalancedCrossEntropyLoss(
     row_wise=True,
     needs_mining=False,
     filled=("positives", "negatives"),
-    upstream=(
-        Upstream("torchvision.ops.sigmoid_focal_loss", {"alpha": 0.3}, {"alpha": 0.3, "gamma": 0.0}),
-        Upstream("torchvision.ops.sigmoid_focal_loss", {"alpha": 0.75}, {"alpha": 0.75, "gamma": 0.0}),
+    upstream=tuple(
+        Upstream(TORCHVISION + "sigmoid_focal_loss", {"alpha": alpha}, {"alpha": alpha, "gamma": 0.0})
+        for alpha in (0.3, 0.75)
     ),
 ):
     """Xie and Tu, Holistically-Nested Edge Detection, 2015.
@@ -262,9 +255,9 @@ class KLDivLoss(
     family="soft label",
     row_wise=True,
     upstream=(
-        Upstream("torch.nn.functional.kl_div"),
-        Upstream("mmdet.models.losses.KnowledgeDistillationKLDivLoss", theirs={"T": 1}),
-        Upstream("mmdet.models.losses.KnowledgeDistillationKLDivLoss", {"temperature": 4.0}, {"T": 4}),
+        *alike(TORCH + "kl_div"),
+        Upstream(MMDET + "KnowledgeDistillationKLDivLoss", theirs={"T": 1}),
+        Upstream(MMDET + "KnowledgeDistillationKLDivLoss", {"temperature": 4.0}, {"T": 4}),
     ),
 ):
     """Kullback-Leibler divergence of the softmax of logits from a distribution.

@@ -5,7 +5,19 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from detloss_plugins.facts import NonNegative, PerClass, Share, Upstream, at_least, two_increasing
+from detloss_plugins.facts import (
+    MMDET,
+    TORCH,
+    TORCHVISION,
+    ULTRALYTICS,
+    NonNegative,
+    PerClass,
+    Share,
+    Upstream,
+    alike,
+    at_least,
+    two_increasing,
+)
 from detloss_plugins.families import ClassificationLoss, RegressionLoss, check_same_shape
 from detloss_plugins.loss import Loss
 from detloss_plugins.losses.classification.common import (
@@ -81,11 +93,11 @@ class FocalLoss(
     row_wise=True,
     needs_mining=False,
     upstream=(
-        Upstream("mmdet.models.losses.FocalLoss", theirs={"use_sigmoid": True}),
-        Upstream("mmdet.models.losses.FocalLoss", {"activated": True}, {"use_sigmoid": True, "activated": True}),
-        Upstream("torchvision.ops.sigmoid_focal_loss"),
-        Upstream("torchvision.ops.sigmoid_focal_loss", {"alpha": None, "gamma": 1.5}, {"alpha": -1, "gamma": 1.5}),
-        Upstream("ultralytics.utils.loss.FocalLoss", {"gamma": 1.5}, {"gamma": 1.5}),
+        Upstream(MMDET + "FocalLoss", theirs={"use_sigmoid": True}),
+        Upstream(MMDET + "FocalLoss", {"activated": True}, {"use_sigmoid": True, "activated": True}),
+        *alike(TORCHVISION + "sigmoid_focal_loss"),
+        Upstream(TORCHVISION + "sigmoid_focal_loss", {"alpha": None, "gamma": 1.5}, {"alpha": -1, "gamma": 1.5}),
+        *alike(ULTRALYTICS + "FocalLoss", {"gamma": 1.5}),
     ),
 ):
     """Lin et al., Focal Loss for Dense Object Detection, 2017.
@@ -131,10 +143,7 @@ class QualityFocalLoss(
     needs_mining=False,
     takes_quality=True,
     sums_classes=True,
-    upstream=(
-        Upstream("mmdet.models.losses.QualityFocalLoss"),
-        Upstream("mmdet.models.losses.QualityFocalLoss", {"activated": True}, {"activated": True}),
-    ),
+    upstream=alike(MMDET + "QualityFocalLoss", {}, {"activated": True}),
 ):
     """Li et al., Generalized Focal Loss, 2020 (QFL).
 
@@ -167,11 +176,7 @@ class VarifocalLoss(
     row_wise=True,
     needs_mining=False,
     takes_quality=True,
-    upstream=(
-        Upstream("mmdet.models.losses.VarifocalLoss"),
-        Upstream("mmdet.models.losses.VarifocalLoss", {"iou_weighted": False}, {"iou_weighted": False}),
-        Upstream("ultralytics.utils.loss.VarifocalLoss"),
-    ),
+    upstream=(*alike(MMDET + "VarifocalLoss", {}, {"iou_weighted": False}), *alike(ULTRALYTICS + "VarifocalLoss")),
 ):
     """Zhang et al., VarifocalNet, 2020 (VFL).
 
@@ -206,8 +211,8 @@ class PolyLoss(
     paper="https://arxiv.org/abs/2204.12511",
     row_wise=True,
     upstream=(
-        Upstream("torch.nn.functional.cross_entropy", {"epsilon": 0.0, "use_sigmoid": False}),
-        Upstream("torchvision.ops.sigmoid_focal_loss", {"epsilon": 0.0, "gamma": 2.0, "alpha": 0.25}),
+        Upstream(TORCH + "cross_entropy", {"epsilon": 0.0, "use_sigmoid": False}),
+        Upstream(TORCHVISION + "sigmoid_focal_loss", {"epsilon": 0.0, "gamma": 2.0, "alpha": 0.25}),
     ),
 ):
     """Leng et al., PolyLoss, 2022 (Poly-1).
@@ -250,7 +255,7 @@ class GeneralizedFocalLoss(
     row_wise=True,
     needs_mining=False,
     takes_quality=True,
-    upstream=(Upstream("torch.nn.functional.binary_cross_entropy_with_logits", {"beta": 0.0}),),
+    upstream=(Upstream(TORCH + "binary_cross_entropy_with_logits", {"beta": 0.0}),),
 ):
     """Li et al., Generalized Focal Loss, 2020 (GFL).
 
@@ -303,10 +308,7 @@ class GaussianFocalLoss(
     paper="https://arxiv.org/abs/1808.01244",
     row_wise=True,
     one_per_row=False,
-    upstream=(
-        Upstream("mmdet.models.losses.GaussianFocalLoss"),
-        Upstream("mmdet.models.losses.GaussianFocalLoss", {"alpha": 1.5, "gamma": 3.0}, {"alpha": 1.5, "gamma": 3.0}),
-    ),
+    upstream=alike(MMDET + "GaussianFocalLoss", {}, {"alpha": 1.5, "gamma": 3.0}),
 ):
     """Law and Deng, CornerNet, 2018.
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detloss_plugins.facts import NonNegative, Share, SharePerClass, Upstream, between
+from detloss_plugins.facts import TORCH, TORCHVISION, NonNegative, Share, SharePerClass, Upstream, alike, between
 from detloss_plugins.families import ClassificationLoss
 from detloss_plugins.loss import check_use_sigmoid
 from detloss_plugins.losses.classification.common import bce, class_vector, is_zero
@@ -84,8 +84,8 @@ class ModifiedCrossEntropyLoss(
     row_wise=True,
     sums_classes=True,
     upstream=(
-        Upstream("torch.nn.functional.binary_cross_entropy_with_logits"),
-        Upstream("torchvision.ops.sigmoid_focal_loss", {"alpha": 0.25, "gamma": 2.0}, {"alpha": 0.25, "gamma": 2.0}),
+        *alike(TORCH + "binary_cross_entropy_with_logits"),
+        *alike(TORCHVISION + "sigmoid_focal_loss", {"alpha": 0.25, "gamma": 2.0}),
     ),
 ):
     """Cross entropy that also pushes the other classes down, with hard, soft or multi-label targets.
@@ -145,7 +145,7 @@ class AsymmetricLoss(
     true_gradient=False,
     upstream=(
         Upstream(
-            "torchvision.ops.sigmoid_focal_loss",
+            TORCHVISION + "sigmoid_focal_loss",
             {"gamma_neg": 2.0, "gamma_pos": 2.0, "clip": 0.0, "detach_focusing": False},
             {"alpha": -1, "gamma": 2.0},
         ),
