@@ -44,9 +44,8 @@ class Facts:
     family: str = ""
     paper: str = ""  # link
     upstream: tuple[Upstream, ...] = ()
-    example: Mapping = dataclasses.field(
-        default_factory=dict
-    )  # settings that suit the family's sample where the defaults do not
+    # Settings that suit the family's sample where the defaults do not.
+    example: Mapping = dataclasses.field(default_factory=dict)
     filled: tuple[str, ...] = ()  # keyword-only arguments of fn that the class gives it, which are no settings
     bounds: tuple[float, float] = (0.0, math.inf)  # of a per-element loss, on valid input
     true_gradient: bool = True  # False: a factor is detached, so finite differences disagree by design
@@ -137,23 +136,21 @@ def _any_of(rules: Sequence[Rule]) -> Rule:
     return Rule(" or ".join(words), lambda value: any(rule.holds(value) for rule in rules), kinds)
 
 
-def _each(rule: Rule, words: str) -> Rule:
+def _each(rule: Rule, words: str, fits: Callable[[Any], bool] = len) -> Rule:
     def holds(value):
-        return isinstance(value, list | tuple) and len(value) > 0 and all(rule.holds(v) for v in value)
+        return isinstance(value, list | tuple) and all(rule.holds(v) for v in value) and bool(fits(value))
 
     return Rule(words, holds, (list, tuple))
 
 
 def size_rule() -> Rule:
     """A pair of positive numbers: height and width."""
-    pair = _each(above(0), "(height, width) of the network's input in pixels")
-    return pair._replace(holds=lambda value: pair.holds(value) and len(value) == 2)
+    return _each(above(0), "(height, width) of the network's input in pixels", lambda value: len(value) == 2)
 
 
 def two_increasing() -> Rule:
     """A pair of numbers, the smaller first."""
-    pair = _each(_numbers("a number"), "two increasing numbers")
-    return pair._replace(holds=lambda value: pair.holds(value) and len(value) == 2 and value[0] < value[1])
+    return _each(_numbers("a number"), "two increasing numbers", lambda value: len(value) == 2 and value[0] < value[1])
 
 
 # Types for the settings of a loss: what a keyword-only argument is annotated with is what it may be.

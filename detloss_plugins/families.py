@@ -16,6 +16,12 @@ def check_same_shape(pred, target, what):
         raise ValueError(f"pred {tuple(pred.shape)} and target {tuple(target.shape)} must both be {what}.")
 
 
+def of_one_type(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Half precision up-cast, and the target in the type of ``pred``."""
+    pred = float32(pred)
+    return pred, target.to(pred.dtype)
+
+
 class BoxLoss(Loss, family="box"):
     """Losses between aligned boxes.
 

@@ -64,7 +64,7 @@ class Loss(nn.Module):
             parameters = {k: v for k, v in _settings_of(cls.fn).items() if k not in cls.facts.filled}
             cls.hyper = tuple(parameters)
         for base in reversed(cls.__mro__):  # a subclass's default wins
-            if issubclass(base, Loss) and "__init__" in vars(base):
+            if "__init__" in vars(base):
                 parameters.update(_settings_of(base.__init__, _ANY_KIND))
         settings = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters.values()]
         cls.__signature__ = inspect.Signature(settings)

@@ -203,12 +203,7 @@ class MultiBoxLoss(
 
     def _check_shapes(self, logits, boxes, labels, true_boxes):
         anchors = logits.shape[:-1]
-        if (
-            len(anchors) != 2
-            or labels.shape != anchors
-            or boxes.shape != true_boxes.shape
-            or boxes.shape != (*anchors, 4)
-        ):
+        if len(anchors) != 2 or labels.shape != anchors or not boxes.shape == true_boxes.shape == (*anchors, 4):
             raise ValueError(
                 "MultiBoxLoss takes logits (B, A, K), boxes (B, A, 4), labels (B, A) and boxes (B, A, 4), not "
                 f"{', '.join(str(tuple(x.shape)) for x in (logits, boxes, labels, true_boxes))}."

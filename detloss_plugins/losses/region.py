@@ -10,24 +10,17 @@ import torch
 from torch import Tensor
 
 from detloss_plugins.facts import MMDET, ULTRALYTICS, NonNegative, Positive, Upstream, alike
-from detloss_plugins.families import RegionLoss
+from detloss_plugins.families import RegionLoss, of_one_type
 from detloss_plugins.geometry import power, ratio
 from detloss_plugins.losses.regression import mse_loss
-from detloss_plugins.precision import float32
 from detloss_plugins.registry import MODELS
 
 __all__ = ["DiceLoss", "JaccardLoss", "TverskyLoss", "dice_loss", "jaccard_loss", "tversky_loss"]
 
 
-def _pixels(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Probabilities and targets ``(N, pixels)`` of one type."""
-    pred = float32(pred).flatten(1)
-    return pred, target.to(pred.dtype).flatten(1)
-
-
 def _overlap(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """TP, FP and FN, each ``(N,)``."""
-    p, t = _pixels(pred, target)
+    p, t = of_one_type(pred.flatten(1), target.flatten(1))
     both = p * t
     return both.sum(1), (p - both).sum(1), (t - both).sum(1)
 
@@ -51,7 +44,7 @@ def dice_loss(pred: Tensor, target: Tensor, *, naive_dice: bool = False, eps: No
     if naive_dice:
         tp, fp, fn = _overlap(pred, target)
         return _share(fp + fn, 2 * tp + eps)
-    p, t = _pixels(pred, target)
+    p, t = of_one_type(pred.flatten(1), target.flatten(1))
     return _share(mse_loss(p, t).sum(1) + 2 * eps, 2 * (p * t).sum(1))
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from detloss_plugins.facts import MMDET, TORCH, NonNegative, Positive, Upstream, alike
-from detloss_plugins.families import RegressionLoss
+from detloss_plugins.families import RegressionLoss, of_one_type
 from detloss_plugins.geometry import root
 from detloss_plugins.precision import float32, without_autocast
 from detloss_plugins.reduction import reduce
@@ -22,19 +22,13 @@ __all__ = [
 ]  # fmt: skip
 
 
-def _of_one_type(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Half precision up-cast, and the target in the type of ``pred``."""
-    pred = float32(pred)
-    return pred, target.to(pred.dtype)
-
-
 def l1_loss(pred: Tensor, target: Tensor) -> Tensor:
     """``|pred - target|``; the gradient at zero is zero.
 
     >>> l1_loss(torch.tensor([2.5, 0.0]), torch.tensor([3.0, -0.5]))
     tensor([0.5000, 0.5000])
     """
-    return torch.sub(*_of_one_type(pred, target)).abs()
+    return torch.sub(*of_one_type(pred, target)).abs()
 
 
 @MODELS.register_module()
@@ -54,7 +48,7 @@ def mse_loss(pred: Tensor, target: Tensor, *, use_sigmoid: bool = False) -> Tens
     >>> mse_loss(torch.tensor([2.5, 0.0]), torch.tensor([3.0, 2.0]))
     tensor([0.2500, 4.0000])
     """
-    pred, target = _of_one_type(pred, target)
+    pred, target = of_one_type(pred, target)
     return F.mse_loss(pred.sigmoid() if use_sigmoid else pred, target, reduction="none")
 
 
@@ -106,7 +100,7 @@ def smooth_l1_loss(pred: Tensor, target: Tensor, *, beta: NonNegative = 1.0) -> 
     >>> smooth_l1_loss(torch.tensor([0.3, -1.4]), torch.zeros(2), beta=0.5)  # .09 / 1 and 1.4 - .25
     tensor([0.0900, 1.1500])
     """
-    return F.smooth_l1_loss(*_of_one_type(pred, target), reduction="none", beta=beta)
+    return F.smooth_l1_loss(*of_one_type(pred, target), reduction="none", beta=beta)
 
 
 @MODELS.register_module()
@@ -133,7 +127,7 @@ def huber_loss(pred: Tensor, target: Tensor, *, delta: Positive = 1.0) -> Tensor
     >>> huber_loss(torch.tensor([0.3, -1.4]), torch.zeros(2), delta=0.5)  # .09 / 2 and .5 (1.4 - .25)
     tensor([0.0450, 0.5750])
     """
-    return F.huber_loss(*_of_one_type(pred, target), reduction="none", delta=delta)
+    return F.huber_loss(*of_one_type(pred, target), reduction="none", delta=delta)
 
 
 @MODELS.register_module()

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from detloss_plugins.facts import MMDET, Count, NonNegative, Number, alike, between
-from detloss_plugins.families import ClassificationLoss
+from detloss_plugins.families import ClassificationLoss, of_one_type
 from detloss_plugins.loss import rank_mean
 from detloss_plugins.losses.classification.common import bce
 from detloss_plugins.precision import float32, is_asynchronous, is_compiling
@@ -185,8 +185,7 @@ def eqlv2_loss(
     >>> eqlv2_loss(pred, target, ratio=torch.tensor([0.5, 0.8]))  # weights 1 + 4 (1 - 0.0266) and 1/2
     tensor([[1.8160, 0.2565]])
     """
-    pred = float32(pred)
-    target = target.to(pred.dtype)
+    pred, target = of_one_type(pred, target)
     loss = bce(pred, target)
     return loss if ratio is None else eqlv2_weight(target, ratio, gamma, mu, alpha) * loss
 

@@ -5,10 +5,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from detloss_plugins.families import ClassificationLoss
+from detloss_plugins.families import ClassificationLoss, of_one_type
 from detloss_plugins.loss import rank_mean
 from detloss_plugins.losses.classification.common import bce, over_base
-from detloss_plugins.precision import float32
 from detloss_plugins.registry import MODELS, build_loss
 
 __all__ = ["SlideLoss", "slide_loss", "slide_weight"]
@@ -43,8 +42,7 @@ def slide_loss(
     >>> slide_loss(torch.tensor([[0.8], [-0.4], [1.5]]), torch.tensor([[0.1], [0.55], [0.9]])).squeeze(-1)
     tensor([1.0911, 1.1496, 0.3884])
     """
-    pred = float32(pred)
-    target = target.to(pred.dtype)
+    pred, target = of_one_type(pred, target)
     mean_iou = _mean(*_positives(target)) if mean_iou is None else mean_iou.to(pred.dtype)
     elements = bce(pred, target) if elements is None else elements
     return slide_weight(target, mean_iou, authors_code) * elements

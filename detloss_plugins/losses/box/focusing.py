@@ -137,21 +137,8 @@ def focaler_iou_loss(
     return 1 - focaler if base is None else base(pred, target) + iou - focaler
 
 
-class _OverABase(
-    BoxLoss,
-    bounds=(0.0, 5.0),
-    true_gradient=False,
-    attracts=True,
-    filled=("base",),  # of the default base, some
-):
-    """A box loss that changes another one.
-
-    Args:
-        base: config of a box loss with one value a box; None for the plain form.
-
-    Raises:
-        ValueError: if ``base`` is another kind of loss.
-    """
+class _OverABase(BoxLoss, bounds=(0.0, 5.0), true_gradient=False, attracts=True, filled=("base",)):
+    """A box loss that changes another one, ``base``; None for the plain form. Some facts are the default base's."""
 
     def __init__(self, *, base: Mapping | None = CIOU, **settings):
         super().__init__(**settings)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from detloss_plugins.facts import MMDET, TORCH, TORCHVISION, NonNegative, PerClass, Positive, Share, Upstream, alike
-from detloss_plugins.families import ClassificationLoss
+from detloss_plugins.families import ClassificationLoss, of_one_type
 from detloss_plugins.loss import Loss
 from detloss_plugins.losses.classification.common import SoftmaxOrSigmoid, bce, class_vector
 from detloss_plugins.precision import float32
@@ -180,8 +180,7 @@ def balanced_cross_entropy_loss(
     >>> balanced_cross_entropy_loss(torch.zeros(4), torch.tensor([1.0, 0, 0, 0]))  # 3/4 ln 2 and 1/4 ln 2
     tensor([0.5199, 0.1733, 0.1733, 0.1733])
     """
-    pred = float32(pred)
-    target = target.to(pred.dtype)
+    pred, target = of_one_type(pred, target)
     counted = (target >= 0) | target.isnan()
     target = torch.where(counted, target, 0)
     if alpha == "auto":

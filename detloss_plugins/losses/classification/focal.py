@@ -18,7 +18,7 @@ from detloss_plugins.facts import (
     at_least,
     two_increasing,
 )
-from detloss_plugins.families import ClassificationLoss, RegressionLoss, check_same_shape
+from detloss_plugins.families import ClassificationLoss, RegressionLoss, check_same_shape, of_one_type
 from detloss_plugins.loss import Loss
 from detloss_plugins.losses.classification.common import (
     SoftmaxOrSigmoid,
@@ -111,9 +111,6 @@ class FocalLoss(
     In Ultralytics' ``cls`` slot the default ``loss_weight`` is 16, measured as the README tells.
     """
 
-    def __init__(self, *, use_sigmoid: bool = True, **settings):
-        super().__init__(use_sigmoid=use_sigmoid, **settings)
-
 
 def quality_focal_loss(
     pred: Tensor, target: Tensor, *, beta: NonNegative = 2.0, alpha: Share | None = None, activated: bool = False
@@ -126,8 +123,7 @@ def quality_focal_loss(
     >>> quality_focal_loss(torch.tensor([0.8, -0.4, 1.5]), torch.tensor([0.6, 0.0, 1.0]))
     tensor([0.0056, 0.0826, 0.0067])
     """
-    pred = float32(pred)
-    target = target.to(pred.dtype)
+    pred, target = of_one_type(pred, target)
     loss = bce(pred, target, activated)
     if not is_zero(beta):
         loss = power((target - (pred if activated else pred.sigmoid())).abs(), beta) * loss
@@ -162,8 +158,7 @@ def varifocal_loss(
     >>> varifocal_loss(torch.tensor([0.8, -0.4, 1.5]), torch.tensor([0.6, 0.0, 1.0]))
     tensor([0.4147, 0.0620, 0.2014])
     """
-    pred = float32(pred)
-    target = target.to(pred.dtype)
+    pred, target = of_one_type(pred, target)
     weight = torch.where(target > 0, target if iou_weighted else 1.0, alpha * power(pred.sigmoid(), gamma))
     return weight * bce(pred, target)
 
@@ -224,9 +219,6 @@ class PolyLoss(
         alpha: as in FocalLoss; it weighs both terms.
         use_sigmoid: False for the softmax form.
     """
-
-    def __init__(self, *, use_sigmoid: bool = True, **settings):
-        super().__init__(use_sigmoid=use_sigmoid, **settings)
 
 
 def generalized_focal_loss(
@@ -292,8 +284,7 @@ def gaussian_focal_loss(pred: Tensor, target: Tensor, *, alpha: NonNegative = 2.
     >>> gaussian_focal_loss(torch.tensor([0.5, 0.5]), torch.tensor([1.0, 0.5]))  # ln 2 / 4, and that / 16
     tensor([0.1733, 0.0108])
     """
-    pred = float32(pred)
-    target = target.to(pred.dtype)
+    pred, target = of_one_type(pred, target)
     peak = target == 1
     # What should be 1, and what should be 0. Each is exact where it is small.
     right, wrong = torch.where(peak, pred, 1 - pred), torch.where(peak, 1 - pred, pred)

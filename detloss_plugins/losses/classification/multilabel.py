@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from detloss_plugins.facts import TORCH, TORCHVISION, NonNegative, Share, SharePerClass, Upstream, alike, between
-from detloss_plugins.families import ClassificationLoss
+from detloss_plugins.families import ClassificationLoss, of_one_type
 from detloss_plugins.loss import check_use_sigmoid
 from detloss_plugins.losses.classification.common import bce, class_vector, is_zero
 from detloss_plugins.losses.classification.common import power as to_the
@@ -35,12 +35,12 @@ def modified_cross_entropy_loss(
     >>> modified_cross_entropy_loss(torch.zeros(3), torch.tensor([1.0, 0.0, 0.0]), activation="softmax")  # ln 3, ln 3/2
     tensor([1.0986, 0.4055, 0.4055])
     """
-    pred = float32(pred)
+    pred, target = of_one_type(pred, target)
     if activation == "sigmoid" and alpha is None and is_zero(gamma):
-        return bce(pred, target.to(pred.dtype))
+        return bce(pred, target)
     # As p_c = sigmoid(margin_c), one stable form serves both activations.
     logit = pred if activation == "sigmoid" else _margin(pred)
-    positive, negative = _terms(logit, target.to(pred.dtype), gamma, gamma)
+    positive, negative = _terms(logit, target, gamma, gamma)
     alpha = class_vector(alpha, pred)
     return positive + negative if alpha is None else alpha * positive + (1 - alpha) * negative
 
@@ -130,8 +130,7 @@ def asymmetric_loss(
     >>> asymmetric_loss(torch.zeros(2), torch.tensor([1.0, 0.0]))  # ln 2 / 2 and -0.45^4 ln 0.55
     tensor([0.3466, 0.0245])
     """
-    pred = float32(pred)
-    positive, negative = _terms(pred, target.to(pred.dtype), gamma_pos, gamma_neg, clip, detach_focusing)
+    positive, negative = _terms(*of_one_type(pred, target), gamma_pos, gamma_neg, clip, detach_focusing)
     return positive + negative
 
 
