@@ -152,11 +152,11 @@ class Loss(nn.Module):
         raise TypeError(f"{type(self).__name__} observes the batch, but has no method statistics.")
 
     def summarise(self, sums: dict[str, Tensor] | None) -> dict[str, Tensor]:
-        """What ``fn`` gets of the sums over the batch, by argument; they are None if nothing was observed.
+        """What ``fn`` gets of the sums over the batch, by argument: the sums; they are None if nothing was observed.
 
         A loss with state moves it here if it is ``learning``.
         """
-        return {}
+        return sums or {}
 
     def elements(self, pred: Tensor, target: Tensor, seen: dict[str, Any]) -> Tensor:
         """Per-element losses of prepared rows; ``seen`` is what ``observe`` gave."""

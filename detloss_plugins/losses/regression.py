@@ -250,17 +250,14 @@ class UncertaintyKLLoss(
         """Compute the loss; without ``log_variance``, the smooth L1 loss."""
         if log_variance is None:
             return super().forward(pred, target, weight, avg_factor, reduction_override)
-        self._check_predicted(pred, log_variance)
-        reduction = self.reduction if reduction_override is None else reduction_override
-        with without_autocast(pred.device):
-            pred, target, _ = self.prepare(float32(pred), target)
-            loss = self.elements(pred, target, {"log_variance": log_variance})
-        return self.loss_weight * reduce(loss, weight, avg_factor, reduction)
-
-    def _check_predicted(self, pred, log_variance):
         if log_variance.shape != pred.shape or (pred.requires_grad and not log_variance.requires_grad):
             raise ValueError(
                 f"The third argument of {type(self).__name__} is the predicted log variance, in the shape of pred "
                 f"{tuple(pred.shape)} and with a gradient, not weights {tuple(log_variance.shape)}; in MMDetection use "
                 "UncertaintyBBoxHead or UncertaintyRetinaHead, which predict it."
             )
+        reduction = self.reduction if reduction_override is None else reduction_override
+        with without_autocast(pred.device):
+            pred, target, _ = self.prepare(float32(pred), target)
+            loss = self.elements(pred, target, {"log_variance": log_variance})
+        return self.loss_weight * reduce(loss, weight, avg_factor, reduction)

@@ -108,9 +108,6 @@ class CrossEntropyLoss(
         per_valid = 1 if valid.shape == pred.shape or not self.use_sigmoid else pred.shape[-1]
         return {"counted": valid.sum() * per_valid}
 
-    def summarise(self, sums):
-        return sums or {}
-
     def elements(self, pred, target, seen):
         return super().elements(pred, target, {})
 
@@ -230,9 +227,6 @@ class BalancedCrossEntropyLoss(
         counted = counts(target, valid, weight) * ((target >= 0) | target.isnan())
         positives, negatives = _balance_sums(torch.where(counted > 0, target, 0), counted)
         return {"positives": positives.double(), "negatives": negatives.double()}
-
-    def summarise(self, sums):
-        return sums or {}
 
 
 def kl_div_loss(pred: Tensor, target: Tensor, *, temperature: Positive = 1.0) -> Tensor:
