@@ -20,7 +20,6 @@ class Upstream(NamedTuple):
 
 
 MMDET, TORCH = "mmdet.models.losses.", "torch.nn.functional."  # where most counterparts are
-TORCHVISION, ULTRALYTICS = "torchvision.ops.", "ultralytics.utils.loss."
 
 
 def alike(path: str, *settings: Mapping, differs: str = "") -> tuple[Upstream, ...]:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from detloss_plugins.facts import MMDET, ULTRALYTICS, alike
+from detloss_plugins.facts import MMDET, alike
 from detloss_plugins.families import DistributionLoss, of_one_type
 from detloss_plugins.registry import MODELS
 
@@ -36,7 +36,7 @@ class DistributionFocalLoss(
     paper="https://arxiv.org/abs/2006.04388",
     row_wise=True,
     keeps_little=True,
-    upstream=(*alike(MMDET + "DistributionFocalLoss"), *alike(ULTRALYTICS + "DFLoss")),
+    upstream=(*alike(MMDET + "DistributionFocalLoss"), *alike("ultralytics.utils.loss.DFLoss")),
 ):
     """Li et al., Generalized Focal Loss, 2020 (DFL).
 

@@ -9,7 +9,7 @@ cancellation near a perfect mask.
 import torch
 from torch import Tensor
 
-from detloss_plugins.facts import MMDET, ULTRALYTICS, NonNegative, Positive, Upstream, alike
+from detloss_plugins.facts import MMDET, NonNegative, Positive, Upstream, alike
 from detloss_plugins.families import RegionLoss, of_one_type
 from detloss_plugins.geometry import power, ratio
 from detloss_plugins.losses.regression import mse_loss
@@ -56,8 +56,8 @@ class DiceLoss(
     row_wise=True,
     upstream=(
         *alike(MMDET + "DiceLoss", {}, {"eps": 5e-6}, {"naive_dice": True}, {"naive_dice": True, "eps": 1.0}),
-        Upstream(ULTRALYTICS + "MultiChannelDiceLoss", {"naive_dice": True, "eps": 1e-6}),
-        Upstream(ULTRALYTICS + "MultiChannelDiceLoss", {"naive_dice": True, "eps": 1.0}, {"smooth": 1.0}),
+        Upstream("ultralytics.utils.loss.MultiChannelDiceLoss", {"naive_dice": True, "eps": 1e-6}),
+        Upstream("ultralytics.utils.loss.MultiChannelDiceLoss", {"naive_dice": True, "eps": 1.0}, {"smooth": 1.0}),
     ),
 ):
     """Milletari et al., V-Net, 2016.

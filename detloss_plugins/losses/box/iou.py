@@ -8,17 +8,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from detloss_plugins.facts import (
-    MMDET,
-    TORCHVISION,
-    NonNegative,
-    Positive,
-    Share,
-    Upstream,
-    alike,
-    alike_except,
-    at_least,
-)
+from detloss_plugins.facts import MMDET, NonNegative, Positive, Share, Upstream, alike, alike_except, at_least
 from detloss_plugins.families import BoxLoss
 from detloss_plugins.geometry import Pair, power
 from detloss_plugins.registry import MODELS
@@ -94,7 +84,7 @@ class GIoULoss(
     bounds=(0.0, 2.0),
     upstream=(
         *alike_except(MMDET + "GIoULoss", _INVERTED, _FULLY_INVERTED),
-        *alike_except(TORCHVISION + "generalized_box_iou_loss", _INVERTED, _FULLY_INVERTED),
+        *alike_except("torchvision.ops.generalized_box_iou_loss", _INVERTED, _FULLY_INVERTED),
         Upstream(_BBOX_IOU, theirs={"xywh": False, "GIoU": True}),
     ),
 ):
@@ -121,7 +111,7 @@ class DIoULoss(
     bounds=(0.0, 2.0),
     upstream=(
         *alike_except(MMDET + "DIoULoss", _ABSOLUTE_EPS, _NORMALISED),
-        *alike_except(TORCHVISION + "distance_box_iou_loss", _ABSOLUTE_EPS, _NORMALISED),
+        *alike_except("torchvision.ops.distance_box_iou_loss", _ABSOLUTE_EPS, _NORMALISED),
         Upstream(_BBOX_IOU, theirs={"xywh": False, "DIoU": True}),
     ),
 ):
@@ -153,7 +143,7 @@ class CIoULoss(
     true_gradient=False,
     upstream=(
         *alike_except(MMDET + "CIoULoss", _NAN_ALPHA, ((10, 10, 20, 20), (10, 10, 20, 20)), {"alpha_gate": 0.5}),
-        *alike_except(TORCHVISION + "complete_box_iou_loss", _NAN_ASPECT, ((5, 5, 5, 5), (3, 3, 9, 9))),
+        *alike_except("torchvision.ops.complete_box_iou_loss", _NAN_ASPECT, ((5, 5, 5, 5), (3, 3, 9, 9))),
         *alike_except(_BBOX_IOU, _HUGE_GRADIENT, ((6, 6, 6, 6), (3, 3, 9, 9)), theirs={"xywh": False, "CIoU": True}),
     ),
 ):

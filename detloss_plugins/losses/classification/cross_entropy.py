@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detloss_plugins.facts import MMDET, TORCH, TORCHVISION, NonNegative, PerClass, Positive, Share, Upstream, alike
+from detloss_plugins.facts import MMDET, TORCH, NonNegative, PerClass, Positive, Share, Upstream, alike
 from detloss_plugins.families import ClassificationLoss, of_one_type
 from detloss_plugins.loss import Loss
 from detloss_plugins.losses.classification.common import SoftmaxOrSigmoid, bce, class_vector
@@ -206,7 +206,7 @@ class BalancedCrossEntropyLoss(
     needs_mining=False,
     filled=("positives", "negatives"),
     upstream=tuple(
-        Upstream(TORCHVISION + "sigmoid_focal_loss", {"alpha": alpha}, {"alpha": alpha, "gamma": 0.0})
+        Upstream("torchvision.ops.sigmoid_focal_loss", {"alpha": alpha}, {"alpha": alpha, "gamma": 0.0})
         for alpha in (0.3, 0.75)
     ),
 ):

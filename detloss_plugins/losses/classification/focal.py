@@ -5,30 +5,10 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from detloss_plugins.facts import (
-    MMDET,
-    TORCH,
-    TORCHVISION,
-    ULTRALYTICS,
-    NonNegative,
-    PerClass,
-    Share,
-    Upstream,
-    alike,
-    at_least,
-    two_increasing,
-)
+from detloss_plugins.facts import MMDET, TORCH, NonNegative, PerClass, Share, Upstream, alike, at_least, two_increasing
 from detloss_plugins.families import ClassificationLoss, RegressionLoss, check_same_shape, of_one_type
 from detloss_plugins.loss import Loss
-from detloss_plugins.losses.classification.common import (
-    SoftmaxOrSigmoid,
-    balance,
-    bce,
-    class_vector,
-    is_zero,
-    miss,
-    power,
-)
+from detloss_plugins.losses.classification.common import SoftmaxOrSigmoid, bce, class_vector, is_zero, power
 from detloss_plugins.precision import float32
 from detloss_plugins.registry import MODELS
 
@@ -67,8 +47,8 @@ def _poly_focal(pred, target, gamma, alpha, use_sigmoid, activated=False, epsilo
     if use_sigmoid:
         target = target.to(pred.dtype)
         ce = bce(pred, target, activated)
-        gap = None if is_zero(gamma) and is_zero(epsilon) else miss(pred, target, activated)
-        return balance(alpha, target) * _focused(ce, gap, gamma, epsilon)
+        gap = None if is_zero(gamma) and is_zero(epsilon) else _miss(pred, target, activated)
+        return _balance(alpha, target) * _focused(ce, gap, gamma, epsilon)
     ce = -(pred.clamp(min=torch.finfo(pred.dtype).tiny).log() if activated else pred.log_softmax(-1))
     if target.is_floating_point():  # distributions
         loss = target * _focused(ce, -torch.expm1(-ce), gamma, epsilon)
@@ -85,6 +65,17 @@ def _focused(ce, gap, gamma, epsilon):
     return loss if is_zero(gamma) else power(gap, gamma) * loss
 
 
+def _miss(pred, target, activated):
+    """``1 - p_t = y (1 - p) + (1 - y) p``, exact where it is small: ``1 - p`` is the sigmoid of the negative logit."""
+    p, rest = (pred, 1 - pred) if activated else (pred.sigmoid(), (-pred).sigmoid())
+    return torch.lerp(p, rest, target)
+
+
+def _balance(alpha, target):
+    """``alpha`` for positives, ``1 - alpha`` for negatives, in between for soft targets; 1 for no ``alpha``."""
+    return 1.0 if alpha is None else (2 * alpha - 1) * target + (1 - alpha)
+
+
 @MODELS.register_module()
 class FocalLoss(
     SoftmaxOrSigmoid,
@@ -95,9 +86,9 @@ class FocalLoss(
     upstream=(
         Upstream(MMDET + "FocalLoss", theirs={"use_sigmoid": True}),
         Upstream(MMDET + "FocalLoss", {"activated": True}, {"use_sigmoid": True, "activated": True}),
-        *alike(TORCHVISION + "sigmoid_focal_loss"),
-        Upstream(TORCHVISION + "sigmoid_focal_loss", {"alpha": None, "gamma": 1.5}, {"alpha": -1, "gamma": 1.5}),
-        *alike(ULTRALYTICS + "FocalLoss", {"gamma": 1.5}),
+        *alike("torchvision.ops.sigmoid_focal_loss"),
+        Upstream("torchvision.ops.sigmoid_focal_loss", {"alpha": None, "gamma": 1.5}, {"alpha": -1, "gamma": 1.5}),
+        *alike("ultralytics.utils.loss.FocalLoss", {"gamma": 1.5}),
     ),
 ):
     """Lin et al., Focal Loss for Dense Object Detection, 2017.
@@ -127,7 +118,7 @@ def quality_focal_loss(
     loss = bce(pred, target, activated)
     if not is_zero(beta):
         loss = power((target - (pred if activated else pred.sigmoid())).abs(), beta) * loss
-    return loss if alpha is None else balance(alpha, target) * loss
+    return loss if alpha is None else _balance(alpha, target) * loss
 
 
 @MODELS.register_module()
@@ -171,7 +162,10 @@ class VarifocalLoss(
     row_wise=True,
     needs_mining=False,
     takes_quality=True,
-    upstream=(*alike(MMDET + "VarifocalLoss", {}, {"iou_weighted": False}), *alike(ULTRALYTICS + "VarifocalLoss")),
+    upstream=(
+        *alike(MMDET + "VarifocalLoss", {}, {"iou_weighted": False}),
+        *alike("ultralytics.utils.loss.VarifocalLoss"),
+    ),
 ):
     """Zhang et al., VarifocalNet, 2020 (VFL).
 
@@ -207,7 +201,7 @@ class PolyLoss(
     row_wise=True,
     upstream=(
         Upstream(TORCH + "cross_entropy", {"epsilon": 0.0, "use_sigmoid": False}),
-        Upstream(TORCHVISION + "sigmoid_focal_loss", {"epsilon": 0.0, "gamma": 2.0, "alpha": 0.25}),
+        Upstream("torchvision.ops.sigmoid_focal_loss", {"epsilon": 0.0, "gamma": 2.0, "alpha": 0.25}),
     ),
 ):
     """Leng et al., PolyLoss, 2022 (Poly-1).

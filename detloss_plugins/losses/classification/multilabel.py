@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detloss_plugins.facts import TORCH, TORCHVISION, NonNegative, Share, SharePerClass, Upstream, alike, between
+from detloss_plugins.facts import TORCH, NonNegative, Share, SharePerClass, Upstream, alike, between
 from detloss_plugins.families import ClassificationLoss, of_one_type
 from detloss_plugins.loss import check_use_sigmoid
 from detloss_plugins.losses.classification.common import bce, class_vector, is_zero
@@ -85,7 +85,7 @@ class ModifiedCrossEntropyLoss(
     sums_classes=True,
     upstream=(
         *alike(TORCH + "binary_cross_entropy_with_logits"),
-        *alike(TORCHVISION + "sigmoid_focal_loss", {"alpha": 0.25, "gamma": 2.0}),
+        *alike("torchvision.ops.sigmoid_focal_loss", {"alpha": 0.25, "gamma": 2.0}),
     ),
 ):
     """Cross entropy that also pushes the other classes down, with hard, soft or multi-label targets.
@@ -144,7 +144,7 @@ class AsymmetricLoss(
     true_gradient=False,
     upstream=(
         Upstream(
-            TORCHVISION + "sigmoid_focal_loss",
+            "torchvision.ops.sigmoid_focal_loss",
             {"gamma_neg": 2.0, "gamma_pos": 2.0, "clip": 0.0, "detach_focusing": False},
             {"alpha": -1, "gamma": 2.0},
         ),
