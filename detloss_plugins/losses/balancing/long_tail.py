@@ -17,6 +17,8 @@ from detloss_plugins.registry import MODELS
 
 __all__ = ["EQLV2Loss", "SeesawLoss", "eqlv2_loss", "eqlv2_weight", "seesaw_loss"]
 
+_EXAMPLE = {"num_classes": 8, "return_dict": False}  # of SeesawLoss
+
 
 def seesaw_loss(
     pred: Tensor,
@@ -51,9 +53,6 @@ def seesaw_loss(
         own = log_scores.gather(-1, label).clamp(min=math.log(eps))
         log_weights = log_weights + q * (log_scores - own).clamp(min=0)
     return F.cross_entropy(pred + log_weights, target, reduction="none")
-
-
-_EXAMPLE = {"num_classes": 8, "return_dict": False}
 
 
 @MODELS.register_module()
