@@ -19,6 +19,19 @@ class Upstream(NamedTuple):
     at: tuple = ()  # the boxes (pred, target), in float32, on which they differ; empty: on any
 
 
+MMDET, TORCH = "mmdet.models.losses.", "torch.nn.functional."  # where most counterparts are
+
+
+def alike(path: str, *settings: Mapping, differs: str = "") -> tuple[Upstream, ...]:
+    """A counterpart with each of some settings that both sides have by the same name; without any, as it is."""
+    return tuple(Upstream(path, same, same, differs) for same in settings or ({},))
+
+
+def alike_except(path: str, differs: str, at: tuple, ours: Mapping = {}, theirs: Mapping = {}) -> tuple[Upstream, ...]:
+    """A counterpart that is the same loss but on the boxes ``at``, and why."""
+    return Upstream(path, ours, theirs), Upstream(path, ours, theirs, differs, at)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Facts:
     """What is known of every instance of a loss class; a class states what differs from its family's facts.
@@ -30,9 +43,8 @@ class Facts:
     family: str = ""
     paper: str = ""  # link
     upstream: tuple[Upstream, ...] = ()
-    example: Mapping = dataclasses.field(
-        default_factory=dict
-    )  # settings that suit the family's sample where the defaults do not
+    # Settings that suit the family's sample where the defaults do not.
+    example: Mapping = dataclasses.field(default_factory=dict)
     filled: tuple[str, ...] = ()  # keyword-only arguments of fn that the class gives it, which are no settings
     bounds: tuple[float, float] = (0.0, math.inf)  # of a per-element loss, on valid input
     true_gradient: bool = True  # False: a factor is detached, so finite differences disagree by design
@@ -66,7 +78,10 @@ class Facts:
             raise TypeError("upstream must be a tuple of Upstream.")
 
     def but(self, **changes: Any) -> "Facts":
-        """These facts with some of them changed."""
+        """These facts with some of them changed; ``TypeError`` for a fact that there is not."""
+        known = [field.name for field in dataclasses.fields(self)]
+        if unknown := sorted(changes.keys() - known):
+            raise TypeError(f"A loss class states fn and the facts {', '.join(known)}, not {', '.join(unknown)}.")
         return dataclasses.replace(self, **changes)
 
 
@@ -120,23 +135,21 @@ def _any_of(rules: Sequence[Rule]) -> Rule:
     return Rule(" or ".join(words), lambda value: any(rule.holds(value) for rule in rules), kinds)
 
 
-def _each(rule: Rule, words: str) -> Rule:
+def _each(rule: Rule, words: str, fits: Callable[[Any], bool] = len) -> Rule:
     def holds(value):
-        return isinstance(value, list | tuple) and len(value) > 0 and all(rule.holds(v) for v in value)
+        return isinstance(value, list | tuple) and all(rule.holds(v) for v in value) and bool(fits(value))
 
     return Rule(words, holds, (list, tuple))
 
 
 def size_rule() -> Rule:
     """A pair of positive numbers: height and width."""
-    pair = _each(above(0), "(height, width) of the network's input in pixels")
-    return pair._replace(holds=lambda value: pair.holds(value) and len(value) == 2)
+    return _each(above(0), "(height, width) of the network's input in pixels", lambda value: len(value) == 2)
 
 
 def two_increasing() -> Rule:
     """A pair of numbers, the smaller first."""
-    pair = _each(_numbers("a number"), "two increasing numbers")
-    return pair._replace(holds=lambda value: pair.holds(value) and len(value) == 2 and value[0] < value[1])
+    return _each(_numbers("a number"), "two increasing numbers", lambda value: len(value) == 2 and value[0] < value[1])
 
 
 # Types for the settings of a loss: what a keyword-only argument is annotated with is what it may be.

@@ -1,11 +1,10 @@
-"""The families of losses: what pred and target of each look like, and how to sample them for a test."""
+"""The families of losses: what pred and target of each look like."""
 
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from detloss_plugins.facts import Facts
 from detloss_plugins.loss import Loss
 from detloss_plugins.precision import float32, is_compiling, without_autocast
 from detloss_plugins.reduction import check_reduction, fit_weight, reduce
@@ -17,7 +16,13 @@ def check_same_shape(pred, target, what):
         raise ValueError(f"pred {tuple(pred.shape)} and target {tuple(target.shape)} must both be {what}.")
 
 
-class BoxLoss(Loss):
+def of_one_type(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Half precision up-cast, and the target in the type of ``pred``."""
+    pred = float32(pred)
+    return pred, target.to(pred.dtype)
+
+
+class BoxLoss(Loss, family="box"):
     """Losses between aligned boxes.
 
     Call with ``pred`` and ``target`` of shape ``(..., 4)``, corners ``(x1, y1, x2, y2)`` in any one unit; the
@@ -26,8 +31,6 @@ class BoxLoss(Loss):
     Raises:
         ValueError: if the shapes differ or do not end in 4, or the targets of the first calls are not boxes.
     """
-
-    facts = Facts(family="box")
 
     def __init__(self, **settings):
         super().__init__(**settings)
@@ -58,24 +61,8 @@ class BoxLoss(Loss):
                 "set reg_decoded_bbox=True in the MMDetection head, so that it hands over boxes, not encoded deltas."
             )
 
-    @classmethod
-    def sample(cls, n=64, seed=0, dtype=torch.float32):
-        """``n`` predictions and targets in pixels: overlapping ones mostly, disjoint and nested ones too."""
-        generator = torch.Generator().manual_seed(seed)
 
-        def uniform(low, high):
-            return torch.rand(n, 2, generator=generator, dtype=torch.float64) * (high - low) + low
-
-        center, sides = uniform(100, 500), uniform(10, 120)
-        # Pixel coordinates only: the conditioning of a loss at a scale is a property test of its own.
-        moved = center + sides * uniform(-0.8, 0.8)
-        resized = sides * uniform(0.4, 1.6)
-        target = torch.cat([center - sides / 2, center + sides / 2], -1)
-        pred = torch.cat([moved - resized / 2, moved + resized / 2], -1)
-        return pred.to(dtype), target.to(dtype)
-
-
-class ClassificationLoss(Loss):
+class ClassificationLoss(Loss, family="classification", every_rank=True, needs_mining=True, one_per_row=False):
     """Losses on class logits ``(..., C)``.
 
     Targets: class index ``(...)`` (integers; ``C`` is background, a negative one is ignored), dense ``(..., C)`` hard,
@@ -89,7 +76,6 @@ class ClassificationLoss(Loss):
         ValueError: if ``use_sigmoid`` is False for such a loss, or the target has none of these forms.
     """
 
-    facts = Facts(family="classification", every_rank=True, needs_mining=True, one_per_row=False)
     sigmoid_only: ClassVar[bool] = True
 
     def __init__(self, *, use_sigmoid: bool = True, **settings):
@@ -123,18 +109,8 @@ class ClassificationLoss(Loss):
         classes = torch.arange(pred.shape[-1], device=label.device, dtype=label.dtype)
         return torch.where(label.unsqueeze(-1) == classes, value.unsqueeze(-1), 0), label >= 0
 
-    @classmethod
-    def sample(cls, n=64, seed=0, dtype=torch.float32, classes=10):
-        """Logits ``(n, classes)`` and dense soft targets: a quality on at most one channel, a third of them empty."""
-        generator = torch.Generator().manual_seed(seed)
-        logits = 3 * torch.randn(n, classes, generator=generator, dtype=torch.float64)
-        label = torch.randint(0, classes + classes // 2, (n, 1), generator=generator)
-        quality = torch.rand(n, 1, generator=generator, dtype=torch.float64)
-        target = torch.where(label == torch.arange(classes), quality, 0.0)
-        return logits.to(dtype), target.to(dtype)
 
-
-class RankingLoss(ClassificationLoss):
+class RankingLoss(ClassificationLoss, family="ranking", needs_mining=False, counts_positives=True, one_per_row=True):
     """Losses on the order of the scores: every positive against every negative of all that ``pred`` holds.
 
     Call once a step, with the logits ``(..., C)`` of all levels and images of a batch. Each class score is a cell of
@@ -145,8 +121,6 @@ class RankingLoss(ClassificationLoss):
     positives. ``weight`` 0 takes a row or a cell out of the ranking; any other weight multiplies the loss of a positive
     and has no effect on a negative. Without positives the loss is zero.
     """
-
-    facts = ClassificationLoss.facts.but(family="ranking", needs_mining=False, counts_positives=True, one_per_row=True)
 
     def prepare(self, pred, target):
         if isinstance(target, (tuple, list)):
@@ -179,10 +153,8 @@ class RankingLoss(ClassificationLoss):
         return target, weight.masked_select(target > 0)
 
 
-class DistributionLoss(Loss):
+class DistributionLoss(Loss, family="distribution"):
     """Losses on a distribution over bins: logits ``(..., bins)``, target distance ``(...)`` in units of a bin."""
-
-    facts = Facts(family="distribution")
 
     def prepare(self, pred, target):
         if pred.shape[:-1] != target.shape or pred.shape[-1] < 2:
@@ -192,23 +164,13 @@ class DistributionLoss(Loss):
             )
         return super().prepare(pred, target)
 
-    @classmethod
-    def sample(cls, n=64, seed=0, dtype=torch.float32, bins=16):
-        """Logits ``(n, bins)`` and distances inside the bins."""
-        generator = torch.Generator().manual_seed(seed)
-        logits = 2 * torch.randn(n, bins, generator=generator, dtype=torch.float64)
-        target = torch.rand(n, generator=generator, dtype=torch.float64) * (bins - 1.02)
-        return logits.to(dtype), target.to(dtype)
 
-
-class RegressionLoss(Loss):
+class RegressionLoss(Loss, family="regression", one_per_row=False):
     """Point-wise losses between tensors of one shape, any shape.
 
     Raises:
         ValueError: if the shapes differ.
     """
-
-    facts = Facts(family="regression", one_per_row=False)
 
     def leading(self, pred):
         return max(pred.dim() - 1, min(pred.dim(), 1))
@@ -217,15 +179,8 @@ class RegressionLoss(Loss):
         check_same_shape(pred, target, "tensors of one shape")
         return super().prepare(pred, target)
 
-    @classmethod
-    def sample(cls, n=64, seed=0, dtype=torch.float32):
-        """Predictions and targets ``(n, 4)`` such as encoded box offsets."""
-        generator = torch.Generator().manual_seed(seed)
-        pred, target = torch.randn(2, n, 4, generator=generator, dtype=torch.float64).unbind(0)
-        return pred.to(dtype), target.to(dtype)
 
-
-class RegionLoss(Loss):
+class RegionLoss(Loss, family="region", bounds=(0.0, 1.0)):
     """Losses between masks ``(N, ...)``, one loss a mask: ``(N,)``.
 
     Call with logits, which go through a sigmoid, and targets in [0, 1] of the same shape and any type.
@@ -238,8 +193,6 @@ class RegionLoss(Loss):
         ValueError: if ``use_sigmoid`` is False and ``activate`` is not, or the shapes differ or have no pixels'
             dimension.
     """
-
-    facts = Facts(family="region", bounds=(0.0, 1.0))
 
     def __init__(self, *, use_sigmoid: bool = True, activate: bool = True, **settings):
         if activate and not use_sigmoid:
@@ -262,20 +215,8 @@ class RegionLoss(Loss):
             )
         return super().prepare(pred.sigmoid() if self.activate else pred, target)
 
-    @classmethod
-    def sample(cls, n=64, seed=0, dtype=torch.float32, side=8):
-        """Logits and rectangular masks ``(n, side, side)`` that they fit more or less; some masks are empty."""
-        generator = torch.Generator().manual_seed(seed)
-        pixel = torch.arange(side)
-        low, high = torch.randint(0, side + 1, (2, n, 2, 1), generator=generator).sort(0).values
-        rows, columns = ((low <= pixel) & (pixel < high)).unbind(1)
-        target = (rows.unsqueeze(-1) & columns.unsqueeze(-2)).double()
-        noise = torch.randn(n, side, side, generator=generator, dtype=torch.float64)
-        fit = 6 * torch.rand(n, 1, 1, generator=generator, dtype=torch.float64) - 1
-        return ((target - 0.5) * fit + 1.5 * noise).to(dtype), target.to(dtype)
 
-
-class RotatedLoss(Loss):
+class RotatedLoss(Loss, family="rotated"):
     """Losses between aligned rotated boxes.
 
     Call with ``pred`` and ``target`` of shape ``(..., 5)``: ``(cx, cy, w, h, theta)``, the first four in any one unit,
@@ -286,25 +227,8 @@ class RotatedLoss(Loss):
         ValueError: if the shapes differ or do not end in 5.
     """
 
-    facts = Facts(family="rotated")
-
     def prepare(self, pred, target):
         check_same_shape(pred, target, "rotated boxes (N, 5) as (cx, cy, w, h, theta)")
         if pred.shape[-1] != 5:
             raise ValueError(f"Rotated boxes have 5 values (cx, cy, w, h, theta in radians), not {pred.shape[-1]}.")
         return super().prepare(pred, target)
-
-    @classmethod
-    def sample(cls, n=64, seed=0, dtype=torch.float32):
-        """``n`` predictions and targets in pixels, at all angles: most overlap, a quarter is turned at will."""
-        generator = torch.Generator().manual_seed(seed)
-
-        def uniform(low, high, columns=2):
-            return torch.rand(n, columns, generator=generator, dtype=torch.float64) * (high - low) + low
-
-        center, sides, angle = uniform(100, 500), uniform(10, 120), uniform(-torch.pi, torch.pi, 1)
-        moved, resized = center + sides * uniform(-0.8, 0.8), sides * uniform(0.4, 1.6)
-        turn, anyhow = uniform(-0.6, 0.6, 1), uniform(-torch.pi, torch.pi, 1)
-        turned = angle + torch.where(uniform(0, 1, 1) < 0.25, anyhow, turn)
-        target, pred = torch.cat([center, sides, angle], -1), torch.cat([moved, resized, turned], -1)
-        return pred.to(dtype), target.to(dtype)

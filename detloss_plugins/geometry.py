@@ -25,9 +25,8 @@ def ratio(numerator: Tensor, denominator: Tensor, tiny: Tensor | float) -> Tenso
     >>> ratio(torch.tensor([1.0, 0.0]), torch.tensor([2.0, 0.0]), 1e-7)
     tensor([0.5000, 0.0000])
     """
-    return numerator / denominator.masked_fill(
-        denominator <= tiny, math.inf
-    )  # false for NaN, which is not ours to hide
+    vanishes = denominator <= tiny  # false for NaN, which is not ours to hide
+    return numerator / denominator.masked_fill(vanishes, math.inf)
 
 
 def power(base: Tensor, exponent: float, tiny: float) -> Tensor:
@@ -38,8 +37,7 @@ def power(base: Tensor, exponent: float, tiny: float) -> Tensor:
     >>> power(torch.tensor([4.0, 0.0]), 0.5, 1e-7)
     tensor([2., 0.])
     """
-    bounded = base.clamp(min=tiny)
-    return torch.where(base <= tiny, 0.0, bounded.pow(exponent))
+    return torch.where(base <= tiny, 0.0, base.clamp(min=tiny).pow(exponent))
 
 
 def root(x: Tensor) -> Tensor:
@@ -123,17 +121,13 @@ class Pair:
         return (self.eps * diagonal).clamp(min=torch.finfo(diagonal.dtype).tiny)
 
     @property
-    def enclosing_area(self) -> Tensor:
-        return self.enclosing_width * self.enclosing_height
-
-    @property
     def enclosing_penalty(self) -> Tensor:
         """Share of the enclosing box that is outside the union, in [0, 1).
 
         >>> Pair(torch.tensor([0.0, 0, 1, 1]), torch.tensor([1.0, 1, 2, 2]), 1e-7).enclosing_penalty  # (4 - 2) / 4
         tensor(0.5000)
         """
-        area = self.enclosing_area
+        area = self.enclosing_width * self.enclosing_height
         return self.ratio(area - self.union, area)
 
     @property

@@ -30,9 +30,10 @@ def _settings_of(function: Callable, kinds: tuple = (inspect.Parameter.KEYWORD_O
 class Loss(nn.Module):
     """What every loss shares: settings, float32 inside, weight, avg_factor and reduction.
 
-    A subclass binds ``fn(pred, target, *, settings) -> per-element losses`` and states its ``facts``. The keyword-only
-    arguments of ``fn`` and the arguments of ``__init__`` are the settings; what they are annotated with (see
-    :mod:`detloss_plugins.facts`) is what they may be. They become attributes of the module.
+    A subclass states ``fn(pred, target, *, settings) -> per-element losses`` and its facts as keywords of its class
+    statement, ``class MyLoss(BoxLoss, fn=my_loss, row_wise=True)``, or as the attributes ``fn`` (a staticmethod) and
+    ``facts``. The keyword-only arguments of ``fn`` and the arguments of ``__init__`` are the settings; what they are
+    annotated with (see :mod:`detloss_plugins.facts`) is what they may be. They become attributes of the module.
 
     Args:
         reduction: "none", "mean" or "sum".
@@ -52,16 +53,19 @@ class Loss(nn.Module):
     rules: ClassVar[Mapping[str, Rule | None]] = {}  # of all settings
     seen_as: ClassVar[Callable | None] = None  # of a loss's type, the class that isinstance is told: set by adapters
 
-    def __init_subclass__(cls, **kwargs):
-        super().__init_subclass__(**kwargs)
-        if "facts" not in vars(cls):  # what it changes is not known
-            cls.facts = cls.facts.but(row_wise=False, upstream=())
+    def __init_subclass__(cls, *, fn: Callable | None = None, **facts: Any) -> None:
+        super().__init_subclass__()
+        if fn is not None:
+            cls.fn = staticmethod(fn)
+        if "facts" not in vars(cls):  # what the class changes besides is not known
+            facts = {"row_wise": False, "upstream": (), **facts}
+        cls.facts = cls.facts.but(**facts)
         parameters = {}
         if hasattr(cls, "fn"):
             parameters = {k: v for k, v in _settings_of(cls.fn).items() if k not in cls.facts.filled}
             cls.hyper = tuple(parameters)
         for base in reversed(cls.__mro__):  # a subclass's default wins
-            if issubclass(base, Loss) and "__init__" in vars(base):
+            if "__init__" in vars(base):
                 parameters.update(_settings_of(base.__init__, _ANY_KIND))
         settings = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters.values()]
         cls.__signature__ = inspect.Signature(settings)
@@ -156,11 +160,11 @@ class Loss(nn.Module):
         raise TypeError(f"{type(self).__name__} observes the batch, but has no method statistics.")
 
     def summarise(self, sums: dict[str, Tensor] | None) -> dict[str, Tensor]:
-        """What ``fn`` gets of the sums over the batch, by argument; they are None if nothing was observed.
+        """What ``fn`` gets of the sums over the batch, by argument: the sums; they are None if nothing was observed.
 
         A loss with state moves it here if it is ``learning``.
         """
-        return {}
+        return sums or {}
 
     def elements(self, pred: Tensor, target: Tensor, seen: dict[str, Any]) -> Tensor:
         """Per-element losses of prepared rows; ``seen`` is what ``observe`` gave."""

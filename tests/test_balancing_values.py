@@ -20,6 +20,7 @@ from detloss_plugins.losses import (
     slide_loss,
     slide_weight,
 )
+from detloss_plugins.testing import sample
 
 X = torch.tensor([0.8, -0.4, 1.5, 0.7], dtype=torch.float64)
 Z = torch.tensor([[2.0, -1.0, 0.5], [0.1, 0.2, -0.3]], dtype=torch.float64)
@@ -60,7 +61,7 @@ def test_ghm_agrees_with_upstream_over_calls_with_a_moving_average():
 
     ours, theirs = GHMC(bins=30, momentum=0.75), UPSTREAM(bins=30, momentum=0.75)
     for seed in range(4):
-        pred, target = GHMC.sample(200, seed=seed)
+        pred, target = sample(GHMC, 200, seed=seed)
         torch.testing.assert_close(ours(pred, target), theirs(pred, target, torch.ones_like(pred)))
 
 
@@ -114,7 +115,7 @@ def test_seesaw_agrees_with_upstream_over_calls():
 
     ours, theirs = SeesawLoss(num_classes=8), UPSTREAM(num_classes=8)
     for seed in range(3):
-        pred, label = SeesawLoss.sample(40, seed=seed)
+        pred, label = sample(SeesawLoss, 40, seed=seed)
         torch.testing.assert_close(ours(pred, label), theirs(pred, label))
         torch.testing.assert_close(ours.get_activation(pred), theirs.get_activation(pred))
         for name, value in theirs.get_accuracy(pred, label).items():
@@ -141,7 +142,7 @@ def test_eqlv2_agrees_with_upstream_over_calls():
 
     ours, theirs = EQLV2Loss(num_classes=9), UPSTREAM(num_classes=9)
     for seed in range(4):
-        pred, target = EQLV2Loss.sample(100, seed=seed)
+        pred, target = sample(EQLV2Loss, 100, seed=seed)
         label = torch.where(target.sum(-1) > 0, target.argmax(-1), 9)
         torch.testing.assert_close(ours(pred, label), theirs(pred, label))
         torch.testing.assert_close(ours.pos_neg, theirs.pos_neg)
@@ -179,7 +180,7 @@ def test_slide_mean_is_that_of_the_positives_and_at_least_a_fifth():
 
 
 def test_slide_over_another_base():
-    pred, target = SlideLoss.sample(50)
+    pred, target = sample(SlideLoss, 50)
     for base in ({"type": "FocalLoss"}, {"type": "QualityFocalLoss", "loss_weight": 2.0}):
         slide = SlideLoss(base=base, reduction="none")
         rows = slide(pred, target)
@@ -208,7 +209,7 @@ def test_confidence_weighted():
 def test_joint():
     parts = [{"type": "FocalLoss", "loss_weight": 2.0}, {"type": "QualityFocalLoss"}]
     joint = build_loss({"type": "JointLoss", "losses": parts, "loss_weight": 3.0})
-    pred, target = SlideLoss.sample(20)
+    pred, target = sample(SlideLoss, 20)
     weight = torch.rand(20)
     expected = 3 * sum(build_loss(part)(pred, target, weight, 5.0) for part in parts)
     torch.testing.assert_close(joint(pred, target, weight, 5.0), expected)

@@ -7,12 +7,13 @@ from detloss_plugins import build_loss
 from detloss_plugins.loss import average_state
 from detloss_plugins.losses import CIoULoss, FocalEfficientIoULoss, IoULoss, MPDIoULoss, NWDLoss, WIoULoss
 from detloss_plugins.registry import registered_losses
+from detloss_plugins.testing import sample
 
 BOX_LOSSES = [cls for cls in registered_losses().values() if cls.facts.family == "box"]
 
 
 def boxes(dtype=torch.float64, n=32, seed=0):
-    pred, target = CIoULoss.sample(n, seed, dtype)
+    pred, target = sample(CIoULoss, n, seed, dtype)
     return pred.requires_grad_(), target
 
 
@@ -33,7 +34,7 @@ def test_gradients_of_the_iou_modes():
 def test_encoded_deltas_are_refused(cls):
     """Deltas of a box coder hover about zero; boxes with a wrong annotation or two, and small batches, go through."""
     loss = cls.make()
-    pred, target = cls.sample(64)
+    pred, target = sample(cls, 64)
     wrong = target.clone()
     wrong[:3] = wrong[:3, [2, 3, 0, 1]]
     loss(pred, wrong)
@@ -57,7 +58,7 @@ def test_encoded_deltas_are_refused_by_the_parts_of_a_joint_loss():
 def test_targets_are_looked_at_in_the_first_calls_only():
     """Each look makes the host wait for the device."""
     loss = CIoULoss()
-    pred, target = CIoULoss.sample(64)
+    pred, target = sample(CIoULoss, 64)
     for _ in range(30):
         loss(pred[:1], target[:1])
     loss(pred, target[:, [2, 3, 0, 1]])

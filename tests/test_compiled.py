@@ -19,6 +19,7 @@ from detloss_plugins.losses import (
     QualityFocalLoss,
     WIoULoss,
 )
+from detloss_plugins.testing import sample
 
 pytestmark = needs_compiler
 
@@ -57,7 +58,7 @@ def test_state_moves_as_uncompiled(cfg, device, traced):
     loss, eager = build_loss({**cfg, "compile": True}).to(device), build_loss(cfg).to(device)
     start = [x.clone() for x in eager.buffers()]
     for seed in range(3):
-        pred, target = type(loss).sample(20, seed=seed)
+        pred, target = sample(loss, 20, seed=seed)
         for x in (loss, eager):
             x(pred.to(device).requires_grad_(), target.to(device)).backward()
     assert counted_graphs() == 1
@@ -67,7 +68,7 @@ def test_state_moves_as_uncompiled(cfg, device, traced):
 
 def test_a_pair_of_logits_and_boxes(device, traced):
     """MultiBoxLoss takes a pair too, and compiles its parts."""
-    pred, target = (x.to(device) for x in MultiBoxLoss.sample(4))
+    pred, target = (x.to(device) for x in sample(MultiBoxLoss, 4))
     pairs = (pred[..., :-4], pred[..., -4:]), (target[..., 0].long(), target[..., 1:])
     torch.testing.assert_close(MultiBoxLoss(compile=True)(*pairs), MultiBoxLoss()(pred, target))
     assert counted_graphs() > 0
@@ -145,7 +146,7 @@ def test_really_compiled(name, device):
     """The kernels too: over millions of numbers, and as exact as uncompiled."""
     loss, eager = build_loss({"type": name, "compile": True}), build_loss({"type": name})
     for n in (300_000, 1000):
-        pred, target = (x.to(device) for x in type(loss).sample(n))
+        pred, target = (x.to(device) for x in sample(loss, n))
         pred.requires_grad_()
         value = eager(pred.double(), target.double())
         torch.testing.assert_close(loss(pred, target).double(), value, rtol=1e-6, atol=0)

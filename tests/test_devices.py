@@ -8,6 +8,7 @@ from torch.utils._pytree import tree_flatten
 
 from detloss_plugins import precision
 from detloss_plugins.losses import DRLoss, FocalLoss
+from detloss_plugins.testing import sample
 
 
 class NoFloat64(TorchDispatchMode):
@@ -41,7 +42,7 @@ def test_a_float64_is_noticed():
 
 @only(lambda facts: facts.family == "ranking")
 def test_ranking_losses_in_float32_sums(loss_cls, device, monkeypatch):
-    loss, (pred, target) = loss_cls(), loss_cls.sample(500)
+    loss, (pred, target) = loss_cls(), sample(loss_cls, 500)
     pred, target = pred.to(device).requires_grad_(), target.to(device)
     expected = loss(pred, target), gradient(loss, pred, target)
     monkeypatch.setattr(precision, "WITHOUT_FLOAT64", {torch.device(device).type})

@@ -30,6 +30,7 @@ from detloss_plugins.losses import (
     eiou_loss,
     giou_loss,
 )
+from detloss_plugins.testing import sample
 
 ROWS = 300  # of 80 classes: several chunks
 
@@ -46,7 +47,7 @@ def close(found, expected):
 
 
 def many(device, rows=ROWS, dtype=torch.float64):
-    pred, target = FocalLoss.sample(rows, dtype=dtype, classes=80)
+    pred, target = sample(FocalLoss, rows, dtype=dtype, classes=80)
     return pred.to(device).requires_grad_(), target.to(device)
 
 
@@ -134,7 +135,7 @@ def test_a_second_backward_through_one_graph(device):
 @pytest.mark.parametrize("kind", [DiceLoss, JaccardLoss])
 @pytest.mark.parametrize("rows", [20, ROWS])
 def test_a_change_in_place_before_the_backward_is_no_silent_error(kind, rows, device):
-    logits, target = (x.to(device) for x in kind.sample(rows))
+    logits, target = (x.to(device) for x in sample(kind, rows))
     loss, leaf = kind(activate=False), logits.sigmoid().requires_grad_()
     (expected,) = torch.autograd.grad(loss(1 * leaf, target), leaf)
     pred = 1 * leaf
@@ -206,7 +207,7 @@ def test_functions_of_pixels_in_half_precision(function, device):
 
 def test_meta_tensors():
     for kind in (FocalLoss, CIoULoss, GHMC, DiceLoss, WIoULoss):
-        pred, target = kind.sample(8)
+        pred, target = sample(kind, 8)
         value = kind()(pred.to("meta").requires_grad_(), target.to("meta")) if kind not in (GHMC, WIoULoss) else None
         value = value if value is not None else kind().to("meta")(pred.to("meta"), target.to("meta"))
         assert value.shape == ()

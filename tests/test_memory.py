@@ -21,6 +21,7 @@ from detloss_plugins.losses import (
     VarifocalLoss,
 )
 from detloss_plugins.registry import registered_losses
+from detloss_plugins.testing import sample
 from detloss_plugins.testing.check import EXTREME_BOXES, small_chunks
 
 CPU = torch.device("cpu")
@@ -41,7 +42,7 @@ MEMORY = [
 
 @functools.cache
 def sampled(rows):
-    return FocalLoss.sample(rows, classes=80)
+    return sample(FocalLoss, rows, classes=80)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +91,7 @@ def test_memory_of_yolos_logits(undisturbed):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_memory_of_a_loss_of_the_positives(dtype, undisturbed):
     """Nothing is made of the rows that take no part."""
-    pred, target = SeesawLoss.sample(YOLO, classes=78)
+    pred, target = sample(SeesawLoss, YOLO, classes=78)
     target = target.where(torch.rand(len(target)) < 0.02, 78)
     loss = SeesawLoss(num_classes=78, return_dict=False)
     assert peaks(loss, pred.to(dtype).requires_grad_(), target)[0] < 2.2

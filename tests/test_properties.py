@@ -8,6 +8,7 @@ from support import only
 
 from detloss_plugins import build_loss
 from detloss_plugins.registry import loss_class, registered_losses
+from detloss_plugins.testing import sample
 
 BEYOND_DEFAULTS = {"ShapeIoULoss": {"scale": 1.5}}  # by default it weighs both sides alike
 
@@ -17,7 +18,7 @@ def test_no_fact_of_a_box_loss_claims_too_little(loss_cls, device):
     """A loss that is said not to be symmetric, invariant to scale or attracting is not."""
     facts = loss_cls.facts
     loss = loss_cls.make(reduction="none", **BEYOND_DEFAULTS.get(loss_cls.__name__, {})).eval()
-    pred, target = (x.to(device) for x in loss_cls.sample(200, dtype=torch.float64))
+    pred, target = (x.to(device) for x in sample(loss_cls, 200, dtype=torch.float64))
     rows = loss(pred, target)
 
     def differs(other):
@@ -72,7 +73,7 @@ def test_an_unknown_setting_brings_the_known_ones():
 def test_a_number_is_no_target():
     """Once it meant that there are only negatives."""
     for cls in registered_losses().values():
-        pred, _ = cls.sample(8)
+        pred, _ = sample(cls, 8)
         for number in (0, 5, 1.0, None):
             with pytest.raises(TypeError, match=rf"target of \w+ must be a tensor.*, not {number}"):
                 cls.make()(pred, number)

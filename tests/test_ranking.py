@@ -17,6 +17,7 @@ from detloss_plugins.losses import (
     distributional_ranking,
     rank_sort_errors,
 )
+from detloss_plugins.testing import sample
 
 RANKING = {"APLoss": APLoss, "ALRPLoss": ALRPLoss, "RankSortLoss": RankSortLoss}
 SCORES = [1, 0.2, -0.5, 0.6, 0.1, -0.4, -2]
@@ -261,7 +262,7 @@ def loss(request):
 
 
 def example(n=40, classes=5, seed=0):
-    return RankSortLoss.sample(n, seed=seed, dtype=torch.float64, classes=classes)
+    return sample(RankSortLoss, n, seed=seed, dtype=torch.float64, classes=classes)
 
 
 def value_and_gradient(loss, pred, target, **kwargs):

@@ -43,7 +43,8 @@ def test_the_example_of_a_new_loss(tmp_path):
         "from detloss_plugins import build_loss\n"
         "assert doctest.testmod(example) == (0, 1)\n"
         "loss = build_loss(dict(type='LogCoshLoss', scale=2.0))\n"
-        "pred, target = loss.sample()\n"
+        "from detloss_plugins.testing import sample\n"
+        "pred, target = sample(loss)\n"
         "loss(pred.requires_grad_(), target).backward()\n"
         "from example import LogCoshLoss\n"
     ) + block("check_loss(LogCoshLoss)")

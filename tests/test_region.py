@@ -5,6 +5,7 @@ import torch
 
 from detloss_plugins import build_loss
 from detloss_plugins.losses import DiceLoss, JaccardLoss, TverskyLoss
+from detloss_plugins.testing import sample
 
 P, T = [0.9, 0.2, 0.6, 0.1], [1.0, 0.0, 1.0, 0.0]
 # settings and the loss of P and T, computed from the papers' formulas outside this package, to 6 digits
@@ -86,7 +87,7 @@ def test_tversky_weighs_false_positives_by_alpha():
     ids=["Dice", "Jaccard"],
 )
 def test_tversky_contains_the_others(ours, same):
-    pred, target = TverskyLoss.sample(64, dtype=torch.float64)
+    pred, target = sample(TverskyLoss, 64, dtype=torch.float64)
     # Σp + Σt = 2 TP + FP + FN holds for soft masks too.
     for masks in (target, 0.8 * target + 0.1):
         torch.testing.assert_close(
@@ -95,14 +96,14 @@ def test_tversky_contains_the_others(ours, same):
 
 
 def test_jaccard_is_a_function_of_dice():
-    pred, target = JaccardLoss.sample(64, dtype=torch.float64)
+    pred, target = sample(JaccardLoss, 64, dtype=torch.float64)
     dice = DiceLoss(naive_dice=True, eps=0.0)(pred, target, reduction_override="none")
     torch.testing.assert_close(JaccardLoss()(pred, target, reduction_override="none"), 2 * dice / (1 + dice))
 
 
 def test_sums_run_over_all_dimensions_but_the_first():
     for cfg in LOSSES:
-        pred, target = DiceLoss.sample(6)
+        pred, target = sample(DiceLoss, 6)
         loss = build_loss({**cfg, "reduction": "none"})
         rows = loss(pred, target)
         assert rows.shape == (6,)
@@ -114,7 +115,7 @@ def test_sums_run_over_all_dimensions_but_the_first():
 @every_loss
 def test_targets_of_any_type(cfg, dtype):
     """SOLO's masks are bytes, MaskFormer's whole numbers."""
-    pred, target = DiceLoss.sample(6)
+    pred, target = sample(DiceLoss, 6)
     loss = build_loss(cfg)
     assert loss(pred, target.to(dtype)) == loss(pred, target)
 
@@ -225,7 +226,7 @@ def test_no_pixels_and_no_masks(cfg):
 
 @every_loss
 def test_a_step_down_the_gradient_lowers_the_loss(cfg):
-    pred, target = DiceLoss.sample(64, dtype=torch.float64)
+    pred, target = sample(DiceLoss, 64, dtype=torch.float64)
     some = target.flatten(1).sum(1) > 0
     value, gradient = result(cfg, pred, target)
     after, _ = result(cfg, pred - 0.1 * gradient / gradient.flatten(1).norm(dim=1)[:, None, None], target)

@@ -9,6 +9,7 @@ import torch
 from detloss_plugins import build_loss
 from detloss_plugins.families import RotatedLoss
 from detloss_plugins.registry import loss_class
+from detloss_plugins.testing import sample
 
 PAIR = [5.0, 5, 8, 4, 0.3], [5.5, 4.6, 7, 4.5, 0.5]
 # Settings and the loss of PAIR, computed from the papers' formulas outside this package, to 6 digits.
@@ -130,14 +131,14 @@ FORMULAS = [
 
 @pytest.mark.parametrize(("cfg", "formula"), FORMULAS, ids=[describe(cfg) for cfg, _ in FORMULAS])
 def test_the_papers_matrix_formulas(cfg, formula):
-    pred, target = RotatedLoss.sample(500, dtype=torch.float64)
+    pred, target = sample(RotatedLoss, 500, dtype=torch.float64)
     loss = of_rows(cfg)
     torch.testing.assert_close(loss(pred, target), formula(pred, target), rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(gradient(loss, pred, target), gradient(formula, pred, target), rtol=1e-7, atol=1e-7)
 
 
 def test_gradient_is_the_derivative(settings):
-    pred, target = RotatedLoss.sample(8, dtype=torch.float64)
+    pred, target = sample(RotatedLoss, 8, dtype=torch.float64)
     for _, rows in settings:
         assert torch.autograd.gradcheck(lambda p, rows=rows: rows(p, target), pred.requires_grad_())
 
@@ -196,7 +197,7 @@ def test_identical_boxes_are_the_minimum(settings, device):
         return torch.cat([scale * boxes[:, :4], boxes[:, 4:]], -1).to(device)
 
     for scale in (1e-3, 1.0, 1e3):
-        target, pred = scaled(RotatedLoss.sample(500)[1]), scaled(RotatedLoss.sample(500, seed=1)[0])
+        target, pred = scaled(sample(RotatedLoss, 500)[1]), scaled(sample(RotatedLoss, 500, seed=1)[0])
         moved = target + scale * torch.tensor([1.0, 0, 0, 0, 0], device=device)
         for cfg, rows in settings:
             value = rows(target.clone(), target)
@@ -222,7 +223,7 @@ def turned(boxes, angle):
 
 
 def test_one_box_has_many_names(settings, device):
-    pred, target = (x.to(device) for x in RotatedLoss.sample(200))
+    pred, target = (x.to(device) for x in sample(RotatedLoss, 200))
     other = {
         "swapped sides": lambda b: b[:, [0, 1, 3, 2, 4]] + b.new_tensor([0, 0, 0, 0, math.pi / 2]),
         "half a turn": lambda b: b + b.new_tensor([0, 0, 0, 0, math.pi]),
@@ -236,7 +237,7 @@ def test_one_box_has_many_names(settings, device):
 
 def test_invariances(settings, device):
     """Those that hold, and that the others do not."""
-    pred, target = (x.to(device) for x in RotatedLoss.sample(200))
+    pred, target = (x.to(device) for x in sample(RotatedLoss, 200))
     moved = [b + b.new_tensor([64, -32, 0, 0, 0]) for b in (pred, target)]
     for cfg, rows in settings:
         expected = rows(pred, target)
@@ -256,7 +257,7 @@ def test_invariances(settings, device):
 
 
 def test_a_square_has_no_angle(settings, device):
-    pred, target = (x.to(device) for x in RotatedLoss.sample(50))
+    pred, target = (x.to(device) for x in sample(RotatedLoss, 50))
     pred[:, 3] = pred[:, 2]
     other = pred + torch.tensor([0, 0, 0, 0, 0.6], device=device)
     for _, rows in settings:
@@ -327,7 +328,7 @@ def test_probiou_floor_adds_to_both_variances():
 @pytest.mark.parametrize(("nearness", "accuracy"), [(1, 1e-4), (1e-3, 2e-3)])
 def test_float32_is_as_good_as_float64(settings, nearness, accuracy):
     """Boxes 1e-4 to 1e5 long. Of those a thousandth of their size apart, three digits of the difference are lost."""
-    pred, target = RotatedLoss.sample(500)
+    pred, target = sample(RotatedLoss, 500)
     pred = target + nearness * (pred - target)
     for cfg, rows in settings:
         for scale in (1.0, 1e3) if cfg.get("floor") else (1e-5, 1e-3, 1.0, 1e3):  # a floor drowns small boxes
@@ -341,7 +342,7 @@ def test_float32_is_as_good_as_float64(settings, nearness, accuracy):
 @pytest.mark.parametrize("name", NAMES)
 def test_each_loss_alone_finds_its_target(name):
     """Gradient descent on center, logarithms of the sides and angle brings boxes onto their targets."""
-    start, target = RotatedLoss.sample(64, seed=2)
+    start, target = sample(RotatedLoss, 64, seed=2)
     sides = target[:, 2:4].sort(-1).values
     target = target[sides[:, 1] > 1.3 * sides[:, 0]]  # a square has no angle to find
     start = start[sides[:, 1] > 1.3 * sides[:, 0]]
@@ -359,7 +360,7 @@ def test_each_loss_alone_finds_its_target(name):
 
 
 def test_weight_of_five_columns():
-    pred, target = RotatedLoss.sample(8)
+    pred, target = sample(RotatedLoss, 8)
     weight = torch.arange(8.0)
     columns = weight.unsqueeze(-1).expand(8, 5)
     for cfg in SETTINGS:
@@ -395,7 +396,7 @@ def test_wrong_shapes():
 
 
 def test_samples_are_varied():
-    pred, target = RotatedLoss.sample(2000)
+    pred, target = sample(RotatedLoss, 2000)
     for boxes in (pred, target):
         assert (boxes[:, 2:4] > 0).all()
         assert (torch.histc(boxes[:, 4].remainder(math.pi), 8, 0, math.pi) > 100).all()

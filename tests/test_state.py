@@ -9,6 +9,7 @@ from support.ranks import two_ranks
 
 from detloss_plugins.loss import average_state
 from detloss_plugins.registry import registered_losses
+from detloss_plugins.testing import sample
 
 # Settings that give a loss its state where the defaults do not.
 MOMENTUM = {"GHMC": {"momentum": 0.75}, "GHMR": {"momentum": 0.7}}
@@ -23,7 +24,7 @@ stateful = pytest.mark.parametrize("cls", STATEFUL, ids=lambda cls: cls.__name__
 
 
 def call(loss, seed=0, n=64):
-    pred, target = type(loss).sample(n, seed=seed)
+    pred, target = sample(loss, n, seed=seed)
     if type(loss).__name__ == "EQLV2Loss":
         target = target.argmax(-1)
     return loss(pred.requires_grad_(), target)
@@ -72,7 +73,7 @@ def test_empty_and_nan_do_not_poison(cls):
     loss = make(cls)
     call(loss)
     before = state(loss)
-    pred, target = cls.sample(64, seed=1)
+    pred, target = sample(cls, 64, seed=1)
     values = loss(pred[:0].requires_grad_(), target[:0], reduction_override="none")
     assert values if isinstance(values, dict) else values.numel() == 0
     assert same(state(loss), before)

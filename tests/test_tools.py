@@ -20,7 +20,7 @@ from mmengine.config import ConfigDict
 from detloss_plugins.facts import Upstream
 from detloss_plugins.losses import FocalLoss, GIoULoss, ap_loss
 from detloss_plugins.registry import registered_losses
-from detloss_plugins.testing import parity, twins
+from detloss_plugins.testing import parity, sample, twins
 
 
 def refused(capsys, *argv, status):
@@ -108,7 +108,7 @@ def test_compare_command(tmp_path, capsys, monkeypatch):
 
 def test_a_documented_difference_that_is_none_fails():
     same = Upstream("mmdet.models.losses.GIoULoss", differs="it does not")
-    worst = parity.compare(GIoULoss, same, [GIoULoss.sample()])
+    worst = parity.compare(GIoULoss, same, [sample(GIoULoss)])
     assert parity.verdict(same, worst) == "FAIL"
 
 

@@ -12,6 +12,7 @@ from detloss_plugins.families import ClassificationLoss, RankingLoss
 from detloss_plugins.nested import each_tensor, flatten
 from detloss_plugins.registry import loss_class
 from detloss_plugins.testing.parity import HARD_TARGETS
+from detloss_plugins.testing.samples import sample, sampler_of
 from detloss_plugins.testing.twins import load, twin_of
 
 YARDSTICK = "FocalLoss"  # beside the ranking losses, which have no counterparts
@@ -45,7 +46,7 @@ SCENES = (
 
 def cases(cls):
     """The sizes for a loss, by what its sampler takes."""
-    takes = inspect.signature(cls.sample).parameters
+    takes = inspect.signature(sampler_of(cls)).parameters
     if issubclass(cls, RankingLoss):
         return SCENES
     for name, sizes in (("anchors", SSD), ("classes", LOGITS), ("side", MASKS)):
@@ -90,18 +91,15 @@ def plain_ap_loss(logits, target, delta=1.0):
 
 
 @functools.lru_cache(maxsize=len(LOGITS))
-def _sampled(sampler, cls, n, arguments, seed):
-    return sampler(cls, n, seed=seed, **dict(arguments))
+def _sampled(sampler, n, arguments, seed):  # once for the losses that share a sampler
+    return sampler(n, seed=seed, **dict(arguments))
 
 
 def sampled(cls, case, seed=0):
     """``(pred, target)`` of a size, in float32; the target of class logits is ``(label, quality)``."""
     if issubclass(cls, RankingLoss):
         return scene(case.sampler["positives"], case.n - case.sampler["positives"], seed)
-    sampler = cls.sample.__func__
-    # Losses that inherit one sampler share what it gives.
-    owner = next(base for base in cls.__mro__ if "sample" in vars(base))
-    pred, target = _sampled(sampler, owner, case.n, tuple(case.sampler.items()), seed)
+    pred, target = _sampled(sampler_of(cls), case.n, tuple(case.sampler.items()), seed)
     if not issubclass(cls, ClassificationLoss):
         return pred, target
     return pred, thinned(*label_and_quality(target, case.sampler["classes"]), case, seed)
@@ -185,7 +183,7 @@ def fitted(settings, cls, case):
     """Settings made for the sampler's default number of classes, for those of a case."""
     if "classes" not in case.sampler:
         return dict(settings)
-    before, now = (cls.sample(1, **more)[0].shape[-1] for more in ({}, {"classes": case.sampler["classes"]}))
+    before, now = (sample(cls, 1, **more)[0].shape[-1] for more in ({}, {"classes": case.sampler["classes"]}))
 
     def fit(name, value):
         if name == "num_classes":

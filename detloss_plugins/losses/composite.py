@@ -28,7 +28,7 @@ def joint_loss(pred: Tensor, target: Tensor, *, losses: Sequence[Loss]) -> Tenso
 
 
 @MODELS.register_module()
-class JointLoss(Loss):
+class JointLoss(Loss, fn=joint_loss):
     """Weighted sum of losses on the same input, each with its own ``loss_weight`` and normaliser.
 
     Args:
@@ -39,7 +39,6 @@ class JointLoss(Loss):
         ValueError: if there is none, or they are of different families.
     """
 
-    fn = staticmethod(joint_loss)
     facts = ClassificationLoss.facts.but(  # of the example; an instance has those of its parts
         row_wise=True,
         filled=("losses",),
@@ -107,8 +106,6 @@ class JointLoss(Loss):
         ]
         return sum(factor * loss for factor, loss, _ in parts), parts[0][2]
 
-    sample = ClassificationLoss.sample
-
 
 def confidence_weighted_loss(
     pred: Tensor, target: Tensor, *, power: NonNegative = 2.0, use_sigmoid: bool = True, elements: Tensor
@@ -132,7 +129,13 @@ def confidence_weighted_loss(
 
 
 @MODELS.register_module()
-class ConfidenceWeightedLoss(ClassificationLoss):
+class ConfidenceWeightedLoss(
+    ClassificationLoss,
+    fn=confidence_weighted_loss,
+    row_wise=True,
+    true_gradient=False,
+    filled=("use_sigmoid", "elements"),
+):
     """A classification loss weighted by how sure the model is that a sample is background.
 
     The weight of the third source document; no paper is known. It is not focal loss: it favours whatever is confidently
@@ -147,8 +150,6 @@ class ConfidenceWeightedLoss(ClassificationLoss):
         ValueError: if ``base`` is no classification loss, or ``use_sigmoid`` does not fit it.
     """
 
-    fn = staticmethod(confidence_weighted_loss)
-    facts = ClassificationLoss.facts.but(row_wise=True, true_gradient=False, filled=("use_sigmoid", "elements"))
     sigmoid_only = False
 
     def __init__(self, *, base: Mapping | None = None, use_sigmoid: bool | None = None, **settings):

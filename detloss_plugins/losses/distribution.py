@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from detloss_plugins.facts import Upstream
-from detloss_plugins.families import DistributionLoss
-from detloss_plugins.precision import float32
+from detloss_plugins.facts import MMDET, alike
+from detloss_plugins.families import DistributionLoss, of_one_type
 from detloss_plugins.registry import MODELS
 
 __all__ = ["DistributionFocalLoss", "distribution_focal_loss"]
@@ -21,8 +20,7 @@ def distribution_focal_loss(pred: Tensor, target: Tensor) -> Tensor:
     >>> distribution_focal_loss(torch.tensor([[0.2, 0.5, 1.5, 0.3, -0.7]]), torch.tensor([2.3]))
     tensor([1.0790])
     """
-    pred = float32(pred)
-    target = target.to(pred.dtype)
+    pred, target = of_one_type(pred, target)
     # A NaN target is the caller's and gives NaN; as an index it would stop the program or the device.
     left = target.detach().nan_to_num(0.0).floor().clamp(0, pred.shape[-1] - 2)
     of_right = (target - left).clamp(0, 1)
@@ -32,19 +30,15 @@ def distribution_focal_loss(pred: Tensor, target: Tensor) -> Tensor:
 
 
 @MODELS.register_module()
-class DistributionFocalLoss(DistributionLoss):
+class DistributionFocalLoss(
+    DistributionLoss,
+    fn=distribution_focal_loss,
+    paper="https://arxiv.org/abs/2006.04388",
+    row_wise=True,
+    keeps_little=True,
+    upstream=(*alike(MMDET + "DistributionFocalLoss"), *alike("ultralytics.utils.loss.DFLoss")),
+):
     """Li et al., Generalized Focal Loss, 2020 (DFL).
 
     Its minimum is the entropy of the target, not zero.
     """
-
-    fn = staticmethod(distribution_focal_loss)
-    facts = DistributionLoss.facts.but(
-        paper="https://arxiv.org/abs/2006.04388",
-        row_wise=True,
-        keeps_little=True,
-        upstream=(
-            Upstream("mmdet.models.losses.DistributionFocalLoss"),
-            Upstream("ultralytics.utils.loss.DFLoss"),
-        ),
-    )

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from detloss_plugins.facts import Facts, NonNegative
+from detloss_plugins.facts import NonNegative
 from detloss_plugins.loss import Loss
 from detloss_plugins.precision import float32, without_autocast
 from detloss_plugins.reduction import check_reduction, fit_weight
@@ -132,7 +132,14 @@ def mining_ratio(neg_pos_ratio: Any, loss_cls: Callable, loss_bbox: Callable, au
 
 
 @MODELS.register_module()
-class MultiBoxLoss(Loss):
+class MultiBoxLoss(
+    Loss,
+    fn=multibox_loss,
+    family="multibox",
+    paper="https://arxiv.org/abs/1512.02325",
+    mean_of_rows=False,
+    filled=("loss_cls", "loss_bbox", "neg_pos_ratio"),
+):
     """Liu et al., SSD: Single Shot MultiBox Detector, 2016.
 
     Call with A anchors in each of B images: ``pred`` is a pair of class logits ``(B, A, K)`` and boxes ``(B, A, 4)``,
@@ -158,14 +165,6 @@ class MultiBoxLoss(Loss):
     Raises:
         ValueError: if ``neg_pos_ratio`` is negative, or a loss has no place here, or shapes do not fit.
     """
-
-    fn = staticmethod(multibox_loss)
-    facts = Facts(
-        family="multibox",
-        paper="https://arxiv.org/abs/1512.02325",
-        mean_of_rows=False,
-        filled=("loss_cls", "loss_bbox", "neg_pos_ratio"),
-    )
 
     def __init__(
         self,
@@ -204,26 +203,8 @@ class MultiBoxLoss(Loss):
 
     def _check_shapes(self, logits, boxes, labels, true_boxes):
         anchors = logits.shape[:-1]
-        if (
-            len(anchors) != 2
-            or labels.shape != anchors
-            or boxes.shape != true_boxes.shape
-            or boxes.shape != (*anchors, 4)
-        ):
+        if len(anchors) != 2 or labels.shape != anchors or not boxes.shape == true_boxes.shape == (*anchors, 4):
             raise ValueError(
                 "MultiBoxLoss takes logits (B, A, K), boxes (B, A, 4), labels (B, A) and boxes (B, A, 4), not "
                 f"{', '.join(str(tuple(x.shape)) for x in (logits, boxes, labels, true_boxes))}."
             )
-
-    @classmethod
-    def sample(cls, n=64, seed=0, dtype=torch.float32, anchors=16, classes=3):
-        """Logits and offsets side by side, ``(n, anchors, classes + 5)``, and labels and offsets, ``(n, anchors, 5)``.
-
-        An image has a few positives, or none, and an ignored anchor.
-        """
-        generator = torch.Generator().manual_seed(seed)
-        pred = torch.randn(n, anchors, classes + 5, generator=generator, dtype=torch.float64)
-        boxes = torch.randn(n, anchors, 4, generator=generator, dtype=torch.float64)
-        label = torch.randint(0, 8 * classes, (n, anchors, 1), generator=generator).clamp(max=classes)
-        label[:, 0] = -1
-        return pred.to(dtype), torch.cat([label, boxes], -1).to(dtype)

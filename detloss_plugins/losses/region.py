@@ -9,25 +9,18 @@ cancellation near a perfect mask.
 import torch
 from torch import Tensor
 
-from detloss_plugins.facts import NonNegative, Positive, Upstream
-from detloss_plugins.families import RegionLoss
+from detloss_plugins.facts import MMDET, NonNegative, Positive, Upstream, alike
+from detloss_plugins.families import RegionLoss, of_one_type
 from detloss_plugins.geometry import power, ratio
 from detloss_plugins.losses.regression import mse_loss
-from detloss_plugins.precision import float32
 from detloss_plugins.registry import MODELS
 
 __all__ = ["DiceLoss", "JaccardLoss", "TverskyLoss", "dice_loss", "jaccard_loss", "tversky_loss"]
 
 
-def _pixels(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Probabilities and targets ``(N, pixels)`` of one type."""
-    pred = float32(pred).flatten(1)
-    return pred, target.to(pred.dtype).flatten(1)
-
-
 def _overlap(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """TP, FP and FN, each ``(N,)``."""
-    p, t = _pixels(pred, target)
+    p, t = of_one_type(pred.flatten(1), target.flatten(1))
     both = p * t
     return both.sum(1), (p - both).sum(1), (t - both).sum(1)
 
@@ -51,34 +44,28 @@ def dice_loss(pred: Tensor, target: Tensor, *, naive_dice: bool = False, eps: No
     if naive_dice:
         tp, fp, fn = _overlap(pred, target)
         return _share(fp + fn, 2 * tp + eps)
-    p, t = _pixels(pred, target)
+    p, t = of_one_type(pred.flatten(1), target.flatten(1))
     return _share(mse_loss(p, t).sum(1) + 2 * eps, 2 * (p * t).sum(1))
 
 
 @MODELS.register_module()
-class DiceLoss(RegionLoss):
+class DiceLoss(
+    RegionLoss,
+    fn=dice_loss,
+    paper="https://arxiv.org/abs/1606.04797",
+    row_wise=True,
+    upstream=(
+        *alike(MMDET + "DiceLoss", {}, {"eps": 5e-6}, {"naive_dice": True}, {"naive_dice": True, "eps": 1.0}),
+        Upstream("ultralytics.utils.loss.MultiChannelDiceLoss", {"naive_dice": True, "eps": 1e-6}),
+        Upstream("ultralytics.utils.loss.MultiChannelDiceLoss", {"naive_dice": True, "eps": 1.0}, {"smooth": 1.0}),
+    ),
+):
     """Milletari et al., V-Net, 2016.
 
     Args:
         naive_dice: first powers in the denominator instead of squares; MaskFormer and Mask2Former use it.
         eps: in pixels; in the V-Net form it keeps small masks from ever costing nothing.
     """
-
-    fn = staticmethod(dice_loss)
-    facts = RegionLoss.facts.but(
-        paper="https://arxiv.org/abs/1606.04797",
-        row_wise=True,
-        upstream=(
-            Upstream("mmdet.models.losses.DiceLoss"),
-            Upstream("mmdet.models.losses.DiceLoss", {"eps": 5e-6}, {"eps": 5e-6}),
-            Upstream("mmdet.models.losses.DiceLoss", {"naive_dice": True}, {"naive_dice": True}),
-            Upstream(
-                "mmdet.models.losses.DiceLoss", {"naive_dice": True, "eps": 1.0}, {"naive_dice": True, "eps": 1.0}
-            ),
-            Upstream("ultralytics.utils.loss.MultiChannelDiceLoss", {"naive_dice": True, "eps": 1e-6}),
-            Upstream("ultralytics.utils.loss.MultiChannelDiceLoss", {"naive_dice": True, "eps": 1.0}, {"smooth": 1.0}),
-        ),
-    )
 
 
 def jaccard_loss(pred: Tensor, target: Tensor, *, smooth: NonNegative = 0.0) -> Tensor:
@@ -95,15 +82,12 @@ def jaccard_loss(pred: Tensor, target: Tensor, *, smooth: NonNegative = 0.0) -> 
 
 
 @MODELS.register_module()
-class JaccardLoss(RegionLoss):
+class JaccardLoss(RegionLoss, fn=jaccard_loss, paper="https://doi.org/10.1007/978-3-319-50835-1_22", row_wise=True):
     """Rahman and Wang, Optimizing Intersection-Over-Union in Deep Neural Networks for Image Segmentation, 2016.
 
     Args:
         smooth: in pixels.
     """
-
-    fn = staticmethod(jaccard_loss)
-    facts = RegionLoss.facts.but(paper="https://doi.org/10.1007/978-3-319-50835-1_22", row_wise=True)
 
 
 def tversky_loss(
@@ -122,7 +106,7 @@ def tversky_loss(
 
 
 @MODELS.register_module()
-class TverskyLoss(RegionLoss):
+class TverskyLoss(RegionLoss, fn=tversky_loss, paper="https://arxiv.org/abs/1706.05721", row_wise=True):
     """Salehi et al., Tversky loss function for image segmentation, 2017; Abraham and Khan, 2018, for the focal form.
 
     Args:
@@ -130,6 +114,3 @@ class TverskyLoss(RegionLoss):
         beta: weight of false negatives; above ``alpha`` it favours recall.
         gamma: 1 is the plain form.
     """
-
-    fn = staticmethod(tversky_loss)
-    facts = RegionLoss.facts.but(paper="https://arxiv.org/abs/1706.05721", row_wise=True)

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detloss_plugins.facts import NonNegative, Positive, Upstream
-from detloss_plugins.families import RegressionLoss
+from detloss_plugins.facts import MMDET, TORCH, NonNegative, Positive, Upstream, alike
+from detloss_plugins.families import RegressionLoss, of_one_type
 from detloss_plugins.geometry import root
 from detloss_plugins.precision import float32, without_autocast
 from detloss_plugins.reduction import reduce
@@ -22,31 +22,24 @@ __all__ = [
 ]  # fmt: skip
 
 
-def _of_one_type(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Half precision up-cast, and the target in the type of ``pred``."""
-    pred = float32(pred)
-    return pred, target.to(pred.dtype)
-
-
 def l1_loss(pred: Tensor, target: Tensor) -> Tensor:
     """``|pred - target|``; the gradient at zero is zero.
 
     >>> l1_loss(torch.tensor([2.5, 0.0]), torch.tensor([3.0, -0.5]))
     tensor([0.5000, 0.5000])
     """
-    return torch.sub(*_of_one_type(pred, target)).abs()
+    return torch.sub(*of_one_type(pred, target)).abs()
 
 
 @MODELS.register_module()
-class L1Loss(RegressionLoss):
+class L1Loss(
+    RegressionLoss,
+    fn=l1_loss,
+    row_wise=True,
+    keeps_little=True,
+    upstream=(*alike(TORCH + "l1_loss"), *alike(MMDET + "L1Loss")),
+):
     """Absolute error; its mean is the MAE."""
-
-    fn = staticmethod(l1_loss)
-    facts = RegressionLoss.facts.but(
-        row_wise=True,
-        keeps_little=True,
-        upstream=(Upstream("torch.nn.functional.l1_loss"), Upstream("mmdet.models.losses.L1Loss")),
-    )
 
 
 def mse_loss(pred: Tensor, target: Tensor, *, use_sigmoid: bool = False) -> Tensor:
@@ -55,12 +48,18 @@ def mse_loss(pred: Tensor, target: Tensor, *, use_sigmoid: bool = False) -> Tens
     >>> mse_loss(torch.tensor([2.5, 0.0]), torch.tensor([3.0, 2.0]))
     tensor([0.2500, 4.0000])
     """
-    pred, target = _of_one_type(pred, target)
+    pred, target = of_one_type(pred, target)
     return F.mse_loss(pred.sigmoid() if use_sigmoid else pred, target, reduction="none")
 
 
 @MODELS.register_module()
-class MSELoss(RegressionLoss):
+class MSELoss(
+    RegressionLoss,
+    fn=mse_loss,
+    row_wise=True,
+    keeps_little=True,
+    upstream=(*alike(TORCH + "mse_loss"), *alike(MMDET + "MSELoss")),
+):
     """Squared error; its sum is the "L2 loss" of the textbooks.
 
     mmdet's L2Loss is another loss, which clamps and edits its inputs.
@@ -68,13 +67,6 @@ class MSELoss(RegressionLoss):
     Args:
         use_sigmoid: ``pred`` is a logit and the error that of its sigmoid, to regress a confidence.
     """
-
-    fn = staticmethod(mse_loss)
-    facts = RegressionLoss.facts.but(
-        row_wise=True,
-        keeps_little=True,
-        upstream=(Upstream("torch.nn.functional.mse_loss"), Upstream("mmdet.models.losses.MSELoss")),
-    )
 
 
 def rmse_loss(pred: Tensor, target: Tensor) -> Tensor:
@@ -87,16 +79,13 @@ def rmse_loss(pred: Tensor, target: Tensor) -> Tensor:
 
 
 @MODELS.register_module()
-class RMSELoss(RegressionLoss):
+class RMSELoss(RegressionLoss, fn=rmse_loss, row_wise=True, keeps_little=True, root=True):
     """Root of the mean squared error.
 
     Every reduction is the root of the one of :class:`MSELoss`: "mean" is ``sqrt(sum(w d^2) / n)``, or over the
     ``avg_factor``; "sum" is the Euclidean norm, "none" ``sqrt(w) |d|``. Weights are therefore those of squared errors,
     and the mean of the values of several calls is not the value of all. The gradient of no error is zero.
     """
-
-    fn = staticmethod(rmse_loss)
-    facts = RegressionLoss.facts.but(row_wise=True, keeps_little=True, root=True)
 
     def weigh(self, loss, valid, weight):
         return super().weigh(loss.square(), valid, weight)
@@ -111,27 +100,25 @@ def smooth_l1_loss(pred: Tensor, target: Tensor, *, beta: NonNegative = 1.0) -> 
     >>> smooth_l1_loss(torch.tensor([0.3, -1.4]), torch.zeros(2), beta=0.5)  # .09 / 1 and 1.4 - .25
     tensor([0.0900, 1.1500])
     """
-    return F.smooth_l1_loss(*_of_one_type(pred, target), reduction="none", beta=beta)
+    return F.smooth_l1_loss(*of_one_type(pred, target), reduction="none", beta=beta)
 
 
 @MODELS.register_module()
-class SmoothL1Loss(RegressionLoss):
+class SmoothL1Loss(
+    RegressionLoss,
+    fn=smooth_l1_loss,
+    paper="https://arxiv.org/abs/1504.08083",
+    row_wise=True,
+    keeps_little=True,
+    upstream=(
+        *alike(TORCH + "smooth_l1_loss", {"beta": 1.0}, {"beta": 1 / 9}),
+        *alike(MMDET + "SmoothL1Loss", {"beta": 1.0}, {"beta": 1 / 9}),
+    ),
+):
     """Girshick, Fast R-CNN, 2015.
 
     ``beta`` has the unit of the input; Detectron's sigma is ``beta = 1 / sigma^2``.
     """
-
-    fn = staticmethod(smooth_l1_loss)
-    facts = RegressionLoss.facts.but(
-        paper="https://arxiv.org/abs/1504.08083",
-        row_wise=True,
-        keeps_little=True,
-        upstream=tuple(
-            Upstream(path, {"beta": beta}, {"beta": beta})
-            for path in ("torch.nn.functional.smooth_l1_loss", "mmdet.models.losses.SmoothL1Loss")
-            for beta in (1.0, 1 / 9)
-        ),
-    )
 
 
 def huber_loss(pred: Tensor, target: Tensor, *, delta: Positive = 1.0) -> Tensor:
@@ -140,26 +127,24 @@ def huber_loss(pred: Tensor, target: Tensor, *, delta: Positive = 1.0) -> Tensor
     >>> huber_loss(torch.tensor([0.3, -1.4]), torch.zeros(2), delta=0.5)  # .09 / 2 and .5 (1.4 - .25)
     tensor([0.0450, 0.5750])
     """
-    return F.huber_loss(*_of_one_type(pred, target), reduction="none", delta=delta)
+    return F.huber_loss(*of_one_type(pred, target), reduction="none", delta=delta)
 
 
 @MODELS.register_module()
-class HuberLoss(RegressionLoss):
+class HuberLoss(
+    RegressionLoss,
+    fn=huber_loss,
+    row_wise=True,
+    keeps_little=True,
+    upstream=(
+        *alike(TORCH + "huber_loss", {}, {"delta": 0.5}),
+        Upstream(MMDET + "SmoothL1Loss", {"delta": 0.5}, {"beta": 0.5, "loss_weight": 0.5}),
+    ),
+):
     """Huber, Robust Estimation of a Location Parameter, 1964.
 
     It is ``delta`` times the smooth L1 loss with ``beta = delta``.
     """
-
-    fn = staticmethod(huber_loss)
-    facts = RegressionLoss.facts.but(
-        row_wise=True,
-        keeps_little=True,
-        upstream=(
-            Upstream("torch.nn.functional.huber_loss"),
-            Upstream("torch.nn.functional.huber_loss", {"delta": 0.5}, {"delta": 0.5}),
-            Upstream("mmdet.models.losses.SmoothL1Loss", {"delta": 0.5}, {"beta": 0.5, "loss_weight": 0.5}),
-        ),
-    )
 
 
 def balanced_l1_loss(
@@ -188,7 +173,21 @@ def balanced_l1_loss(
 
 
 @MODELS.register_module()
-class BalancedL1Loss(RegressionLoss):
+class BalancedL1Loss(
+    RegressionLoss,
+    fn=balanced_l1_loss,
+    paper="https://arxiv.org/abs/1904.02701",
+    row_wise=True,
+    upstream=(
+        *alike(MMDET + "BalancedL1Loss"),
+        Upstream(MMDET + "BalancedL1Loss", {"upstream_form": True, "beta": 0.11}, {"beta": 0.11}),
+        *alike(
+            MMDET + "BalancedL1Loss",
+            {"beta": 0.11},
+            differs="mmdet's form for beta != 1 has a kink at zero; upstream_form=True gives it",
+        ),
+    ),
+):
     """Pang et al., Libra R-CNN, 2019.
 
     Args:
@@ -198,22 +197,6 @@ class BalancedL1Loss(RegressionLoss):
         upstream_form: the released code's formula, which for ``beta != 1`` does not have the slope that the paper asks
             for.
     """
-
-    fn = staticmethod(balanced_l1_loss)
-    facts = RegressionLoss.facts.but(
-        paper="https://arxiv.org/abs/1904.02701",
-        row_wise=True,
-        upstream=(
-            Upstream("mmdet.models.losses.BalancedL1Loss"),
-            Upstream("mmdet.models.losses.BalancedL1Loss", {"upstream_form": True, "beta": 0.11}, {"beta": 0.11}),
-            Upstream(
-                "mmdet.models.losses.BalancedL1Loss",
-                {"beta": 0.11},
-                {"beta": 0.11},
-                differs="mmdet's form for beta != 1 has a kink at zero; upstream_form=True gives it",
-            ),
-        ),
-    )
 
 
 def uncertainty_kl_loss(
@@ -239,7 +222,15 @@ def uncertainty_kl_loss(
 
 
 @MODELS.register_module()
-class UncertaintyKLLoss(RegressionLoss):
+class UncertaintyKLLoss(
+    RegressionLoss,
+    fn=uncertainty_kl_loss,
+    family="uncertainty",  # of its own: what takes a regression loss has no log variance to give
+    paper="https://arxiv.org/abs/1809.08545",
+    row_wise=True,
+    bounds=(-math.inf, math.inf),
+    filled=("log_variance",),
+):
     """He et al., Bounding Box Regression with Uncertainty for Accurate Object Detection, 2018 (KL loss).
 
     Called ``loss(pred, target, log_variance, weight=None, avg_factor=None, reduction_override=None)``: the model
@@ -255,30 +246,18 @@ class UncertaintyKLLoss(RegressionLoss):
             nothing of variances passes its weights there.
     """
 
-    fn = staticmethod(uncertainty_kl_loss)
-    facts = RegressionLoss.facts.but(
-        family="uncertainty",  # of its own: what takes a regression loss has no log variance to give
-        paper="https://arxiv.org/abs/1809.08545",
-        row_wise=True,
-        bounds=(-math.inf, math.inf),
-        filled=("log_variance",),
-    )
-
     def forward(self, pred, target, log_variance=None, weight=None, avg_factor=None, reduction_override=None):
         """Compute the loss; without ``log_variance``, the smooth L1 loss."""
         if log_variance is None:
             return super().forward(pred, target, weight, avg_factor, reduction_override)
-        self._check_predicted(pred, log_variance)
-        reduction = self.reduction if reduction_override is None else reduction_override
-        with without_autocast(pred.device):
-            pred, target, _ = self.prepare(float32(pred), target)
-            loss = self.elements(pred, target, {"log_variance": log_variance})
-        return self.loss_weight * reduce(loss, weight, avg_factor, reduction)
-
-    def _check_predicted(self, pred, log_variance):
         if log_variance.shape != pred.shape or (pred.requires_grad and not log_variance.requires_grad):
             raise ValueError(
                 f"The third argument of {type(self).__name__} is the predicted log variance, in the shape of pred "
                 f"{tuple(pred.shape)} and with a gradient, not weights {tuple(log_variance.shape)}; in MMDetection use "
                 "UncertaintyBBoxHead or UncertaintyRetinaHead, which predict it."
             )
+        reduction = self.reduction if reduction_override is None else reduction_override
+        with without_autocast(pred.device):
+            pred, target, _ = self.prepare(float32(pred), target)
+            loss = self.elements(pred, target, {"log_variance": log_variance})
+        return self.loss_weight * reduce(loss, weight, avg_factor, reduction)

@@ -17,7 +17,7 @@ from typing import Annotated, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from detloss_plugins.facts import NonNegative, Positive, Rule, Upstream, between, is_number
+from detloss_plugins.facts import NonNegative, Positive, Rule, alike, between, is_number
 from detloss_plugins.families import RotatedLoss
 from detloss_plugins.geometry import coordinates
 from detloss_plugins.geometry import root as square_root
@@ -108,12 +108,7 @@ def _settle(distance: Tensor, fun: Function, tau: float) -> Tensor:
 
 
 def probiou_loss(
-    pred: Tensor,
-    target: Tensor,
-    *,
-    mode: Literal["l1", "l2"] = "l1",
-    floor: NonNegative = 0.0,
-    eps: ShareOfSide = 1e-4,
+    pred: Tensor, target: Tensor, *, mode: Literal["l1", "l2"] = "l1", floor: NonNegative = 0.0, eps: ShareOfSide = 1e-4
 ) -> Tensor:
     """The Hellinger distance ``H = sqrt(1 - e^-B)`` (mode "l1") or the Bhattacharyya distance ``B`` ("l2") itself.
 
@@ -137,7 +132,13 @@ def probiou_loss(
 
 
 @MODELS.register_module()
-class ProbIoULoss(RotatedLoss):
+class ProbIoULoss(
+    RotatedLoss,
+    fn=probiou_loss,
+    paper="https://arxiv.org/abs/2106.06072",
+    row_wise=True,
+    upstream=alike("ultralytics.utils.metrics.probiou", {"floor": 0.0}, {"floor": 0.01}),
+):
     """Llerena et al., Gaussian Bounding Boxes and Probabilistic Intersection-over-Union, 2021.
 
     Zero for identical boxes. Mode "l1" is at most 1 and saturates: squares 3 sides apart keep 5 millionths of the
@@ -151,15 +152,6 @@ class ProbIoULoss(RotatedLoss):
             stride units.
         eps: the shortest side, as a share of the longest of both boxes or of the gap between their centers.
     """
-
-    fn = staticmethod(probiou_loss)
-    facts = RotatedLoss.facts.but(
-        paper="https://arxiv.org/abs/2106.06072",
-        row_wise=True,
-        upstream=tuple(
-            Upstream("ultralytics.utils.metrics.probiou", {"floor": floor}, {"floor": floor}) for floor in (0.0, 0.01)
-        ),
-    )
 
 
 def gwd_loss(
@@ -193,7 +185,14 @@ def gwd_loss(
 
 
 @MODELS.register_module()
-class GWDLoss(RotatedLoss):
+class GWDLoss(
+    RotatedLoss,
+    fn=gwd_loss,
+    paper="https://arxiv.org/abs/2101.11952",
+    row_wise=True,
+    minimum=0.5,
+    scale_invariant=False,
+):
     """Yang et al., Rethinking Rotated Object Detection with Gaussian Wasserstein Distance Loss, 2021.
 
     The minimum, for identical boxes, is ``1 - 1 / tau`` (0 for ``tau=0``), the bound 1. ``d^2`` has the squared unit of
@@ -206,11 +205,6 @@ class GWDLoss(RotatedLoss):
         normalize: divide the distance by the size of the boxes.
         eps: the shortest side, as a share of the longest of both boxes or of the gap between their centers.
     """
-
-    fn = staticmethod(gwd_loss)
-    facts = RotatedLoss.facts.but(
-        paper="https://arxiv.org/abs/2101.11952", row_wise=True, minimum=0.5, scale_invariant=False
-    )
 
 
 def kld_loss(
@@ -247,7 +241,7 @@ def _side_divergence(a: Tensor, b: Tensor) -> Tensor:
 
 
 @MODELS.register_module()
-class KLDLoss(RotatedLoss):
+class KLDLoss(RotatedLoss, fn=kld_loss, paper="https://arxiv.org/abs/2106.01883", row_wise=True, symmetric=False):
     """Yang et al., Learning High-Precision Bounding Box via Kullback-Leibler Divergence, 2021.
 
     The minimum, for identical boxes, is ``1 - 1 / tau`` (0 for ``tau=0``), the bound 1. mmrotate's ``GDLoss("kld")`` is
@@ -262,9 +256,6 @@ class KLDLoss(RotatedLoss):
         factor: of the divergence.
         eps: the shortest side, as a share of the longest of both boxes or of the gap between their centers.
     """
-
-    fn = staticmethod(kld_loss)
-    facts = RotatedLoss.facts.but(paper="https://arxiv.org/abs/2106.01883", row_wise=True, symmetric=False)
 
 
 def kfiou_loss(
@@ -300,7 +291,9 @@ def kfiou_loss(
 
 
 @MODELS.register_module()
-class KFIoULoss(RotatedLoss):
+class KFIoULoss(
+    RotatedLoss, fn=kfiou_loss, paper="https://arxiv.org/abs/2201.12558", row_wise=True, minimum=2 / 3, symmetric=False
+):
     """Yang et al., The KFIoU Loss for Rotated Object Detection, 2022.
 
     KFIoU compares shapes only: it is the same wherever the centers are, so the paper adds a loss on the centers. Here
@@ -314,8 +307,3 @@ class KFIoULoss(RotatedLoss):
             offsets are zero. The plain form is symmetric in the two boxes.
         eps: the shortest side, as a share of the longest of both boxes or of the gap between their centers.
     """
-
-    fn = staticmethod(kfiou_loss)
-    facts = RotatedLoss.facts.but(
-        paper="https://arxiv.org/abs/2201.12558", row_wise=True, minimum=2 / 3, symmetric=False
-    )

@@ -11,6 +11,7 @@ from detloss_plugins.facts import Upstream
 from detloss_plugins.families import ClassificationLoss
 from detloss_plugins.loss import Loss
 from detloss_plugins.nested import each_tensor
+from detloss_plugins.testing.samples import sample
 from detloss_plugins.testing.twins import twin_of
 
 # Both sides compute in float64; what remains is where each upstream adds its eps (1e-6 or 1e-7, to areas in square
@@ -39,7 +40,7 @@ class Difference(NamedTuple):
 
 def random_tensors(cls: type[Loss]) -> tuple[Tensor, Any]:
     """``(pred, target)`` from the sampler of a loss."""
-    return cls.sample(256, seed=1)
+    return sample(cls, 256, seed=1)
 
 
 def inputs_for(loss: Loss, pred: Tensor, target: Any) -> list[tuple[str, Tensor, Any]]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from detloss_plugins.precision import COMPILES_FROM, can_compile
+from detloss_plugins.testing import sample
 
 
 def only(says):
@@ -22,7 +23,7 @@ def is_softmax(loss):
 
 def sample_for(loss, device, n=32, dtype=torch.float32, **kwargs):
     """Inputs in a form that the loss takes: class indices for a softmax loss."""
-    pred, target = type(loss).sample(n, dtype=dtype, **kwargs)
+    pred, target = sample(loss, n, dtype=dtype, **kwargs)
     target = target.argmax(-1) if is_softmax(loss) and target.dim() == pred.dim() else target
     return pred.to(device).requires_grad_(), target.to(device)
 

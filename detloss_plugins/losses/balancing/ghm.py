@@ -5,8 +5,8 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from detloss_plugins.facts import Count, Positive, Upstream, between
-from detloss_plugins.families import ClassificationLoss, RegressionLoss
+from detloss_plugins.facts import MMDET, Count, Positive, alike, between
+from detloss_plugins.families import ClassificationLoss, RegressionLoss, of_one_type
 from detloss_plugins.loss import rank_mean
 from detloss_plugins.losses.classification.common import bce
 from detloss_plugins.precision import float32
@@ -53,14 +53,10 @@ def harmony(counts: Tensor, total: Tensor | float, average: Tensor | None = None
     return torch.where(density > 0, total / (density.clamp(min=torch.finfo(torch.float32).tiny) * occupied), 0.0)
 
 
-def _weights_of(table, norm):
-    """The weights that a table of the unit regions has for some norms."""
+def _weights_of(norm, bins, table):
+    """The weights that a table of the unit regions has for some norms; None: their own, as without a past."""
+    table = harmony(bin_counts(norm, None, bins), norm.numel()) if table is None else table
     return table.to(norm.dtype)[_bin_of(norm, len(table))]
-
-
-def _own_table(norm, bins):
-    """The weights of a call without a past."""
-    return harmony(bin_counts(norm, None, bins), norm.numel())
 
 
 def ghmc_loss(pred: Tensor, target: Tensor, *, bins: Count = 10, table: Tensor | None = None) -> Tensor:
@@ -71,10 +67,9 @@ def ghmc_loss(pred: Tensor, target: Tensor, *, bins: Count = 10, table: Tensor |
     >>> ghmc_loss(torch.tensor([0.8, -0.4, 1.5, 0.7]), torch.tensor([1.0, 0.0, 0.0, 1.0])).mean()
     tensor(0.8672)
     """
-    pred = float32(pred)
-    target = target.to(pred.dtype)
+    pred, target = of_one_type(pred, target)
     norm = (pred.detach().sigmoid() - target).abs()
-    return _weights_of(_own_table(norm, bins) if table is None else table, norm) * bce(pred, target)
+    return _weights_of(norm, bins, table) * bce(pred, target)
 
 
 def ghmr_loss(
@@ -90,7 +85,7 @@ def ghmr_loss(
     pred = float32(pred)
     length = ((pred - target).square() + mu**2).sqrt()
     norm = ((pred - target) / length).detach().abs()
-    return _weights_of(_own_table(norm, bins) if table is None else table, norm) * (length - mu)
+    return _weights_of(norm, bins, table) * (length - mu)
 
 
 class _Harmonised:
@@ -98,7 +93,8 @@ class _Harmonised:
 
     observes = True
 
-    def _init_state(self, momentum):
+    def __init__(self, *, momentum: Momentum = 0.0, **settings):
+        super().__init__(**settings)
         self.momentum = momentum
         # None keeps a loss without a moving average free of state, as mmdet's.
         self.register_buffer("acc_sum", torch.zeros(self.bins) if momentum else None)
@@ -129,7 +125,17 @@ class _Harmonised:
 
 
 @MODELS.register_module()
-class GHMC(_Harmonised, ClassificationLoss):
+class GHMC(
+    _Harmonised,
+    ClassificationLoss,
+    fn=ghmc_loss,
+    paper="https://arxiv.org/abs/1811.05181",
+    row_wise=True,
+    needs_mining=False,
+    self_normalized=True,
+    filled=("table",),
+    upstream=alike(MMDET + "GHMC", {}, {"bins": 30}),
+):
     """Li et al., Gradient Harmonized Single-stage Detector, 2018 (GHM-C).
 
     As in mmdet, "mean" divides by the number of samples that count whatever ``avg_factor`` says, and a sample's weight
@@ -141,23 +147,6 @@ class GHMC(_Harmonised, ClassificationLoss):
         momentum: of the moving average of the counts, in [0, 1); 0 keeps no state.
     """
 
-    fn = staticmethod(ghmc_loss)
-    facts = ClassificationLoss.facts.but(
-        paper="https://arxiv.org/abs/1811.05181",
-        row_wise=True,
-        needs_mining=False,
-        self_normalized=True,
-        filled=("table",),
-        upstream=(
-            Upstream("mmdet.models.losses.GHMC"),
-            Upstream("mmdet.models.losses.GHMC", {"bins": 30}, {"bins": 30}),
-        ),
-    )
-
-    def __init__(self, *, momentum: Momentum = 0.0, **settings):
-        super().__init__(**settings)
-        self._init_state(momentum)
-
     def norm(self, pred, target):
         return (pred.sigmoid() - target).abs()
 
@@ -166,7 +155,16 @@ class GHMC(_Harmonised, ClassificationLoss):
 
 
 @MODELS.register_module()
-class GHMR(_Harmonised, RegressionLoss):
+class GHMR(
+    _Harmonised,
+    RegressionLoss,
+    fn=ghmr_loss,
+    paper="https://arxiv.org/abs/1811.05181",
+    row_wise=True,
+    self_normalized=True,
+    filled=("table",),
+    upstream=alike(MMDET + "GHMR"),
+):
     """Li et al., Gradient Harmonized Single-stage Detector, 2018 (GHM-R).
 
     As in mmdet, "mean" divides by the sum of the weights whatever ``avg_factor`` says; otherwise a weight is a mask.
@@ -176,19 +174,6 @@ class GHMR(_Harmonised, RegressionLoss):
         bins: number of unit regions of the gradient norm.
         momentum: of the moving average of the counts, in [0, 1); 0 keeps no state.
     """
-
-    fn = staticmethod(ghmr_loss)
-    facts = RegressionLoss.facts.but(
-        paper="https://arxiv.org/abs/1811.05181",
-        row_wise=True,
-        self_normalized=True,
-        filled=("table",),
-        upstream=(Upstream("mmdet.models.losses.GHMR"),),
-    )
-
-    def __init__(self, *, momentum: Momentum = 0.0, **settings):
-        super().__init__(**settings)
-        self._init_state(momentum)
 
     def norm(self, pred, target):
         gap = pred - target

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detloss_plugins.facts import Count, NonNegative, Number, Upstream, between
-from detloss_plugins.families import ClassificationLoss
+from detloss_plugins.facts import MMDET, Count, NonNegative, Number, alike, between
+from detloss_plugins.families import ClassificationLoss, of_one_type
 from detloss_plugins.loss import rank_mean
 from detloss_plugins.losses.classification.common import bce
 from detloss_plugins.precision import float32, is_asynchronous, is_compiling
@@ -16,6 +16,8 @@ from detloss_plugins.reduction import apply_weight, check_reduction, scaled
 from detloss_plugins.registry import MODELS
 
 __all__ = ["EQLV2Loss", "SeesawLoss", "eqlv2_loss", "eqlv2_weight", "seesaw_loss"]
+
+_EXAMPLE = {"num_classes": 8, "return_dict": False}  # of SeesawLoss
 
 
 def seesaw_loss(
@@ -54,7 +56,18 @@ def seesaw_loss(
 
 
 @MODELS.register_module()
-class SeesawLoss(ClassificationLoss):
+class SeesawLoss(
+    ClassificationLoss,
+    fn=seesaw_loss,
+    paper="https://arxiv.org/abs/2008.10032",
+    row_wise=True,
+    true_gradient=False,
+    mean_of_rows=False,
+    one_per_row=True,
+    filled=("counts",),
+    example=_EXAMPLE,
+    upstream=alike(MMDET + "SeesawLoss", _EXAMPLE, {**_EXAMPLE, "q": 1.0}),
+):
     """Wang et al., Seesaw Loss for Long-Tailed Instance Segmentation, 2020.
 
     For mmdet's two-stage heads, with mmdet's interface: logits ``(N, C + 2)``, the last two for object and background,
@@ -68,20 +81,6 @@ class SeesawLoss(ClassificationLoss):
         return_dict: False to return the sum.
     """
 
-    fn = staticmethod(seesaw_loss)
-    facts = ClassificationLoss.facts.but(
-        paper="https://arxiv.org/abs/2008.10032",
-        row_wise=True,
-        true_gradient=False,
-        mean_of_rows=False,
-        one_per_row=True,
-        filled=("counts",),
-        example=(_EXAMPLE := {"num_classes": 8, "return_dict": False}),
-        upstream=(
-            Upstream("mmdet.models.losses.SeesawLoss", _EXAMPLE, _EXAMPLE),
-            Upstream("mmdet.models.losses.SeesawLoss", {**_EXAMPLE, "q": 1.0}, {**_EXAMPLE, "q": 1.0}),
-        ),
-    )
     sigmoid_only = False
     custom_cls_channels = custom_activation = custom_accuracy = True  # mmdet's heads ask for these
 
@@ -164,14 +163,6 @@ class SeesawLoss(ClassificationLoss):
         loss = {name: scaled(value, count, avg_factor, reduction) for name, (value, count) in parts.items()}
         return loss if self.return_dict else sum(loss.values())
 
-    @classmethod
-    def sample(cls, n=64, seed=0, dtype=torch.float32, classes=8):
-        """Logits ``(n, classes + 2)`` and labels, a third of them background."""
-        generator = torch.Generator().manual_seed(seed)
-        logits = torch.randn(n, classes + 2, generator=generator, dtype=torch.float64)
-        label = torch.randint(0, classes + classes // 2, (n,), generator=generator).clamp(max=classes)
-        return logits.to(dtype), label
-
 
 def eqlv2_loss(
     pred: Tensor,
@@ -193,8 +184,7 @@ def eqlv2_loss(
     >>> eqlv2_loss(pred, target, ratio=torch.tensor([0.5, 0.8]))  # weights 1 + 4 (1 - 0.0266) and 1/2
     tensor([[1.8160, 0.2565]])
     """
-    pred = float32(pred)
-    target = target.to(pred.dtype)
+    pred, target = of_one_type(pred, target)
     loss = bce(pred, target)
     return loss if ratio is None else eqlv2_weight(target, ratio, gamma, mu, alpha) * loss
 
@@ -207,7 +197,16 @@ def eqlv2_weight(target: Tensor, ratio: Tensor, gamma: float, mu: float, alpha: 
 
 
 @MODELS.register_module()
-class EQLV2Loss(ClassificationLoss):
+class EQLV2Loss(
+    ClassificationLoss,
+    fn=eqlv2_loss,
+    paper="https://arxiv.org/abs/2012.08548",
+    row_wise=True,
+    sums_classes=True,
+    filled=("ratio",),
+    example={"num_classes": 9},  # the sample's tenth column is the background
+    upstream=alike(MMDET + "EQLV2Loss", {"num_classes": 9}),
+):
     """Tan et al., Equalization Loss v2, 2020.
 
     With mmdet's interface: logits ``(N, C + 1)`` whose last column is the background, which has weight 1 and is not
@@ -218,16 +217,6 @@ class EQLV2Loss(ClassificationLoss):
         num_classes: C.
         gamma, mu, alpha: see :func:`eqlv2_loss`.
     """
-
-    fn = staticmethod(eqlv2_loss)
-    facts = ClassificationLoss.facts.but(
-        paper="https://arxiv.org/abs/2012.08548",
-        row_wise=True,
-        sums_classes=True,
-        filled=("ratio",),
-        example={"num_classes": 9},  # the sample's tenth column is the background
-        upstream=(Upstream("mmdet.models.losses.EQLV2Loss", {"num_classes": 9}, {"num_classes": 9}),),
-    )
 
     def __init__(self, *, num_classes: Count = 1203, **settings):
         super().__init__(**settings)

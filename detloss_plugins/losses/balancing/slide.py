@@ -5,10 +5,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from detloss_plugins.families import ClassificationLoss
+from detloss_plugins.families import ClassificationLoss, of_one_type
 from detloss_plugins.loss import rank_mean
 from detloss_plugins.losses.classification.common import bce, over_base
-from detloss_plugins.precision import float32
 from detloss_plugins.registry import MODELS, build_loss
 
 __all__ = ["SlideLoss", "slide_loss", "slide_weight"]
@@ -43,8 +42,7 @@ def slide_loss(
     >>> slide_loss(torch.tensor([[0.8], [-0.4], [1.5]]), torch.tensor([[0.1], [0.55], [0.9]])).squeeze(-1)
     tensor([1.0911, 1.1496, 0.3884])
     """
-    pred = float32(pred)
-    target = target.to(pred.dtype)
+    pred, target = of_one_type(pred, target)
     mean_iou = _mean(*_positives(target)) if mean_iou is None else mean_iou.to(pred.dtype)
     elements = bce(pred, target) if elements is None else elements
     return slide_weight(target, mean_iou, authors_code) * elements
@@ -62,7 +60,13 @@ def _mean(total, count, otherwise=0.5):
 
 
 @MODELS.register_module()
-class SlideLoss(ClassificationLoss):
+class SlideLoss(
+    ClassificationLoss,
+    fn=slide_loss,
+    paper="https://arxiv.org/abs/2208.02019",
+    row_wise=True,
+    filled=("mean_iou", "elements"),
+):
     """Yu et al., YOLO-FaceV2, 2022.
 
     Hard samples, whose IoU is about the mean, weigh more. The target is the IoU on the label's channel: dense, or
@@ -75,11 +79,6 @@ class SlideLoss(ClassificationLoss):
     Raises:
         ValueError: if ``base`` is no sigmoid classification loss.
     """
-
-    fn = staticmethod(slide_loss)
-    facts = ClassificationLoss.facts.but(
-        paper="https://arxiv.org/abs/2208.02019", row_wise=True, filled=("mean_iou", "elements")
-    )
 
     def __init__(self, *, base: Mapping | None = None, **settings):
         super().__init__(**settings)

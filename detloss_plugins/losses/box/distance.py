@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detloss_plugins.facts import Positive, Upstream, size_rule
+from detloss_plugins.facts import MMDET, Positive, alike, size_rule
 from detloss_plugins.families import BoxLoss
 from detloss_plugins.geometry import Box, Pair, ratio, root
 from detloss_plugins.registry import MODELS
@@ -31,7 +31,16 @@ def mpdiou_loss(pred: Tensor, target: Tensor, *, image_size: Any, eps: Positive 
 
 
 @MODELS.register_module()
-class MPDIoULoss(BoxLoss):
+class MPDIoULoss(
+    BoxLoss,
+    fn=mpdiou_loss,
+    paper="https://arxiv.org/abs/2307.07662",
+    row_wise=True,
+    attracts=True,
+    scale_invariant=False,
+    example={"image_size": (640, 640)},
+    filled=("image_size",),
+):
     """Ma and Xu, MPDIoU, 2023.
 
     Args:
@@ -41,16 +50,6 @@ class MPDIoULoss(BoxLoss):
     Raises:
         ValueError: if ``image_size`` is "batch" and nobody has set ``batch_image_size``.
     """
-
-    fn = staticmethod(mpdiou_loss)
-    facts = BoxLoss.facts.but(
-        paper="https://arxiv.org/abs/2307.07662",
-        row_wise=True,
-        attracts=True,
-        scale_invariant=False,
-        example={"image_size": (640, 640)},
-        filled=("image_size",),
-    )
 
     def __init__(self, *, image_size: Size | Literal["batch"] = None, **settings):
         super().__init__(**settings)
@@ -93,22 +92,21 @@ def powerful_iou_loss(
 
 
 @MODELS.register_module()
-class PowerfulIoULoss(BoxLoss):
+class PowerfulIoULoss(
+    BoxLoss,
+    fn=powerful_iou_loss,
+    paper="https://www.sciencedirect.com/science/article/pii/S0893608023006640",
+    row_wise=True,
+    attracts=True,
+    bounds=(0.0, 2.0),
+    symmetric=False,
+):
     """Liu et al., Powerful-IoU, 2024 (PIoU).
 
     Args:
         version: 1, or 2 for the focusing weight.
         lambda_: of the focusing weight.
     """
-
-    fn = staticmethod(powerful_iou_loss)
-    facts = BoxLoss.facts.but(
-        paper="https://www.sciencedirect.com/science/article/pii/S0893608023006640",
-        row_wise=True,
-        attracts=True,
-        bounds=(0.0, 2.0),
-        symmetric=False,
-    )
 
 
 def nwd_loss(pred: Tensor, target: Tensor, *, constant: Positive = 12.8) -> Tensor:
@@ -128,22 +126,21 @@ def nwd_loss(pred: Tensor, target: Tensor, *, constant: Positive = 12.8) -> Tens
 
 
 @MODELS.register_module()
-class NWDLoss(BoxLoss):
+class NWDLoss(
+    BoxLoss,
+    fn=nwd_loss,
+    paper="https://arxiv.org/abs/2110.13389",
+    row_wise=True,
+    attracts=True,
+    bounds=(0.0, 1.0),
+    scale_invariant=False,
+):
     """Wang et al., Normalized Gaussian Wasserstein Distance, 2021.
 
     Args:
         constant: in the unit of the boxes, pixels; about the mean size of the data set's objects. A box much further
             away than that gets hardly any gradient. 12.8 is that of AI-TOD, a data set of tiny objects.
     """
-
-    fn = staticmethod(nwd_loss)
-    facts = BoxLoss.facts.but(
-        paper="https://arxiv.org/abs/2110.13389",
-        row_wise=True,
-        attracts=True,
-        bounds=(0.0, 1.0),
-        scale_invariant=False,
-    )
 
 
 def bounded_iou_loss(pred: Tensor, target: Tensor, *, beta: Positive = 0.2, eps: Positive = 1e-3) -> Tensor:
@@ -170,7 +167,16 @@ def bounded_iou_loss(pred: Tensor, target: Tensor, *, beta: Positive = 0.2, eps:
 
 
 @MODELS.register_module()
-class BoundedIoULoss(BoxLoss):
+class BoundedIoULoss(
+    BoxLoss,
+    fn=bounded_iou_loss,
+    paper="https://arxiv.org/abs/1711.00164",
+    row_wise=True,
+    one_per_row=False,
+    symmetric=False,
+    scale_invariant=False,
+    upstream=alike(MMDET + "BoundedIoULoss"),
+):
     """Tychsen-Smith and Petersson, Fitness NMS and Bounded IoU Loss, 2017.
 
     Four losses a box, ``(..., 4)``: a mean over them is a quarter of their sum. A center further away than half the
@@ -180,16 +186,6 @@ class BoundedIoULoss(BoxLoss):
         beta: where smooth L1 turns linear.
         eps: in the unit of the boxes, pixels.
     """
-
-    fn = staticmethod(bounded_iou_loss)
-    facts = BoxLoss.facts.but(
-        paper="https://arxiv.org/abs/1711.00164",
-        row_wise=True,
-        one_per_row=False,
-        symmetric=False,
-        scale_invariant=False,
-        upstream=(Upstream("mmdet.models.losses.BoundedIoULoss"),),
-    )
 
 
 def extended_iou_loss(pred: Tensor, target: Tensor, *, smooth_point: Positive = 0.1, eps: Positive = 1e-7) -> Tensor:
@@ -216,18 +212,17 @@ def extended_iou_loss(pred: Tensor, target: Tensor, *, smooth_point: Positive = 
 
 
 @MODELS.register_module()
-class ExtendedIoULoss(BoxLoss):
+class ExtendedIoULoss(
+    BoxLoss,
+    fn=extended_iou_loss,
+    paper="https://ieeexplore.ieee.org/document/9429909",
+    row_wise=True,
+    attracts=True,
+    bounds=(0.0, 2.0),
+    upstream=alike(MMDET + "EIoULoss"),
+):
     """Peng and Yu, A Systematic IoU-Related Method, 2021 (mmdet's EIoULoss).
 
     Args:
         smooth_point: below it the loss is quadratic, above 0.
     """
-
-    fn = staticmethod(extended_iou_loss)
-    facts = BoxLoss.facts.but(
-        paper="https://ieeexplore.ieee.org/document/9429909",
-        row_wise=True,
-        attracts=True,
-        bounds=(0.0, 2.0),
-        upstream=(Upstream("mmdet.models.losses.EIoULoss"),),
-    )

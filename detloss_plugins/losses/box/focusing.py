@@ -52,7 +52,15 @@ def wiou_loss(
 
 
 @MODELS.register_module()
-class WIoULoss(BoxLoss):
+class WIoULoss(
+    BoxLoss,
+    fn=wiou_loss,
+    paper="https://arxiv.org/abs/2301.10051",
+    row_wise=True,
+    attracts=True,
+    true_gradient=False,
+    filled=("mean",),
+):
     """Tong et al., Wise-IoU, 2023.
 
     Versions 2 and 3 compare a box with the running mean of ``1 - IoU``, which starts at 1 and moves in training, before
@@ -65,11 +73,6 @@ class WIoULoss(BoxLoss):
         momentum: share of a batch in the running mean, in (0, 1]. The paper's is ``1 - 0.05^(1 / n)``, n the steps
             until the model hardly improves any more.
     """
-
-    fn = staticmethod(wiou_loss)
-    facts = BoxLoss.facts.but(
-        paper="https://arxiv.org/abs/2301.10051", row_wise=True, attracts=True, true_gradient=False, filled=("mean",)
-    )
 
     def __init__(self, *, momentum: Momentum = 0.01, **settings):
         super().__init__(**settings)
@@ -134,19 +137,8 @@ def focaler_iou_loss(
     return 1 - focaler if base is None else base(pred, target) + iou - focaler
 
 
-class _OverABase(BoxLoss):
-    """A box loss that changes another one.
-
-    Args:
-        base: config of a box loss with one value a box; None for the plain form.
-
-    Raises:
-        ValueError: if ``base`` is another kind of loss.
-    """
-
-    facts = BoxLoss.facts.but(  # some are those of the default base
-        bounds=(0.0, 5.0), true_gradient=False, attracts=True, filled=("base",)
-    )
+class _OverABase(BoxLoss, bounds=(0.0, 5.0), true_gradient=False, attracts=True, filled=("base",)):
+    """A box loss that changes another one, ``base``; None for the plain form. Some facts are the default base's."""
 
     def __init__(self, *, base: Mapping | None = CIOU, **settings):
         super().__init__(**settings)
@@ -170,7 +162,7 @@ class _OverABase(BoxLoss):
 
 
 @MODELS.register_module()
-class InnerIoULoss(_OverABase):
+class InnerIoULoss(_OverABase, fn=inner_iou_loss, paper="https://arxiv.org/abs/2311.02877", row_wise=True):
     """Zhang et al., Inner-IoU, 2023.
 
     Args:
@@ -181,12 +173,9 @@ class InnerIoULoss(_OverABase):
         ValueError: if ``base`` is another kind of loss.
     """
 
-    fn = staticmethod(inner_iou_loss)
-    facts = _OverABase.facts.but(paper="https://arxiv.org/abs/2311.02877", row_wise=True)
-
 
 @MODELS.register_module()
-class FocalerIoULoss(_OverABase):
+class FocalerIoULoss(_OverABase, fn=focaler_iou_loss, paper="https://arxiv.org/abs/2401.10525", row_wise=True):
     """Zhang et al., Focaler-IoU, 2024.
 
     Args:
@@ -196,9 +185,6 @@ class FocalerIoULoss(_OverABase):
     Raises:
         ValueError: for other ``d`` and ``u``, or if ``base`` is another kind of loss.
     """
-
-    fn = staticmethod(focaler_iou_loss)
-    facts = _OverABase.facts.but(paper="https://arxiv.org/abs/2401.10525", row_wise=True)
 
     def __init__(self, **settings):
         super().__init__(**settings)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from detloss_plugins.facts import NonNegative, Positive, Share, Upstream, at_least
+from detloss_plugins.facts import MMDET, NonNegative, Positive, Share, Upstream, alike, alike_except, at_least
 from detloss_plugins.families import BoxLoss
 from detloss_plugins.geometry import Pair, power
 from detloss_plugins.registry import MODELS
@@ -20,11 +20,18 @@ __all__ = [
 ]  # fmt: skip
 
 AtLeastOne = Annotated[float, at_least(1)]
-# Inputs on which upstream is wrong, and why.
+_BBOX_IOU = "ultralytics.utils.metrics.bbox_iou"
+# Why upstream is another loss, and the boxes on which it is.
 _INVERTED = "an inverted box has a positive area there: this one, fully inverted, costs nothing"
 _FULLY_INVERTED = ((20, 20, 10, 10), (10, 10, 20, 20))
 _ABSOLUTE_EPS = "eps is added to areas there, so identical boxes in normalised coordinates cost something"
 _NORMALISED = ((1e-3, 1e-3, 2e-3, 2e-3), (1e-3, 1e-3, 2e-3, 2e-3))
+_NAN_ALPHA = "mmdet's alpha is 0/0 = NaN for identical boxes"
+_NAN_ASPECT = "torchvision's aspect ratio is 0/0 = NaN for a box without extent"
+_HUGE_GRADIENT = "Ultralytics' aspect term has a gradient of a million for a box without extent"
+_EXTENDED = "mmdet's EIoULoss is Extended-IoU (smooth, libfacedetection), not Efficient-IoU"
+_NAN_SIOU = "mmdet's is 0/0 = NaN for two boxes without extent"
+_REVERSED = "mmdet's default has the distance term's sign reversed: far boxes cost less, are pushed away"
 
 
 def iou_loss(
@@ -44,21 +51,17 @@ def iou_loss(
 
 
 @MODELS.register_module()
-class IoULoss(BoxLoss):
+class IoULoss(
+    BoxLoss,
+    fn=iou_loss,
+    paper="https://arxiv.org/abs/1608.01471",
+    row_wise=True,
+    upstream=alike(MMDET + "IoULoss", {"mode": "log"}, {"mode": "linear"}, {"mode": "square"}),
+):
     """Yu et al., UnitBox, 2016.
 
     The logarithmic form is the paper's; the linear and the square one are mmdet's.
     """
-
-    fn = staticmethod(iou_loss)
-    facts = BoxLoss.facts.but(
-        paper="https://arxiv.org/abs/1608.01471",
-        row_wise=True,
-        upstream=tuple(
-            Upstream("mmdet.models.losses.IoULoss", {"mode": mode}, {"mode": mode})
-            for mode in ("log", "linear", "square")
-        ),
-    )
 
 
 def giou_loss(pred: Tensor, target: Tensor, *, eps: Positive = 1e-7) -> Tensor:
@@ -72,23 +75,20 @@ def giou_loss(pred: Tensor, target: Tensor, *, eps: Positive = 1e-7) -> Tensor:
 
 
 @MODELS.register_module()
-class GIoULoss(BoxLoss):
+class GIoULoss(
+    BoxLoss,
+    fn=giou_loss,
+    paper="https://arxiv.org/abs/1902.09630",
+    row_wise=True,
+    attracts=True,
+    bounds=(0.0, 2.0),
+    upstream=(
+        *alike_except(MMDET + "GIoULoss", _INVERTED, _FULLY_INVERTED),
+        *alike_except("torchvision.ops.generalized_box_iou_loss", _INVERTED, _FULLY_INVERTED),
+        Upstream(_BBOX_IOU, theirs={"xywh": False, "GIoU": True}),
+    ),
+):
     """Rezatofighi et al., Generalized Intersection over Union, 2019."""
-
-    fn = staticmethod(giou_loss)
-    facts = BoxLoss.facts.but(
-        paper="https://arxiv.org/abs/1902.09630",
-        row_wise=True,
-        attracts=True,
-        bounds=(0.0, 2.0),
-        upstream=(
-            Upstream("mmdet.models.losses.GIoULoss"),
-            Upstream("torchvision.ops.generalized_box_iou_loss"),
-            Upstream("ultralytics.utils.metrics.bbox_iou", theirs={"xywh": False, "GIoU": True}),
-            Upstream("mmdet.models.losses.GIoULoss", differs=_INVERTED, at=_FULLY_INVERTED),
-            Upstream("torchvision.ops.generalized_box_iou_loss", differs=_INVERTED, at=_FULLY_INVERTED),
-        ),
-    )
 
 
 def diou_loss(pred: Tensor, target: Tensor, *, eps: Positive = 1e-7) -> Tensor:
@@ -102,23 +102,20 @@ def diou_loss(pred: Tensor, target: Tensor, *, eps: Positive = 1e-7) -> Tensor:
 
 
 @MODELS.register_module()
-class DIoULoss(BoxLoss):
+class DIoULoss(
+    BoxLoss,
+    fn=diou_loss,
+    paper="https://arxiv.org/abs/1911.08287",
+    row_wise=True,
+    attracts=True,
+    bounds=(0.0, 2.0),
+    upstream=(
+        *alike_except(MMDET + "DIoULoss", _ABSOLUTE_EPS, _NORMALISED),
+        *alike_except("torchvision.ops.distance_box_iou_loss", _ABSOLUTE_EPS, _NORMALISED),
+        Upstream(_BBOX_IOU, theirs={"xywh": False, "DIoU": True}),
+    ),
+):
     """Zheng et al., Distance-IoU Loss, 2019."""
-
-    fn = staticmethod(diou_loss)
-    facts = BoxLoss.facts.but(
-        paper="https://arxiv.org/abs/1911.08287",
-        row_wise=True,
-        attracts=True,
-        bounds=(0.0, 2.0),
-        upstream=(
-            Upstream("mmdet.models.losses.DIoULoss"),
-            Upstream("torchvision.ops.distance_box_iou_loss"),
-            Upstream("ultralytics.utils.metrics.bbox_iou", theirs={"xywh": False, "DIoU": True}),
-            Upstream("mmdet.models.losses.DIoULoss", differs=_ABSOLUTE_EPS, at=_NORMALISED),
-            Upstream("torchvision.ops.distance_box_iou_loss", differs=_ABSOLUTE_EPS, at=_NORMALISED),
-        ),
-    )
 
 
 def ciou_loss(pred: Tensor, target: Tensor, *, alpha_gate: Share | None = None, eps: Positive = 1e-7) -> Tensor:
@@ -136,39 +133,21 @@ def ciou_loss(pred: Tensor, target: Tensor, *, alpha_gate: Share | None = None, 
 
 
 @MODELS.register_module()
-class CIoULoss(BoxLoss):
+class CIoULoss(
+    BoxLoss,
+    fn=ciou_loss,
+    paper="https://arxiv.org/abs/1911.08287",
+    row_wise=True,
+    attracts=True,
+    bounds=(0.0, 2.5),
+    true_gradient=False,
+    upstream=(
+        *alike_except(MMDET + "CIoULoss", _NAN_ALPHA, ((10, 10, 20, 20), (10, 10, 20, 20)), {"alpha_gate": 0.5}),
+        *alike_except("torchvision.ops.complete_box_iou_loss", _NAN_ASPECT, ((5, 5, 5, 5), (3, 3, 9, 9))),
+        *alike_except(_BBOX_IOU, _HUGE_GRADIENT, ((6, 6, 6, 6), (3, 3, 9, 9)), theirs={"xywh": False, "CIoU": True}),
+    ),
+):
     """Zheng et al., Distance-IoU Loss, 2019 (CIoU)."""
-
-    fn = staticmethod(ciou_loss)
-    facts = BoxLoss.facts.but(
-        paper="https://arxiv.org/abs/1911.08287",
-        row_wise=True,
-        attracts=True,
-        bounds=(0.0, 2.5),
-        true_gradient=False,
-        upstream=(
-            Upstream("mmdet.models.losses.CIoULoss", {"alpha_gate": 0.5}),
-            Upstream("torchvision.ops.complete_box_iou_loss"),
-            Upstream("ultralytics.utils.metrics.bbox_iou", theirs={"xywh": False, "CIoU": True}),
-            Upstream(
-                "mmdet.models.losses.CIoULoss",
-                {"alpha_gate": 0.5},
-                differs="mmdet's alpha is 0/0 = NaN for identical boxes",
-                at=((10, 10, 20, 20), (10, 10, 20, 20)),
-            ),
-            Upstream(
-                "torchvision.ops.complete_box_iou_loss",
-                differs="torchvision's aspect ratio is 0/0 = NaN for a box without extent",
-                at=((5, 5, 5, 5), (3, 3, 9, 9)),
-            ),
-            Upstream(
-                "ultralytics.utils.metrics.bbox_iou",
-                theirs={"xywh": False, "CIoU": True},
-                differs="Ultralytics' aspect term has a gradient of a million for a box without extent",
-                at=((6, 6, 6, 6), (3, 3, 9, 9)),
-            ),
-        ),
-    )
 
 
 def eiou_loss(pred: Tensor, target: Tensor, *, eps: Positive = 1e-7) -> Tensor:
@@ -182,25 +161,19 @@ def eiou_loss(pred: Tensor, target: Tensor, *, eps: Positive = 1e-7) -> Tensor:
 
 
 @MODELS.register_module(name=["EfficientIoULoss", "EIoULoss"])
-class EfficientIoULoss(BoxLoss):
+class EfficientIoULoss(
+    BoxLoss,
+    fn=eiou_loss,
+    paper="https://arxiv.org/abs/2101.08158",
+    row_wise=True,
+    attracts=True,
+    bounds=(0.0, 4.0),
+    upstream=(Upstream(MMDET + "EIoULoss", differs=_EXTENDED),),
+):
     """Zhang et al., Focal and Efficient IOU Loss, 2021 (EIoU).
 
     mmdet's EIoULoss is another loss, Extended-IoU.
     """
-
-    fn = staticmethod(eiou_loss)
-    facts = BoxLoss.facts.but(
-        paper="https://arxiv.org/abs/2101.08158",
-        row_wise=True,
-        attracts=True,
-        bounds=(0.0, 4.0),
-        upstream=(
-            Upstream(
-                "mmdet.models.losses.EIoULoss",
-                differs="mmdet's EIoULoss is Extended-IoU (smooth, libfacedetection), not Efficient-IoU",
-            ),
-        ),
-    )
 
 
 EIoULoss = EfficientIoULoss
@@ -230,13 +203,15 @@ def focal_eiou_loss(
 
 
 @MODELS.register_module(name=["FocalEfficientIoULoss", "FocalEIoULoss"])
-class FocalEfficientIoULoss(BoxLoss):
+class FocalEfficientIoULoss(
+    BoxLoss,
+    fn=focal_eiou_loss,
+    paper="https://arxiv.org/abs/2101.08158",
+    row_wise=True,
+    bounds=(0.0, 4.0),
+    true_gradient=False,
+):
     """Zhang et al., Focal and Efficient IOU Loss, 2021 (Focal-EIoU)."""
-
-    fn = staticmethod(focal_eiou_loss)
-    facts = BoxLoss.facts.but(
-        paper="https://arxiv.org/abs/2101.08158", row_wise=True, bounds=(0.0, 4.0), true_gradient=False
-    )
 
 
 FocalEIoULoss = FocalEfficientIoULoss
@@ -260,34 +235,23 @@ def siou_loss(pred: Tensor, target: Tensor, *, theta: AtLeastOne = 4.0, eps: Pos
 
 
 @MODELS.register_module()
-class SIoULoss(BoxLoss):
+class SIoULoss(
+    BoxLoss,
+    fn=siou_loss,
+    paper="https://arxiv.org/abs/2205.12740",
+    row_wise=True,
+    attracts=True,
+    bounds=(0.0, 2.1),
+    upstream=(
+        *alike_except(MMDET + "SIoULoss", _NAN_SIOU, ((5, 5, 5, 5), (5, 5, 5, 5)), theirs={"neg_gamma": True}),
+        Upstream(MMDET + "SIoULoss", differs=_REVERSED, at=((0, 0, 2, 2), (4, 3, 6, 7))),
+    ),
+):
     """Gevorgyan, SIoU Loss, 2022.
 
     Args:
         theta: how much a small difference of the sides is forgiven, at least 1; 2 to 6 are usual.
     """
-
-    fn = staticmethod(siou_loss)
-    facts = BoxLoss.facts.but(
-        paper="https://arxiv.org/abs/2205.12740",
-        row_wise=True,
-        attracts=True,
-        bounds=(0.0, 2.1),
-        upstream=(
-            Upstream("mmdet.models.losses.SIoULoss", theirs={"neg_gamma": True}),
-            Upstream(
-                "mmdet.models.losses.SIoULoss",
-                theirs={"neg_gamma": True},
-                differs="mmdet's is 0/0 = NaN for two boxes without extent",
-                at=((5, 5, 5, 5), (5, 5, 5, 5)),
-            ),
-            Upstream(
-                "mmdet.models.losses.SIoULoss",
-                differs="mmdet's default has the distance term's sign reversed: far boxes cost less, are pushed away",
-                at=((0, 0, 2, 2), (4, 3, 6, 7)),
-            ),
-        ),
-    )
 
 
 def alpha_iou_loss(
@@ -317,7 +281,9 @@ def alpha_iou_loss(
 
 
 @MODELS.register_module()
-class AlphaIoULoss(BoxLoss):
+class AlphaIoULoss(
+    BoxLoss, fn=alpha_iou_loss, paper="https://arxiv.org/abs/2110.13675", row_wise=True, bounds=(0.0, 3.0)
+):
     """He et al., Alpha-IoU, 2021.
 
     A power above 1 favours boxes that fit well already; the IoU term is flat where boxes barely overlap.
@@ -326,9 +292,6 @@ class AlphaIoULoss(BoxLoss):
         alpha: the power, above 0.
         penalty: "iou" for none, "giou", "diou" or "ciou".
     """
-
-    fn = staticmethod(alpha_iou_loss)
-    facts = BoxLoss.facts.but(paper="https://arxiv.org/abs/2110.13675", row_wise=True, bounds=(0.0, 3.0))
 
 
 def shape_iou_loss(
@@ -355,15 +318,18 @@ def shape_iou_loss(
 
 
 @MODELS.register_module()
-class ShapeIoULoss(BoxLoss):
+class ShapeIoULoss(
+    BoxLoss,
+    fn=shape_iou_loss,
+    paper="https://arxiv.org/abs/2312.17663",
+    row_wise=True,
+    attracts=True,
+    bounds=(0.0, 4.0),
+    symmetric=False,
+):
     """Zhang and Zhang, Shape-IoU, 2023.
 
     Args:
         scale: exponent of the target's sides in the weights; larger for data sets of larger objects, 0 to switch off.
         theta: as in SIoU, at least 1.
     """
-
-    fn = staticmethod(shape_iou_loss)
-    facts = BoxLoss.facts.but(
-        paper="https://arxiv.org/abs/2312.17663", row_wise=True, attracts=True, bounds=(0.0, 4.0), symmetric=False
-    )

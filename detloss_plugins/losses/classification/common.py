@@ -30,17 +30,6 @@ def bce(pred: Tensor, target: Tensor, activated: bool = False, pos_weight: Tenso
     return F.binary_cross_entropy_with_logits(pred, target, reduction="none", pos_weight=pos_weight)
 
 
-def miss(pred: Tensor, target: Tensor, activated: bool = False) -> Tensor:
-    """``1 - p_t = y (1 - p) + (1 - y) p``, exact where it is small: ``1 - p`` is the sigmoid of the negative logit."""
-    p, rest = (pred, 1 - pred) if activated else (pred.sigmoid(), (-pred).sigmoid())
-    return torch.lerp(p, rest, target)
-
-
-def balance(alpha: Any, target: Tensor) -> Tensor | float:
-    """``alpha`` for positives, ``1 - alpha`` for negatives, in between for soft targets; 1 for no ``alpha``."""
-    return 1.0 if alpha is None else (2 * alpha - 1) * target + (1 - alpha)
-
-
 def class_vector(values: Any, pred: Tensor) -> Any:
     """Per-class values (number, list, tensor or None) beside ``pred``."""
     if values is None or isinstance(values, (int, float)):

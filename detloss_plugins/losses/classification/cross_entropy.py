@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detloss_plugins.facts import Facts, NonNegative, PerClass, Positive, Share, Upstream
-from detloss_plugins.families import ClassificationLoss
+from detloss_plugins.facts import MMDET, TORCH, NonNegative, PerClass, Positive, Share, Upstream, alike
+from detloss_plugins.families import ClassificationLoss, of_one_type
 from detloss_plugins.loss import Loss
 from detloss_plugins.losses.classification.common import SoftmaxOrSigmoid, bce, class_vector
 from detloss_plugins.precision import float32, longest
@@ -50,18 +50,21 @@ def cross_entropy_loss(
     else:
         target = target.masked_fill((target < 0) | (target == ignore_index), -100).flatten()
     loss = F.cross_entropy(
-        pred.flatten(0, -2),
-        target,
-        weight=weight,
-        reduction="none",
-        ignore_index=-100,
-        label_smoothing=label_smoothing,
+        pred.flatten(0, -2), target, weight=weight, reduction="none", ignore_index=-100, label_smoothing=label_smoothing
     )
     return loss.reshape(pred.shape[:-1])
 
 
 @MODELS.register_module()
-class CrossEntropyLoss(SoftmaxOrSigmoid):
+class CrossEntropyLoss(
+    SoftmaxOrSigmoid,
+    fn=cross_entropy_loss,
+    row_wise=True,
+    upstream=(
+        *alike(TORCH + "cross_entropy", {}, {"label_smoothing": 0.1}),
+        *alike(MMDET + "CrossEntropyLoss", {}, {"class_weight": [1.0, 2.0, 0.5, 1.5, 1.0] * 2}, {"use_sigmoid": True}),
+    ),
+):
     """Softmax cross entropy, or binary cross entropy with `use_sigmoid=True`.
 
     The options and the mean are those of mmdet's class of this name.
@@ -74,29 +77,8 @@ class CrossEntropyLoss(SoftmaxOrSigmoid):
         label_smoothing: epsilon; the target becomes ``(1 - epsilon) target + epsilon / C`` (sigmoid: ``/ 2``).
     """
 
-    fn = staticmethod(cross_entropy_loss)
-    facts = SoftmaxOrSigmoid.facts.but(
-        row_wise=True,
-        upstream=(
-            Upstream("torch.nn.functional.cross_entropy"),
-            Upstream("torch.nn.functional.cross_entropy", {"label_smoothing": 0.1}, {"label_smoothing": 0.1}),
-            Upstream("mmdet.models.losses.CrossEntropyLoss"),
-            Upstream(
-                "mmdet.models.losses.CrossEntropyLoss",
-                {"class_weight": [1.0, 2.0, 0.5, 1.5, 1.0] * 2},
-                {"class_weight": [1.0, 2.0, 0.5, 1.5, 1.0] * 2},
-            ),
-            Upstream("mmdet.models.losses.CrossEntropyLoss", {"use_sigmoid": True}, {"use_sigmoid": True}),
-        ),
-    )
-
     def __init__(
-        self,
-        *,
-        use_sigmoid: bool = False,
-        avg_non_ignore: bool = False,
-        ignore_index: int | None = -100,
-        **settings,
+        self, *, use_sigmoid: bool = False, avg_non_ignore: bool = False, ignore_index: int | None = -100, **settings
     ):
         super().__init__(use_sigmoid=use_sigmoid, **settings)
         self.facts = self.facts.but(keeps_little=not use_sigmoid)  # one operator of torch's
@@ -126,9 +108,6 @@ class CrossEntropyLoss(SoftmaxOrSigmoid):
         per_valid = 1 if valid.shape == pred.shape or not self.use_sigmoid else pred.shape[-1]
         return {"counted": valid.sum() * per_valid}
 
-    def summarise(self, sums):
-        return sums or {}
-
     def elements(self, pred, target, seen):
         return super().elements(pred, target, {})
 
@@ -153,7 +132,16 @@ def binary_cross_entropy_loss(
 
 
 @MODELS.register_module()
-class BinaryCrossEntropyLoss(ClassificationLoss):
+class BinaryCrossEntropyLoss(
+    ClassificationLoss,
+    fn=binary_cross_entropy_loss,
+    row_wise=True,
+    upstream=(
+        *alike(TORCH + "binary_cross_entropy_with_logits"),
+        Upstream(TORCH + "binary_cross_entropy", {"activated": True}),
+        Upstream(MMDET + "CrossEntropyLoss", theirs={"use_sigmoid": True}),
+    ),
+):
     """Binary cross entropy of every class on its own, with hard, soft or multi-hot targets.
 
     Args:
@@ -163,16 +151,6 @@ class BinaryCrossEntropyLoss(ClassificationLoss):
     Raises:
         ValueError: for a ``pos_weight`` beside ``activated``.
     """
-
-    fn = staticmethod(binary_cross_entropy_loss)
-    facts = ClassificationLoss.facts.but(
-        row_wise=True,
-        upstream=(
-            Upstream("torch.nn.functional.binary_cross_entropy_with_logits"),
-            Upstream("torch.nn.functional.binary_cross_entropy", {"activated": True}),
-            Upstream("mmdet.models.losses.CrossEntropyLoss", theirs={"use_sigmoid": True}),
-        ),
-    )
 
     def __init__(self, **settings):
         super().__init__(**settings)
@@ -199,8 +177,7 @@ def balanced_cross_entropy_loss(
     >>> balanced_cross_entropy_loss(torch.zeros(4), torch.tensor([1.0, 0, 0, 0]))  # 3/4 ln 2 and 1/4 ln 2
     tensor([0.5199, 0.1733, 0.1733, 0.1733])
     """
-    pred = float32(pred)
-    target = target.to(pred.dtype)
+    pred, target = of_one_type(pred, target)
     counted = (target >= 0) | target.isnan()
     target = torch.where(counted, target, 0)
     if alpha == "auto":
@@ -221,7 +198,18 @@ def _balance_sums(target, counted):
 
 
 @MODELS.register_module()
-class BalancedCrossEntropyLoss(ClassificationLoss):
+class BalancedCrossEntropyLoss(
+    ClassificationLoss,
+    fn=balanced_cross_entropy_loss,
+    paper="https://arxiv.org/abs/1504.06375",
+    row_wise=True,
+    needs_mining=False,
+    filled=("positives", "negatives"),
+    upstream=tuple(
+        Upstream("torchvision.ops.sigmoid_focal_loss", {"alpha": alpha}, {"alpha": alpha, "gamma": 0.0})
+        for alpha in (0.3, 0.75)
+    ),
+):
     """Xie and Tu, Holistically-Nested Edge Detection, 2015.
 
     Each call counts its own positives and negatives, without the rows whose label or weight says that they are ignored.
@@ -231,18 +219,6 @@ class BalancedCrossEntropyLoss(ClassificationLoss):
             1/2 in a call without positives or without negatives.
     """
 
-    fn = staticmethod(balanced_cross_entropy_loss)
-    facts = ClassificationLoss.facts.but(
-        paper="https://arxiv.org/abs/1504.06375",
-        row_wise=True,
-        needs_mining=False,
-        filled=("positives", "negatives"),
-        upstream=(
-            Upstream("torchvision.ops.sigmoid_focal_loss", {"alpha": 0.3}, {"alpha": 0.3, "gamma": 0.0}),
-            Upstream("torchvision.ops.sigmoid_focal_loss", {"alpha": 0.75}, {"alpha": 0.75, "gamma": 0.0}),
-        ),
-    )
-
     @property
     def observes(self):
         return self.alpha == "auto"
@@ -251,9 +227,6 @@ class BalancedCrossEntropyLoss(ClassificationLoss):
         counted = counts(target, valid, weight) * ((target >= 0) | target.isnan())
         positives, negatives = _balance_sums(torch.where(counted > 0, target, 0), counted)
         return {"positives": longest(positives), "negatives": longest(negatives)}
-
-    def summarise(self, sums):
-        return sums or {}
 
 
 def kl_div_loss(pred: Tensor, target: Tensor, *, temperature: Positive = 1.0) -> Tensor:
@@ -269,7 +242,17 @@ def kl_div_loss(pred: Tensor, target: Tensor, *, temperature: Positive = 1.0) ->
 
 
 @MODELS.register_module()
-class KLDivLoss(Loss):
+class KLDivLoss(
+    Loss,
+    fn=kl_div_loss,
+    family="soft label",
+    row_wise=True,
+    upstream=(
+        *alike(TORCH + "kl_div"),
+        Upstream(MMDET + "KnowledgeDistillationKLDivLoss", theirs={"T": 1}),
+        Upstream(MMDET + "KnowledgeDistillationKLDivLoss", {"temperature": 4.0}, {"T": 4}),
+    ),
+):
     """Kullback-Leibler divergence of the softmax of logits from a distribution.
 
     Call with logits and distributions ``(..., C)``; the per-element losses have shape ``(...)``.
@@ -282,17 +265,6 @@ class KLDivLoss(Loss):
         ValueError: if the target is not a distribution for each row.
     """
 
-    fn = staticmethod(kl_div_loss)
-    facts = Facts(
-        family="soft label",
-        row_wise=True,
-        upstream=(
-            Upstream("torch.nn.functional.kl_div"),
-            Upstream("mmdet.models.losses.KnowledgeDistillationKLDivLoss", theirs={"T": 1}),
-            Upstream("mmdet.models.losses.KnowledgeDistillationKLDivLoss", {"temperature": 4.0}, {"T": 4}),
-        ),
-    )
-
     def prepare(self, pred, target):
         if not isinstance(target, Tensor) or target.shape != pred.shape or not target.is_floating_point():
             given = f"{target.dtype} {tuple(target.shape)}" if isinstance(target, Tensor) else "a tuple"
@@ -301,12 +273,3 @@ class KLDivLoss(Loss):
                 f"{tuple(pred.shape)}, not {given}; for class indices use CrossEntropyLoss."
             )
         return super().prepare(pred, target)
-
-    @classmethod
-    def sample(cls, n=64, seed=0, dtype=torch.float32, classes=10):
-        """Logits ``(n, classes)`` and distributions, every fourth of which is one-hot."""
-        generator = torch.Generator().manual_seed(seed)
-        pred, target = 2 * torch.randn(2, n, classes, generator=generator, dtype=torch.float64)
-        one_hot = (target == target.amax(-1, keepdim=True)).to(target.dtype)
-        target = torch.where(torch.arange(n).unsqueeze(-1) % 4 == 0, one_hot, target.softmax(-1))
-        return pred.to(dtype), target.to(dtype)

@@ -5,18 +5,10 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from detloss_plugins.facts import Facts, NonNegative, PerClass, Share, Upstream, at_least, two_increasing
-from detloss_plugins.families import ClassificationLoss, RegressionLoss, check_same_shape
+from detloss_plugins.facts import MMDET, TORCH, NonNegative, PerClass, Share, Upstream, alike, at_least, two_increasing
+from detloss_plugins.families import ClassificationLoss, RegressionLoss, check_same_shape, of_one_type
 from detloss_plugins.loss import Loss
-from detloss_plugins.losses.classification.common import (
-    SoftmaxOrSigmoid,
-    balance,
-    bce,
-    class_vector,
-    is_zero,
-    miss,
-    power,
-)
+from detloss_plugins.losses.classification.common import SoftmaxOrSigmoid, bce, class_vector, is_zero, power
 from detloss_plugins.precision import float32
 from detloss_plugins.registry import MODELS
 
@@ -55,8 +47,8 @@ def _poly_focal(pred, target, gamma, alpha, use_sigmoid, activated=False, epsilo
     if use_sigmoid:
         target = target.to(pred.dtype)
         ce = bce(pred, target, activated)
-        gap = None if is_zero(gamma) and is_zero(epsilon) else miss(pred, target, activated)
-        return balance(alpha, target) * _focused(ce, gap, gamma, epsilon)
+        gap = None if is_zero(gamma) and is_zero(epsilon) else _miss(pred, target, activated)
+        return _balance(alpha, target) * _focused(ce, gap, gamma, epsilon)
     ce = -(pred.clamp(min=torch.finfo(pred.dtype).tiny).log() if activated else pred.log_softmax(-1))
     if target.is_floating_point():  # distributions
         loss = target * _focused(ce, -torch.expm1(-ce), gamma, epsilon)
@@ -73,8 +65,32 @@ def _focused(ce, gap, gamma, epsilon):
     return loss if is_zero(gamma) else power(gap, gamma) * loss
 
 
+def _miss(pred, target, activated):
+    """``1 - p_t = y (1 - p) + (1 - y) p``, exact where it is small: ``1 - p`` is the sigmoid of the negative logit."""
+    p, rest = (pred, 1 - pred) if activated else (pred.sigmoid(), (-pred).sigmoid())
+    return torch.lerp(p, rest, target)
+
+
+def _balance(alpha, target):
+    """``alpha`` for positives, ``1 - alpha`` for negatives, in between for soft targets; 1 for no ``alpha``."""
+    return 1.0 if alpha is None else (2 * alpha - 1) * target + (1 - alpha)
+
+
 @MODELS.register_module()
-class FocalLoss(SoftmaxOrSigmoid):
+class FocalLoss(
+    SoftmaxOrSigmoid,
+    fn=focal_loss,
+    paper="https://arxiv.org/abs/1708.02002",
+    row_wise=True,
+    needs_mining=False,
+    upstream=(
+        Upstream(MMDET + "FocalLoss", theirs={"use_sigmoid": True}),
+        Upstream(MMDET + "FocalLoss", {"activated": True}, {"use_sigmoid": True, "activated": True}),
+        *alike("torchvision.ops.sigmoid_focal_loss"),
+        Upstream("torchvision.ops.sigmoid_focal_loss", {"alpha": None, "gamma": 1.5}, {"alpha": -1, "gamma": 1.5}),
+        *alike("ultralytics.utils.loss.FocalLoss", {"gamma": 1.5}),
+    ),
+):
     """Lin et al., Focal Loss for Dense Object Detection, 2017.
 
     Args:
@@ -85,23 +101,6 @@ class FocalLoss(SoftmaxOrSigmoid):
 
     In Ultralytics' ``cls`` slot the default ``loss_weight`` is 16, measured as the README tells.
     """
-
-    fn = staticmethod(focal_loss)
-    facts = SoftmaxOrSigmoid.facts.but(
-        paper="https://arxiv.org/abs/1708.02002",
-        row_wise=True,
-        needs_mining=False,
-        upstream=(
-            Upstream("mmdet.models.losses.FocalLoss", theirs={"use_sigmoid": True}),
-            Upstream("mmdet.models.losses.FocalLoss", {"activated": True}, {"use_sigmoid": True, "activated": True}),
-            Upstream("torchvision.ops.sigmoid_focal_loss"),
-            Upstream("torchvision.ops.sigmoid_focal_loss", {"alpha": None, "gamma": 1.5}, {"alpha": -1, "gamma": 1.5}),
-            Upstream("ultralytics.utils.loss.FocalLoss", {"gamma": 1.5}, {"gamma": 1.5}),
-        ),
-    )
-
-    def __init__(self, *, use_sigmoid: bool = True, **settings):
-        super().__init__(use_sigmoid=use_sigmoid, **settings)
 
 
 def quality_focal_loss(
@@ -115,34 +114,29 @@ def quality_focal_loss(
     >>> quality_focal_loss(torch.tensor([0.8, -0.4, 1.5]), torch.tensor([0.6, 0.0, 1.0]))
     tensor([0.0056, 0.0826, 0.0067])
     """
-    pred = float32(pred)
-    target = target.to(pred.dtype)
+    pred, target = of_one_type(pred, target)
     loss = bce(pred, target, activated)
     if not is_zero(beta):
         loss = power((target - (pred if activated else pred.sigmoid())).abs(), beta) * loss
-    return loss if alpha is None else balance(alpha, target) * loss
+    return loss if alpha is None else _balance(alpha, target) * loss
 
 
 @MODELS.register_module()
-class QualityFocalLoss(ClassificationLoss):
+class QualityFocalLoss(
+    ClassificationLoss,
+    fn=quality_focal_loss,
+    paper="https://arxiv.org/abs/2006.04388",
+    row_wise=True,
+    needs_mining=False,
+    takes_quality=True,
+    sums_classes=True,
+    upstream=alike(MMDET + "QualityFocalLoss", {}, {"activated": True}),
+):
     """Li et al., Generalized Focal Loss, 2020 (QFL).
 
     The class sums over the classes: ``reduction="none"`` gives ``(...)``. In Ultralytics' ``cls`` slot the default
     ``loss_weight`` is 16, measured as the README tells.
     """
-
-    fn = staticmethod(quality_focal_loss)
-    facts = ClassificationLoss.facts.but(
-        paper="https://arxiv.org/abs/2006.04388",
-        row_wise=True,
-        needs_mining=False,
-        takes_quality=True,
-        sums_classes=True,
-        upstream=(
-            Upstream("mmdet.models.losses.QualityFocalLoss"),
-            Upstream("mmdet.models.losses.QualityFocalLoss", {"activated": True}, {"activated": True}),
-        ),
-    )
 
 
 def varifocal_loss(
@@ -155,32 +149,29 @@ def varifocal_loss(
     >>> varifocal_loss(torch.tensor([0.8, -0.4, 1.5]), torch.tensor([0.6, 0.0, 1.0]))
     tensor([0.4147, 0.0620, 0.2014])
     """
-    pred = float32(pred)
-    target = target.to(pred.dtype)
+    pred, target = of_one_type(pred, target)
     weight = torch.where(target > 0, target if iou_weighted else 1.0, alpha * power(pred.sigmoid(), gamma))
     return weight * bce(pred, target)
 
 
 @MODELS.register_module()
-class VarifocalLoss(ClassificationLoss):
+class VarifocalLoss(
+    ClassificationLoss,
+    fn=varifocal_loss,
+    paper="https://arxiv.org/abs/2008.13367",
+    row_wise=True,
+    needs_mining=False,
+    takes_quality=True,
+    upstream=(
+        *alike(MMDET + "VarifocalLoss", {}, {"iou_weighted": False}),
+        *alike("ultralytics.utils.loss.VarifocalLoss"),
+    ),
+):
     """Zhang et al., VarifocalNet, 2020 (VFL).
 
     A positive whose quality is 0 counts as a negative. In Ultralytics' ``cls`` slot the default ``loss_weight`` is 16,
     measured as the README tells.
     """
-
-    fn = staticmethod(varifocal_loss)
-    facts = ClassificationLoss.facts.but(
-        paper="https://arxiv.org/abs/2008.13367",
-        row_wise=True,
-        needs_mining=False,
-        takes_quality=True,
-        upstream=(
-            Upstream("mmdet.models.losses.VarifocalLoss"),
-            Upstream("mmdet.models.losses.VarifocalLoss", {"iou_weighted": False}, {"iou_weighted": False}),
-            Upstream("ultralytics.utils.loss.VarifocalLoss"),
-        ),
-    )
 
 
 def poly_loss(
@@ -203,7 +194,16 @@ def poly_loss(
 
 
 @MODELS.register_module()
-class PolyLoss(SoftmaxOrSigmoid):
+class PolyLoss(
+    SoftmaxOrSigmoid,
+    fn=poly_loss,
+    paper="https://arxiv.org/abs/2204.12511",
+    row_wise=True,
+    upstream=(
+        Upstream(TORCH + "cross_entropy", {"epsilon": 0.0, "use_sigmoid": False}),
+        Upstream("torchvision.ops.sigmoid_focal_loss", {"epsilon": 0.0, "gamma": 2.0, "alpha": 0.25}),
+    ),
+):
     """Leng et al., PolyLoss, 2022 (Poly-1).
 
     Args:
@@ -213,19 +213,6 @@ class PolyLoss(SoftmaxOrSigmoid):
         alpha: as in FocalLoss; it weighs both terms.
         use_sigmoid: False for the softmax form.
     """
-
-    fn = staticmethod(poly_loss)
-    facts = SoftmaxOrSigmoid.facts.but(
-        paper="https://arxiv.org/abs/2204.12511",
-        row_wise=True,
-        upstream=(
-            Upstream("torch.nn.functional.cross_entropy", {"epsilon": 0.0, "use_sigmoid": False}),
-            Upstream("torchvision.ops.sigmoid_focal_loss", {"epsilon": 0.0, "gamma": 2.0, "alpha": 0.25}),
-        ),
-    )
-
-    def __init__(self, *, use_sigmoid: bool = True, **settings):
-        super().__init__(use_sigmoid=use_sigmoid, **settings)
 
 
 def generalized_focal_loss(
@@ -247,7 +234,15 @@ def generalized_focal_loss(
 
 
 @MODELS.register_module()
-class GeneralizedFocalLoss(ClassificationLoss):
+class GeneralizedFocalLoss(
+    ClassificationLoss,
+    fn=generalized_focal_loss,
+    paper="https://arxiv.org/abs/2006.04388",
+    row_wise=True,
+    needs_mining=False,
+    takes_quality=True,
+    upstream=(Upstream(TORCH + "binary_cross_entropy_with_logits", {"beta": 0.0}),),
+):
     """Li et al., Generalized Focal Loss, 2020 (GFL).
 
     ``pred`` is the logit of the right value, in any shape; the per-element losses have its shape. With the values 0 and
@@ -260,15 +255,6 @@ class GeneralizedFocalLoss(ClassificationLoss):
     Raises:
         ValueError: if ``values`` are not two increasing numbers.
     """
-
-    fn = staticmethod(generalized_focal_loss)
-    facts = ClassificationLoss.facts.but(
-        paper="https://arxiv.org/abs/2006.04388",
-        row_wise=True,
-        needs_mining=False,
-        takes_quality=True,
-        upstream=(Upstream("torch.nn.functional.binary_cross_entropy_with_logits", {"beta": 0.0}),),
-    )
 
     def __init__(self, *, values: Annotated[tuple, two_increasing()] = (0.0, 1.0), **settings):
         super().__init__(values=tuple(values), **settings)
@@ -292,8 +278,7 @@ def gaussian_focal_loss(pred: Tensor, target: Tensor, *, alpha: NonNegative = 2.
     >>> gaussian_focal_loss(torch.tensor([0.5, 0.5]), torch.tensor([1.0, 0.5]))  # ln 2 / 4, and that / 16
     tensor([0.1733, 0.0108])
     """
-    pred = float32(pred)
-    target = target.to(pred.dtype)
+    pred, target = of_one_type(pred, target)
     peak = target == 1
     # What should be 1, and what should be 0. Each is exact where it is small.
     right, wrong = torch.where(peak, pred, 1 - pred), torch.where(peak, 1 - pred, pred)
@@ -301,7 +286,15 @@ def gaussian_focal_loss(pred: Tensor, target: Tensor, *, alpha: NonNegative = 2.
 
 
 @MODELS.register_module()
-class GaussianFocalLoss(Loss):
+class GaussianFocalLoss(
+    Loss,
+    fn=gaussian_focal_loss,
+    family="heatmap",
+    paper="https://arxiv.org/abs/1808.01244",
+    row_wise=True,
+    one_per_row=False,
+    upstream=alike(MMDET + "GaussianFocalLoss", {}, {"alpha": 1.5, "gamma": 3.0}),
+):
     """Law and Deng, CornerNet, 2018.
 
     Call with a heatmap of probabilities and one of targets, both of one shape, as the heads of CornerNet and CenterNet
@@ -311,19 +304,6 @@ class GaussianFocalLoss(Loss):
         ValueError: if the shapes differ.
     """
 
-    fn = staticmethod(gaussian_focal_loss)
-    facts = Facts(
-        family="heatmap",
-        paper="https://arxiv.org/abs/1808.01244",
-        row_wise=True,
-        one_per_row=False,
-        upstream=(
-            Upstream("mmdet.models.losses.GaussianFocalLoss"),
-            Upstream(
-                "mmdet.models.losses.GaussianFocalLoss", {"alpha": 1.5, "gamma": 3.0}, {"alpha": 1.5, "gamma": 3.0}
-            ),
-        ),
-    )
     leading = RegressionLoss.leading
 
     def prepare(self, pred, target):
@@ -331,13 +311,3 @@ class GaussianFocalLoss(Loss):
             raise ValueError("GaussianFocalLoss takes a heatmap of the shape of pred as its target, not a tuple.")
         check_same_shape(pred, target, "heatmaps of one shape")
         return super().prepare(pred, target)
-
-    @classmethod
-    def sample(cls, n=64, seed=0, dtype=torch.float32):
-        """Heatmaps ``(n, 16)`` of one bell each, with its peak of 1 in every second row, and probabilities."""
-        generator = torch.Generator().manual_seed(seed)
-        pred = 2 * torch.randn(n, 16, generator=generator, dtype=torch.float64)
-        center = 15 * torch.rand(n, 1, generator=generator, dtype=torch.float64)
-        center[::2] = center[::2].round()
-        target = (-(torch.arange(16) - center).square() / 8).exp()
-        return pred.sigmoid().to(dtype), target.to(dtype)

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detloss_plugins.facts import NonNegative, Share, SharePerClass, Upstream, between
-from detloss_plugins.families import ClassificationLoss
+from detloss_plugins.facts import TORCH, NonNegative, Share, SharePerClass, Upstream, alike, between
+from detloss_plugins.families import ClassificationLoss, of_one_type
 from detloss_plugins.loss import check_use_sigmoid
 from detloss_plugins.losses.classification.common import bce, class_vector, is_zero
 from detloss_plugins.losses.classification.common import power as to_the
@@ -35,12 +35,12 @@ def modified_cross_entropy_loss(
     >>> modified_cross_entropy_loss(torch.zeros(3), torch.tensor([1.0, 0.0, 0.0]), activation="softmax")  # ln 3, ln 3/2
     tensor([1.0986, 0.4055, 0.4055])
     """
-    pred = float32(pred)
+    pred, target = of_one_type(pred, target)
     if activation == "sigmoid" and alpha is None and is_zero(gamma):
-        return bce(pred, target.to(pred.dtype))
+        return bce(pred, target)
     # As p_c = sigmoid(margin_c), one stable form serves both activations.
     logit = pred if activation == "sigmoid" else _margin(pred)
-    positive, negative = _terms(logit, target.to(pred.dtype), gamma, gamma)
+    positive, negative = _terms(logit, target, gamma, gamma)
     alpha = class_vector(alpha, pred)
     return positive + negative if alpha is None else alpha * positive + (1 - alpha) * negative
 
@@ -78,7 +78,16 @@ def _margin(pred):
 
 
 @MODELS.register_module()
-class ModifiedCrossEntropyLoss(ClassificationLoss):
+class ModifiedCrossEntropyLoss(
+    ClassificationLoss,
+    fn=modified_cross_entropy_loss,
+    row_wise=True,
+    sums_classes=True,
+    upstream=(
+        *alike(TORCH + "binary_cross_entropy_with_logits"),
+        *alike("torchvision.ops.sigmoid_focal_loss", {"alpha": 0.25, "gamma": 2.0}),
+    ),
+):
     """Cross entropy that also pushes the other classes down, with hard, soft or multi-label targets.
 
     A sum over the classes: ``reduction="none"`` gives ``(...)``. The sigmoid form without ``gamma`` is the sum of the
@@ -95,17 +104,6 @@ class ModifiedCrossEntropyLoss(ClassificationLoss):
         ValueError: for a ``use_sigmoid`` that does not fit.
     """
 
-    fn = staticmethod(modified_cross_entropy_loss)
-    facts = ClassificationLoss.facts.but(
-        row_wise=True,
-        sums_classes=True,
-        upstream=(
-            Upstream("torch.nn.functional.binary_cross_entropy_with_logits"),
-            Upstream(
-                "torchvision.ops.sigmoid_focal_loss", {"alpha": 0.25, "gamma": 2.0}, {"alpha": 0.25, "gamma": 2.0}
-            ),
-        ),
-    )
     sigmoid_only = False
 
     def __init__(
@@ -132,13 +130,26 @@ def asymmetric_loss(
     >>> asymmetric_loss(torch.zeros(2), torch.tensor([1.0, 0.0]))  # ln 2 / 2 and -0.45^4 ln 0.55
     tensor([0.3466, 0.0245])
     """
-    pred = float32(pred)
-    positive, negative = _terms(pred, target.to(pred.dtype), gamma_pos, gamma_neg, clip, detach_focusing)
+    positive, negative = _terms(*of_one_type(pred, target), gamma_pos, gamma_neg, clip, detach_focusing)
     return positive + negative
 
 
 @MODELS.register_module()
-class AsymmetricLoss(ClassificationLoss):
+class AsymmetricLoss(
+    ClassificationLoss,
+    fn=asymmetric_loss,
+    paper="https://arxiv.org/abs/2009.14119",
+    row_wise=True,
+    needs_mining=False,
+    true_gradient=False,
+    upstream=(
+        Upstream(
+            "torchvision.ops.sigmoid_focal_loss",
+            {"gamma_neg": 2.0, "gamma_pos": 2.0, "clip": 0.0, "detach_focusing": False},
+            {"alpha": -1, "gamma": 2.0},
+        ),
+    ),
+):
     """Ridnik et al., Asymmetric Loss for Multi-Label Classification, 2020 (ASL).
 
     The authors' code returns the sum; here that is ``reduction="sum"``.
@@ -148,21 +159,6 @@ class AsymmetricLoss(ClassificationLoss):
         clip: a negative with a probability below it costs nothing; in [0, 1).
         detach_focusing: treat the powers as constants, as the authors' default does.
     """
-
-    fn = staticmethod(asymmetric_loss)
-    facts = ClassificationLoss.facts.but(
-        paper="https://arxiv.org/abs/2009.14119",
-        row_wise=True,
-        needs_mining=False,
-        true_gradient=False,
-        upstream=(
-            Upstream(
-                "torchvision.ops.sigmoid_focal_loss",
-                {"gamma_neg": 2.0, "gamma_pos": 2.0, "clip": 0.0, "detach_focusing": False},
-                {"alpha": -1, "gamma": 2.0},
-            ),
-        ),
-    )
 
 
 def confidence_weight(q_fg: Tensor, q_bg: Tensor, power: float, *, detach: bool = True) -> Tensor:

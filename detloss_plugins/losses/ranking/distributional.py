@@ -60,11 +60,12 @@ def dr_loss(
 
 
 @MODELS.register_module()
-class DRLoss(RankingLoss):
+class DRLoss(RankingLoss, fn=dr_loss, paper="https://arxiv.org/abs/1907.10156", bounds=(0.0, 6.1)):
     """Qian et al., DR Loss: Improving Object Detection by Distributional Ranking, 2019.
 
     One value for all that ``pred`` holds, so that its mean over the positives is that value. Its gradient is the true
-    derivative. Without positives it is zero, where the authors' code goes on pushing the negatives down.
+    derivative. Without positives it is zero, where the authors' code goes on pushing the negatives down. By default it
+    is at most ``4 / 6 ln(1 + exp(6 * 1.5))``.
 
     Args:
         pos_lambda: temperature of the positives' distribution; small for the hardest only.
@@ -73,9 +74,3 @@ class DRLoss(RankingLoss):
         L: steepness of the logistic loss.
         tau: factor on the loss.
     """
-
-    fn = staticmethod(dr_loss)
-    facts = RankingLoss.facts.but(
-        paper="https://arxiv.org/abs/1907.10156",
-        bounds=(0.0, 6.1),  # 4 / 6 ln(1 + exp(6 * 1.5))
-    )

@@ -201,15 +201,12 @@ def ap_loss(pred: Tensor, target: Tensor, *, delta: Positive = 1.0) -> Tensor:
 
 
 @MODELS.register_module()
-class APLoss(RankingLoss):
+class APLoss(RankingLoss, fn=ap_loss, paper="https://arxiv.org/abs/1904.06373", bounds=(0.0, 1.0), true_gradient=False):
     """Chen et al., Towards Accurate One-Stage Object Detection with AP-Loss, 2019.
 
     Args:
         delta: half the width of the step, in logits.
     """
-
-    fn = staticmethod(ap_loss)
-    facts = RankingLoss.facts.but(paper="https://arxiv.org/abs/1904.06373", bounds=(0.0, 1.0), true_gradient=False)
 
 
 def alrp_loss(
@@ -273,7 +270,14 @@ def _cumulated(values, scores):
 
 
 @MODELS.register_module()
-class ALRPLoss(RankingLoss):
+class ALRPLoss(
+    RankingLoss,
+    fn=alrp_loss,
+    paper="https://arxiv.org/abs/2009.13592",
+    bounds=(0.0, 1.0),
+    true_gradient=False,
+    filled=("loc_error",),
+):
     """Oksuz et al., A Ranking-based, Balanced Loss Function Unifying Classification and Localisation, 2020 (aLRP).
 
     Called with ``loc_error``, the localisation error of each positive in the order of ``pred.flatten()``, it returns
@@ -287,11 +291,6 @@ class ALRPLoss(RankingLoss):
     Raises:
         ValueError: if ``loc_error`` has not one value a positive.
     """
-
-    fn = staticmethod(alrp_loss)
-    facts = RankingLoss.facts.but(
-        paper="https://arxiv.org/abs/2009.13592", bounds=(0.0, 1.0), true_gradient=False, filled=("loc_error",)
-    )
 
     def forward(self, pred, target, weight=None, avg_factor=None, reduction_override=None, loc_error=None):
         """Compute the loss; with ``loc_error``, both components."""
@@ -378,7 +377,9 @@ def rank_sort_loss(pred: Tensor, target: Tensor, *, delta: NonNegative = 0.5) ->
 
 
 @MODELS.register_module()
-class RankSortLoss(RankingLoss):
+class RankSortLoss(
+    RankingLoss, fn=rank_sort_loss, paper="https://arxiv.org/abs/2107.11669", bounds=(0.0, 2.0), true_gradient=False
+):
     """Oksuz et al., Rank & Sort Loss for Object Detection and Instance Segmentation, 2021.
 
     The IoU of each positive is a soft target or the quality of a ``(label, quality)`` tuple; hard targets leave the
@@ -387,6 +388,3 @@ class RankSortLoss(RankingLoss):
     Args:
         delta: half the width of the step, in logits; 0 for a hard step.
     """
-
-    fn = staticmethod(rank_sort_loss)
-    facts = RankingLoss.facts.but(paper="https://arxiv.org/abs/2107.11669", bounds=(0.0, 2.0), true_gradient=False)
