@@ -33,12 +33,12 @@ def install():
         ModuleNotFoundError: if there is no mmcv at all.
     """
     importlib.import_module("mmcv")
-    if isinstance(sys.modules.get(NAME), _StandIn):
+    if isinstance(sys.modules.get(NAME), StandIn):
         return
     try:
         importlib.import_module(NAME)
     except ImportError as error:
-        sys.modules[NAME] = _StandIn()
+        sys.modules[NAME] = StandIn()
         why = "" if isinstance(error, ModuleNotFoundError) else f" ({error})"
         warnings.warn(
             f"mmcv's operators were not compiled{why}: of them there are those that torchvision has.", stacklevel=2
@@ -52,7 +52,7 @@ def is_wanted():
     return os.environ.get("DETLOSS_LITE") == "1"
 
 
-class _StandIn(types.ModuleType):
+class StandIn(types.ModuleType):
     """``mmcv._ext`` of the operators below; it seems to have every other one too, as mmcv asks when it is imported."""
 
     def __init__(self):
@@ -162,7 +162,7 @@ def sigmoid_focal_loss_backward(logits, labels, weight, grad_input, gamma, alpha
 
 
 def _convolution(stride, padding, dilation):
-    """torchvision's deformable convolution of features, offsets, weight, mask and bias; groups follow from the shapes."""
+    """torchvision's deformable convolution of features, offsets, weight, mask and bias; the shapes tell the groups."""
 
     def convolve(features, offset, weight, mask=None, bias=None):
         return torchvision.ops.deform_conv2d(features, offset, weight, bias, stride, padding, dilation, mask)
