@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 import yaml
-from digits import build_digits, digits_dir
+from digits import build_digits, build_dota, digits_dir
 
 DEFAULT_CONFIG = Path(__file__).parents[1] / "configs" / "ultralytics" / "vfl_eiou_dfl.yaml"
 # Small images, few of them, glyphs that must not be mirrored: enough for a detector that works after 12 epochs.
@@ -208,6 +208,8 @@ def train_mmdet(args):
         point_at(cfg, args.data)
     elif Path(cfg.get("data_root", "")) == digits_dir():
         build_digits()
+    elif Path(cfg.get("data_root", "")) == digits_dir("obb"):
+        build_dota()
     cfg.merge_from_dict({key: DictAction._parse_iterable(value) for key, value in args.overrides.items()})
     cfg.work_dir = str(args.work_dir or Path("work_dirs") / args.config.stem)
     try:
@@ -223,9 +225,8 @@ def train_mmdet(args):
         raise UsageError(error) from error
     logged = runner.message_hub.log_scalars
     # CocoMetric logs nothing when nothing was detected.
-    map50, map_ = (
-        logged[key].current() if (key := f"val/coco/{name}") in logged else 0.0 for name in ("bbox_mAP_50", "bbox_mAP")
-    )
+    names = ("dota/AP50", "dota/mAP") if "val/dota/mAP" in logged else ("coco/bbox_mAP_50", "coco/bbox_mAP")
+    map50, map_ = (logged[key].current() if (key := f"val/{name}") in logged else 0.0 for name in names)
     checkpoint = Path(cfg.work_dir, "last_checkpoint").read_text(encoding="utf-8")
     report(map50, map_, checkpoint, active)
 
