@@ -224,16 +224,20 @@ def train_mmdet(args):
     except MissingOperatorError as error:
         raise UsageError(error) from error
     logged = runner.message_hub.log_scalars
-    # CocoMetric logs nothing when nothing was detected.
-    names = ("dota/AP50", "dota/mAP") if "val/dota/mAP" in logged else ("coco/bbox_mAP_50", "coco/bbox_mAP")
-    map50, map_ = (logged[key].current() if (key := f"val/{name}") in logged else 0.0 for name in names)
+    if "val/dota/AP50" in logged:  # DOTAMetric's mAP is of the IoUs that the config lists
+        map50, map_ = logged["val/dota/AP50"].current(), None
+    else:  # CocoMetric logs nothing when nothing was detected.
+        map50, map_ = (
+            logged[key].current() if (key := f"val/coco/{name}") in logged else 0.0
+            for name in ("bbox_mAP_50", "bbox_mAP")
+        )
     checkpoint = Path(cfg.work_dir, "last_checkpoint").read_text(encoding="utf-8")
     report(map50, map_, checkpoint, active)
 
 
 def report(map50, map_, checkpoint, active):
-    """The three things a training is asked for."""
-    print(f"\nmAP50 {map50:.3f}   mAP50-95 {map_:.3f}")
+    """The three things a training is asked for; ``map_`` is None if it was not measured."""
+    print(f"\nmAP50 {map50:.3f}" + ("" if map_ is None else f"   mAP50-95 {map_:.3f}"))
     print(f"checkpoint: {checkpoint}")
     print("active losses:")
     for line in active:
