@@ -86,3 +86,19 @@ def test_oriented_labels_frame_the_ink(tmp_path, monkeypatch):
         assert np.asarray(inside).mean() < 0.7, "or everything is inside"
     assert min(angles) < -30
     assert max(angles) > 30
+
+
+def test_dota_labels_are_the_corners_in_pixels(tmp_path, monkeypatch):
+    monkeypatch.setattr(digits, "IMAGES", {"train": 4, "val": 2})
+    monkeypatch.setenv("DETLOSS_PLUGINS_CACHE", str(tmp_path))
+    root = digits.build_dota()
+    assert digits.build_dota() == root == digits.digits_dir("obb")
+    files = sorted((root / "labels").glob("*/*.txt"))
+    assert len(files) == 6
+    for file in files:
+        objects = np.loadtxt(file, ndmin=2)
+        lines = [line.split() for line in (root / "annfiles" / file.parent.name / file.name).read_text().splitlines()]
+        assert len(lines) == len(objects) >= 1
+        for (*corners, name, difficult), (c, *shares) in zip(lines, objects, strict=True):
+            np.testing.assert_allclose(np.array(corners, dtype=float), np.array(shares) * digits.SIZE, atol=1e-3)
+            assert (name, difficult) == (str(int(c)), "0")

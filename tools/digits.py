@@ -3,7 +3,7 @@
 It exists so that a detector can be trained on two cores in two minutes with nothing downloaded. The glyphs of the
 training and the validation images are disjoint, and the same files come out on every machine. For Ultralytics' other
 tasks it has turned digits with labels of four corners (obb), outlines of the ink (segment) and the ink's outermost
-points as keypoints (pose).
+points as keypoints (pose). For MMRotate the turned digits have labels in DOTA's form too.
 
 Run it to build the set and print its folder.
 """
@@ -171,6 +171,31 @@ def build_digits(task="detect"):
             new.rename(root)  # whole or not at all, also when two processes build it at once
         except OSError:
             if not root.exists():
+                raise
+    return root
+
+
+def build_dota():
+    """Write the turned digits into the cache unless they are there, with ``annfiles/{train,val}`` in DOTA's form.
+
+    Returns their folder, that of ``build_digits("obb")``. A line is four corners in pixels, the class, and 0, not
+    difficult.
+    """
+    root = build_digits("obb")
+    if (root / "annfiles").exists():
+        return root
+    with tempfile.TemporaryDirectory(dir=root) as folder:
+        for file in sorted((root / "labels").glob("*/*.txt")):
+            new = Path(folder, "annfiles", file.parent.name, file.name)
+            new.parent.mkdir(parents=True, exist_ok=True)
+            objects = [line.split() for line in file.read_text(encoding="utf-8").splitlines()]
+            corners = [" ".join(f"{float(share) * SIZE:.4f}" for share in shares) for _, *shares in objects]
+            lines = [f"{four} {NAMES[int(words[0])]} 0\n" for four, words in zip(corners, objects, strict=True)]
+            new.write_text("".join(lines), encoding="utf-8")
+        try:
+            Path(folder, "annfiles").rename(root / "annfiles")  # see build_digits
+        except OSError:
+            if not (root / "annfiles").exists():
                 raise
     return root
 

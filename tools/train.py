@@ -8,15 +8,18 @@
 
 KEY=VALUE overrides: for Ultralytics a training argument (epochs=3, resume=runs/x/weights/last.pt) or a setting of a
 slot's loss (box.type=CIoULoss); for mmengine a dotted config key (train_cfg.max_epochs=2).
+
+--lite (or DETLOSS_LITE=1 in the environment) trains MMDetection with mmcv-lite: torchvision's operators for mmcv's.
 """
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
 import yaml
-from digits import build_digits, digits_dir
+from digits import build_digits, build_dota, digits_dir
 
 DEFAULT_CONFIG = Path(__file__).parents[1] / "configs" / "ultralytics" / "vfl_eiou_dfl.yaml"
 # Small images, few of them, glyphs that must not be mirrored: enough for a detector that works after 12 epochs.
@@ -41,13 +44,14 @@ class UsageError(Exception):
 def parse(argv):
     """CONFIG, overrides as a dict, and the options."""
     parser = argparse.ArgumentParser(
-        usage="tools/train.py [-h] [CONFIG] [--data PATH] [--work-dir DIR] [KEY=VALUE ...]",
+        usage="tools/train.py [-h] [CONFIG] [--data PATH] [--work-dir DIR] [--lite] [KEY=VALUE ...]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("words", nargs="*", metavar="CONFIG, KEY=VALUE", help="a config file and overrides")
     parser.add_argument("--data", type=Path, help="your data set: a data.yaml, or for mmengine a folder in COCO layout")
     parser.add_argument("--work-dir", type=Path, help="where checkpoints and logs go")
+    parser.add_argument("--lite", action="store_true", help="torchvision's operators where mmcv has no compiled ones")
     args = parser.parse_intermixed_args(argv)
     configs = [word for word in args.words if "=" not in word]
     if len(configs) > 1:
@@ -56,6 +60,8 @@ def parse(argv):
     args.overrides = dict(word.split("=", 1) for word in args.words if "=" in word)
     if args.config.suffix not in {".yaml", ".yml", ".py"}:
         parser.error(f"CONFIG must be a .yaml of losses for Ultralytics or a .py for MMDetection, not {args.config}")
+    if args.lite and args.config.suffix != ".py":
+        parser.error("--lite is for MMDetection, so for a .py config")
     for path in filter(None, (args.config, args.data)):
         if not path.exists():
             parser.error(f"there is no {path}")
@@ -188,11 +194,22 @@ def train_mmdet(args):
 
     from detloss_plugins import build_loss
 
+    if args.lite:
+        os.environ["DETLOSS_LITE"] = "1"
+    try:
+        from detloss_plugins.adapters.mmdetection.lite import MissingOperatorError
+    except ModuleNotFoundError as error:
+        if error.name != "mmcv._ext":
+            raise
+        raise UsageError("mmcv has no compiled operators here: install mmcv with them, or give --lite.") from error
+
     cfg = Config.fromfile(args.config)
     if args.data is not None:
         point_at(cfg, args.data)
     elif Path(cfg.get("data_root", "")) == digits_dir():
         build_digits()
+    elif Path(cfg.get("data_root", "")) == digits_dir("obb"):
+        build_dota()
     cfg.merge_from_dict({key: DictAction._parse_iterable(value) for key, value in args.overrides.items()})
     cfg.work_dir = str(args.work_dir or Path("work_dirs") / args.config.stem)
     try:
@@ -202,19 +219,25 @@ def train_mmdet(args):
     runner = Runner.from_cfg(cfg)
     for line in active:
         runner.logger.info(f"detloss_plugins: {line}")
-    runner.train()
+    try:
+        runner.train()
+    except MissingOperatorError as error:
+        raise UsageError(error) from error
     logged = runner.message_hub.log_scalars
-    # CocoMetric logs nothing when nothing was detected.
-    map50, map_ = (
-        logged[key].current() if (key := f"val/coco/{name}") in logged else 0.0 for name in ("bbox_mAP_50", "bbox_mAP")
-    )
+    if "val/dota/AP50" in logged:  # DOTAMetric's mAP is of the IoUs that the config lists
+        map50, map_ = logged["val/dota/AP50"].current(), None
+    else:  # CocoMetric logs nothing when nothing was detected.
+        map50, map_ = (
+            logged[key].current() if (key := f"val/coco/{name}") in logged else 0.0
+            for name in ("bbox_mAP_50", "bbox_mAP")
+        )
     checkpoint = Path(cfg.work_dir, "last_checkpoint").read_text(encoding="utf-8")
     report(map50, map_, checkpoint, active)
 
 
 def report(map50, map_, checkpoint, active):
-    """The three things a training is asked for."""
-    print(f"\nmAP50 {map50:.3f}   mAP50-95 {map_:.3f}")
+    """The three things a training is asked for; ``map_`` is None if it was not measured."""
+    print(f"\nmAP50 {map50:.3f}" + ("" if map_ is None else f"   mAP50-95 {map_:.3f}"))
     print(f"checkpoint: {checkpoint}")
     print("active losses:")
     for line in active:

@@ -1,5 +1,6 @@
 """MMDetection heads for losses that the stock heads cannot serve, named by their full path, without custom_imports."""
 
+from detloss_plugins.adapters.mmdetection import lite  # noqa: F401  # first: mmdet may need what it stands in for
 from detloss_plugins.adapters.mmdetection.pixels import (
     PixelBoxInstBboxHead,
     PixelCenterNetUpdateHead,
