@@ -130,7 +130,7 @@ def test_in_a_compiled_model(traced):
 
 
 def test_in_a_distributed_model(traced, tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    torch.distributed.init_process_group("gloo", init_method=(tmp_path / "store").as_uri(), rank=0, world_size=1)
     try:
         x, target = torch.rand(20, 4), torch.rand(20, 6)
         model = nn.parallel.DistributedDataParallel(Model(compile=True))

@@ -1,8 +1,11 @@
-"""What differs between devices: a float64 that an Apple GPU has not, and compilers that a torch has not."""
+"""What differs between devices and systems: a float64, a compiler, the encoding of text."""
+
+import ast
 
 import pytest
 import torch
 from support import gradient, only, sample_for
+from support.commands import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
@@ -56,3 +59,27 @@ def test_compile_on_an_old_torch(monkeypatch):
         loss = FocalLoss(compile=True)
     assert not loss.compiled
     assert not DRLoss(compile=True).compiled  # which never is, so there is nothing to say
+
+
+def unstated(path):
+    """Lines of a file that read or write text without saying its encoding, which on Windows is another one."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        called = isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", ""))
+        binary = called == "open" and (isinstance(node.func, ast.Attribute) or "b" in ast.unparse(node.args[1:]))
+        if called in ("read_text", "write_text", "open") and not binary:
+            if "encoding" not in {keyword.arg for keyword in node.keywords}:
+                yield node.lineno
+
+
+def test_text_files_state_their_encoding():
+    for folder in ("detloss_plugins", "tools", "tests", "configs"):
+        for path in (ROOT / folder).rglob("*.py"):
+            assert not list(unstated(path)), path
+
+
+def test_an_unstated_encoding_is_noticed(tmp_path):
+    path = tmp_path / "module.py"
+    path.write_text(
+        "open('a')\nopen('b', 'rb')\np.read_text()\np.write_text('é', encoding='utf-8')\n", encoding="utf-8"
+    )
+    assert list(unstated(path)) == [1, 3]

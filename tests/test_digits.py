@@ -37,7 +37,7 @@ def test_nothing_half_written(small):
 def test_yolo_and_coco_agree(small):
     root = small[0]
     for split in ("train", "val"):
-        coco = json.loads((root / "annotations" / f"{split}.json").read_text())
+        coco = json.loads((root / "annotations" / f"{split}.json").read_text(encoding="utf-8"))
         assert len(coco["images"]) == digits.IMAGES[split]
         for image in coco["images"]:
             assert Image.open(root / "images" / split / image["file_name"]).size == (digits.SIZE, digits.SIZE)
@@ -97,7 +97,10 @@ def test_dota_labels_are_the_corners_in_pixels(tmp_path, monkeypatch):
     assert len(files) == 6
     for file in files:
         objects = np.loadtxt(file, ndmin=2)
-        lines = [line.split() for line in (root / "annfiles" / file.parent.name / file.name).read_text().splitlines()]
+        lines = [
+            line.split()
+            for line in (root / "annfiles" / file.parent.name / file.name).read_text(encoding="utf-8").splitlines()
+        ]
         assert len(lines) == len(objects) >= 1
         for (*corners, name, difficult), (c, *shares) in zip(lines, objects, strict=True):
             np.testing.assert_allclose(np.array(corners, dtype=float), np.array(shares) * digits.SIZE, atol=1e-3)

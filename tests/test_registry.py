@@ -67,4 +67,4 @@ def test_shipped_yaml(path):
     losses = load_losses(path, task)
     assert losses
     assert all("loss_weight" in cfg for cfg in losses.values())
-    assert load_losses(yaml.safe_load(path.read_text()), task) == losses
+    assert load_losses(yaml.safe_load(path.read_text(encoding="utf-8")), task) == losses

@@ -179,7 +179,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     words = [word for loss in losses for word in ("--loss", loss)]
     options = ["--centers", "2", "--seed", "5", "--workers", "2", "--json", str(found), "--picture", str(picture)]
     assert simulate.main([*words, *options]) == 0
-    content = json.loads(found.read_text())
+    content = json.loads(found.read_text(encoding="utf-8"))
     assert (content["cases"], content["seed"]) == (686, 5)
     assert content["steps"] == {"1": 0.1, "161": 0.01, "181": 0.001}
     assert set(content["versions"]) == {"detloss_plugins", "torch", "python"}
@@ -191,7 +191,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
         assert row["curve"] == pytest.approx(curve(loss, 2, seed=5), rel=1e-12), "processes change nothing"
         assert f"{row['curve'][100]:,.1f}" in printed
         assert row["seconds"] > 0
-    drawing = picture.read_text()
+    drawing = picture.read_text(encoding="utf-8")
     assert all(row["loss"] in drawing for row in content["losses"])
 
 

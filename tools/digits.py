@@ -129,7 +129,7 @@ def write_split(root, split, rng, glyphs, digits, task):
         image, objects, points = draw_image(rng, glyphs, digits, task)
         image.save(root / "images" / split / f"{number:04d}.png")
         lines = [label(task, c, box, own) for (c, *box), own in zip(objects, points, strict=True)]
-        (root / "labels" / split / f"{number:04d}.txt").write_text("\n".join(lines) + "\n")
+        (root / "labels" / split / f"{number:04d}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
         images.append({"id": number, "file_name": f"{number:04d}.png", "width": SIZE, "height": SIZE})
         annotations += [
             {"image_id": number, "category_id": c, "bbox": [x, y, w, h], "area": w * h, "iscrowd": 0}
@@ -143,7 +143,7 @@ def write_split(root, split, rng, glyphs, digits, task):
         "categories": [{"id": i, "name": name} for i, name in enumerate(NAMES)],
     }
     (root / "annotations").mkdir(exist_ok=True)
-    (root / "annotations" / f"{split}.json").write_text(json.dumps(coco))
+    (root / "annotations" / f"{split}.json").write_text(json.dumps(coco), encoding="utf-8")
 
 
 def build_digits(task="detect"):
@@ -165,7 +165,7 @@ def build_digits(task="detect"):
         names = "".join(f"  {i}: '{name}'\n" for i, name in enumerate(NAMES))
         keypoints = "kpt_shape: [4, 3]\nflip_idx: [0, 3, 2, 1]\n" if task == "pose" else ""
         (new / "digits.yaml").write_text(
-            f"path: {root}\ntrain: images/train\nval: images/val\n{keypoints}names:\n{names}"
+            f"path: {root}\ntrain: images/train\nval: images/val\n{keypoints}names:\n{names}", encoding="utf-8"
         )
         try:
             new.rename(root)  # whole or not at all, also when two processes build it at once

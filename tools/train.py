@@ -15,6 +15,7 @@ slot's loss (box.type=CIoULoss); for mmengine a dotted config key (train_cfg.max
 import argparse
 import json
 import os
+import pickle
 import sys
 from pathlib import Path
 
@@ -34,6 +35,16 @@ DIGITS_ARGS = {
     "mosaic": 0.0,
     "fliplr": 0.0,
     "plots": False,
+}
+LOAD_ALL = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"  # torch's own switch, from 2.6 on
+# What to do if a module is missing.
+INSTALL = {
+    "cv2": "OpenCV is not installed: pip install opencv-python-headless.",
+    "mmcv": "mmcv is not installed: uv run --all-groups tools/train.py ..., or see the README for pip.",
+    "mmcv._ext": "mmcv has no compiled operators here: install mmcv with them, or give --lite.",
+    "mmdet": "MMDetection is not installed: uv run --all-groups tools/train.py ..., or see the README for pip.",
+    "pkg_resources": "mmengine needs the package pkg_resources of older setuptools: pip install 'setuptools<81'.",
+    "ultralytics": "Ultralytics is not installed: uv run tools/train.py ..., or pip install ultralytics.",
 }
 
 
@@ -150,10 +161,10 @@ def coco_split(folder, split):
         raise UsageError(f"{folder}/annotations must hold exactly one {split} .json, but holds {len(files)}.")
     first = json.loads(files[0].read_text(encoding="utf-8"))["images"][0]["file_name"]
     for image in sorted(folder.rglob(Path(first).name)):
-        if str(image).endswith(first):
-            prefix = str(image.relative_to(folder))[: -len(first)]
+        if image.as_posix().endswith(first):
+            prefix = image.relative_to(folder).as_posix()[: -len(first)]
             if split in prefix or len({*folder.rglob(Path(first).name)}) == 1:
-                return str(files[0].relative_to(folder)), prefix
+                return files[0].relative_to(folder).as_posix(), prefix
     raise UsageError(f"{first} of {files[0]} is nowhere below {folder}.")
 
 
@@ -189,6 +200,8 @@ def point_at(cfg, folder):
 
 def train_mmdet(args):
     """Train with mmengine's Runner and print what came out."""
+    import mmengine
+    import torch
     from mmengine.config import Config, DictAction
     from mmengine.runner import Runner
 
@@ -198,10 +211,8 @@ def train_mmdet(args):
         os.environ["DETLOSS_LITE"] = "1"
     try:
         from detloss_plugins.adapters.mmdetection.lite import MissingOperatorError
-    except ModuleNotFoundError as error:
-        if error.name != "mmcv._ext":
-            raise
-        raise UsageError("mmcv has no compiled operators here: install mmcv with them, or give --lite.") from error
+    except AssertionError as error:  # how mmdet refuses a version of mmcv or mmengine
+        raise UsageError(error) from error
 
     cfg = Config.fromfile(args.config)
     if args.data is not None:
@@ -216,6 +227,10 @@ def train_mmdet(args):
         active = [f"{key}: {build_loss(loss)}" for key, loss in our_losses(cfg.model)]
     except (TypeError, ValueError) as error:
         raise UsageError(error) from error
+    if cfg.get("resume") and Path(cfg.get("load_from") or cfg.work_dir).resolve().is_relative_to(
+        Path(cfg.work_dir).resolve()
+    ):  # what a training of ours has written there holds more than tensors
+        os.environ.setdefault(LOAD_ALL, "1")
     runner = Runner.from_cfg(cfg)
     for line in active:
         runner.logger.info(f"detloss_plugins: {line}")
@@ -223,6 +238,13 @@ def train_mmdet(args):
         runner.train()
     except MissingOperatorError as error:
         raise UsageError(error) from error
+    except pickle.UnpicklingError as error:
+        if "eights only" not in str(error):
+            raise
+        raise UsageError(
+            f"torch {torch.__version__} with mmengine {mmengine.__version__} does not load {cfg.load_from}, as it has "
+            f"more than tensors: install onedl-mmengine in place of mmengine or, if you trust it, set {LOAD_ALL}=1."
+        ) from error
     logged = runner.message_hub.log_scalars
     if "val/dota/AP50" in logged:  # DOTAMetric's mAP is of the IoUs that the config lists
         map50, map_ = logged["val/dota/AP50"].current(), None
@@ -251,6 +273,11 @@ def main(argv=None):
         (train_mmdet if args.config.suffix == ".py" else train_yolo)(args)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        if error.name not in INSTALL:
+            raise
+        print(f"error: {INSTALL[error.name]}", file=sys.stderr)
         return 1
     return 0
 

@@ -195,7 +195,8 @@ def test_whichever_is_imported_first(order, tmp_path):
             from detloss_plugins.losses import FocalLoss
             assert not isinstance(FocalLoss(), QualityFocalLoss)
             """
-        )
+        ),
+        encoding="utf-8",
     )
     python(tmp_path / "script.py")
 
@@ -211,6 +212,7 @@ def test_without_mmdet(tmp_path):
             assert loss.__class__ is type(loss)
             assert not {"mmdet", "mmcv", "ultralytics"} & {name.split(".")[0] for name in sys.modules}
             """
-        )
+        ),
+        encoding="utf-8",
     )
     python(tmp_path / "script.py")

@@ -282,7 +282,8 @@ def test_registry_of_mmdet_is_left_alone(tmp_path):
     """With custom_imports, and imported again: our prefix gives ours, a bare name still gives mmdet's class."""
     config = tmp_path / "config.py"
     config.write_text(
-        f"_base_ = {str(DIGITS)!r}\ncustom_imports = dict(imports=['detloss_plugins'], allow_failed_imports=False)\n"
+        f"_base_ = {str(DIGITS)!r}\ncustom_imports = dict(imports=['detloss_plugins'], allow_failed_imports=False)\n",
+        encoding="utf-8",
     )
     printed = python(
         "-c",

@@ -224,7 +224,7 @@ class Own(VarifocalLoss):
 def script(tmp_path, code):
     """Run code after ROUTES in a fresh process."""
     path = tmp_path / "script.py"
-    path.write_text(ROUTES + textwrap.dedent(code))
+    path.write_text(ROUTES + textwrap.dedent(code), encoding="utf-8")
     return python(path, tmp_path)
 
 

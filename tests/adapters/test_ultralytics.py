@@ -318,7 +318,7 @@ def test_a_model_of_another_task_fails_before_the_data_is_touched(model, given, 
 
 def test_a_yaml_file_and_a_dict_are_the_same(tmp_path):
     path = tmp_path / "losses.yaml"
-    path.write_text(yaml.safe_dump(LOSSES))
+    path.write_text(yaml.safe_dump(LOSSES), encoding="utf-8")
     assert (
         make_trainer(path).plugin_losses == make_trainer(str(path)).plugin_losses == make_trainer(LOSSES).plugin_losses
     )
@@ -399,7 +399,7 @@ def test_start_up_says_what_is_active(interrupted, trained):
 
 def test_results_csv_keeps_its_columns(interrupted, trained):
     run, _, _ = interrupted
-    header = (run / "results.csv").read_text().splitlines()[0]
+    header = (run / "results.csv").read_text(encoding="utf-8").splitlines()[0]
     boxes = "giou_loss" if trained[1] == "rtdetr" else "box_loss"
     for column in (f"train/{boxes}", "train/cls_loss", "val/cls_loss"):
         assert column in header
@@ -446,7 +446,7 @@ def test_resume_continues_with_our_losses(interrupted, trained):
     assert set(epochs) == {1}
     assert all(isinstance(branch, PLUGINS) for branch in found[0])
     assert updates[0] == (1 if len(found[0]) == 2 else None), "the end-to-end schedule goes on where it was"
-    assert len((run / "results.csv").read_text().splitlines()) == 3
+    assert len((run / "results.csv").read_text(encoding="utf-8").splitlines()) == 3
     assert trained_losses(run / "weights" / "best.pt")["losses"] == load_losses(losses, task)
 
 

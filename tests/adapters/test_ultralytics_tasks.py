@@ -508,7 +508,7 @@ def test_tuning_trains_our_losses(name, datasets, tmp_path):
     tune((RTDETR if task == "rtdetr" else YOLO)(model_file(name, tmp_path)), Seen, epochs=1, **search, **settings)
     assert [losses for losses, _ in seen] == [trainer.plugin_losses] * 2
     (results,) = tmp_path.rglob("tune_results.ndjson")
-    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    lines = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
     assert [line["hyperparameters"]["lr0"] for line in lines] == pytest.approx([lr0 for _, lr0 in seen])
     assert seen[0][1] != seen[1][1]
 
@@ -531,8 +531,8 @@ def test_labels_of_the_other_tasks(task, tmp_path, monkeypatch):
     for number in range(3):
         name = f"train/{number:04d}"
         assert (plain / "images" / f"{name}.png").read_bytes() == (own / "images" / f"{name}.png").read_bytes()
-        boxes = [line.split() for line in (plain / "labels" / f"{name}.txt").read_text().splitlines()]
-        lines = [line.split() for line in (own / "labels" / f"{name}.txt").read_text().splitlines()]
+        boxes = [line.split() for line in (plain / "labels" / f"{name}.txt").read_text(encoding="utf-8").splitlines()]
+        lines = [line.split() for line in (own / "labels" / f"{name}.txt").read_text(encoding="utf-8").splitlines()]
         for box, line in zip(boxes, lines, strict=True):
             assert line[0] == box[0]
             if task == "pose":

@@ -177,7 +177,7 @@ def twin_configs(path):
 def scalars(work_dir):
     """What the run logged, one dict a line."""
     (file,) = work_dir.glob("*/vis_data/scalars.json")
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 class Interrupt(Hook):

@@ -2,6 +2,7 @@
 
 import os
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.multiprocessing as mp
@@ -16,7 +17,7 @@ def two_ranks(run, folder):
 def _in_rank(rank, run, folder):
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+        "gloo", init_method=(Path(folder) / "meet").as_uri(), rank=rank, world_size=2, timeout=timedelta(seconds=60)
     )
     torch.save(run(rank), f"{folder}/{rank}.pt")
     torch.distributed.barrier()

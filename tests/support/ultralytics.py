@@ -93,7 +93,9 @@ def model_cfg(name):
 def model_file(name, folder):
     """That YAML as a file."""
     path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump({key: value for key, value in model_cfg(name).items() if key != "yaml_file"}))
+    path.write_text(
+        yaml.safe_dump({key: value for key, value in model_cfg(name).items() if key != "yaml_file"}), encoding="utf-8"
+    )
     return str(path)
 
 
