@@ -13,7 +13,8 @@ def float32(tensor: Tensor) -> Tensor:
 
 
 def _knows_autocast(device: str) -> bool:
-    with contextlib.suppress(RuntimeError), warnings.catch_warnings():
+    # torch 2.1 has no torch.xpu to ask.
+    with contextlib.suppress(RuntimeError, AttributeError), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.autocast(device, enabled=False)
         return True

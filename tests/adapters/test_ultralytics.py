@@ -9,14 +9,17 @@ import pytest
 import torch
 import yaml
 from support.ultralytics import (
+    LOAD_WITHOUT_US,
     LOSSES,
     SETTINGS,
     TASK_MODELS,
+    Interrupted,
     assert_same,
     branches,
     detector,
     head,
     in_slot,
+    interrupt,
     losses_for,
     model_file,
     ours,
@@ -336,15 +339,6 @@ def test_default_gain_and_override():
     assert "SlideLoss(authors_code=False, FocalLoss(gamma=2.0, alpha=None" in describe(slide, get_cfg())[0]
 
 
-class Interrupted(Exception):
-    pass
-
-
-def interrupt(trainer):
-    if trainer.epoch == 0:
-        raise Interrupted
-
-
 OTHER_TASKS = ("yolov10n", "yolov8n-obb", "yolo26n-seg", "yolo26n-pose", "yolov8n-rtdetr")
 
 
@@ -403,20 +397,6 @@ def test_results_csv_keeps_its_columns(interrupted, trained):
     boxes = "giou_loss" if trained[1] == "rtdetr" else "box_loss"
     for column in (f"train/{boxes}", "train/cls_loss", "val/cls_loss"):
         assert column in header
-
-
-LOAD_WITHOUT_US = """
-import sys
-sys.modules["detloss_plugins"] = None
-import torch
-from ultralytics import RTDETR, YOLO
-from ultralytics.nn.tasks import torch_safe_load
-for path in sys.argv[1:]:
-    torch_safe_load(path, safe_only=True)  # only the classes of Ultralytics' allow-list
-    yolo = YOLO(path)
-    yolo.predict(torch.rand(1, 3, 64, 64), verbose=False)
-    print(type(yolo.model).__module__, yolo.model.detloss_plugins["losses"])
-"""
 
 
 def test_checkpoints_load_where_we_are_not_installed(interrupted, trained):

@@ -15,16 +15,19 @@ from support.ultralytics import (
     FOR_RTDETR,
     LOSSES,
     SETTINGS,
+    STOCK_RTDETR,
     TASK_MODELS,
     assert_same,
     branches,
     detector,
     head,
     in_slot,
+    loss_and_gradients,
     losses_for,
     model_cfg,
     model_file,
     ours,
+    overlapping,
     result,
     stock_criterion,
     task_of,
@@ -65,12 +68,6 @@ from detloss_plugins.adapters.ultralytics.trainer import class_biases, start_at_
 from detloss_plugins.registry import registered_losses
 
 RTDETR_NAME = "yolov8n-rtdetr"
-# What RT-DETR's stock losses are in ours.
-STOCK_RTDETR = {
-    "loss_class": {"type": "VarifocalLoss", "alpha": 0.25, "gamma": 1.5},
-    "loss_bbox": {"type": "L1Loss"},
-    "loss_giou": {"type": "GIoULoss"},
-}
 
 
 @pytest.fixture
@@ -82,15 +79,6 @@ def log():
     LOGGER.addHandler(handler)
     yield lines
     LOGGER.removeHandler(handler)
-
-
-def loss_and_gradients(model, batch):
-    """As :func:`result`, by ``model.loss``, whose denoising queries are random."""
-    torch.manual_seed(0)
-    loss, items = model.loss(batch)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    gradients = torch.autograd.grad(loss.sum(), parameters, allow_unused=True)
-    return loss.detach(), items, [g for g in gradients if g is not None]
 
 
 def with_losses(name, losses):
@@ -111,18 +99,6 @@ def assert_close(mine, stock, scale=1.0):
 @pytest.fixture(scope="module")
 def images(batches):
     return batches["rtdetr"]
-
-
-def overlapping(monkeypatch):
-    """Let every matched box overlap its object a little: on one that does not, the two varifocal losses differ.
-
-    Ours counts a positive of quality 0 as a negative, theirs as nothing; the IoU of a box that barely touches is close
-    enough to 0 for everything else.
-    """
-    from ultralytics.models.utils import loss
-
-    iou = loss.bbox_iou
-    monkeypatch.setattr(loss, "bbox_iou", lambda *a, **k: iou(*a, **k) if "GIoU" in k else iou(*a, **k).clamp(min=1e-6))
 
 
 def test_rtdetr_stock_equivalent_losses_reproduce_stock(images, monkeypatch):
