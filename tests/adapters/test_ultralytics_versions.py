@@ -142,6 +142,16 @@ def test_resume_goes_on_with_our_losses(run, trained):
     assert trained_losses(run[0] / "weights" / "best.pt")["losses"] == load_losses(losses, task)
 
 
+def test_a_checkpoint_of_several_devices_is_refused_too(run, trained, tmp_path, monkeypatch):
+    """Its arguments are those of the run that resumes."""
+    monkeypatch.setitem(compat.FEATURES, "devices", (False, "8.4.140", "Training on several GPUs", "do not"))
+    checkpoint = torch.load(run[0] / "weights" / "last.pt", map_location="cpu", weights_only=False)
+    checkpoint["train_args"]["device"] = "0,1"
+    torch.save(checkpoint, tmp_path / "last.pt")
+    with pytest.raises(RuntimeError, match=r"Training on several GPUs needs Ultralytics 8\.4\.140"):
+        YOLO(str(tmp_path / "last.pt")).train(resume=True, trainer=make_trainer({}, trained[1]))
+
+
 @pytest.mark.parametrize("feature", compat.FEATURES)
 def test_features_come_with_their_versions(feature):
     there, version, _, _ = compat.FEATURES[feature]

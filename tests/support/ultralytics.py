@@ -32,10 +32,14 @@ def known(*names):
     return tuple(name for name in names if {name, name.replace("n", "", 1)} & FILES)
 
 
+def older(version):
+    """Whether the installed Ultralytics is older than this version."""
+    return parse_version(__version__) < parse_version(version)
+
+
 def since(version, why):
     """The mark of a test that needs this version of Ultralytics or a newer one."""
-    older = parse_version(__version__) < parse_version(version)
-    return pytest.mark.skipif(older, reason=f"Ultralytics {__version__} is older than {version}: {why}")
+    return pytest.mark.skipif(older(version), reason=f"Ultralytics {__version__} is older than {version}: {why}")
 
 
 MODELS = known("yolov8n", "yolo11n", "yolo26n", "yolov8n-obb", "yolo26n-obb")

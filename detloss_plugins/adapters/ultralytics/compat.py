@@ -12,6 +12,8 @@ Version: what it changed, and what is here for the versions before it.
 - 8.4.0: ``E2ELoss``, which is told the criterion of its branches and weights them by a schedule, in place of
   ``E2EDetectLoss``. :data:`E2ELoss` is either; :func:`end_to_end` makes one.
 - 8.4.0: a head predicts a dict of boxes, scores and features, before it the features alone. Nothing here reads them.
+- 8.4.33: a run that resumes goes on with the schedule of ``E2ELoss``. Before it the schedule begins anew, with stock
+  losses too, and stays so.
 - 8.4.37: class weights (``cls_pw``). :func:`class_weights` is None; the argument is refused.
 - 8.4.76: the tuner starts its trainings by a class, not by the command line. ``tune`` is refused.
 - 8.4.104: a criterion's items are a dict, before it a tensor. They are handed on as they are.

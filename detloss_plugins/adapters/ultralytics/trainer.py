@@ -200,6 +200,10 @@ def make_trainer(losses, task="detect", trainer=None, compile=False):
             compat.check_arguments(overrides or {})
             super().__init__(cfg, overrides, _callbacks)
 
+        def check_resume(self, overrides):
+            super().check_resume(overrides)
+            compat.check_arguments(vars(self.args))  # of a run that resumes, those of its checkpoint
+
         @staticmethod
         def check_same_task(given):
             if given != task:
