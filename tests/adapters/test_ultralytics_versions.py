@@ -36,6 +36,7 @@ from ultralytics import RTDETR, YOLO, __version__
 from ultralytics.utils.checks import parse_version
 from ultralytics.utils.tal import make_anchors
 
+from detloss_plugins import loss as core
 from detloss_plugins.adapters.ultralytics import (
     PluginDetectionLoss,
     PluginRTDETRLoss,
@@ -227,6 +228,16 @@ def test_an_end_to_end_criterion_is_the_stock_one_with_our_branches(name, batche
 
 def test_the_choice_of_an_end_to_end_criterion_follows_the_version():
     assert compat.E2ELoss.__name__ == ("E2ELoss" if VERSION >= (8, 4, 0) else "E2EDetectLoss")
+
+
+@pytest.mark.parametrize("name", ["yolov8n", "yolov10n"])
+def test_state_is_averaged_over_the_ranks_once_a_branch(name, batches, monkeypatch):
+    """However this version calls the criterion of a branch."""
+    model, averaged = detector(name), []
+    monkeypatch.setattr(core, "rank_mean", lambda tensor: averaged.append(tensor) or tensor)
+    criterion = ours(model, {"box": {"type": "WIoULoss"}})
+    called(criterion, model, batches["detect"])
+    assert [id(mean) for mean in averaged] == [id(branch.built["box"].mean) for branch in branches(criterion)]
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (64, 96), (320, 224)])
