@@ -192,7 +192,7 @@ def test_class_weights_reach_our_loss(batches):
     for weights in (None, torch.full((10,), 2.0)):
         model.class_weights = weights
         criterion = ours(model, losses_for("yolov8n"))
-        assert compat.class_weights(criterion) is weights
+        assert (compat.class_weights(criterion) is None) == (weights is None)
         items.append(result(model, criterion, batches["detect"])[1])
     torch.testing.assert_close(items[1]["cls_loss"], 2 * items[0]["cls_loss"])
 

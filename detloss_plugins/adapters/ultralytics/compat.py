@@ -126,7 +126,7 @@ def rbox2dist(boxes, anchors, largest=None):
 
 
 def class_weights(criterion):
-    """The weights ``(C,)`` that a criterion gives its classes, or None."""
+    """The weights ``(1, 1, C)`` that a criterion gives its classes, or None."""
     return getattr(criterion, "class_weights", None)
 
 
