@@ -131,6 +131,16 @@ def test_best_and_last_load_and_predict_without_us(run, trained):
     assert done.stdout.splitlines()[-1] == f"ultralytics.nn.tasks {load_losses(trained[2], trained[1])}"
 
 
+def test_a_checkpoint_of_several_devices_is_refused_too(run, trained, tmp_path, monkeypatch):
+    """Its arguments are those of the run that resumes. Before the run below ends, of which nothing can resume."""
+    monkeypatch.setitem(compat.FEATURES, "devices", (False, "8.4.140", "Training on several GPUs", "do not"))
+    checkpoint = torch.load(run[0] / "weights" / "last.pt", map_location="cpu", weights_only=False)
+    checkpoint["train_args"]["device"] = "0,1"
+    torch.save(checkpoint, tmp_path / "last.pt")
+    with pytest.raises(RuntimeError, match=r"Training on several GPUs needs Ultralytics 8\.4\.140"):
+        YOLO(str(tmp_path / "last.pt")).train(resume=True, trainer=make_trainer({}, trained[1]))
+
+
 def test_resume_goes_on_with_our_losses(run, trained):
     _, task, losses = trained
     seen = []
@@ -141,16 +151,6 @@ def test_resume_goes_on_with_our_losses(run, trained):
     assert all(branch.losses == load_losses(losses, task) for _, criterion in seen for branch in branches(criterion))
     assert len((run[0] / "results.csv").read_text().splitlines()) == 3
     assert trained_losses(run[0] / "weights" / "best.pt")["losses"] == load_losses(losses, task)
-
-
-def test_a_checkpoint_of_several_devices_is_refused_too(run, trained, tmp_path, monkeypatch):
-    """Its arguments are those of the run that resumes."""
-    monkeypatch.setitem(compat.FEATURES, "devices", (False, "8.4.140", "Training on several GPUs", "do not"))
-    checkpoint = torch.load(run[0] / "weights" / "last.pt", map_location="cpu", weights_only=False)
-    checkpoint["train_args"]["device"] = "0,1"
-    torch.save(checkpoint, tmp_path / "last.pt")
-    with pytest.raises(RuntimeError, match=r"Training on several GPUs needs Ultralytics 8\.4\.140"):
-        YOLO(str(tmp_path / "last.pt")).train(resume=True, trainer=make_trainer({}, trained[1]))
 
 
 @pytest.mark.parametrize("feature", compat.FEATURES)
@@ -273,7 +273,9 @@ def test_a_box_loss_gets_pixels_and_the_size_of_an_image_that_is_no_square(name,
     objects = plain["bboxes"][:, :4] * torch.tensor([96.0, 64, 96, 64])
     if task_of(name) != "obb":
         objects = torch.cat([objects[:, :2] - objects[:, 2:] / 2, objects[:, :2] + objects[:, 2:] / 2], -1)
-    nearest = (target[:, None, :4] - objects).abs().amax(-1).amin(1)
+    # The centres alone of oriented boxes: the assigner of some versions, as 8.4.38, enlarges small ones.
+    same = 2 if task_of(name) == "obb" else 4
+    nearest = (target[:, None, :same] - objects[:, :same]).abs().amax(-1).amin(1)
     assert nearest.max() < 1e-3, "each target is one of the batch's objects, in pixels"
 
 
