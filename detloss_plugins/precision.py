@@ -13,6 +13,7 @@ def float32(tensor: Tensor) -> Tensor:
 
 
 def _knows_autocast(device: str) -> bool:
+    # torch 2.1 has no torch.xpu to ask.
     with contextlib.suppress(RuntimeError, AttributeError), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.autocast(device, enabled=False)

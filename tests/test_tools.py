@@ -21,6 +21,7 @@ import train
 from mmengine.config import ConfigDict
 from support.commands import ROOT
 
+from detloss_plugins.adapters.ultralytics import compat
 from detloss_plugins.facts import Upstream
 from detloss_plugins.losses import FocalLoss, GIoULoss, ap_loss
 from detloss_plugins.registry import registered_losses
@@ -58,6 +59,12 @@ def test_train_says_what_is_missing(module, capsys, monkeypatch):
 
     monkeypatch.setattr(train, "train_yolo", import_it)
     assert "nstall" in refused(capsys, "epochs=1", status=1)
+
+
+def test_train_says_which_ultralytics_it_needs(capsys, monkeypatch):
+    there, *rest = compat.FEATURES["devices"]
+    monkeypatch.setitem(compat.FEATURES, "devices", (False, *rest))
+    assert "needs Ultralytics 8.4.140 or newer" in refused(capsys, "device=0,1", "epochs=1", status=1)
 
 
 def test_a_fault_of_our_own_is_no_missing_package(monkeypatch):

@@ -109,6 +109,7 @@ def train_yolo(args):
     from ultralytics import RTDETR, YOLO
 
     from detloss_plugins.adapters.ultralytics import check_head, describe, make_trainer, model_task
+    from detloss_plugins.adapters.ultralytics.compat import TooOldError
 
     overrides = {key: yaml.safe_load(value) for key, value in args.overrides.items()}
     try:
@@ -136,6 +137,8 @@ def train_yolo(args):
         settings = {"resume": True}
     try:
         metrics = yolo.train(trainer=trainer, **settings)
+    except TooOldError as error:
+        raise UsageError(error) from error
     except SyntaxError as error:  # how Ultralytics refuses an unknown argument
         raise UsageError(str(error).strip().splitlines()[0]) from error
     active = describe(yolo.trainer.plugin_losses, yolo.trainer.args, task)

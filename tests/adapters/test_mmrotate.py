@@ -13,6 +13,7 @@ from support.commands import ROOT, train
 
 from detloss_plugins import build_loss
 from detloss_plugins.losses.rotated import GWDLoss
+from detloss_plugins.testing import sample
 
 pytest.importorskip("mmrotate", reason="mmrotate is not installed: it needs onedl-mmcv, which takes mmcv's place")
 
@@ -134,7 +135,7 @@ def value_and_gradient(function, pred):
 
 @pytest.mark.parametrize(("theirs", "ours"), SAME)
 def test_gaussian_distances(theirs, ours):
-    pred, target = GWDLoss.sample(200, dtype=torch.float64)
+    pred, target = sample(GWDLoss, 200, dtype=torch.float64)
     stock, loss = MODELS.build(theirs), build_loss(ours)
     want = value_and_gradient(lambda pred: stock(pred, target, reduction_override="none"), pred)
     got = value_and_gradient(lambda pred: loss(pred, target, reduction_override="none"), pred)
@@ -152,7 +153,7 @@ def test_gaussian_distances(theirs, ours):
 )
 def test_gaussian_distances_of_the_first_version(theirs, ours):
     """Which neither weights nor averages: its result is the loss of each box."""
-    pred, target = GWDLoss.sample(200, dtype=torch.float64)
+    pred, target = sample(GWDLoss, 200, dtype=torch.float64)
     stock, loss = MODELS.build(dict(type="GDLoss_v1", **theirs)), build_loss(ours)
     want = value_and_gradient(lambda pred: stock(pred, target), pred)
     got = value_and_gradient(lambda pred: loss(pred, target, reduction_override="none"), pred)
@@ -164,7 +165,7 @@ def test_gaussian_distances_of_the_first_version(theirs, ours):
 def test_kfiou(fun, mode, center_weight):
     """KFLoss's center term compares encoded offsets, which depend on the anchor; ours are those of the target as the
     anchor, as the loss knows no other. Its ``eps`` of 1e-6 is a shift, ours is none."""
-    pred, target = GWDLoss.sample(200, dtype=torch.float64)
+    pred, target = sample(GWDLoss, 200, dtype=torch.float64)
     coder = DeltaXYWHTRBBoxCoder(angle_version="le90", norm_factor=None, edge_swap=False, proj_xy=True)
     stock = MODELS.build(dict(type="KFLoss", fun=fun))
     loss = build_loss(dict(type="KFIoULoss", mode=mode, center_weight=center_weight))

@@ -9,18 +9,24 @@ import pytest
 import torch
 import yaml
 from support.ultralytics import (
+    LOAD_WITHOUT_US,
     LOSSES,
     SETTINGS,
     TASK_MODELS,
+    Interrupted,
     assert_same,
     branches,
+    called,
     detector,
     head,
     in_slot,
+    interrupt,
     losses_for,
     model_file,
+    older,
     ours,
     result,
+    since,
     steps,
     stock_criterion,
     task_of,
@@ -32,7 +38,7 @@ from ultralytics.cfg import get_cfg
 from ultralytics.nn.tasks import DetectionModel
 from ultralytics.utils import LOGGER
 from ultralytics.utils.dist import generate_ddp_file
-from ultralytics.utils.loss import E2ELoss, VarifocalLoss
+from ultralytics.utils.loss import VarifocalLoss
 
 from detloss_plugins import engine
 from detloss_plugins.adapters.ultralytics import (
@@ -48,6 +54,7 @@ from detloss_plugins.adapters.ultralytics import (
     make_trainer,
     trained_losses,
 )
+from detloss_plugins.adapters.ultralytics.compat import E2ELoss
 from detloss_plugins.adapters.ultralytics.config import GAINS, PRIORS
 from detloss_plugins.losses import APLoss, FocalLoss, L1Loss
 from detloss_plugins.registry import build_loss, loss_class, registered_losses
@@ -109,6 +116,10 @@ def test_class_loss_is_summed_over_anchors_and_divided_by_the_scores(batch):
     torch.testing.assert_close(items["cls_loss"], expected, rtol=1e-5, atol=0)
 
 
+NO_CLASS_WEIGHTS = since("8.4.37", "it has no class weights")
+
+
+@NO_CLASS_WEIGHTS
 @pytest.mark.parametrize(
     "cls", ["VarifocalLoss", "QualityFocalLoss", "FocalLoss", "BinaryCrossEntropyLoss", "APLoss", "DRLoss"]
 )
@@ -124,7 +135,13 @@ def test_class_weights_keep_working(cls, batch):
     torch.testing.assert_close(doubled["box_loss"], plain["box_loss"])
 
 
-@pytest.mark.parametrize("weights", [None, torch.ones(10)], ids=["plain", "class weights of one"])
+@pytest.mark.parametrize(
+    "weights",
+    [
+        pytest.param(None, id="plain"),
+        pytest.param(torch.ones(10), id="class weights of one", marks=NO_CLASS_WEIGHTS),
+    ],
+)
 def test_a_loss_with_a_normaliser_of_its_own_keeps_it(weights, batch):
     """The number of scores that count, whatever the criterion divides by; under autocast too."""
     model, seen = detector("yolov8n"), []
@@ -196,7 +213,7 @@ def test_every_class_loss_takes_a_step(cls, batch):
     criterion = ours(model, {"cls": in_slot(cls)})
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
     for _ in range(2):
-        loss, items = criterion(model(batch["img"]), batch)
+        loss, items = called(criterion, model, batch)
         assert items["cls_loss"] > 0
         optimizer.zero_grad()
         loss.sum().backward()
@@ -249,13 +266,19 @@ def test_default_gains_and_priors():
     assert {*GAINS, *PRIORS} <= bases
 
 
-def test_no_objects_in_the_batch(batches):
-    for name in TASK_MODELS:
-        model, batch = detector(name), batches[task_of(name)]
-        empty = without_objects(batch)
-        loss, _, gradients = result(model, ours(model, {**losses_for(name), "dfl": third(model)}), empty)
-        assert loss.isfinite().all()
-        assert all(g.isfinite().all() for g in gradients)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[since("8.4.1", "its own loss fails there")] if task_of(name) == "segment" else [])
+        for name in TASK_MODELS
+    ],
+)
+def test_no_objects_in_the_batch(name, batches):
+    model, batch = detector(name), batches[task_of(name)]
+    empty = without_objects(batch)
+    loss, _, gradients = result(model, ours(model, {**losses_for(name), "dfl": third(model)}), empty)
+    assert loss.isfinite().all()
+    assert all(g.isfinite().all() for g in gradients)
 
 
 def test_third_slot_suits_the_head():
@@ -336,15 +359,6 @@ def test_default_gain_and_override():
     assert "SlideLoss(authors_code=False, FocalLoss(gamma=2.0, alpha=None" in describe(slide, get_cfg())[0]
 
 
-class Interrupted(Exception):
-    pass
-
-
-def interrupt(trainer):
-    if trainer.epoch == 0:
-        raise Interrupted
-
-
 OTHER_TASKS = ("yolov10n", "yolov8n-obb", "yolo26n-seg", "yolo26n-pose", "yolov8n-rtdetr")
 
 
@@ -405,20 +419,6 @@ def test_results_csv_keeps_its_columns(interrupted, trained):
         assert column in header
 
 
-LOAD_WITHOUT_US = """
-import sys
-sys.modules["detloss_plugins"] = None
-import torch
-from ultralytics import RTDETR, YOLO
-from ultralytics.nn.tasks import torch_safe_load
-for path in sys.argv[1:]:
-    torch_safe_load(path, safe_only=True)  # only the classes of Ultralytics' allow-list
-    yolo = YOLO(path)
-    yolo.predict(torch.rand(1, 3, 64, 64), verbose=False)
-    print(type(yolo.model).__module__, yolo.model.detloss_plugins["losses"])
-"""
-
-
 def test_checkpoints_load_where_we_are_not_installed(interrupted, trained):
     run, _, _ = interrupted
     files = [str(run / "weights" / name) for name in ("best.pt", "last.pt")]
@@ -445,7 +445,8 @@ def test_resume_continues_with_our_losses(interrupted, trained):
     epochs, found, updates = zip(*seen, strict=True)
     assert set(epochs) == {1}
     assert all(isinstance(branch, PLUGINS) for branch in found[0])
-    assert updates[0] == (1 if len(found[0]) == 2 else None), "the end-to-end schedule goes on where it was"
+    first = 0 if older("8.4.33") else 1  # before it, a resume begins the schedule anew, with stock losses too
+    assert updates[0] == (first if len(found[0]) == 2 else None), "the end-to-end schedule goes on where it was"
     assert len((run / "results.csv").read_text(encoding="utf-8").splitlines()) == 3
     assert trained_losses(run / "weights" / "best.pt")["losses"] == load_losses(losses, task)
 
@@ -465,6 +466,7 @@ print(type(criterion).__name__, criterion.losses)
 """
 
 
+@since("8.4.140", "its workers import the trainer by name")
 @pytest.mark.parametrize(
     "name", ["yolov8n", *(pytest.param(name, marks=pytest.mark.slow) for name in ("yolov8n-obb", "yolov8n-rtdetr"))]
 )

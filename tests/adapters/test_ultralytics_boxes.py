@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.commands import train
-from support.ultralytics import branches, detector, head, ours, task_of
+from support.ultralytics import branches, detector, head, named, ours, task_of
 
 from detloss_plugins import build_loss
 from detloss_plugins import loss as core
@@ -36,7 +36,12 @@ def predictions(model, images):
     return found.get("one2many", found)
 
 
-def assigned(criterion, found, batch):
+def box_loss(criterion, model, found, batch):
+    """The item of the box loss."""
+    return named(criterion(found, batch)[1], model)["box_loss"]
+
+
+def assigned(criterion, model, found, batch):
     """Loss items, and the positives as the stock assigner has them: boxes and targets in pixels, weights."""
     seen, assigner = {}, criterion.assigner
 
@@ -47,7 +52,7 @@ def assigned(criterion, found, batch):
         return out
 
     criterion.assigner = look
-    items = criterion.loss(found, batch)[1]
+    items = named(criterion.loss(found, batch)[1], model)
     criterion.assigner = assigner
     return items, seen
 
@@ -67,7 +72,7 @@ def test_boxes_in_the_slot_are_in_pixels(name, batches):
     model, batch = detector(name), batches[task_of(name)]
     criterion = first_branch(model, {"box": any_loss(name)})
     criterion.bbox_loss.box = Recorder()
-    _, seen = assigned(criterion, predictions(model, batch["img"]), batch)
+    _, seen = assigned(criterion, model, predictions(model, batch["img"]), batch)
     pred, target, weight = criterion.bbox_loss.box.given
     assert len(target) > 20
     assert target[:, 2].max() > 20, "a digit of this batch is wider than 20 pixels"
@@ -85,7 +90,7 @@ def test_constants_are_pixels(cfg, batches):
     model, batch = detector("yolov8n"), batches["detect"]
     cfg = {"loss_weight": 1.0, **cfg}
     criterion = first_branch(model, {"box": cfg})
-    items, seen = assigned(criterion, predictions(model, batch["img"]), batch)
+    items, seen = assigned(criterion, model, predictions(model, batch["img"]), batch)
     size = {"image_size": (64, 64)} if cfg["type"] == "MPDIoULoss" else {}
     loss = build_loss({**cfg, **size, "reduction": "sum"})
     normalizer = seen["scores"].sum().clamp(min=1) / model.args.box
@@ -114,10 +119,10 @@ def test_image_size_comes_from_the_batch(name, depth, batches):
     from_batch = ours(model, {"box": nested(MPDIOU)[depth]})
     for size in ((64, 96), (96, 64)):
         found = model(torch.nn.functional.interpolate(batch["img"], size))
-        values = [from_batch(found, batch)[1]["box_loss"]]
+        values = [box_loss(from_batch, model, found, batch)]
         for given in (size, size[::-1], (32, 32)):
             cfg = nested({**MPDIOU, "image_size": given})[depth]
-            values.append(ours(model, {"box": cfg})(found, batch)[1]["box_loss"])
+            values.append(box_loss(ours(model, {"box": cfg}), model, found, batch))
         torch.testing.assert_close(values[0], values[1])
         torch.testing.assert_close(
             values[0], values[2]
@@ -204,9 +209,10 @@ def test_every_box_loss_takes_steps(name, cls, batches):
     for _ in range(2):
         found = model(batch["img"])
         loss, items = criterion(found, batch)
+        items = named(items, model)
         assert all(value.isfinite() for value in items.values())
         assert items["box_loss"] > 0
-        torch.testing.assert_close(twice(found, batch)[1]["box_loss"], 2 * items["box_loss"])  # and so is ours
+        torch.testing.assert_close(box_loss(twice, model, found, batch), 2 * items["box_loss"])  # and so is ours
         for branch in filter(None, (getattr(head(model), name, None) for name in ("cv2", "one2one_cv2"))):
             last = [level[-1].weight for level in branch]
             of_box_loss = torch.autograd.grad(loss[0], last, retain_graph=True, allow_unused=True)

@@ -13,6 +13,7 @@ from support.ultralytics import (
     in_slot,
     ours,
     result,
+    since,
     steps,
     stock_criterion,
     task_of,
@@ -80,6 +81,7 @@ def test_the_gradient_is_that_of_the_loss(cls, batch):
     torch.testing.assert_close(mine.grad, plain.grad, rtol=1e-4, atol=1e-5 * plain.grad.abs().max().item())
 
 
+@since("8.4.37", "it has no class weights")
 @each_loss
 def test_class_weights_are_those_of_the_positives(cls, batch):
     model = detector("yolov8n")

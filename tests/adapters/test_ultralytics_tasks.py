@@ -15,17 +15,22 @@ from support.ultralytics import (
     FOR_RTDETR,
     LOSSES,
     SETTINGS,
+    STOCK_RTDETR,
     TASK_MODELS,
     assert_same,
     branches,
     detector,
     head,
     in_slot,
+    loss_and_gradients,
     losses_for,
     model_cfg,
     model_file,
+    named,
     ours,
+    overlapping,
     result,
+    since,
     stock_criterion,
     task_of,
     third,
@@ -65,12 +70,6 @@ from detloss_plugins.adapters.ultralytics.trainer import class_biases, start_at_
 from detloss_plugins.registry import registered_losses
 
 RTDETR_NAME = "yolov8n-rtdetr"
-# What RT-DETR's stock losses are in ours.
-STOCK_RTDETR = {
-    "loss_class": {"type": "VarifocalLoss", "alpha": 0.25, "gamma": 1.5},
-    "loss_bbox": {"type": "L1Loss"},
-    "loss_giou": {"type": "GIoULoss"},
-}
 
 
 @pytest.fixture
@@ -82,15 +81,6 @@ def log():
     LOGGER.addHandler(handler)
     yield lines
     LOGGER.removeHandler(handler)
-
-
-def loss_and_gradients(model, batch):
-    """As :func:`result`, by ``model.loss``, whose denoising queries are random."""
-    torch.manual_seed(0)
-    loss, items = model.loss(batch)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    gradients = torch.autograd.grad(loss.sum(), parameters, allow_unused=True)
-    return loss.detach(), items, [g for g in gradients if g is not None]
 
 
 def with_losses(name, losses):
@@ -111,18 +101,6 @@ def assert_close(mine, stock, scale=1.0):
 @pytest.fixture(scope="module")
 def images(batches):
     return batches["rtdetr"]
-
-
-def overlapping(monkeypatch):
-    """Let every matched box overlap its object a little: on one that does not, the two varifocal losses differ.
-
-    Ours counts a positive of quality 0 as a negative, theirs as nothing; the IoU of a box that barely touches is close
-    enough to 0 for everything else.
-    """
-    from ultralytics.models.utils import loss
-
-    iou = loss.bbox_iou
-    monkeypatch.setattr(loss, "bbox_iou", lambda *a, **k: iou(*a, **k) if "GIoU" in k else iou(*a, **k).clamp(min=1e-6))
 
 
 def test_rtdetr_stock_equivalent_losses_reproduce_stock(images, monkeypatch):
@@ -183,7 +161,7 @@ def test_rtdetr_every_loss_has_a_gradient(cls, images, predictions, monkeypatch)
     _, items = model.loss(images, (*found, predictions[1]))
     assert isinstance(model.criterion, PluginRTDETRLoss)
     assert isinstance(model.criterion.built[slot], cls)
-    assert all(value.isfinite() for value in items.values())
+    assert all(value.isfinite() for value in named(items, model).values())
     seen = {}
     monkeypatch.setattr(PluginRTDETRLoss, "forward", lambda *a, **k: seen.update(forward(*a, **k)) or seen)
     model.loss(images, (*found, predictions[1]))
@@ -282,6 +260,7 @@ def test_rtdetr_is_no_yolo(name, task, datasets, tmp_path):
         )
 
 
+@since("8.4.37", "it has no class weights")
 def test_rtdetr_says_that_class_weights_do_nothing(datasets, tmp_path, log):
     settings = {**SETTINGS, "data": datasets["rtdetr"], "project": str(tmp_path), "cls_pw": 0.5, "epochs": 1}
 
@@ -295,6 +274,7 @@ def test_rtdetr_says_that_class_weights_do_nothing(datasets, tmp_path, log):
     assert any("cls_pw does nothing" in line for line in log)
 
 
+@since("8.4.37", "it has no class weights")
 @pytest.mark.parametrize("name", [name for name in TASK_MODELS if task_of(name) not in ("detect", "obb")])
 def test_class_weights_and_extra_losses_of_a_task(name, batches):
     """Twice the class weights are twice the class loss; masks and keypoints do not notice that a loss was swapped."""
@@ -336,18 +316,18 @@ def test_models_with_texts_for_classes(name, batches):
     model = text_model(name)
     batch = dict(batches["segment" if name.endswith("-seg") else "detect"])
     batch["txt_feats"] = texts(model, len(batch["img"]))
-    before = model.loss(batch)[1]
+    before = named(model.loss(batch)[1], model)
     losses = {"cls": {"type": "BinaryCrossEntropyLoss"}, "box": {"type": "CIoULoss"}, "dfl": third(model)}
     install(model, losses)
     loss, items = model.loss(batch)
     assert all(isinstance(branch, PluginDetectionLoss) for branch in branches(model.criterion))
     # The second forward pass has moved the statistics of no batch norm that is in training: the same predictions.
     for key, value in before.items():
-        torch.testing.assert_close(items[key], value, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(named(items, model)[key], value, rtol=1e-4, atol=1e-6)
     loss.sum().backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
     install(model, LOSSES)
-    assert model.loss(batch)[1]["cls_loss"] != before["cls_loss"]
+    assert named(model.loss(batch)[1], model)["cls_loss"] != before["cls_loss"]
 
 
 class Alphabet:
@@ -406,7 +386,7 @@ def test_every_detector_of_the_readme_takes_steps(task, head_name, batches):
     weights = [parameter.detach().clone() for parameter in trained]
     for _ in range(3):
         loss, items = model.loss(batch)
-        assert all(value.isfinite() for value in items.values())
+        assert all(value.isfinite() for value in named(items, model).values())
         optimizer.zero_grad()
         loss.sum().backward()
         assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
@@ -465,7 +445,7 @@ def test_a_bare_model_without_training_arguments(cls, batches, log):
     install(model, losses)
     loss, items = model.loss(batch)
     torch.testing.assert_close(loss, expected[0])
-    assert list(items) == list(expected[1])
+    torch.testing.assert_close(items, expected[1])
     lines = [line for line in log if "not in training" in line]
     assert lines == [
         "detloss_plugins: this model is not in training; its losses have the gains cls 0.5, box 7.5, dfl 1.5"
@@ -479,9 +459,9 @@ def test_plugin_detection_loss_on_its_own(batches, log):
     model = YOLO("yolov8n.yaml").model.train()
     assert isinstance(model.args, dict)
     found = model(batch["img"])
-    items = PluginDetectionLoss(model, losses=LOSSES)(found, batch)[1]
+    items = named(PluginDetectionLoss(model, losses=LOSSES)(found, batch)[1], model)
     model.args = {"box": 15.0, "no_longer_an_argument": 1}
-    doubled = PluginDetectionLoss(model, losses=LOSSES)(found, batch)[1]
+    doubled = named(PluginDetectionLoss(model, losses=LOSSES)(found, batch)[1], model)
     assert model.args == {"box": 15.0, "no_longer_an_argument": 1}
     torch.testing.assert_close(doubled["box_loss"], 2 * items["box_loss"])
     torch.testing.assert_close(doubled["cls_loss"], items["cls_loss"])
@@ -492,6 +472,7 @@ def test_plugin_detection_loss_on_its_own(batches, log):
 
 
 @pytest.mark.slow
+@since("8.4.76", "its tuner takes no trainer")
 @pytest.mark.parametrize("name", ["yolov8n", "yolo26n-seg", "yolov8n-pose", "yolov8n-obb", RTDETR_NAME])
 def test_tuning_trains_our_losses(name, datasets, tmp_path):
     """Each training of the search has our losses, and the values that the search chose."""
@@ -513,6 +494,7 @@ def test_tuning_trains_our_losses(name, datasets, tmp_path):
     assert seen[0][1] != seen[1][1]
 
 
+@since("8.4.76", "its tuner takes no trainer")
 def test_tuning_leaves_the_stock_class(datasets):
     from ultralytics.engine import trainer as engine
 

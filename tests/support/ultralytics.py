@@ -1,12 +1,14 @@
 """Small detectors of Ultralytics, batches for them, and criteria with our losses."""
 
 import functools
+import inspect
 
 import digits
 import pytest
 import torch
 import yaml
 from ultralytics.cfg import get_cfg
+from ultralytics.models.utils.loss import RTDETRDetectionLoss
 from ultralytics.nn.tasks import (
     DetectionModel,
     OBBModel,
@@ -15,13 +17,34 @@ from ultralytics.nn.tasks import (
     SegmentationModel,
     yaml_model_load,
 )
-from ultralytics.utils.loss import E2ELoss
+from ultralytics.utils import ROOT, __version__
+from ultralytics.utils.checks import parse_version
 
 from detloss_plugins.adapters.ultralytics import TRAINERS, install, model_task
+from detloss_plugins.adapters.ultralytics.compat import E2ELoss
 
-MODELS = ("yolov8n", "yolo11n", "yolo26n", "yolov8n-obb", "yolo26n-obb")
+# Of the models below, those that this version of Ultralytics has.
+FILES = {path.stem for path in (ROOT / "cfg" / "models").rglob("*.yaml")}
+
+
+def known(*names):
+    """Those models whose files are there; the one of "yolov8n-obb" is ``yolov8-obb.yaml``."""
+    return tuple(name for name in names if {name, name.replace("n", "", 1)} & FILES)
+
+
+def older(version):
+    """Whether the installed Ultralytics is older than this version."""
+    return parse_version(__version__) < parse_version(version)
+
+
+def since(version, why):
+    """The mark of a test that needs this version of Ultralytics or a newer one."""
+    return pytest.mark.skipif(older(version), reason=f"Ultralytics {__version__} is older than {version}: {why}")
+
+
+MODELS = known("yolov8n", "yolo11n", "yolo26n", "yolov8n-obb", "yolo26n-obb")
 # With those of the tasks whose boxes and classes have the same criterion.
-TASK_MODELS = (*MODELS, "yolov10n", "yolov8n-seg", "yolo26n-seg", "yolov8n-pose", "yolo26n-pose")
+TASK_MODELS = MODELS + known("yolov10n", "yolov8n-seg", "yolo26n-seg", "yolov8n-pose", "yolo26n-pose")
 CLASSES = {
     "detect": DetectionModel,
     "obb": OBBModel,
@@ -32,6 +55,13 @@ CLASSES = {
 LOSSES = {"cls": {"type": "VarifocalLoss"}, "box": {"type": "EIoULoss"}}
 ORIENTED = {"cls": {"type": "VarifocalLoss"}, "box": {"type": "KLDLoss"}}
 FOR_RTDETR = {"loss_class": {"type": "VarifocalLoss"}, "loss_giou": {"type": "EIoULoss"}}
+# What RT-DETR's stock losses are in ours; its varifocal loss has had other settings since it has them to choose.
+CHOSEN = "gamma" in inspect.signature(RTDETRDetectionLoss).parameters
+STOCK_RTDETR = {
+    "loss_class": {"type": "VarifocalLoss"} | ({"alpha": 0.25, "gamma": 1.5} if CHOSEN else {}),
+    "loss_bbox": {"type": "L1Loss"},
+    "loss_giou": {"type": "GIoULoss"},
+}
 SETTINGS = {
     "imgsz": 64,
     "batch": 8,
@@ -44,6 +74,41 @@ SETTINGS = {
     "optimizer": "SGD",
     "lr0": 1e-3,
 }
+
+
+# The items of a task's criterion, which are a tensor before Ultralytics 8.4.104.
+ITEMS = {
+    "detect": "box cls dfl",
+    "obb": "box cls dfl angle",
+    "segment": "box seg cls dfl sem",
+    "pose": "box pose kobj cls dfl rle",
+    "rtdetr": "giou cls l1",
+}
+
+
+# Run with the paths of checkpoints, where this package cannot be imported: load each and predict with it.
+LOAD_WITHOUT_US = """
+import sys
+sys.modules["detloss_plugins"] = None
+import torch
+from ultralytics import RTDETR, YOLO
+from ultralytics.nn.tasks import torch_safe_load
+for path in sys.argv[1:]:
+    torch_safe_load(path, safe_only=True)  # only the classes of Ultralytics' allow-list
+    yolo = YOLO(path)
+    yolo.predict(torch.rand(1, 3, 64, 64), verbose=False)
+    print(type(yolo.model).__module__, yolo.model.detloss_plugins["losses"])
+"""
+
+
+class Interrupted(Exception):
+    """A training that died."""
+
+
+def interrupt(trainer):
+    """A callback that ends a training after its first epoch."""
+    if trainer.epoch == 0:
+        raise Interrupted
 
 
 def third(model):
@@ -111,9 +176,25 @@ def stock_criterion(model):
     return type(model).init_criterion(model)
 
 
+def named(items, model):
+    """The items of a criterion as a dict."""
+    if isinstance(items, dict):
+        return items
+    names = ITEMS[model_task(model)].split()
+    if getattr(head(model), "reg_max", 0) == 1:
+        names[names.index("dfl")] = "l1"
+    return {f"{name}_loss": value for name, value in zip(names, items, strict=False)}
+
+
+def called(criterion, model, batch):
+    """Loss vector and items of a criterion for a batch."""
+    loss, items = criterion(model(batch["img"]), batch)
+    return loss, named(items, model)
+
+
 def result(model, criterion, batch):
     """Loss vector, items and the gradient of every parameter."""
-    loss, items = criterion(model(batch["img"]), batch)
+    loss, items = called(criterion, model, batch)
     parameters = [p for p in model.parameters() if p.requires_grad]
     gradients = torch.autograd.grad(loss.sum(), parameters, allow_unused=True)
     return loss.detach(), items, [g for g in gradients if g is not None]
@@ -126,6 +207,27 @@ def branches(criterion):
 def ours(model, losses):
     install(model, losses)
     return model.init_criterion()
+
+
+def loss_and_gradients(model, batch):
+    """As :func:`result`, by ``model.loss``, as RT-DETR has to be, whose denoising queries are random."""
+    torch.manual_seed(0)
+    loss, items = model.loss(batch)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(loss.sum(), parameters, allow_unused=True)
+    return loss.detach(), named(items, model), [g for g in gradients if g is not None]
+
+
+def overlapping(monkeypatch):
+    """Let every matched box of RT-DETR overlap its object a little: else the two varifocal losses differ.
+
+    Ours counts a positive of quality 0 as a negative, theirs as nothing; the IoU of a box that barely touches is close
+    enough to 0 for everything else.
+    """
+    from ultralytics.models.utils import loss
+
+    iou = loss.bbox_iou
+    monkeypatch.setattr(loss, "bbox_iou", lambda *a, **k: iou(*a, **k) if "GIoU" in k else iou(*a, **k).clamp(min=1e-6))
 
 
 def assert_same(a, b, **tolerance):
@@ -144,7 +246,7 @@ def steps(model, criterion, batch, count):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     values = []
     for _ in range(count):
-        loss, items = criterion(model(batch["img"]), batch)
+        loss, items = called(criterion, model, batch)
         values.append(items["cls_loss"].item())
         optimizer.zero_grad()
         loss.sum().backward()

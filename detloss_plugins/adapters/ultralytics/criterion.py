@@ -8,10 +8,11 @@ from ultralytics.cfg import get_cfg
 from ultralytics.models.utils.loss import RTDETRDetectionLoss
 from ultralytics.nn.tasks import guess_model_task
 from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER
-from ultralytics.utils.loss import BboxLoss, E2ELoss, RotatedBboxLoss, v8DetectionLoss
+from ultralytics.utils.loss import BboxLoss, RotatedBboxLoss
 from ultralytics.utils.ops import xywh2xyxy
-from ultralytics.utils.tal import bbox2dist, rbox2dist
+from ultralytics.utils.tal import bbox2dist
 
+from detloss_plugins.adapters.ultralytics import compat
 from detloss_plugins.adapters.ultralytics.config import SLOTS, check_task, filled, load_losses
 from detloss_plugins.loss import average_state
 from detloss_plugins.precision import float32, without_autocast
@@ -121,7 +122,7 @@ class _BoxCriterion(BboxLoss):
         self.reg_max, self.box, self.dfl = reg_max, box, dfl
 
     def forward(self, *inputs):
-        dist, boxes, anchors, target, scores, scores_sum, fg_mask, imgsz, stride = inputs
+        dist, boxes, anchors, target, scores, scores_sum, fg_mask, imgsz, stride = compat.box_inputs(self, inputs)
         loss_box, loss_dfl = super().forward(*inputs) if None in (self.box, self.dfl) else (None, None)
         positive = fg_mask.nonzero(as_tuple=True)
         weight = scores[positive].sum(-1)
@@ -157,7 +158,7 @@ class _RotatedBoxCriterion(_BoxCriterion, RotatedBboxLoss):
     """The same for oriented boxes ``(cx, cy, w, h, theta)``, whose sides are measured in the box's own axes."""
 
     def distances(self, anchors, target, largest=None):
-        return rbox2dist(target[..., :4], anchors, target[..., 4:], reg_max=largest)
+        return compat.rbox2dist(target, anchors, largest)
 
 
 def check_head(model, losses):
@@ -186,7 +187,7 @@ def build_losses(losses, num_classes, device):
     return {slot: build_loss(filled(cfg, num_classes=num_classes)).to(device) for slot, cfg in losses.items()}
 
 
-class PluginDetectionLoss(v8DetectionLoss):
+class PluginDetectionLoss(compat.DetectionCriterion):
     """The stock detection criterion with losses of ours in its slots; see :func:`criterion_class` for other tasks.
 
     Class losses are summed over anchors and classes and divided by ``target_scores_sum``, as stock BCE is; box and
@@ -211,7 +212,7 @@ class PluginDetectionLoss(v8DetectionLoss):
             super().__init__(model, tal_topk, tal_topk2)
         self.built = build_losses(self.losses, self.nc, self.device)
         if "cls" in self.built:
-            self.bce = _ClassSlot(self.built["cls"], of_elements=self.class_weights is not None)
+            self.bce = _ClassSlot(self.built["cls"], of_elements=compat.class_weights(self) is not None)
         if self.built.keys() & {"box", "dfl"}:
             kind = _RotatedBoxCriterion if isinstance(self.bbox_loss, RotatedBboxLoss) else _BoxCriterion
             self.bbox_loss = kind(self.reg_max, self.built.get("box"), self.built.get("dfl")).to(self.device)
@@ -290,7 +291,7 @@ def criterion_class(stock):
 
 def branches(criterion):
     """The criteria of a head, by name: an end-to-end head has two, each with losses and state of its own."""
-    if isinstance(criterion, E2ELoss):
+    if isinstance(criterion, compat.E2ELoss):
         return {"one2many": criterion.one2many, "one2one": criterion.one2one}
     return {"criterion": criterion}
 

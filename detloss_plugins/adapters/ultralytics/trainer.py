@@ -14,9 +14,8 @@ from ultralytics.models.yolo.pose import PoseTrainer
 from ultralytics.models.yolo.segment import SegmentationTrainer
 from ultralytics.nn.tasks import yaml_model_load
 from ultralytics.utils import DEFAULT_CFG, LOGGER
-from ultralytics.utils.loss import E2ELoss
-from ultralytics.utils.torch_utils import unwrap_model
 
+from detloss_plugins.adapters.ultralytics import compat
 from detloss_plugins.adapters.ultralytics.config import default_prior, load_losses
 from detloss_plugins.adapters.ultralytics.criterion import (
     PluginRTDETRLoss,
@@ -54,7 +53,7 @@ def _init_criterion(model):
             stock = type(model).init_criterion(model)
             (kind,) = {type(part) for part in branches(stock).values()}
             make = functools.partial(criterion_class(kind), losses=record["losses"])
-            criterion = E2ELoss(model, make) if isinstance(stock, E2ELoss) else make(model)
+            criterion = compat.end_to_end(model, make) if isinstance(stock, compat.E2ELoss) else make(model)
     load_criterion_state(criterion, record["state"])
     return criterion
 
@@ -180,7 +179,8 @@ def make_trainer(losses, task="detect", trainer=None, compile=False):
 
     Raises:
         ValueError, TypeError: for a misspelt slot, loss or hyper-parameter, an unknown task or a loss that does not
-            suit it, before any data is read. The trainer raises ``ValueError`` for a model of another task.
+            suit it, before any data is read. The trainer raises ``ValueError`` for a model of another task, and
+            ``RuntimeError`` for training arguments that need a newer Ultralytics.
     """
     losses = load_losses(losses, task)
     if compile:
@@ -197,7 +197,12 @@ def make_trainer(losses, task="detect", trainer=None, compile=False):
             given = (overrides or {}).get("task", task)
             if (given, task) != ("detect", "rtdetr"):  # to Ultralytics, RT-DETR detects
                 self.check_same_task(given)
+            compat.check_arguments(overrides or {})
             super().__init__(cfg, overrides, _callbacks)
+
+        def check_resume(self, overrides):
+            super().check_resume(overrides)
+            compat.check_arguments(vars(self.args))  # of a run that resumes, those of its checkpoint
 
         @staticmethod
         def check_same_task(given):
@@ -240,7 +245,7 @@ def make_trainer(losses, task="detect", trainer=None, compile=False):
 
         def hand_state_to_ema(self):
             """Validation and the checkpoint are the EMA model's; the state is the training criterion's."""
-            model, ema = (getattr(m, "student_model", m) for m in (unwrap_model(self.model), self.ema.ema))
+            model, ema = (getattr(m, "student_model", m) for m in (compat.unwrap_model(self.model), self.ema.ema))
             getattr(ema, RECORD)["state"] = criterion_state(model.criterion)
             return ema
 
@@ -262,7 +267,11 @@ def tune(model, trainer, iterations=10, **settings):
         trainer: what :func:`make_trainer` returned.
         iterations: number of trainings.
         settings: as for ``model.tune``: ``data``, ``space``, ``epochs`` and so on.
+
+    Raises:
+        RuntimeError: if this version of Ultralytics is older than 8.4.76, whose tuner takes no trainer.
     """
+    compat.require("tune")
     from ultralytics.engine import trainer as engine
 
     stock = engine.MultiTrainer
