@@ -62,7 +62,7 @@ def test_train_says_what_is_missing(module, capsys, monkeypatch):
 
 
 def test_train_says_which_ultralytics_it_needs(capsys, monkeypatch):
-    there, *rest = compat.FEATURES["devices"]
+    rest = compat.FEATURES["devices"][1:]
     monkeypatch.setitem(compat.FEATURES, "devices", (False, *rest))
     assert "needs Ultralytics 8.4.140 or newer" in refused(capsys, "device=0,1", "epochs=1", status=1)
 
