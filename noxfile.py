@@ -39,6 +39,7 @@ WITH = [
 # What mmdet needs beside mmengine and mmcv, whose forks have other names.
 MMDET = ["pycocotools", "scipy", "shapely", "six", "terminaltables", "tqdm", "addict", "yapf", "pyyaml", "packaging"]
 MMROTATE = ["imaug", "faster-coco-eval", "ninja", "psutil", "wheel"]
+HOSTS = ["torch", "numpy", "mmengine", "mmcv", "mmcv-lite", "mmdet", "mmdetection", "mmrotate", "ultralytics"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Row:
     tests: list[str]
     alone: tuple[str, ...] = ()  # packages installed without what they require
     build: tuple[str, ...] = ()  # and those that compile against the torch that is there
+    lite: bool = False  # whether mmcv has no compiled operators
 
 
 OLDEST = ["torch==2.1.2", "numpy==1.26.4", "mmengine==0.10.0"]
@@ -70,6 +72,7 @@ ROWS = {
         [*NEWEST, *MMDET],
         ["tests/adapters/test_mmdetection_lite.py", "-m", "slow or not slow"],
         alone=("mmdet==3.3.0", "mmcv-lite==2.1.0"),
+        lite=True,
     ),
     # On torch 2.14 and newer the operators of the fork's mmcv do not compile.
     "onedl": Row(
@@ -100,8 +103,7 @@ def versions(session):
     listed = json.loads(
         session.run("uv", "pip", "list", "--format=json", silent=True, external=True, stderr=subprocess.DEVNULL)
     )
-    hosts = ("torch", "numpy", "mmengine", "mmcv", "mmdet", "mmrotate", "ultralytics")
-    return {p["name"]: p["version"] for p in listed if p["name"].removeprefix("onedl-").startswith(hosts)}
+    return {p["name"]: p["version"] for p in listed if p["name"].removeprefix("onedl-") in HOSTS}
 
 
 def run_row(session, name):
@@ -114,6 +116,7 @@ def run_row(session, name):
             Path(session.create_tmp()).resolve()
         )  # versions reset one another's settings
         session.env["YOLO_OFFLINE"] = "true"
+        session.env["DETLOSS_LITE"] = str(int(row.lite))
         session.run("pytest", "-q", "-n", "2", f"--junitxml={report}", *row.tests, *session.posargs)
         passed = True
     finally:
