@@ -26,6 +26,7 @@ nox.options.error_on_missing_interpreters = False
 
 CORE = ["detloss_plugins", "tests", "--ignore=tests/adapters"]
 YOLO = ["tests/adapters/test_ultralytics_versions.py", "-m", "slow or not slow"]
+LITE = ["tests/adapters/test_mmdetection_lite.py", "-m", "slow or not slow"]
 WITH = [
     "pytest>=8.3",
     "pytest-xdist",
@@ -67,13 +68,14 @@ ROWS = {
         for version in ("8.3.0", "8.3.240", "8.4.0", "8.4.38", "8.4.140")
     },
     "newest-yolo": Row("3.13", [*NEWEST, "ultralytics"], YOLO),
-    "lite": Row(
-        "3.13",
-        [*NEWEST, *MMDET],
-        ["tests/adapters/test_mmdetection_lite.py", "-m", "slow or not slow"],
-        alone=("mmdet==3.3.0", "mmcv-lite==2.1.0"),
+    "oldest-mmdet": Row(
+        "3.10",
+        [*OLDEST, "torchvision==0.16.2", *MMDET],
+        LITE,
+        alone=("mmdet==3.0.0", "mmcv-lite==2.0.1"),
         lite=True,
     ),
+    "lite": Row("3.13", [*NEWEST, *MMDET], LITE, alone=("mmdet==3.3.0", "mmcv-lite==2.1.0"), lite=True),
     # On torch 2.14 and newer the operators of the fork's mmcv do not compile.
     "onedl": Row(
         "3.12",
