@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import importlib.util
 import json
 import logging
 import os
@@ -161,6 +162,13 @@ def test_compare_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(GIoULoss, "fn", staticmethod(lambda p, t, **hyper: right(p, t, **hyper) * 1.001))
     assert compare.main(["--loss", "GIoULoss"]) == 1
     assert "FAIL" in capsys.readouterr().out
+
+
+def test_compare_needs_both_hosts(capsys, monkeypatch):
+    stock = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "mmdet" else stock(name))
+    assert compare.main(["--loss", "GIoULoss"]) == 1
+    assert "mmdet is not installed: uv run --all-groups" in capsys.readouterr().err
 
 
 def test_a_documented_difference_that_is_none_fails():

@@ -5,6 +5,7 @@ Exit status 1 if any comparison fails.
 """
 
 import argparse
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -79,6 +80,10 @@ def main(argv=None):
         names = [loss_class(name).__name__ for name in args.loss or registered_losses()]
     except ValueError as error:
         parser.error(str(error))
+    for host in ("mmdet", "ultralytics"):  # whose trainings the tensors are of
+        if importlib.util.find_spec(host) is None:
+            print(f"error: {host} is not installed: uv run --all-groups tools/compare.py ...", file=sys.stderr)
+            return 1
     from training_tensors import training_tensors
 
     found = rows(names, training_tensors(), progress=track)
