@@ -138,7 +138,7 @@ def _by_kernel(call: Call, backward: bool) -> Tensor | None:
         place = key, len(call.rows), backward
         kernel = _kernels.get(place) or _kernels.setdefault(place, _compile(make(), backward))
         flat = [_contiguous(x.detach()) for x in (*call.rows, *call.shared)]
-        one = flat[0].new_ones(len(flat[0]) if flat[0][0].numel() > 5 else 1)
+        one = flat[0].new_ones(1 if _is_narrow(flat[0]) else len(flat[0]))
         sums, *gradient = kernel(one, *flat)
         return sums.sum(), *gradient
 
@@ -156,11 +156,14 @@ def _by_kernel(call: Call, backward: bool) -> Tensor | None:
         return None
 
 
+def _is_narrow(x: Tensor) -> bool:
+    return x.numel() <= 5 * len(x)
+
+
 def _contiguous(x: Tensor) -> Tensor:
     """The same; on a CPU a few columns with each contiguous, as a vector load then reads x1 of many boxes."""
-    return (
-        torch.stack(x.unbind(-1)).t() if x.device.type == "cpu" and x.dim() == 2 and x.shape[1] <= 5 else x.contiguous()
-    )
+    few = x.device.type == "cpu" and x.dim() == 2 and _is_narrow(x)
+    return torch.stack(x.unbind(-1)).t() if few else x.contiguous()
 
 
 def _compile(function: Callable[..., Tensor], backward: bool) -> Callable:

@@ -230,9 +230,9 @@ def train_mmdet(args):
         active = [f"{key}: {build_loss(loss)}" for key, loss in our_losses(cfg.model)]
     except (TypeError, ValueError) as error:
         raise UsageError(error) from error
-    if cfg.get("resume") and Path(cfg.get("load_from") or cfg.work_dir).resolve().is_relative_to(
-        Path(cfg.work_dir).resolve()
-    ):  # what a training of ours has written there holds more than tensors
+    work_dir = Path(cfg.work_dir).resolve()
+    # What a training of ours has written there holds more than tensors.
+    if cfg.get("resume") and Path(cfg.get("load_from") or work_dir).resolve().is_relative_to(work_dir):
         os.environ.setdefault(LOAD_ALL, "1")
     runner = Runner.from_cfg(cfg)
     for line in active:
