@@ -4,6 +4,7 @@ Autograd keeps every intermediate of every row until the backward: ten or twenty
 row's gradient is worked out along with its value. The engine differentiates pure functions and knows nothing of losses.
 """
 
+import inspect
 import types
 import warnings
 from collections.abc import Callable, Hashable, Iterator
@@ -86,8 +87,10 @@ class _GradientInForward(torch.autograd.Function):
     """A sum with its gradient for ``pred``, as ``way(call)`` gives them; differentiated again, the plain function's."""
 
     @staticmethod
-    def forward(way, call, *flat):
-        return way(call.filled(flat))
+    def forward(*inputs):
+        return inputs[0](inputs[1].filled(inputs[2:]))
+
+    forward.__func__.__signature__ = inspect.signature(forward)  # torch asks for it at each call
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -103,8 +103,8 @@ class Pair:
         width = torch.minimum(p.x2, t.x2) - torch.maximum(p.x1, t.x1)
         height = torch.minimum(p.y2, t.y2) - torch.maximum(p.y1, t.y1)
         overlap = width.relu() * height.relu()
-        self.enclosing_width = torch.maximum(p.x2, t.x2) - torch.minimum(p.x1, t.x1)
-        self.enclosing_height = torch.maximum(p.y2, t.y2) - torch.minimum(p.y1, t.y1)
+        self.enclosing_width = p.width + t.width - width  # signed as the overlap is, this holds for boxes apart too
+        self.enclosing_height = p.height + t.height - height
         self.diagonal2 = self.enclosing_width.square() + self.enclosing_height.square()
         self.tiny = eps * self.diagonal2.detach()
         self.union = p.area + t.area - overlap
@@ -139,8 +139,9 @@ class Pair:
     @property
     def center_distance2(self) -> Tensor:
         """Squared distance of the centers."""
-        dx, dy = self.center_offset
-        return dx.square() + dy.square()
+        p, t = self.pred, self.target
+        twice_dx, twice_dy = (t.x1 - p.x1) + (t.x2 - p.x2), (t.y1 - p.y1) + (t.y2 - p.y2)
+        return (twice_dx.square() + twice_dy.square()) / 4
 
     @property
     def center_penalty(self) -> Tensor:

@@ -13,6 +13,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 LEAST, MOST = 5, 50  # rounds, where their number goes by the time
+# Operators that allocate, look at a tensor in another way or ask for a number, by how their names begin.
+NO_KERNEL = ("empty", "new_empty", "resize_", "set_", "_unsafe_view", "as_strided_", "squeeze_", "unsqueeze_")
+NO_KERNEL += ("result_type", "item", "is_nonzero", "_local_scalar_dense")
+# Operators for whose result, a number or a shape, the host waits on a device that runs asynchronously.
+WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount")
 
 
 def synchronize(device):
@@ -151,17 +156,30 @@ def may_work(name):
     namespace, _, operator = name.partition("::")
     if namespace not in ("aten", "torchvision", "mmcv"):
         return "_cpp_fused" in name
-    return not operator.startswith(("empty", "resize_", "set_", "_unsafe_view")) and not is_view(name)
+    return not operator.startswith(NO_KERNEL) and not is_view(name)
 
 
-def device_events(seen):
-    """What ran on a GPU, ``[(name, microseconds), ...]``: kernels, copies and fills."""
+def device_events(seen, kinds=("kernel", "gpu_memcpy", "gpu_memset")):
+    """What ran on a GPU, ``[(name, microseconds), ...]``: kernels, copies and fills; or what else a trace has."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "trace.json"
         seen.export_chrome_trace(str(file))
         events = json.loads(file.read_text(encoding="utf-8"))["traceEvents"]
-    kinds = ("kernel", "gpu_memcpy", "gpu_memset")
     return [(event["name"], event["dur"]) for event in events if event.get("cat") in kinds]
+
+
+def kernels_and_waits(run, device):
+    """How many kernels one call launches, and how often the host waits for the device.
+
+    On a GPU as the profiler sees them there. On a CPU, which has neither, they are the operators that would be a kernel
+    (see :func:`observe`) and those that would make the host wait, but for copies to the device.
+    """
+    seen = profiled(run, device)
+    if device.type == "cuda":
+        calls = device_events(seen, ("cuda_runtime", "cuda_driver"))
+        return len(device_events(seen)), sum("StreamSynchronize" in name for name, _ in calls)
+    names = [event.name.removeprefix("aten::") for event in seen.events()]
+    return working(seen.events()), sum(name in WAITS for name in names)
 
 
 def observe(run, device):

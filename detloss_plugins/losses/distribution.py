@@ -26,7 +26,7 @@ def distribution_focal_loss(pred: Tensor, target: Tensor) -> Tensor:
     of_right = (target - left).clamp(0, 1)
     bins = torch.stack([left, left + 1], -1).long()
     at_left, at_right = pred.log_softmax(-1).gather(-1, bins).unbind(-1)
-    return -((1 - of_right) * at_left + of_right * at_right)
+    return -torch.lerp(at_left, at_right, of_right)
 
 
 @MODELS.register_module()

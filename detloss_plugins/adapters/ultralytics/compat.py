@@ -33,6 +33,8 @@ from ultralytics.utils.checks import parse_version
 
 E2ELoss = getattr(stock, "E2ELoss", None) or stock.E2EDetectLoss  # 8.4.0
 unwrap_model = getattr(torch_utils, "unwrap_model", None) or torch_utils.de_parallel  # 8.3.196
+# 8.4.0
+OBJECTS_HAVE_MASK = "mask_gt" in inspect.signature(tal.TaskAlignedAssigner.select_candidates_in_gts).parameters
 BOXES_HAVE_SIZES = "imgsz" in inspect.signature(stock.BboxLoss.forward).parameters  # 8.4.0
 SENDS_TRAINER = parse_version(__version__) >= (8, 4, 140)  # nothing but the version tells
 # Feature -> whether this version has it, the version it came with, what it is and what to do without.
@@ -132,6 +134,12 @@ def rbox2dist(boxes, anchors, largest=None):
 def class_weights(criterion):
     """The weights ``(1, 1, C)`` that a criterion gives its classes, or None."""
     return getattr(criterion, "class_weights", None)
+
+
+def named(criterion, items):
+    """What a criterion gives beside its loss: its parts by name, before 8.4.104 the tensor."""
+    names = getattr(criterion, "loss_names", None)  # of some tasks more than the detection part has
+    return items if names is None else dict(zip(names, items, strict=False))
 
 
 def end_to_end(model, make):

@@ -1,6 +1,7 @@
 """The stock criteria with losses of ours in their slots, for every task of YOLO and for RT-DETR."""
 
 import functools
+import os
 from contextlib import contextmanager
 
 import torch
@@ -8,14 +9,24 @@ from ultralytics.cfg import get_cfg
 from ultralytics.models.utils.loss import RTDETRDetectionLoss
 from ultralytics.nn.tasks import guess_model_task
 from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER
-from ultralytics.utils.loss import BboxLoss, RotatedBboxLoss
+from ultralytics.utils.loss import BboxLoss, RotatedBboxLoss, v8DetectionLoss
 from ultralytics.utils.ops import xywh2xyxy
 from ultralytics.utils.tal import bbox2dist
 
 from detloss_plugins.adapters.ultralytics import compat
+from detloss_plugins.adapters.ultralytics.assigner import (
+    Decoded,
+    FastAssigner,
+    FastTargets,
+    Scene,
+    can_replace,
+    decode,
+    padded,
+)
 from detloss_plugins.adapters.ultralytics.config import SLOTS, check_task, filled, load_losses
-from detloss_plugins.loss import average_state
-from detloss_plugins.precision import float32, without_autocast
+from detloss_plugins.loss import Loss, average_state
+from detloss_plugins.nested import each_tensor
+from detloss_plugins.precision import float32, is_asynchronous, without_autocast
 from detloss_plugins.registry import build_loss
 
 
@@ -109,9 +120,19 @@ class _ClassSlot:
 
 
 def _in_pixels(boxes, stride):
-    """Boxes ``(N, 4)`` or ``(N, 5)`` of stride units in pixels of the network's input; an angle stays what it is."""
+    """Boxes ``(..., 4)`` or ``(..., 5)`` of stride units in pixels of the input; an angle stays what it is."""
     boxes = float32(boxes)
-    return torch.cat([boxes[:, :4] * stride, boxes[:, 4:]], -1)
+    return boxes * stride if boxes.shape[-1] == 4 else torch.cat([boxes[..., :4] * stride, boxes[..., 4:]], -1)
+
+
+def counts_waits(device):
+    """Whether kernels and waits are what a criterion costs on a device; ``DETLOSS_ASYNC=1`` says so of a CPU too."""
+    return is_asynchronous(device) or os.environ.get("DETLOSS_ASYNC") == "1"
+
+
+def takes_all_anchors(loss, device):
+    """Whether a loss gets all anchors, those that are not positive with weight 0, in place of the positive ones."""
+    return counts_waits(device) and loss.compiled and loss.facts.row_wise
 
 
 class _BoxCriterion(BboxLoss):
@@ -122,23 +143,45 @@ class _BoxCriterion(BboxLoss):
         self.reg_max, self.box, self.dfl = reg_max, box, dfl
 
     def forward(self, *inputs):
-        dist, boxes, anchors, target, scores, scores_sum, fg_mask, imgsz, stride = compat.box_inputs(self, inputs)
-        loss_box, loss_dfl = super().forward(*inputs) if None in (self.box, self.dfl) else (None, None)
-        positive = fg_mask.nonzero(as_tuple=True)
-        weight = scores[positive].sum(-1)
+        dist, boxes, anchors, target, scores, scores_sum, positive, imgsz, stride = compat.box_inputs(self, inputs)
+        stock = super().forward(*inputs) if None in (self.box, self.dfl) else (None, None)
+        of_boxes = self.box, _in_pixels(boxes, stride), _in_pixels(target, stride)
+        found = self.sums(of_boxes, dist, anchors, target, scores.sum(-1), positive, imgsz, stride)
+        return tuple(of_stock if own is None else own / scores_sum for own, of_stock in zip(found, stock, strict=True))
 
-        def total(loss, pred, target, weight):
-            return loss(pred, target, weight, reduction_override="sum") / scores_sum
+    def on_dist(self, dist, target, places):
+        """The box loss, and its pred and target, by what the head predicts; see :class:`Decoded`."""
+        places = places.expand(len(dist), -1, -1)
+        if type(self.box).reduced is Loss.reduced:
+            return Decoded(self.box, self.reg_max), dist, (target, places)
+        return self.box, decode(self.reg_max, dist, places), target
+
+    def sums(self, of_boxes, dist, anchors, target, weight, positive, imgsz, stride):
+        """The summed losses of the two slots; None for a stock one.
+
+        Args:
+            of_boxes: the box loss, or one in its place, and its pred and target for all anchors ``(B, A, ...)``.
+            weight: the scores ``(B, A)`` of the anchors' classes, 0 for those that are not positive.
+            dist, anchors, target, positive, imgsz, stride: as in the stock criterion.
+        """
+        loss_box = loss_dfl = None
+        chosen = functools.cache(lambda: positive.nonzero(as_tuple=True))
+        weight_of_chosen = functools.cache(lambda: weight[chosen()])
+
+        def total(loss, pred, target, sides=None):
+            if takes_all_anchors(loss, weight.device):
+                each = weight
+            else:
+                (pred, target), each = each_tensor(lambda x: x[chosen()], (pred, target)), weight_of_chosen()
+            if sides:  # one loss a side; a box counts as their mean
+                each = (each / sides).unsqueeze(-1).expand(*each.shape, sides)
+            return loss(pred, target, each, reduction_override="sum")
 
         if self.box is not None:
             tell_image_size(self.box, float32(imgsz))
-            pred_pixels, target_pixels = (_in_pixels(b[positive], stride[positive[1]]) for b in (boxes, target))
-            loss_box = total(self.box, pred_pixels, target_pixels, weight)
+            loss_box = total(*of_boxes)
         if self.dfl is not None:
-            pred_sides, target_sides = self.sides(dist, anchors, target, imgsz, stride)
-            # One loss a side; a box counts as the mean of its four.
-            per_side = weight.unsqueeze(-1).expand(-1, 4) / 4
-            loss_dfl = total(self.dfl, pred_sides[positive], target_sides[positive], per_side)
+            loss_dfl = total(self.dfl, *self.sides(dist, anchors, target, imgsz, stride), sides=4)
         return loss_box, loss_dfl
 
     def sides(self, dist, anchors, target, imgsz, stride):
@@ -184,7 +227,10 @@ def check_head(model, losses):
 
 def build_losses(losses, num_classes, device):
     """The losses of a checked dict on a device; one that must know the number of classes is told."""
-    return {slot: build_loss(filled(cfg, num_classes=num_classes)).to(device) for slot, cfg in losses.items()}
+    built = {slot: build_loss(filled(cfg, num_classes=num_classes)).to(device) for slot, cfg in losses.items()}
+    for part in (part for loss in built.values() for part in loss.modules() if hasattr(part, "unchecked")):
+        part.unchecked = 0  # the criterion hands over boxes; to look at them, the host would wait
+    return built
 
 
 class PluginDetectionLoss(compat.DetectionCriterion):
@@ -216,6 +262,57 @@ class PluginDetectionLoss(compat.DetectionCriterion):
         if self.built.keys() & {"box", "dfl"}:
             kind = _RotatedBoxCriterion if isinstance(self.bbox_loss, RotatedBboxLoss) else _BoxCriterion
             self.bbox_loss = kind(self.reg_max, self.built.get("box"), self.built.get("dfl")).to(self.device)
+        self.scene, self.targets = Scene(), None
+        compiled = any(loss.compiled for loss in self.built.values())
+        if compiled and counts_waits(self.device) and can_replace(self.assigner):
+            self.targets = FastTargets(self.assigner, self.reg_max)
+            self.assigner = FastAssigner(self.assigner)
+
+    def get_assigned_targets_and_loss(self, preds, batch, **extra):
+        """The stock method; where waits count, with all before the losses in fewer kernels."""
+        stock = super().get_assigned_targets_and_loss
+        if (
+            extra
+            or not counts_waits(self.device)
+            or stock.__func__ is not v8DetectionLoss.get_assigned_targets_and_loss
+        ):
+            return stock(preds, batch, **extra)
+        dist, scores = (preds[name].permute(0, 2, 1) for name in ("boxes", "scores"))
+        scene = self.scene
+        scene.resize(preds["feats"], self.stride)
+        objects = scene.objects(batch, len(scores))
+        own_boxes = self.built.keys() >= {"box", "dfl"}
+        boxes = None if own_boxes and self.targets else self.bbox_decode(scene.anchors, dist)
+        if self.targets:
+            found = self.targets(scores.detach(), dist.detach(), scene.places, *objects)
+            target, in_strides, target_scores, positive, index, weight = found
+            dist, total = dist.contiguous(), weight.sum()
+        else:
+            pixels = boxes * scene.strides
+            _, target, target_scores, positive, index = self.assigner(
+                scores.detach().sigmoid(), float32(pixels.detach()), scene.points, *padded(*objects)
+            )
+            in_strides, weight, total = target / scene.strides, target_scores.sum(-1), target_scores.sum()
+        total = total.clamp(min=1)
+        loss_cls = self.bce(scores, target_scores)
+        if (weights := compat.class_weights(self)) is not None:
+            loss_cls = loss_cls * weights
+        loss_cls = loss_cls.sum() if loss_cls.dim() else loss_cls
+        gains = scene.constant(self.hyp.box, self.hyp.cls, self.hyp.dfl)
+        geometry = positive, scene.image_size, scene.strides
+        if own_boxes:
+            of_boxes = (
+                self.bbox_loss.on_dist(dist, target, scene.places)
+                if boxes is None
+                else (self.built["box"], float32(pixels), target)
+            )
+            loss_box, loss_dfl = self.bbox_loss.sums(of_boxes, dist, scene.anchors, in_strides, weight, *geometry)
+            loss = torch.stack([loss_box, loss_cls, loss_dfl]) * (gains / total)
+        else:
+            inputs = dist, boxes, scene.anchors, in_strides, target_scores, total, *geometry
+            loss_box, loss_dfl = self.bbox_loss(*inputs)
+            loss = torch.stack([loss_box, loss_cls / total, loss_dfl]) * gains
+        return (positive, index, target, scene.anchors, scene.strides), loss, compat.named(self, loss.detach())
 
     def loss(self, preds, batch):
         """The stock loss; the state of its losses is averaged over the ranks."""

@@ -54,6 +54,9 @@ def _init_criterion(model):
             (kind,) = {type(part) for part in branches(stock).values()}
             make = functools.partial(criterion_class(kind), losses=record["losses"])
             criterion = compat.end_to_end(model, make) if isinstance(stock, compat.E2ELoss) else make(model)
+            first, *others = branches(criterion).values()
+            for other in others:
+                other.scene = first.scene
     load_criterion_state(criterion, record["state"])
     return criterion
 

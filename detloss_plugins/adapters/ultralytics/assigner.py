@@ -1,0 +1,259 @@
+"""What comes before the losses of a step, in few kernels: anchors, targets, decoded boxes and the assignment.
+
+A device that runs asynchronously pays for every kernel that is launched and for every number that the host waits for,
+and hardly for arithmetic. So nothing here has a shape that depends on the data, but for the padding of the targets.
+"""
+
+import copy
+import functools
+import types
+import warnings
+
+import torch
+from ultralytics.utils.tal import TaskAlignedAssigner, make_anchors
+
+from detloss_plugins.adapters.ultralytics import compat
+from detloss_plugins.loss import Loss
+from detloss_plugins.precision import float32, without_autocast
+
+_compiled = {}  # what is equal for equal functions -> their compiled form, for the whole process
+_failed = set()
+
+
+def compiled(function, name, key):
+    """A function compiled for all shapes, once for equal keys; the function where the compiler does not work."""
+
+    def run(*args):
+        return function(*args)
+
+    def tried(*args):
+        try:
+            return _compiled[key](*args)
+        except (MemoryError, torch.cuda.OutOfMemoryError):
+            raise
+        except Exception as error:
+            found = function(*args)  # if the arguments are at fault, this says it
+            _failed.add(key)
+            reason = str(error).strip().split("\n")[0]
+            told = f"{name} runs uncompiled: torch.compile failed with {type(error).__name__}: {reason}"
+            warnings.warn(told, stacklevel=2)
+            return found
+
+    if key not in _compiled:
+        # The compiler has room for few graphs by code object: a copy has its own.
+        own = types.FunctionType(run.__code__.replace(), globals(), run.__name__, None, run.__closure__)
+        _compiled[key] = torch.compile(own, dynamic=True, fullgraph=True)
+    return function if key in _failed else tried
+
+
+def assign(stock, scores, boxes, points, labels, objects, valid):
+    """The task-aligned assignment of a stock assigner: what it picks, by its own rules for candidates and overlaps.
+
+    Args:
+        stock: the assigner.
+        scores, boxes: predicted class probabilities ``(B, A, C)`` and boxes ``(B, A, 4 or 5)``.
+        points: of the anchors, ``(A, 2)``, in pixels as are all boxes.
+        labels, objects, valid: classes ``(B, N, 1)``, boxes ``(B, N, 4 or 5)`` and mask ``(B, N, 1)`` of the objects.
+
+    Returns:
+        Of each anchor the class ``(B, A)``, box and class scores ``(B, A, C)`` that it should predict, whether it is
+        positive ``(B, A)``, the index of its object ``(B, A)``, and the score of its class, 0 if it is not positive.
+    """
+    inside = stock.select_candidates_in_gts(points, objects, valid) & valid.bool()
+    pairs = torch.broadcast_tensors(objects.unsqueeze(2), boxes.unsqueeze(1))
+    overlaps = stock.iou_calculation(*(x.reshape(-1, x.shape[-1]) for x in pairs)).view_as(inside)
+    overlaps = torch.where(inside, overlaps, 0)
+    of_class = labels.long().expand(-1, -1, scores.shape[1])
+    metric = scores.transpose(1, 2).gather(1, of_class).pow(stock.alpha) * overlaps.pow(stock.beta)
+    metric = torch.where(inside, metric, 0)
+
+    picked = _of_largest(metric, stock.topk) & inside  # (B, N, A)
+    best = torch.where(picked.sum(1) > 1, overlaps.argmax(1), picked.byte().argmax(1))  # of rivals, the largest overlap
+    number = torch.arange(objects.shape[1], device=best.device).unsqueeze(-1)
+    picked = (best.unsqueeze(1) == number) & picked.any(1, keepdim=True)
+    if stock.topk2 != stock.topk:
+        picked = picked & _of_largest(metric * picked, stock.topk2)
+        best = picked.byte().argmax(1)
+    positive = picked.any(1)
+
+    # The score of an object's best anchor is its largest overlap; those of its others are smaller by their metric.
+    largest_metric = (metric * picked).amax(-1, keepdim=True)
+    largest_overlap = (overlaps * picked).amax(-1, keepdim=True)
+    score = (metric * picked * largest_overlap / (largest_metric + stock.eps)).amax(1)  # (B, A)
+
+    label = labels.squeeze(-1).long().gather(1, best).clamp(min=0)
+    box = objects.gather(1, best.unsqueeze(-1).expand(-1, -1, objects.shape[-1]))
+    classes = torch.arange(scores.shape[-1], device=best.device)
+    target_scores = torch.where(label.unsqueeze(-1) == classes, score.unsqueeze(-1), 0)
+    return label, box, target_scores, positive, best, score
+
+
+def _of_largest(values, count):
+    """A mask of the ``count`` largest of each row; of equal ones, those that the stock assigner's ``topk`` takes."""
+    return torch.zeros_like(values, dtype=torch.bool).scatter(-1, values.topk(count, sorted=False).indices, True)
+
+
+def fitting(stock):
+    """A copy of a stock assigner, and what is equal for those that pick the same."""
+    settings = {name: repr(getattr(stock, name)) for name in ("topk", "topk2", "alpha", "beta", "eps", "stride")}
+    return copy.copy(stock), (type(stock), *settings.values())
+
+
+class FastAssigner:
+    """A stock assigner in a fraction of its kernels and without a wait, for criteria that call one.
+
+    Args:
+        stock: a ``TaskAlignedAssigner`` for aligned or rotated boxes, for which :func:`can_replace` holds.
+    """
+
+    def __init__(self, stock):
+        self.stock = stock
+
+    @torch.no_grad()
+    def __call__(self, *inputs):
+        """See :func:`assign`."""
+        stock, key = fitting(self.stock)
+        with without_autocast(inputs[0].device):
+            return compiled(functools.partial(assign, stock), "The assigner", key)(*inputs)[:5]
+
+
+def can_replace(assigner):
+    """Whether :func:`assign` does what a stock assigner does: not for those of masks and keypoints of YOLO26."""
+    same = ("forward", "_forward", "get_pos_mask", "get_box_metrics", "pair_overlaps", "select_topk_candidates")
+    kind = type(assigner)
+    return compat.OBJECTS_HAVE_MASK and all(
+        getattr(kind, name, None) is getattr(TaskAlignedAssigner, name, None) for name in same
+    )
+
+
+def decode(bins, dist, places):
+    """Boxes ``(..., 4)`` in pixels, float32, of what the head predicts, ``(..., 4 * bins)``; see :class:`Scene`."""
+    sides = float32(dist)
+    if bins > 1:
+        share = sides.unflatten(-1, (4, bins)).softmax(-1)
+        sides = (share * torch.arange(bins, dtype=share.dtype, device=share.device)).sum(-1)
+    before, after = sides.chunk(2, -1)
+    points, stride = places.split((2, 1), -1)
+    return torch.cat([points - before, points + after], -1) * stride
+
+
+class Decoded(Loss):
+    """A box loss of what the head predicts, ``(..., 4 * bins)``; the target is a tuple of boxes in pixels and places.
+
+    The boxes and their gradient are then a part of its kernel.
+    """
+
+    def __init__(self, base, bins):
+        super().__init__()
+        self.base, self.bins, self.facts = base, bins, base.facts
+        self.loss_weight, self.compiled = base.loss_weight, base.compiled
+
+    def observe(self, pred, target, weight):
+        if any(part.observes for part in self.base.modules() if isinstance(part, Loss)):
+            pred = decode(self.bins, pred.detach(), target[1])
+        return self.base.observe(pred, target[0], weight)
+
+    def weighted(self, pred, target, weight, seen):
+        return self.base.weighted(decode(self.bins, pred, target[1]), target[0], weight, seen)
+
+    def blueprint(self):
+        return type(self), self.bins, self.base.blueprint()
+
+
+class Scene:
+    """What the branches of a head share: all that follows from the last size of image, and the last batch's objects.
+
+    Attributes:
+        anchors: anchor points ``(A, 2)`` in stride units.
+        strides: those of the anchors, ``(A, 1)``.
+        places: both, ``(A, 3)``, in float32.
+        image_size: ``(height, width)`` in pixels.
+    """
+
+    def __init__(self):
+        self.sizes = self.batch = None
+        self.constants = {}
+
+    def resize(self, features, strides):
+        """Take the size of an image from its feature maps; ``strides`` is the head's."""
+        sizes = features[0].dtype, features[0].device, *(x.shape[2:] for x in features)
+        if sizes != self.sizes:
+            self.sizes, self.batch = sizes, None
+            self.anchors, self.strides = make_anchors(features, strides, 0.5)
+            self.points = self.anchors * self.strides
+            self.places = torch.cat([self.anchors, self.strides], 1).float()
+            self.image_size = torch.tensor(features[0].shape[2:], device=strides.device) * strides[0]
+            height, width = self.image_size.tolist()
+            self.to_pixels = torch.tensor([1, width, height, width / 2, height / 2], device=strides.device)
+
+    def constant(self, *numbers):
+        """Numbers as a tensor on the device, made once."""
+        if numbers not in self.constants:
+            self.constants = {numbers: torch.tensor(numbers, device=self.points.device)}
+        return self.constants[numbers]
+
+    def objects(self, batch, images):
+        """The objects of a batch as :func:`padded` takes them.
+
+        It waits once, for the largest number of objects in an image.
+        """
+        if self.batch is not batch["bboxes"]:
+            of_image, classes, boxes = (batch[name].to(self.points.device) for name in ("batch_idx", "cls", "bboxes"))
+            rows = torch.cat([classes.view(-1, 1), boxes], 1) * self.to_pixels
+            if len(rows) < 2:  # sizes of 0 and 1 would be compiled for themselves
+                rows = torch.cat([rows, rows.new_zeros(2, 5)])
+            numbers = torch.arange(images + 1, device=rows.device, dtype=of_image.dtype)
+            first = torch.searchsorted(of_image.view(-1), numbers)
+            slots = torch.arange(max(int(first.diff().max()), 2), device=rows.device)
+            self.found, self.batch = (rows, first, slots), batch["bboxes"]
+        return self.found
+
+
+def padded(rows, first, slots):
+    """Classes ``(B, N, 1)``, corners ``(B, N, 4)`` in pixels and mask ``(B, N, 1)`` of the objects of a batch.
+
+    Args:
+        rows: class, center and half of the sides ``(M, 5)`` of each object, image by image.
+        first: how many of them are before those of each image, ``(B + 1,)``.
+        slots: numbers from 0, as many as the image with the most objects has, ``(N,)``.
+    """
+    index = first[:-1].unsqueeze(-1) + slots
+    found = rows[index.clamp(max=len(rows) - 1)] * (index < first[1:].unsqueeze(-1)).unsqueeze(-1)
+    label, center, half = found.split((1, 2, 2), -1)
+    corners = torch.cat([center - half, center + half], -1)
+    return label, corners, corners.sum(-1, keepdim=True) > 0  # the stock criterion's rule for what is an object
+
+
+def targets(stock, bins, scores, dist, places, *objects):
+    """What the anchors of a batch should predict.
+
+    Args:
+        stock: the assigner.
+        bins: of the head.
+        scores, dist: what it predicts, ``(B, A, C)`` and ``(B, A, 4 * bins)``.
+        places: see :class:`Scene`.
+        objects: see :func:`padded`.
+
+    Returns:
+        Boxes in pixels and in stride units ``(B, A, 4)``, class scores ``(B, A, C)``, which anchors are positive, the
+        indices of their objects, and the scores of their classes ``(B, A)``.
+    """
+    points, strides = places.split((2, 1), -1)
+    boxes = decode(bins, dist, places)
+    found = assign(stock, float32(scores).sigmoid(), boxes, points * strides, *padded(*objects))
+    _, box, target_scores, positive, index, score = found
+    return box, box / strides, target_scores, positive, index, score
+
+
+class FastTargets:
+    """:func:`targets` of a stock assigner for which :func:`can_replace` holds, compiled."""
+
+    def __init__(self, stock, bins):
+        self.stock, self.bins = stock, bins
+
+    @torch.no_grad()
+    def __call__(self, *inputs):
+        """See :func:`targets`."""
+        stock, key = fitting(self.stock)
+        with without_autocast(inputs[0].device):
+            return compiled(functools.partial(targets, stock, self.bins), "The assigner", (self.bins, *key))(*inputs)
