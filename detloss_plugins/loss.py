@@ -85,6 +85,7 @@ class Loss(nn.Module):
     ) -> None:
         super().__init__()
         self.facts = self.facts  # as torch 2.4 compiles no model that reads an object of a class
+        self.unchecked = 20  # calls in which ``check`` still looks at the values, for which the host waits for a GPU
         self.reduction = check_reduction(reduction)
         self.loss_weight, self.compiled = plain(loss_weight), compile and can_compile()
         if compile and not self.compiled and not self.facts.counts_positives:
@@ -141,12 +142,19 @@ class Loss(nn.Module):
         """How many dimensions of ``pred`` count rows."""
         return pred.dim() - 1
 
-    def look(self, target: Any) -> None:
-        """A look at the target of a call before it is run."""
+    def look(self, pred: Any, target: Any) -> None:
+        """A look at the input of a call before it is run."""
         if not isinstance(target, (Tensor, tuple, list)):
             raise TypeError(
                 f"The target of {type(self).__name__} must be a tensor, or a tuple of some, not {target!r}."
             )
+        if self.unchecked and isinstance(pred, Tensor) and pred.numel() and not is_compiling():
+            self.unchecked -= 1
+            with contextlib.suppress(RuntimeError):  # torch.vmap and the meta device have no values to look at
+                self.check(pred, target)
+
+    def check(self, pred: Tensor, target: Any) -> None:
+        """Raise ``ValueError`` for a target, not empty, whose values are not of the family's kind."""
 
     @property
     def observes(self) -> bool:
@@ -240,7 +248,7 @@ class Loss(nn.Module):
     def reduced(self, pred, target, weight, avg_factor, reduction, factor):
         """The loss times a factor."""
         reduction = check_reduction(self.reduction if reduction is None else reduction, avg_factor)
-        self.look(target)
+        self.look(pred, target)
         shape = pred.shape[: self.leading(pred)]
         with without_autocast(pred.device):
             pred, target, weight = self.as_rows(pred, target, weight)

@@ -187,7 +187,7 @@ class MultiBoxLoss(
     def reduced(self, pred, target, weight, avg_factor, reduction, factor):
         """The sum of both losses, or with ``return_dict=True`` both."""
         reduction = check_reduction(self.reduction if reduction is None else reduction, avg_factor)
-        self.look(target)
+        self.look(pred, target)
         pred = pred if isinstance(pred, (tuple, list)) else (pred[..., :-4], pred[..., -4:])
         target = target if isinstance(target, (tuple, list)) else (target[..., 0].long(), target[..., 1:])
         self._check_shapes(*pred, *target)

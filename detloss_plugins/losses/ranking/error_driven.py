@@ -303,7 +303,8 @@ def _sums_by_quality(scores, quality, delta, terms):
     half, and what is in the half where i is not, differs from i in quality. So it takes ``O(P log P)``.
     """
     scores, order = longest(scores).sort()
-    own = rank = quality.unique(return_inverse=True)[1][order]
+    qualities, rank = quality.unique(return_inverse=True)
+    own = rank = rank[order]
     if delta > 0:  # no gap counts beyond the width of a step, so that sums of scores stay small
         scores = _from_zero(scores.diff().clamp(max=2 * delta).cumsum(0))
     begins, terms = scores - delta, terms[:, order]
@@ -311,7 +312,7 @@ def _sums_by_quality(scores, quality, delta, terms):
     edges = torch.searchsorted(scores, begins, right=True), torch.searchsorted(scores, scores + delta)
     edges = torch.stack([*edges, torch.full_like(order, len(order))])
     lower = others = columns.new_zeros(len(columns), 2, len(order))
-    for bit in reversed(range(int(rank.max()).bit_length())):
+    for bit in reversed(range((len(qualities) - 1).bit_length())):
         high, own_high = (rank >> bit) % 2 > 0, (own >> bit) % 2 > 0
         low_before = _from_zero((~high).cumsum(0))
         in_low, parted = low_before[edges], high.argsort(stable=True)
