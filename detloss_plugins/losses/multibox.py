@@ -176,8 +176,8 @@ class MultiBoxLoss(
         **settings,
     ):
         super().__init__(**settings)
-        self.loss_cls = build_loss(loss_cls or {"type": "CrossEntropyLoss"})
-        self.loss_bbox = build_loss(loss_bbox or {"type": "SmoothL1Loss"})
+        self.loss_cls = build_loss({"type": "CrossEntropyLoss"} if loss_cls is None else loss_cls)
+        self.loss_bbox = build_loss({"type": "SmoothL1Loss"} if loss_bbox is None else loss_bbox)
         for part in (self.loss_cls, self.loss_bbox):
             part.compiled = part.compiled or self.compiled
         self.return_dict = return_dict
