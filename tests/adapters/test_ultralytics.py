@@ -359,6 +359,12 @@ def test_default_gain_and_override():
     assert "SlideLoss(authors_code=False, FocalLoss(gamma=2.0, alpha=None" in describe(slide, get_cfg())[0]
 
 
+def test_a_loss_without_a_sigmoid_form_is_not_told_to_write_one():
+    for given in ({}, {"use_sigmoid": False}):
+        with pytest.raises(ValueError, match=r"^SeesawLoss needs a head with a softmax(?!.*use_sigmoid)"):
+            load_losses({"cls": {"type": "SeesawLoss", "num_classes": 10, **given}})
+
+
 def test_description_of_the_parts_of_a_loss():
     """Each with all its settings, and with its weight, once."""
     slide = {"type": "SlideLoss", "loss_weight": 3, "base": {"type": "BinaryCrossEntropyLoss", "loss_weight": 0.5}}
