@@ -14,6 +14,7 @@ from detloss_plugins.losses import (
     GeneralizedFocalLoss,
     KLDivLoss,
     PolyLoss,
+    balanced_cross_entropy_loss,
 )
 from detloss_plugins.registry import registered_losses
 from detloss_plugins.testing import sample
@@ -164,6 +165,26 @@ def test_automatic_balance(logits):
         assert value > 0
         torch.testing.assert_close(value, fixed(0.5, logits, one_sided))
     assert loss(logits, torch.full((4, 3), float("nan"))).isnan()
+
+
+@pytest.mark.parametrize(("positives", "cells"), [(5, 10_752_000), (1, 10_000_001)])
+def test_automatic_balance_of_few_among_millions(positives, cells):
+    """``1 - n / (m + n)`` in float32 would be off by 2.5 and 19 percent; it is ``m / (m + n)``."""
+    target = torch.zeros(cells, 1)
+    target[:positives] = 1
+    pred = torch.zeros(cells, 1, requires_grad=True)
+    rows = BalancedCrossEntropyLoss(reduction="none")(pred, target)
+    (gradient,) = torch.autograd.grad(rows.sum(), pred)
+    share = positives / cells
+    for found, scale in ((rows.detach(), math.log(2)), (gradient.abs(), 0.5)):
+        torch.testing.assert_close(found[:1].double() / scale, torch.tensor([[1 - share]]).double(), rtol=1e-6, atol=0)
+        torch.testing.assert_close(found[-1:].double() / scale, torch.tensor([[share]]).double(), rtol=1e-6, atol=0)
+
+
+def test_automatic_balance_of_one_among_thirty_millions():
+    counts = {"positives": torch.tensor(1.0), "negatives": torch.tensor(3e7)}
+    rows = balanced_cross_entropy_loss(torch.zeros(2), torch.tensor([1.0, 0.0]), **counts).double()
+    torch.testing.assert_close(rows[1] / math.log(2), torch.tensor(1 / (3e7 + 1)).double(), rtol=1e-6, atol=0)
 
 
 def test_kl_divergence_takes_distributions_only(logits):
