@@ -209,6 +209,8 @@ def test_kl_divergence_of_a_teachers_logits(logits):
     value = loss(pred, teacher)
     expected = KLDivLoss(temperature=2.0)(logits, (teacher / 2).softmax(-1)) / 3
     torch.testing.assert_close(value, expected)
+    wide = KLDivLoss(temperature=2.0)(logits.double(), (teacher.double() / 2).softmax(-1)) / 3
+    torch.testing.assert_close(loss(logits.double(), teacher), wide, rtol=1e-12, atol=0)
     assert torch.autograd.grad(value, teacher, allow_unused=True, retain_graph=True)[0] is None
     assert loss(teacher.detach(), teacher).abs() < 1e-6
 
@@ -393,6 +395,7 @@ def test_bad_settings_fail_at_construction():
         ({"type": "HuberLoss", "delta": 0.0}, "delta"),
         ({"type": "BalancedL1Loss", "beta": 0.0}, "beta"),
         ({"type": "BalancedL1Loss", "alpha": -0.5}, "alpha"),
+        ({"type": "BalancedL1Loss", "alpha": 0.01}, "gamma of BalancedL1Loss must be at most 80 alpha, 0.8, not 1.5"),
         ({"type": "FocalLoss", "alpha": [0.5, 1.0, 2.0]}, r"alpha of FocalLoss must be in \[0, 1\]"),
     ):
         with pytest.raises((TypeError, ValueError), match=words):
@@ -446,6 +449,15 @@ def masked_sum(loss, pred, target, weight):
     seen = loss.observe(pred, target, None)
     elements, _ = loss.unweighted(pred, target, seen)
     return (loss.loss_weight * elements * weight).sum()
+
+
+@pytest.mark.parametrize("name", ["BinaryCrossEntropyLoss", "FocalLoss", "QualityFocalLoss"])
+def test_what_is_negative_is_ignored_beside_probabilities(name, logits):
+    """Torch itself refuses such a target there."""
+    loss = build_loss({"type": name, "activated": True, "reduction": "sum"})
+    dense = torch.where(torch.arange(4).unsqueeze(-1) == 1, -1.0, DENSE)
+    kept = [0, 2, 3]
+    torch.testing.assert_close(loss(logits.sigmoid(), dense), loss(logits[kept].sigmoid(), DENSE[kept]))
 
 
 def test_negatives_between_other_values_are_numbers():

@@ -26,7 +26,8 @@ def is_zero(setting: Any) -> bool:
 def bce(pred: Tensor, target: Tensor, activated: bool = False, pos_weight: Tensor | None = None) -> Tensor:
     """Binary cross entropy of each class, of logits or, if ``activated``, of probabilities."""
     if activated:
-        return F.binary_cross_entropy(pred, target, reduction="none")
+        # What is negative is ignored, but torch refuses it.
+        return F.binary_cross_entropy(pred, target.clamp(min=0), reduction="none")
     return F.binary_cross_entropy_with_logits(pred, target, reduction="none", pos_weight=pos_weight)
 
 

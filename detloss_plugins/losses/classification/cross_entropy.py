@@ -294,7 +294,7 @@ class KLDivLoss(
                 f"{tuple(pred.shape)}, not {given}; for class indices use CrossEntropyLoss."
             )
         if self.target == "logits":
-            target = (float32(target.detach()) / self.temperature).softmax(-1)
+            target = (target.detach().to(pred.dtype) / self.temperature).softmax(-1)
         return super().prepare(pred, target)
 
     def elements(self, pred, target, seen):
