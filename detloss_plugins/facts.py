@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
@@ -158,6 +159,7 @@ Positive = Annotated[float, above(0)]
 NonNegative = Annotated[float, at_least(0)]
 Share = Annotated[float, between(0, 1)]
 Count = Annotated[int, Rule("a whole number above 0", lambda v: type(v) is int and v > 0, (int,))]
+NotWeighed = Annotated[None, Rule("None (which is torchvision's -1)", lambda value: value is None, (NoneType,))]
 PerClass = Annotated[list, _each(at_least(0), "a list of numbers of at least 0, one a class")]
 SharePerClass = Annotated[list, _each(between(0, 1), "a list of numbers in [0, 1], one a class")]
 
@@ -185,13 +187,25 @@ def rule_of(annotation: Any, default: Any) -> Rule | None:
     return _OF_TYPES.get(annotation)
 
 
-def check_setting(owner: str, name: str, value: Any, rule: Rule | None) -> None:
-    """Raise ``TypeError`` or ``ValueError``, with one sentence, if a setting breaks its rule."""
-    if rule is None or rule.holds(value):
-        return
+def checked(owner: str, name: str, value: Any, rule: Rule | None) -> Any:
+    """A setting as a plain value; ``TypeError`` or ``ValueError``, with one sentence, if it breaks its rule."""
+    if rule is None:
+        return value
+    value = plain(value)
+    for found in (value, _number_in(value)):
+        if rule.holds(found):
+            return found
     fits = isinstance(value, rule.kinds) and (bool in rule.kinds or not isinstance(value, bool))
     error = ValueError if fits else TypeError
     raise error(f"{name} of {owner} must be {rule.words}, not {value!r}.")
+
+
+def _number_in(value):
+    """The number that a string such as "1e-3" means, also in a list: in YAML, that is no number."""
+    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+\.?\d*[eE][-+]?\d+", value):
+        number = float(value)
+        return int(number) if number.is_integer() else number
+    return type(value)(map(_number_in, value)) if type(value) in (list, tuple) else value
 
 
 def plain(value: Any) -> Any:

@@ -1,12 +1,13 @@
 """The families of losses: what pred and target of each look like."""
 
+import contextlib
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from detloss_plugins.loss import Loss
-from detloss_plugins.precision import float32, is_compiling, without_autocast
+from detloss_plugins.precision import float32, is_asynchronous, is_compiling, without_autocast
 from detloss_plugins.reduction import check_reduction, fit_weight, reduce
 
 
@@ -16,13 +17,42 @@ def check_same_shape(pred, target, what):
         raise ValueError(f"pred {tuple(pred.shape)} and target {tuple(target.shape)} must both be {what}.")
 
 
+def may_be_negative(target: Tensor) -> bool:
+    """Whether a value of a target is below 0, or may be as far as can be told without waiting for a GPU."""
+    if not is_compiling() and not is_asynchronous(target.device):
+        with contextlib.suppress(RuntimeError):  # empty, or of torch.vmap or the meta device, which show no values
+            return not target.min().item() >= 0
+    return True
+
+
 def of_one_type(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Half precision up-cast, and the target in the type of ``pred``."""
     pred = float32(pred)
     return pred, target.to(pred.dtype)
 
 
-class BoxLoss(Loss, family="box"):
+class _LooksAtSides(Loss):
+    """Encoded deltas in place of boxes train without an error, and to no purpose: they have sides below zero."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.inverted = self.boxes = 0  # targets seen so far
+
+    def check(self, pred, target):
+        if target.shape != pred.shape or target.shape[-1] != self.columns:
+            return
+        self.inverted += int((self.sides(target) < 0).any(-1).sum())
+        self.boxes += int((target != 0).any(-1).sum())
+        # An annotation or two may be wrong; of deltas, most have a side below zero.
+        if self.inverted >= 4 and self.inverted > self.boxes / 4:
+            raise ValueError(
+                f"{type(self).__name__} takes {self.form}, but many targets have sides below zero: set "
+                "reg_decoded_bbox=True in the MMDetection head, so that it hands over boxes, not encoded deltas. A "
+                "head that has no such setting (FoveaHead) takes a point-wise loss such as SmoothL1Loss."
+            )
+
+
+class BoxLoss(_LooksAtSides, family="box"):
     """Losses between aligned boxes.
 
     Call with ``pred`` and ``target`` of shape ``(..., 4)``, corners ``(x1, y1, x2, y2)`` in any one unit; the
@@ -32,10 +62,11 @@ class BoxLoss(Loss, family="box"):
         ValueError: if the shapes differ or do not end in 4, or the targets of the first calls are not boxes.
     """
 
-    def __init__(self, **settings):
-        super().__init__(**settings)
-        self.unchecked = 20  # calls in which to look at the targets: each look waits for the device
-        self.inverted = self.boxes = 0  # seen so far
+    form, columns = "boxes (x1, y1, x2, y2)", 4
+
+    @staticmethod
+    def sides(boxes):
+        return boxes[..., 2:] - boxes[..., :2]
 
     def prepare(self, pred, target):
         check_same_shape(pred, target, "boxes (N, 4) as (x1, y1, x2, y2)")
@@ -43,37 +74,22 @@ class BoxLoss(Loss, family="box"):
             raise ValueError(f"Boxes have 4 coordinates (x1, y1, x2, y2), not {pred.shape[-1]}.")
         return super().prepare(pred, target)
 
-    def look(self, target):
-        super().look(target)
-        looks = self.unchecked and target.numel() and target.shape[-1] == 4 and target.device.type != "meta"
-        if looks and not is_compiling():
-            self.unchecked -= 1
-            self._check_corners(target)
-
-    def _check_corners(self, target):
-        """Encoded deltas in place of boxes train without an error, and to no purpose."""
-        self.inverted += int((target[..., 2:] < target[..., :2]).any(-1).sum())
-        self.boxes += int((target != 0).any(-1).sum())
-        # An annotation or two may be wrong; of deltas, most have their third number below the first or so.
-        if self.inverted >= 4 and self.inverted > self.boxes / 4:
-            raise ValueError(
-                f"{type(self).__name__} takes boxes (x1, y1, x2, y2), but many targets have x2 < x1 or y2 < y1: "
-                "set reg_decoded_bbox=True in the MMDetection head, so that it hands over boxes, not encoded deltas."
-            )
-
 
 class ClassificationLoss(Loss, family="classification", every_rank=True, needs_mining=True, one_per_row=False):
     """Losses on class logits ``(..., C)``.
 
-    Targets: class index ``(...)`` (integers; ``C`` is background, a negative one is ignored), dense ``(..., C)`` hard,
-    soft or multi-hot, or mmdet's ``(label, quality)`` tuple, which puts the quality on the label's channel.
+    Targets: class index ``(...)`` (integers; ``C`` is background in a sigmoid form), dense ``(..., C)`` hard, soft or
+    multi-hot, in [0, 1], or mmdet's ``(label, quality)`` tuple, which puts the quality, ``(...)`` or ``(..., 1)``, on
+    the label's channel. What is negative is ignored, a label or an element of a dense target. A label that is too large
+    is an error on a CPU; on a GPU the loss would have to wait for it.
 
     Args:
         use_sigmoid: accepted by the losses that have only a sigmoid form because mmdet's heads read it from the config
             to choose the number of channels; it must be True there.
 
     Raises:
-        ValueError: if ``use_sigmoid`` is False for such a loss, or the target has none of these forms.
+        ValueError: if ``use_sigmoid`` is False for such a loss, or the target has none of these forms, or, on a CPU, a
+            label is too large.
     """
 
     sigmoid_only: ClassVar[bool] = True
@@ -84,17 +100,46 @@ class ClassificationLoss(Loss, family="classification", every_rank=True, needs_m
         super().__init__(**settings)
         self.use_sigmoid = use_sigmoid
 
+    def last_label(self, pred: Tensor) -> int:
+        """The largest label that these logits can have."""
+        return pred.shape[-1]
+
+    def look(self, pred, target):
+        super().look(pred, target)
+        label = target if isinstance(target, Tensor) else target[0]
+        if not is_compiling() and not is_asynchronous(label.device):
+            with contextlib.suppress(RuntimeError):  # torch.vmap and the meta device have no values to look at
+                self.check_labels(pred, label)
+
+    def check_labels(self, pred: Tensor, label: Tensor) -> None:
+        """Raise ``ValueError`` for a label that is too large; nothing for what is no label."""
+        if label.shape != pred.shape[:-1] or label.is_floating_point() or not label.numel():
+            return
+        largest, last = int(label.max()), self.last_label(pred)
+        if largest > last:
+            raise ValueError(
+                f"{type(self).__name__} with logits {tuple(pred.shape)} takes labels up to {last}, not {largest}; "
+                "a negative label is ignored."
+            )
+
     def prepare(self, pred, target):
         return pred, *self.dense(pred, target)
 
     @classmethod
     def dense(cls, pred: Tensor, target: Any) -> tuple[Tensor, Tensor | None]:
-        """The dense form of a target of any form, and the mask of its valid rows or None."""
+        """The dense form of a target of any form, and the mask of its valid rows or elements, or None for all."""
         if isinstance(target, (tuple, list)):
             label, quality = target
-            return cls.one_hot(pred, label, pred.new_ones(()) if quality is None else quality.to(pred.dtype))
+            if quality is None:
+                return cls.one_hot(pred, label, pred.new_ones(()))
+            if quality.shape not in (label.shape, (*label.shape, 1)):
+                raise ValueError(
+                    f"{cls.__name__} takes one quality a label, {tuple(label.shape)}, not {tuple(quality.shape)}."
+                )
+            return cls.one_hot(pred, label, quality.to(pred.dtype).reshape(label.shape))
         if target.shape == pred.shape:
-            return target.to(pred.dtype), None
+            # True for NaN, which is not ours to hide.
+            return target.to(pred.dtype), ~(target < 0) if may_be_negative(target) else None
         return cls.one_hot(pred, target, pred.new_ones(()))
 
     @classmethod
@@ -134,7 +179,7 @@ class RankingLoss(ClassificationLoss, family="ranking", needs_mining=False, coun
 
     def reduced(self, pred, target, weight, avg_factor, reduction, factor, **inputs):
         reduction = check_reduction(self.reduction if reduction is None else reduction, avg_factor)
-        self.look(target)
+        self.look(pred, target)
         with without_autocast(pred.device):
             pred, target, _ = self.prepare(float32(pred), target)
             target, weight = self.ranked(pred, target, weight)
@@ -183,7 +228,8 @@ class RegressionLoss(Loss, family="regression", one_per_row=False):
 class RegionLoss(Loss, family="region", bounds=(0.0, 1.0)):
     """Losses between masks ``(N, ...)``, one loss a mask: ``(N,)``.
 
-    Call with logits, which go through a sigmoid, and targets in [0, 1] of the same shape and any type.
+    Call with logits, which go through a sigmoid, and targets in [0, 1] of the same shape and any type. Nothing is
+    ignored; targets outside [0, 1], such as masks of 0 and 255, are an error in the first calls on a CPU.
 
     Args:
         use_sigmoid: accepted because mmdet's configs write it; there is no other activation.
@@ -191,7 +237,7 @@ class RegionLoss(Loss, family="region", bounds=(0.0, 1.0)):
 
     Raises:
         ValueError: if ``use_sigmoid`` is False and ``activate`` is not, or the shapes differ or have no pixels'
-            dimension.
+            dimension, or targets are outside [0, 1].
     """
 
     def __init__(self, *, use_sigmoid: bool = True, activate: bool = True, **settings):
@@ -206,6 +252,14 @@ class RegionLoss(Loss, family="region", bounds=(0.0, 1.0)):
     def leading(self, pred):
         return min(pred.dim(), 1)
 
+    def check(self, pred, target):
+        if target.shape == pred.shape and not is_asynchronous(target.device):
+            low, high = target.min().item(), target.max().item()
+            if low < 0 or high > 1:
+                raise ValueError(
+                    f"{type(self).__name__} takes masks of values in [0, 1], not from {low:g} to {high:g}."
+                )
+
     def prepare(self, pred, target):
         if pred.shape != target.shape or pred.dim() < 2:
             raise ValueError(
@@ -216,7 +270,7 @@ class RegionLoss(Loss, family="region", bounds=(0.0, 1.0)):
         return super().prepare(pred.sigmoid() if self.activate else pred, target)
 
 
-class RotatedLoss(Loss, family="rotated"):
+class RotatedLoss(_LooksAtSides, family="rotated"):
     """Losses between aligned rotated boxes.
 
     Call with ``pred`` and ``target`` of shape ``(..., 5)``: ``(cx, cy, w, h, theta)``, the first four in any one unit,
@@ -224,8 +278,14 @@ class RotatedLoss(Loss, family="rotated"):
     ``weight`` may be ``(N,)``, ``(N, 1)`` or ``(N, 5)``.
 
     Raises:
-        ValueError: if the shapes differ or do not end in 5.
+        ValueError: if the shapes differ or do not end in 5, or the targets of the first calls are not boxes.
     """
+
+    form, columns = "rotated boxes (cx, cy, w, h, theta)", 5
+
+    @staticmethod
+    def sides(boxes):
+        return boxes[..., 2:4]
 
     def prepare(self, pred, target):
         check_same_shape(pred, target, "rotated boxes (N, 5) as (cx, cy, w, h, theta)")

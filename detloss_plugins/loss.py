@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from detloss_plugins import engine
-from detloss_plugins.facts import Facts, NonNegative, Rule, check_setting, plain, rule_of
+from detloss_plugins.facts import Facts, NonNegative, Rule, checked, rule_of
 from detloss_plugins.nested import each_tensor, flatten, unflatten
 from detloss_plugins.precision import COMPILES_FROM, can_compile, float32, is_compiling, is_large, without_autocast
 from detloss_plugins.reduction import apply_weight, check_reduction, scaled, times
@@ -27,7 +27,19 @@ def _settings_of(function: Callable, kinds: tuple = (inspect.Parameter.KEYWORD_O
     return {p.name: p for p in parameters if p.kind in kinds and p.name != "self"}
 
 
-class Loss(nn.Module):
+class _Checked(type(nn.Module)):
+    """Checks the settings of all losses in one place, before any ``__init__``, which gets them as plain values."""
+
+    def __call__(cls, *args, **settings):
+        for name in settings:
+            if name not in cls.rules:
+                accepted = ", ".join(sorted(cls.rules))
+                raise TypeError(f"{cls.__name__} has no hyper-parameter {name!r}; it accepts {accepted}.")
+        settings = {name: checked(cls.__name__, name, value, cls.rules[name]) for name, value in settings.items()}
+        return super().__call__(*args, **settings)
+
+
+class Loss(nn.Module, metaclass=_Checked):
     """What every loss shares: settings, float32 inside, weight, avg_factor and reduction.
 
     A subclass states ``fn(pred, target, *, settings) -> per-element losses`` and its facts as keywords of its class
@@ -71,22 +83,14 @@ class Loss(nn.Module):
         cls.__signature__ = inspect.Signature(settings)
         cls.rules = {p.name: rule_of(p.annotation, p.default) for p in settings}
 
-    def __new__(cls, *args: Any, **settings: Any):
-        # Here, before any __init__, so that the settings of all subclasses are checked in one place.
-        for name, value in settings.items():
-            if name not in cls.rules:
-                accepted = ", ".join(sorted(cls.rules))
-                raise TypeError(f"{cls.__name__} has no hyper-parameter {name!r}; it accepts {accepted}.")
-            check_setting(cls.__name__, name, plain(value), cls.rules[name])
-        return super().__new__(cls)
-
     def __init__(
         self, *, reduction: str = "mean", loss_weight: NonNegative = 1.0, compile: bool = False, **hyper: Any
     ) -> None:
         super().__init__()
         self.facts = self.facts  # as torch 2.4 compiles no model that reads an object of a class
+        self.unchecked = 20  # calls in which ``check`` still looks at the values, for which the host waits for a GPU
         self.reduction = check_reduction(reduction)
-        self.loss_weight, self.compiled = plain(loss_weight), compile and can_compile()
+        self.loss_weight, self.compiled = loss_weight, compile and can_compile()
         if compile and not self.compiled and not self.facts.counts_positives:
             warnings.warn(
                 f"{type(self).__name__} runs uncompiled: compile=True needs torch {COMPILES_FROM} or newer, "
@@ -94,7 +98,7 @@ class Loss(nn.Module):
                 stacklevel=2,
             )
         for name in self.hyper:
-            setattr(self, name, plain(hyper.get(name, inspect.signature(type(self)).parameters[name].default)))
+            setattr(self, name, hyper.get(name, inspect.signature(type(self)).parameters[name].default))
 
     @classmethod
     def make(cls, **settings: Any) -> "Loss":
@@ -141,12 +145,19 @@ class Loss(nn.Module):
         """How many dimensions of ``pred`` count rows."""
         return pred.dim() - 1
 
-    def look(self, target: Any) -> None:
-        """A look at the target of a call before it is run."""
+    def look(self, pred: Any, target: Any) -> None:
+        """A look at the input of a call before it is run."""
         if not isinstance(target, (Tensor, tuple, list)):
             raise TypeError(
                 f"The target of {type(self).__name__} must be a tensor, or a tuple of some, not {target!r}."
             )
+        if self.unchecked and isinstance(pred, Tensor) and pred.numel() and not is_compiling():
+            self.unchecked -= 1
+            with contextlib.suppress(RuntimeError):  # torch.vmap and the meta device have no values to look at
+                self.check(pred, target)
+
+    def check(self, pred: Tensor, target: Any) -> None:
+        """Raise ``ValueError`` for a target, not empty, whose values are not of the family's kind."""
 
     @property
     def observes(self) -> bool:
@@ -240,7 +251,7 @@ class Loss(nn.Module):
     def reduced(self, pred, target, weight, avg_factor, reduction, factor):
         """The loss times a factor."""
         reduction = check_reduction(self.reduction if reduction is None else reduction, avg_factor)
-        self.look(target)
+        self.look(pred, target)
         shape = pred.shape[: self.leading(pred)]
         with without_autocast(pred.device):
             pred, target, weight = self.as_rows(pred, target, weight)

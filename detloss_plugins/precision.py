@@ -8,8 +8,8 @@ from torch import Tensor
 
 
 def float32(tensor: Tensor) -> Tensor:
-    """Half precision up-cast to float32; anything else as it is."""
-    return tensor.float() if tensor.is_floating_point() and tensor.element_size() < 4 else tensor
+    """Half precision and whole numbers up-cast to float32; float32 and float64 as they are."""
+    return tensor if tensor.is_floating_point() and tensor.element_size() >= 4 else tensor.float()
 
 
 def _knows_autocast(device: str) -> bool:

@@ -33,7 +33,11 @@ def apply_weight(loss: Tensor, weight: Tensor | None) -> Tensor:
     >>> apply_weight(torch.ones(2), torch.tensor([[1.0, 1, 0, 0], [4, 4, 4, 4]]))
     tensor([0.5000, 4.0000])
     """
-    return loss if weight is None else loss * fit_weight(weight, loss)
+    if weight is None:
+        return loss
+    if weight.dtype == torch.bool and weight.shape == loss.shape:  # without a copy of it in the type of the loss
+        return torch.where(weight, loss, 0.0)
+    return loss * fit_weight(weight, loss)
 
 
 def fit_weight(weight: Tensor, loss: Tensor) -> Tensor:

@@ -276,3 +276,24 @@ def test_wrong_shapes():
     ):
         with pytest.raises(ValueError, match=r"takes logits \(B, A, K\)"):
             MultiBoxLoss()(pred, target)
+
+
+@pytest.mark.parametrize("use_sigmoid", [False, True])
+def test_background_first(use_sigmoid):
+    """The order of the authors' code and ssd.pytorch: the same loss and gradients, channel by channel."""
+    (logits, boxes), (labels, true_boxes) = scene(use_sigmoid)
+    labels[2, :2] = -1
+    cls = dict(type="FocalLoss") if use_sigmoid else None
+    expected = MultiBoxLoss(loss_cls=cls)((logits, boxes), (labels, true_boxes))
+    first = MultiBoxLoss(loss_cls=cls, background="first")
+    moved = logits.detach() if use_sigmoid else logits.detach().roll(1, -1)
+    theirs = torch.where(labels == 3, 0, torch.where(labels < 0, labels, labels + 1))
+    found = first((moved.requires_grad_(), boxes), (theirs, true_boxes))
+    torch.testing.assert_close(found, expected)
+    (gradient,) = torch.autograd.grad(found, moved)
+    torch.testing.assert_close(
+        gradient if use_sigmoid else gradient.roll(-1, -1), torch.autograd.grad(expected, logits)[0]
+    )
+    theirs[0, 0] = 4
+    with pytest.raises(ValueError, match="takes labels up to"):
+        first((moved, boxes), (theirs, true_boxes))

@@ -6,6 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 from detloss_plugins.losses import (
     ALRPLoss,
@@ -178,6 +180,37 @@ def test_definition_on_a_grid(name, positives, negatives, quality, delta):
     qualities = [(quality // 6 ** (i % 4)) % 6 / 6 + 1 / 6 for i in range(len(positives))]
     scores = (torch.tensor(x, dtype=torch.float64) / 4 for x in (positives, negatives))
     check(name, (*scores, torch.tensor(qualities, dtype=torch.float64)), delta, torch.float64, 1e-9)
+
+
+class Work(TorchDispatchMode):
+    """Adds up the elements of all tensors that are made."""
+
+    made = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        self.made += sum(x.numel() for x in tree_flatten(found)[0] if isinstance(x, torch.Tensor))
+        return found
+
+
+@pytest.mark.parametrize("name", RANKING)
+def test_work_grows_with_the_positives_and_not_with_their_square(name):
+    def work(p):
+        logits, target, _ = shuffled(*scene(p, 0, p))
+        with Work() as counted:
+            for delta in DELTAS[name][:2]:
+                RANKING[name](delta=delta)(logits.detach().requires_grad_(), target).backward()
+        return counted.made
+
+    assert work(64_000) < 110 * work(1000)  # P log P is 102 times as much, P^2 4096
+
+
+@pytest.mark.parametrize("delta", [0, 0.5])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3, 1e12])
+def test_rank_and_sort_at_any_scale(scale, delta):
+    """Scores far apart, or far nearer than the step is wide, in the type of the scores."""
+    positives, negatives, quality = scene(300, 500, 3, ties=0.25)
+    check("RankSortLoss", (positives * scale, negatives * scale, quality), delta, torch.float64, 1e-9)
 
 
 def test_localisation_component():

@@ -14,6 +14,7 @@ from detloss_plugins.losses import (
     GeneralizedFocalLoss,
     KLDivLoss,
     PolyLoss,
+    balanced_cross_entropy_loss,
 )
 from detloss_plugins.registry import registered_losses
 from detloss_plugins.testing import sample
@@ -166,6 +167,26 @@ def test_automatic_balance(logits):
     assert loss(logits, torch.full((4, 3), float("nan"))).isnan()
 
 
+@pytest.mark.parametrize(("positives", "cells"), [(5, 10_752_000), (1, 10_000_001)])
+def test_automatic_balance_of_few_among_millions(positives, cells):
+    """``1 - n / (m + n)`` in float32 would be off by 2.5 and 19 percent; it is ``m / (m + n)``."""
+    target = torch.zeros(cells, 1)
+    target[:positives] = 1
+    pred = torch.zeros(cells, 1, requires_grad=True)
+    rows = BalancedCrossEntropyLoss(reduction="none")(pred, target)
+    (gradient,) = torch.autograd.grad(rows.sum(), pred)
+    share = positives / cells
+    for found, scale in ((rows.detach(), math.log(2)), (gradient.abs(), 0.5)):
+        torch.testing.assert_close(found[:1].double() / scale, torch.tensor([[1 - share]]).double(), rtol=1e-6, atol=0)
+        torch.testing.assert_close(found[-1:].double() / scale, torch.tensor([[share]]).double(), rtol=1e-6, atol=0)
+
+
+def test_automatic_balance_of_one_among_thirty_millions():
+    counts = {"positives": torch.tensor(1.0), "negatives": torch.tensor(3e7)}
+    rows = balanced_cross_entropy_loss(torch.zeros(2), torch.tensor([1.0, 0.0]), **counts).double()
+    torch.testing.assert_close(rows[1] / math.log(2), torch.tensor(1 / (3e7 + 1)).double(), rtol=1e-6, atol=0)
+
+
 def test_kl_divergence_takes_distributions_only(logits):
     loss = KLDivLoss()
     for target in (LABEL, DENSE.long(), (LABEL, QUALITY), torch.rand(4, 2)):
@@ -174,6 +195,24 @@ def test_kl_divergence_takes_distributions_only(logits):
     for pred in (torch.tensor([[1e4, -1e4]]), torch.tensor([[-1e4, 1e4]]), torch.zeros(1, 2)):
         finite(loss, pred, torch.tensor([[1.0, 0.0]]))
     assert finite(loss, torch.tensor([[3.0]]), torch.tensor([[1.0]])) == 0
+
+
+def test_kl_divergence_of_a_teachers_logits(logits):
+    """Equal to mmdet's in the parity tests; here what the other mode does with them."""
+    teacher = 3 * logits.flip(0)
+    for wrong in (teacher, teacher.abs() + 1, teacher - 9):
+        with pytest.raises(ValueError, match='write target="logits"'):
+            KLDivLoss()(logits, wrong)
+    KLDivLoss()(logits, DENSE)  # a row of zeros is one that a head leaves out
+    loss, teacher = KLDivLoss(target="logits", temperature=2.0), teacher.requires_grad_()
+    pred = logits.clone().requires_grad_()
+    value = loss(pred, teacher)
+    expected = KLDivLoss(temperature=2.0)(logits, (teacher / 2).softmax(-1)) / 3
+    torch.testing.assert_close(value, expected)
+    wide = KLDivLoss(temperature=2.0)(logits.double(), (teacher.double() / 2).softmax(-1)) / 3
+    torch.testing.assert_close(loss(logits.double(), teacher), wide, rtol=1e-12, atol=0)
+    assert torch.autograd.grad(value, teacher, allow_unused=True, retain_graph=True)[0] is None
+    assert loss(teacher.detach(), teacher).abs() < 1e-6
 
 
 def test_gaussian_focal_loss_on_heatmaps():
@@ -356,6 +395,7 @@ def test_bad_settings_fail_at_construction():
         ({"type": "HuberLoss", "delta": 0.0}, "delta"),
         ({"type": "BalancedL1Loss", "beta": 0.0}, "beta"),
         ({"type": "BalancedL1Loss", "alpha": -0.5}, "alpha"),
+        ({"type": "BalancedL1Loss", "alpha": 0.01}, "gamma of BalancedL1Loss must be at most 80 alpha, 0.8, not 1.5"),
         ({"type": "FocalLoss", "alpha": [0.5, 1.0, 2.0]}, r"alpha of FocalLoss must be in \[0, 1\]"),
     ):
         with pytest.raises((TypeError, ValueError), match=words):
@@ -373,3 +413,134 @@ def test_distribution_targets_are_clamped_not_changed():
     assert DistributionFocalLoss()(pred, target.fill_(float("nan"))).isnan()
     with pytest.raises(ValueError, match="bins"):
         DistributionFocalLoss()(pred, torch.rand(5, 4))
+
+
+# ---- what a target may hold ----
+
+CLASS_LOSSES = {str(cfg): cfg for cfg in EVERY} | {
+    name: {"type": name} for name, cls in registered_losses().items() if cls.facts.family == "ranking"
+}
+
+
+@pytest.mark.parametrize("cfg", CLASS_LOSSES.values(), ids=CLASS_LOSSES)
+def test_what_is_negative_in_a_dense_target_is_ignored(cfg, logits):
+    """Value and gradient are those of a call in which its weight is zero; of a softmax, the row's."""
+    loss = build(cfg, reduction="sum", **({"momentum": 0.0} if cfg["type"] == "GHMC" else {}))
+    rows = cfg in SOFTMAX and cfg["type"] != "ModifiedCrossEntropyLoss"
+    for value in (-1.0, -100.0):
+        dense = DENSE[[0, 1, 3, 3]].clone()
+        dense[1, 0] = dense[3, 1] = value
+        weight = (dense >= 0).all(-1, keepdim=True).expand_as(dense) if rows else dense >= 0
+        found = []
+        for target, kwargs in ((dense, {}), (dense.clamp(min=0), {"weight": weight[:, 0] if rows else weight})):
+            pred = logits.clone().requires_grad_()
+            if kwargs and not rows and loss.facts.sums_classes:  # they are weighed by row: here class by class
+                total = masked_sum(loss, pred, target, weight)
+            else:
+                total = loss(pred, target, **{k: w.float() for k, w in kwargs.items()})
+            found.append((total.detach(), torch.autograd.grad(total, pred)[0]))
+        torch.testing.assert_close(*found)
+        if rows or loss.use_sigmoid:  # a softmax has all logits in every element
+            assert (found[0][1][~weight] == 0).all()
+
+
+def masked_sum(loss, pred, target, weight):
+    """The sum of the elements that count, of a loss that sums over the classes."""
+    seen = loss.observe(pred, target, None)
+    elements, _ = loss.unweighted(pred, target, seen)
+    return (loss.loss_weight * elements * weight).sum()
+
+
+@pytest.mark.parametrize("name", ["BinaryCrossEntropyLoss", "FocalLoss", "QualityFocalLoss"])
+def test_what_is_negative_is_ignored_beside_probabilities(name, logits):
+    """Torch itself refuses such a target there."""
+    loss = build_loss({"type": name, "activated": True, "reduction": "sum"})
+    dense = torch.where(torch.arange(4).unsqueeze(-1) == 1, -1.0, DENSE)
+    kept = [0, 2, 3]
+    torch.testing.assert_close(loss(logits.sigmoid(), dense), loss(logits[kept].sigmoid(), DENSE[kept]))
+
+
+def test_negatives_between_other_values_are_numbers():
+    loss = GeneralizedFocalLoss(values=(-1.0, 1.0), reduction="none")
+    assert loss(torch.zeros(1), torch.tensor([-0.5])) > 0
+
+
+@pytest.mark.parametrize("cfg", CLASS_LOSSES.values(), ids=CLASS_LOSSES)
+def test_a_label_that_is_too_large(cfg, logits):
+    loss = build(cfg)
+    last = 2 if cfg in SOFTMAX and cfg["type"] != "ModifiedCrossEntropyLoss" else 3
+    loss(logits, torch.tensor([0, last, -1, -100]))
+    for label in (torch.tensor([0, last + 1, 1, 2]), torch.tensor([0, 255, 1, 2], dtype=torch.uint8)):
+        for _ in range(25):  # in every call, and not in the first alone
+            with pytest.raises(ValueError, match=f"takes labels up to {last}, not {label.max()}"):
+                loss(logits, label)
+    if last == 3:
+        with pytest.raises(ValueError, match="labels up to 3, not 4"):
+            loss(logits, (torch.tensor([0, 4, 1, 2]), QUALITY))
+
+
+def test_labels_of_losses_with_channels_of_their_own():
+    logits = torch.randn(2, 5)
+    seesaw = build_loss({"type": "SeesawLoss", "num_classes": 3, "return_dict": False})
+    seesaw(logits, torch.tensor([0, 3]))
+    with pytest.raises(ValueError, match="labels up to 3, not 4"):
+        seesaw(logits, torch.tensor([0, 4]))
+    over = build_loss({"type": "ConfidenceWeightedLoss", "base": {"type": "CrossEntropyLoss", "ignore_index": 255}})
+    over(logits, torch.tensor([4, 255]))
+    with pytest.raises(ValueError, match=r"CrossEntropyLoss .* labels up to 4, not 5"):
+        over(logits, torch.tensor([0, 5]))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64])
+@pytest.mark.parametrize("use_sigmoid", [False, True])
+def test_an_ignored_label_may_be_any(use_sigmoid, dtype, logits):
+    loss = CrossEntropyLoss(use_sigmoid=use_sigmoid, ignore_index=255, reduction="none")
+    rows = loss(logits, torch.tensor([0, 255, 1, 255], dtype=dtype)).reshape(4, -1).sum(-1)
+    assert (rows == 0).tolist() == [False, True, False, True]
+
+
+@pytest.mark.parametrize("cls", [c for c in registered_losses().values() if c.facts.family == "region"])
+def test_masks_of_0_and_255(cls):
+    pred, target = sample(cls, 8)
+    for wrong in (255 * target, (255 * target).byte(), target - 1):
+        with pytest.raises(ValueError, match=r"masks of values in \[0, 1\], not from"):
+            cls()(pred, wrong)
+
+
+@pytest.mark.parametrize("cls", [c for c in registered_losses().values() if c.facts.family == "rotated"])
+def test_encoded_deltas_of_rotated_boxes(cls):
+    deltas = torch.randn(64, 5, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match="reg_decoded_bbox=True"):
+        cls()(deltas, deltas.flip(0))
+    pred, target = sample(cls, 64)
+    target[:3, 2] *= -1  # an annotation or two may be wrong
+    cls()(pred, target)
+
+
+@pytest.mark.parametrize("name", ["QualityFocalLoss", "VarifocalLoss", "GeneralizedFocalLoss", "RankSortLoss"])
+def test_a_quality_a_row(name, logits):
+    loss = build_loss({"type": name})
+    assert loss(logits, (LABEL, QUALITY.unsqueeze(-1))) == loss(logits, (LABEL, QUALITY))
+    for wrong in (QUALITY[:3], QUALITY.reshape(2, 2), QUALITY.expand(4, 4), torch.tensor(0.5)):
+        with pytest.raises(ValueError, match=r"one quality a label, \(4,\), not"):
+            loss(logits, (LABEL, wrong))
+
+
+WHOLE = {name: cls for name, cls in registered_losses().items() if cls.facts.family in ("box", "regression", "rotated")}
+
+
+@pytest.mark.parametrize("cls", WHOLE.values(), ids=WHOLE)
+def test_predictions_of_whole_numbers(cls):
+    pred, target = sample(cls, 16)
+    pred = pred.round()
+    torch.testing.assert_close(cls.make()(pred.long(), target), cls.make()(pred, target))
+
+
+def test_vmap_from_the_first_call_on():
+    for name in ("CIoULoss", "FocalLoss", "ProbIoULoss"):
+        pred, target = sample(registered_losses()[name], 6)
+        pred, target = pred.unflatten(0, (2, 3)), target.unflatten(0, (2, 3))
+        found = torch.vmap(lambda p, t, name=name: build_loss({"type": name})(p, t))(pred, target)
+        torch.testing.assert_close(
+            found, torch.stack([build_loss({"type": name})(*x) for x in zip(pred, target, strict=True)])
+        )

@@ -73,7 +73,7 @@ class JointLoss(Loss, fn=joint_loss):
             pred = float32(pred)  # once, so that half-precision gradients are not added up in half precision
             parts = (loss(pred, target, weight, avg_factor, reduction) for loss in self.losses)
             return times(sum(parts), factor)
-        self.look(target)
+        self.look(pred, target)
         with without_autocast(pred.device):
             pred, target, weight = self.as_rows(pred, target, weight)
             seen = self.observe(pred, target, weight)
@@ -83,9 +83,9 @@ class JointLoss(Loss, fn=joint_loss):
             total = self.summed(pred, target, weight, seen)
         return times(total, factor)
 
-    def look(self, target):
+    def look(self, pred, target):
         for loss in self.losses:
-            loss.look(target)
+            loss.look(pred, target)
 
     def observe(self, pred, target, weight):
         return {str(i): loss.observe(pred, target, weight) for i, loss in enumerate(self.losses)}
@@ -160,6 +160,9 @@ class ConfidenceWeightedLoss(
         check_use_sigmoid(self, use_sigmoid)
         self.base = base
         self.facts = over_base(self.facts, base)
+
+    def look(self, pred, target):
+        self.base.look(pred, target)
 
     def observe(self, pred, target, weight):
         return self.base.observe(pred, target, weight)

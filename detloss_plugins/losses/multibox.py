@@ -148,7 +148,7 @@ class MultiBoxLoss(
     encoded offsets, or corners for a box loss; those of an anchor without an object have no part.
 
     A softmax loss has a channel for the background, the last, and K - 1 classes; a sigmoid loss has K classes. The
-    background's label is the number of classes; a negative label is ignored. (In the authors' code it is label 0.)
+    background's label is the number of classes; a negative label is ignored.
 
     ``weight`` is one a anchor, ``(B, A)``, or one an image, ``(B,)``. "mean" is over ``avg_factor``, or the number of
     positives, where an image counts as one at least; "none" gives ``(B, A)``. In an image without positives no negative
@@ -161,6 +161,8 @@ class MultiBoxLoss(
             all. "auto" is 3, or None if ``loss_cls`` is a loss that balances positives and negatives itself
             (``needs_mining=False``), as focal loss does.
         return_dict: True for a dict of ``loss_cls`` and ``loss_bbox`` in place of their sum.
+        background: "last", or "first" for the authors' order (and that of ssd.pytorch): label 0 and, of a softmax loss,
+            channel 0 are the background, and the classes count from 1.
 
     Raises:
         ValueError: if ``neg_pos_ratio`` is negative, or a loss has no place here, or shapes do not fit.
@@ -173,24 +175,27 @@ class MultiBoxLoss(
         loss_bbox: Mapping | None = None,
         neg_pos_ratio: NonNegative | Literal["auto"] | None = "auto",
         return_dict: bool = False,
+        background: Literal["first", "last"] = "last",
         **settings,
     ):
         super().__init__(**settings)
-        self.loss_cls = build_loss(loss_cls or {"type": "CrossEntropyLoss"})
-        self.loss_bbox = build_loss(loss_bbox or {"type": "SmoothL1Loss"})
+        self.loss_cls = build_loss({"type": "CrossEntropyLoss"} if loss_cls is None else loss_cls)
+        self.loss_bbox = build_loss({"type": "SmoothL1Loss"} if loss_bbox is None else loss_bbox)
         for part in (self.loss_cls, self.loss_bbox):
             part.compiled = part.compiled or self.compiled
-        self.return_dict = return_dict
+        self.return_dict, self.background = return_dict, background
         self.neg_pos_ratio = mining_ratio(neg_pos_ratio, self.loss_cls, self.loss_bbox)
         self.facts = self.facts.but(every_rank=self.loss_cls.facts.every_rank)
 
     def reduced(self, pred, target, weight, avg_factor, reduction, factor):
         """The sum of both losses, or with ``return_dict=True`` both."""
         reduction = check_reduction(self.reduction if reduction is None else reduction, avg_factor)
-        self.look(target)
+        self.look(pred, target)
         pred = pred if isinstance(pred, (tuple, list)) else (pred[..., :-4], pred[..., -4:])
         target = target if isinstance(target, (tuple, list)) else (target[..., 0].long(), target[..., 1:])
         self._check_shapes(*pred, *target)
+        if self.background == "first":
+            pred, target = self._background_last(*pred, *target)
         if weight is not None:
             weight = fit_weight(weight, float32(pred[0])[..., 0]).expand(target[0].shape)
         losses = {"loss_cls": self.loss_cls, "loss_bbox": self.loss_bbox}
@@ -200,6 +205,13 @@ class MultiBoxLoss(
             )
         parts = [factor * part for part in parts]
         return dict(zip(losses, parts, strict=True)) if self.return_dict else sum(parts)
+
+    def _background_last(self, logits, boxes, labels, true_boxes):
+        softmax = not self.loss_cls.use_sigmoid
+        classes = logits.shape[-1] - softmax
+        of_class = (labels > 0) & (labels <= classes)  # of another there is none, which the class loss says
+        labels = torch.where(of_class, labels - 1, torch.where(labels == 0, classes, labels))
+        return (logits.roll(-1, -1) if softmax else logits, boxes), (labels, true_boxes)
 
     def _check_shapes(self, logits, boxes, labels, true_boxes):
         anchors = logits.shape[:-1]

@@ -196,7 +196,15 @@ class BalancedL1Loss(
         beta: where they begin, in the unit of the input.
         upstream_form: the released code's formula, which for ``beta != 1`` does not have the slope that the paper asks
             for.
+
+    Raises:
+        ValueError: if ``gamma / alpha`` is above 80, as float32 has no room for ``e`` to that power.
     """
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        if self.gamma > 80 * self.alpha:
+            raise ValueError(f"gamma of BalancedL1Loss must be at most 80 alpha, {80 * self.alpha}, not {self.gamma}.")
 
 
 def uncertainty_kl_loss(

@@ -71,6 +71,11 @@ def quality_pair(loss, theirs, pred, target):
     return target
 
 
+def teacher_logits(loss, theirs, pred, target):
+    """The logits of distributions."""
+    return target if loss.target == "logits" else loss.temperature * target.log()
+
+
 def with_ones(loss, theirs, pred, target):
     """The target, and a weight of ones in its shape."""
     target = dense_if_indexed(loss, theirs, pred, target)
@@ -112,6 +117,11 @@ def mmdet_seesaw(built, loss, pred, target, kwargs):
     """Another name for the weight."""
     kwargs = {"label_weights" if name == "weight" else name: value for name, value in kwargs.items()}
     return built(pred, target, **kwargs)
+
+
+def mmdet_distillation(built, loss, pred, target, kwargs):
+    """It averages over the classes; ours sums over them where the target is no logit."""
+    return built(pred, target, **kwargs) * (1 if loss.target == "logits" else pred.shape[-1])
 
 
 def function(built, loss, pred, target, kwargs):
@@ -156,10 +166,7 @@ TWINS = {
     "mmdet": Twin(mmdet, form="index"),
     "mmdet QualityFocalLoss": Twin(mmdet, convert=quality_pair, form="quality"),
     "mmdet VarifocalLoss": Twin(mmdet, convert=dense, form="dense"),
-    "mmdet KnowledgeDistillationKLDivLoss": Twin(  # it averages over the classes, and takes the teacher's logits
-        lambda built, loss, pred, target, kwargs: pred.shape[-1] * built(pred, target, **kwargs),
-        convert=lambda loss, theirs, pred, target: loss.temperature * target.log(),
-    ),
+    "mmdet KnowledgeDistillationKLDivLoss": Twin(mmdet_distillation, convert=teacher_logits),
     "mmdet EQLV2Loss": Twin(mmdet, {"mean"}, form="index"),
     # They have a normaliser always, which they refuse to combine with a sum.
     "mmdet GHMC": Twin(mmdet_ghm, {"none", "mean", "weight", "weight, avg_factor"}, with_ones, form="dense"),

@@ -174,6 +174,26 @@ def test_a_scale_invariant_loss_does_not_notice(name, samples):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
+def test_the_localisation_distillation_of_ld_heads(samples):
+    """Equal to mmdet's own loss; without target="logits" the head's teacher is refused."""
+    model = head("LDHead", "", dict(type="detloss_plugins.GIoULoss"))
+    features = [torch.randn(2, 32, 128 // stride, 128 // stride) for stride in STRIDES]
+    teacher = [[torch.randn_like(level) for level in part] for part in model(features)]
+    found = []
+    for loss in (
+        dict(type="mmdet.KnowledgeDistillationKLDivLoss", T=10, loss_weight=0.25),
+        dict(type="detloss_plugins.KLDivLoss", target="logits", temperature=10.0, loss_weight=0.25),
+    ):
+        model.loss_ld = MMDET_MODELS.build(loss)
+        losses = model.loss(features, teacher, samples)["loss_ld"]
+        found.append((losses, torch.autograd.grad(sum(losses), model.gfl_reg.weight)))
+    assert sum(found[0][0]) > 0
+    torch.testing.assert_close(found[1], found[0])
+    model.loss_ld = MMDET_MODELS.build(dict(type="detloss_plugins.KLDivLoss"))
+    with pytest.raises(ValueError, match='write target="logits"'):
+        model.loss(features, teacher, samples)
+
+
 @every_head
 def test_boxes_are_the_images(name, samples):
     """Every target is an object's box in pixels, and the predictions are in the same unit."""

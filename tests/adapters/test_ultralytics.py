@@ -359,6 +359,21 @@ def test_default_gain_and_override():
     assert "SlideLoss(authors_code=False, FocalLoss(gamma=2.0, alpha=None" in describe(slide, get_cfg())[0]
 
 
+def test_a_loss_without_a_sigmoid_form_is_not_told_to_write_one():
+    for given in ({}, {"use_sigmoid": False}):
+        with pytest.raises(ValueError, match=r"^SeesawLoss needs a head with a softmax(?!.*use_sigmoid)"):
+            load_losses({"cls": {"type": "SeesawLoss", "num_classes": 10, **given}})
+
+
+def test_description_of_the_parts_of_a_loss():
+    """Each with all its settings, and with its weight, once."""
+    slide = {"type": "SlideLoss", "loss_weight": 3, "base": {"type": "BinaryCrossEntropyLoss", "loss_weight": 0.5}}
+    joint = {"type": "JointLoss", "loss_weight": 2, "losses": [slide, {"type": "GHMC", "momentum": 0.5}]}
+    of_slide = "SlideLoss(authors_code=False, BinaryCrossEntropyLoss(pos_weight=None, activated=False) x 0.5) x 3"
+    line = describe(load_losses({"cls": joint}), get_cfg())[0]
+    assert line == f"cls: JointLoss({of_slide}, GHMC(bins=10, momentum=0.5)), weight 2 x gain 0.5"
+
+
 OTHER_TASKS = ("yolov10n", "yolov8n-obb", "yolo26n-seg", "yolo26n-pose", "yolov8n-rtdetr")
 
 

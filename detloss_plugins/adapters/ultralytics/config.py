@@ -131,6 +131,11 @@ def _checked(task, slot, cfg):
     if loss.family not in SLOTS[task][slot]:
         raise ValueError(_wrong_family(task, slot, loss))
     of_classes = "classification" in SLOTS[task][slot]
+    if of_classes and getattr(loss, "custom_cls_channels", False):
+        raise ValueError(
+            f"{type(loss).__name__} needs a head with a softmax and channels of its own, such as mmdet's two-stage "
+            "heads; the class scores of YOLO are independent sigmoids."
+        )
     if of_classes and not loss.use_sigmoid:
         raise ValueError(
             f"The class scores of YOLO are independent sigmoids; write use_sigmoid=True for {type(loss).__name__}."

@@ -155,12 +155,19 @@ def describe(losses, args, task="detect"):
 
 
 def _in_words(loss):
-    """A loss with all its settings, and with those of the losses it is made of."""
+    """A loss with all its settings, and with those and the weights of the losses it is made of."""
     own = [name for name in loss.rules if name not in SAID_OTHERWISE and hasattr(loss, name)]
     values = {name: getattr(loss, name) for name in own}
     words = [f"{name}={value!r}" for name, value in values.items() if not isinstance(value, torch.nn.Module)]
-    words += [_in_words(part) for part in loss.modules() if isinstance(part, Loss) and part is not loss]
+    for part in _parts(loss):
+        words.append(f"{_in_words(part)}{'' if part.loss_weight == 1 else f' x {part.loss_weight:g}'}")
     return f"{type(loss).__name__}({', '.join(words)})"
+
+
+def _parts(module):
+    """The losses that a loss is made of, without those that these are made of."""
+    for child in module.children():
+        yield from [child] if isinstance(child, Loss) else _parts(child)
 
 
 def make_trainer(losses, task="detect", trainer=None, compile=False):

@@ -26,7 +26,8 @@ def is_zero(setting: Any) -> bool:
 def bce(pred: Tensor, target: Tensor, activated: bool = False, pos_weight: Tensor | None = None) -> Tensor:
     """Binary cross entropy of each class, of logits or, if ``activated``, of probabilities."""
     if activated:
-        return F.binary_cross_entropy(pred, target, reduction="none")
+        # What is negative is ignored, but torch refuses it.
+        return F.binary_cross_entropy(pred, target.clamp(min=0), reduction="none")
     return F.binary_cross_entropy_with_logits(pred, target, reduction="none", pos_weight=pos_weight)
 
 
@@ -45,6 +46,13 @@ class SoftmaxOrSigmoid(ClassificationLoss):
 
     sigmoid_only = False
 
+    def last_label(self, pred):
+        return pred.shape[-1] - (not self.use_sigmoid)
+
+    def look(self, pred, target):
+        if self.use_sigmoid or not isinstance(target, (tuple, list)):  # the softmax form refuses a tuple anyway
+            super().look(pred, target)
+
     def __init__(self, **settings):
         super().__init__(**settings)
         self.facts = self.facts.but(one_per_row=not self.use_sigmoid)
@@ -56,7 +64,8 @@ class SoftmaxOrSigmoid(ClassificationLoss):
         if self.use_sigmoid:
             return super().prepare(pred, target)
         if isinstance(target, Tensor) and target.shape == pred.shape:
-            return pred, target.to(pred.dtype), None
+            target, valid = self.dense(pred, target)
+            return pred, target, None if valid is None else valid.all(-1)
         if isinstance(target, Tensor) and target.shape == pred.shape[:-1] and not target.is_floating_point():
             valid = target >= 0
             return pred, torch.where(valid, target, 0).long(), valid

@@ -85,19 +85,22 @@ class CrossEntropyLoss(
         self.avg_non_ignore = avg_non_ignore
         self.ignore_index = -100 if ignore_index is None else ignore_index
 
+    def check_labels(self, pred, label):
+        super().check_labels(pred, self._without_ignored(label))
+
     def prepare(self, pred, target):
         of_labels = isinstance(target, Tensor) and target.shape == pred.shape[:-1] and not target.is_floating_point()
         if of_labels and not self.use_sigmoid:
             return pred, target.long(), (target >= 0) & (target != self.ignore_index)
-        if isinstance(target, Tensor) and target.shape == pred.shape and self.use_sigmoid:
-            valid = (target >= 0) & (target != self.ignore_index)
-            return pred, torch.where(valid, target, 0).to(pred.dtype), valid
         if isinstance(target, (tuple, list)):
             target = self._without_ignored(target[0]), target[1]
-        return super().prepare(pred, self._without_ignored(target) if of_labels else target)
+        elif of_labels or (target.shape == pred.shape and self.use_sigmoid):
+            target = self._without_ignored(target)
+        return super().prepare(pred, target)
 
-    def _without_ignored(self, label):
-        return label.masked_fill(label == self.ignore_index, -1)
+    def _without_ignored(self, target):
+        ignored = target == self.ignore_index
+        return (target.int() if target.dtype in (torch.bool, torch.uint8) else target).masked_fill(ignored, -1)
 
     @property
     def observes(self):
@@ -224,7 +227,7 @@ class BalancedCrossEntropyLoss(
         return self.alpha == "auto"
 
     def statistics(self, pred, target, valid, weight):
-        counted = counts(target, valid, weight) * ((target >= 0) | target.isnan())
+        counted = counts(target, valid, weight)
         positives, negatives = _balance_sums(torch.where(counted > 0, target, 0), counted)
         return {"positives": longest(positives), "negatives": longest(negatives)}
 
@@ -251,6 +254,7 @@ class KLDivLoss(
         *alike(TORCH + "kl_div"),
         Upstream(MMDET + "KnowledgeDistillationKLDivLoss", theirs={"T": 1}),
         Upstream(MMDET + "KnowledgeDistillationKLDivLoss", {"temperature": 4.0}, {"T": 4}),
+        Upstream(MMDET + "KnowledgeDistillationKLDivLoss", {"target": "logits", "temperature": 4.0}, {"T": 4}),
     ),
 ):
     """Kullback-Leibler divergence of the softmax of logits from a distribution.
@@ -260,10 +264,27 @@ class KLDivLoss(
     Args:
         temperature: divides the logits, and its square multiplies the loss, as in distillation (Hinton et al., 2015).
             A teacher's distribution is given at that temperature already.
+        target: "distribution", or "logits" of a teacher, as mmdet's LDHead hands over: they are constants, are softened
+            by the temperature here, and the loss is the mean over the classes, not the sum, all as in mmdet's
+            KnowledgeDistillationKLDivLoss.
 
     Raises:
-        ValueError: if the target is not a distribution for each row.
+        ValueError: if the target is not a distribution for each row; its values are looked at in the first calls.
     """
+
+    def __init__(self, *, target: Literal["distribution", "logits"] = "distribution", **settings):
+        super().__init__(**settings)
+        self.target = target
+
+    def check(self, pred, target):
+        if self.target == "logits" or not isinstance(target, Tensor) or target.shape != pred.shape:
+            return
+        total = float32(target).sum(-1)  # 0 where a head leaves a row out
+        if bool((target < 0).any()) or bool((((total - 1).abs() > 0.01) & (total != 0)).any()):
+            raise ValueError(
+                "KLDivLoss takes one distribution a row, and these targets have values below 0 or do not add up to 1; "
+                'write target="logits" if they are the logits of a teacher.'
+            )
 
     def prepare(self, pred, target):
         if not isinstance(target, Tensor) or target.shape != pred.shape or not target.is_floating_point():
@@ -272,4 +293,10 @@ class KLDivLoss(
                 f"KLDivLoss with logits {tuple(pred.shape)} takes one distribution a row as floats "
                 f"{tuple(pred.shape)}, not {given}; for class indices use CrossEntropyLoss."
             )
+        if self.target == "logits":
+            target = (target.detach().to(pred.dtype) / self.temperature).softmax(-1)
         return super().prepare(pred, target)
+
+    def elements(self, pred, target, seen):
+        loss = super().elements(pred, target, seen)
+        return loss / pred.shape[-1] if self.target == "logits" else loss

@@ -5,7 +5,18 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from detloss_plugins.facts import MMDET, TORCH, NonNegative, PerClass, Share, Upstream, alike, at_least, two_increasing
+from detloss_plugins.facts import (
+    MMDET,
+    TORCH,
+    NonNegative,
+    NotWeighed,
+    PerClass,
+    Share,
+    Upstream,
+    alike,
+    at_least,
+    two_increasing,
+)
 from detloss_plugins.families import ClassificationLoss, RegressionLoss, check_same_shape, of_one_type
 from detloss_plugins.loss import Loss
 from detloss_plugins.losses.classification.common import SoftmaxOrSigmoid, bce, class_vector, is_zero, power
@@ -24,7 +35,7 @@ def focal_loss(
     target: Tensor,
     *,
     gamma: NonNegative = 2.0,
-    alpha: Share | PerClass | None = 0.25,
+    alpha: Share | PerClass | NotWeighed = 0.25,
     use_sigmoid: bool = True,
     activated: bool = False,
 ) -> Tensor:
@@ -104,7 +115,7 @@ class FocalLoss(
 
 
 def quality_focal_loss(
-    pred: Tensor, target: Tensor, *, beta: NonNegative = 2.0, alpha: Share | None = None, activated: bool = False
+    pred: Tensor, target: Tensor, *, beta: NonNegative = 2.0, alpha: Share | NotWeighed = None, activated: bool = False
 ) -> Tensor:
     """``|y - p|^beta BCE`` with a quality ``y`` in [0, 1]; the factor carries gradient.
 
@@ -180,7 +191,7 @@ def poly_loss(
     *,
     epsilon: Annotated[float, at_least(-1)] = 1.0,
     gamma: NonNegative = 0.0,
-    alpha: Share | PerClass | None = None,
+    alpha: Share | PerClass | NotWeighed = None,
     use_sigmoid: bool = True,
 ) -> Tensor:
     """Poly-1: ``alpha_t [(1 - p_t)^gamma CE + epsilon (1 - p_t)^(gamma + 1)]``; ``alpha=None`` leaves it out.
@@ -266,7 +277,7 @@ class GeneralizedFocalLoss(
                 f"GeneralizedFocalLoss between the values {self.values} takes targets of the shape of pred, "
                 f"{tuple(pred.shape)}; class indices and qualities have a meaning for the values (0.0, 1.0) only."
             )
-        return super().prepare(pred, target)
+        return super().prepare(pred, target) if self.values == (0.0, 1.0) else Loss.prepare(self, pred, target)
 
 
 def gaussian_focal_loss(pred: Tensor, target: Tensor, *, alpha: NonNegative = 2.0, gamma: NonNegative = 4.0) -> Tensor:

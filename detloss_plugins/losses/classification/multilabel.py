@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detloss_plugins.facts import TORCH, NonNegative, Share, SharePerClass, Upstream, alike, between
+from detloss_plugins.facts import TORCH, NonNegative, NotWeighed, Share, SharePerClass, Upstream, alike, between
 from detloss_plugins.families import ClassificationLoss, of_one_type
 from detloss_plugins.loss import check_use_sigmoid
 from detloss_plugins.losses.classification.common import bce, class_vector, is_zero
@@ -25,7 +25,7 @@ def modified_cross_entropy_loss(
     target: Tensor,
     *,
     activation: Literal["sigmoid", "softmax"] = "sigmoid",
-    alpha: Share | SharePerClass | None = None,
+    alpha: Share | SharePerClass | NotWeighed = None,
     gamma: NonNegative = 0.0,
 ) -> Tensor:
     """``-alpha t (1 - p)^gamma ln p - (1 - alpha) (1 - t) p^gamma ln(1 - p)`` of each class; the class sums them.

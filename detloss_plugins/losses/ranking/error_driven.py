@@ -5,13 +5,15 @@ error-driven update in place of a derivative: what a positive loses by the negat
 given to it. Their authors loop over the positives, ``O(P (P + N))``. Seen from one score, a sum of steps over
 the positives is piecewise linear with kinks at ``s_i - delta`` and ``s_i + delta``. So the kinks are sorted, every
 negative is looked up among them once, and all sums over either side come from running sums over the kinks, in
-``O((P + N) log P)``. They are float64 where a device has it, and of terms that are not negative.
+``O((P + N) log P)``. They are float64 where a device has it, and of terms that are not negative. Rank & Sort also
+compares the qualities of the positives, see ``_sums_by_quality``.
 """
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -22,7 +24,6 @@ from detloss_plugins.registry import MODELS
 
 __all__ = ["ALRPLoss", "APLoss", "RankSortLoss", "alrp_loss", "ap_loss", "rank_sort_errors", "rank_sort_loss"]
 
-LEAST_BLOCK = 2**14  # pairs of positives that Rank & Sort compares at a time, if an eighth of the scores is less
 ALRP_EPS = 1e-5  # a positive that is outranked by less gives no update
 RANK_SORT_EPS = 1e-10  # the same, for both parts
 
@@ -115,11 +116,6 @@ class _Ranking(NamedTuple):
     def steps(self):
         return _Steps(self.kinks, self.low, self.high)
 
-    @property
-    def pairs(self):
-        """How many pairs of positives may be compared at a time, so that memory grows with the scores."""
-        return max(len(self.pieces) // 8, LEAST_BLOCK)
-
     def above(self, delta, weight=None):
         """``sum_k w_k H(s_k - s_i)`` over the positives, i itself included with ``H(0)``."""
         pieces = self.steps.pieces(self.scores, delta)
@@ -156,7 +152,7 @@ class _ErrorDriven(torch.autograd.Function):
         update, ranking, incoming = _Update(*saved[:count]), _Ranking(*saved[count:]), longest(incoming)
         up = -incoming * update.own
         if update.sorting is not None:
-            up += _missorted(ranking.scores, update.quality, incoming * update.sorting, delta, ranking.pairs)
+            up += _missorted(ranking.scores, update.quality, incoming * update.sorting, delta)
         gradient = ranking.steps.over_positives(ranking.pieces, ranking.along, delta, incoming * update.share)
         gradient[ranking.positive] = up.to(gradient.dtype)
         return gradient.reshape(ctx.shape), None, None, None, None
@@ -298,35 +294,59 @@ class ALRPLoss(
         return self.reduced(pred, target, weight, avg_factor, reduction_override, self.loss_weight, **given)
 
 
-def _pairs(scores, quality, delta, pairs):
-    """For blocks of positives i: their slice, ``H(s_k - s_i)``, and where k is of lower quality than i."""
-    scores, rows = longest(scores), max(pairs // len(scores), 1)
-    for start in range(0, len(scores), rows):
-        block = slice(start, start + rows)
-        gap = scores - scores[block, None]
-        step = longest(gap >= 0) if delta == 0 else gap.div_(2 * delta).add_(0.5).clamp_(0, 1)
-        yield block, step, quality < quality[block, None]
+def _sums_by_quality(scores, quality, delta, terms):
+    """``sum_k v_k H(s_k - s_i)`` for every positive i, over the k of lower quality than i and over the other k.
+
+    ``terms`` are any number of ``v``, ``(C, P)``, and the sums two of that shape. In the order of the scores, a step is
+    a range of positives where it rises and another where it is 1. Bit by bit of the qualities' ranks, from the highest,
+    positives are parted into a low and a high half that keep this order (a wavelet matrix): each range is one in either
+    half, and what is in the half where i is not, differs from i in quality. So it takes ``O(P log P)``.
+    """
+    scores, order = longest(scores).sort()
+    qualities, rank = quality.unique(return_inverse=True)
+    own = rank = rank[order]
+    if delta > 0:  # no gap counts beyond the width of a step, so that sums of scores stay small
+        scores = _from_zero(scores.diff().clamp(max=2 * delta).cumsum(0))
+    begins, terms = scores - delta, terms[:, order]
+    columns = torch.cat([terms, terms * scores])
+    edges = torch.searchsorted(scores, begins, right=True), torch.searchsorted(scores, scores + delta)
+    edges = torch.stack([*edges, torch.full_like(order, len(order))])
+    lower = others = columns.new_zeros(len(columns), 2, len(order))
+    for bit in reversed(range((len(qualities) - 1).bit_length())):
+        high, own_high = (rank >> bit) % 2 > 0, (own >> bit) % 2 > 0
+        low_before = _from_zero((~high).cumsum(0))
+        in_low, parted = low_before[edges], high.argsort(stable=True)
+        in_high = low_before[-1] + edges - in_low
+        rank, columns = rank[parted], columns[:, parted]
+        lower = lower + torch.where(own_high, _over_ranges(columns, in_low), 0.0)
+        others = others + torch.where(own_high, 0.0, _over_ranges(columns, in_high))
+        edges = torch.where(own_high, in_high, in_low)
+    others = others + _over_ranges(columns, edges)  # what is left has the same quality
+
+    def steps(sums):
+        (count, moment), above = sums[:, 0].chunk(2), sums[: len(terms), 1]
+        found = above if delta == 0 else above + (moment - begins * count) / (2 * delta)
+        return torch.empty_like(found).index_copy_(1, order, found)
+
+    return steps(lower), steps(others)
 
 
-def _sorting_errors(scores, quality, above, delta, pairs):
+def _over_ranges(columns, edges):
+    """Sums of ``(C, P)`` between each edge and the next, of ``(E + 1, Q)``: ``(C, E, Q)``."""
+    return F.pad(columns.cumsum(1), (1, 0))[:, edges].diff(dim=1)
+
+
+def _sorting_errors(scores, quality, above, delta):
     """The sorting error of every positive, and the weight of the positives of lower quality above it."""
-    badness, errors, weights = 1 - quality, torch.zeros_like(quality), torch.zeros_like(quality)
-    for block, step, worse in _pairs(scores, quality, delta, pairs):
-        wrong = step * worse
-        right = step - wrong
-        weight = wrong.sum(1)
-        # The mean badness of all above minus that of those which belong there, without its cancellation.
-        errors[block] = (wrong @ badness - weight * (right @ badness) / right.sum(1)) / above[block]
-        weights[block] = weight
-    return errors, weights
+    terms = torch.stack([torch.ones_like(quality), 1 - quality])
+    (weight, wrong), (right_weight, right) = _sums_by_quality(scores, quality, delta, terms)
+    # The mean badness of all above minus that of those which belong there, without its cancellation.
+    return (wrong - weight * right / right_weight) / above, weight
 
 
-def _missorted(scores, quality, sorting, delta, pairs):
+def _missorted(scores, quality, sorting, delta):
     """What each positive of lower quality is pushed down by: ``sum_i c_i H(s_k - s_i)`` over ``y_i > y_k``."""
-    pushed = torch.zeros_like(sorting)
-    for block, step, worse in _pairs(scores, quality, delta, pairs):
-        pushed += sorting[block] @ (step * worse)
-    return pushed
+    return _sums_by_quality(-scores, -quality, delta, sorting[None])[0][0]
 
 
 def rank_sort_errors(pred: Tensor, target: Tensor, *, delta: float = 0.5) -> tuple[Tensor, Tensor]:
@@ -341,7 +361,7 @@ def _rank_sort(ranking, target, delta):
     above, outranked = ranking.above(delta), ranking.outranked(delta)
     rank = above + outranked
     ranked = outranked / rank
-    sorted_, weight = _sorting_errors(ranking.scores, quality, above, delta, ranking.pairs)
+    sorted_, weight = _sorting_errors(ranking.scores, quality, above, delta)
     missorted = weight > RANK_SORT_EPS
     misranked = outranked > RANK_SORT_EPS
     own = torch.where(misranked, ranked, 0.0) + torch.where(missorted, sorted_, 0.0)

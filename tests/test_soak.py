@@ -1,0 +1,42 @@
+"""The soak: it passes, it makes the same case again, and a wrong loss does not pass."""
+
+import pytest
+import soak
+import torch
+
+from detloss_plugins.loss import Loss
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads cost small calls more than they save."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_sixty_cases(capsys):
+    counts, failed = soak.soak(soak.Case(0, number) for number in range(60))
+    assert failed == 0, capsys.readouterr().out
+    assert len(counts) > 30
+
+
+@pytest.mark.slow
+def test_half_a_minute(capsys):
+    assert soak.main(["--minutes", "0.5", "--seed", "3"]) == 0, capsys.readouterr().out
+
+
+def test_a_case_again(capsys):
+    assert soak.Case(5, 17).words == soak.Case(5, 17).words != soak.Case(6, 17).words
+    assert soak.main(["--seed", "5", "--case", "17"]) == 0
+    assert capsys.readouterr().out == "1 cases of 1 losses on " + ", ".join(soak.devices()) + ": 0 failed\n"
+
+
+@pytest.mark.parametrize("method", ["normalized", "weigh"])
+def test_a_wrong_loss_is_found(method, monkeypatch, capsys):
+    right = getattr(Loss, method)
+    monkeypatch.setattr(Loss, method, lambda self, *args: 1.001 * right(self, *args))
+    _, failed = soak.soak(soak.Case(0, number) for number in range(25))
+    assert failed > 3
+    assert "value differs by" in capsys.readouterr().out
