@@ -1,10 +1,6 @@
-"""The trainer: it gives a model our criterion, keeps its state and writes checkpoints of stock classes only."""
+"""The trainer: it gives a model our losses, keeps their state and says what they are."""
 
-import functools
 import math
-from contextlib import contextmanager
-from pathlib import Path
-from types import MethodType
 
 import torch
 from ultralytics.models.rtdetr.train import RTDETRTrainer
@@ -18,20 +14,15 @@ from ultralytics.utils import DEFAULT_CFG, LOGGER
 from detloss_plugins.adapters.ultralytics import compat
 from detloss_plugins.adapters.ultralytics.config import default_prior, load_losses
 from detloss_plugins.adapters.ultralytics.criterion import (
-    PluginRTDETRLoss,
-    branches,
     check_head,
-    criterion_class,
     criterion_state,
-    load_criterion_state,
     model_task,
     slot_gains,
-    training_args,
 )
+from detloss_plugins.adapters.ultralytics.model import RECORD, install, student
 from detloss_plugins.loss import Loss
 from detloss_plugins.registry import build_loss
 
-RECORD = "detloss_plugins"  # attribute of the model, and so of the checkpoint, that records the losses
 # Settings that are not in a loss's description: said beside it, or the same in every slot.
 SAID_OTHERWISE = {"loss_weight", "compile", "reduction", "use_sigmoid"}
 TRAINERS = {
@@ -41,83 +32,6 @@ TRAINERS = {
     "obb": OBBTrainer,
     "rtdetr": RTDETRTrainer,
 }
-
-
-def _init_criterion(model):
-    """What ``model.init_criterion()`` does on a model of ours; the stock choice of class, with our losses."""
-    record = getattr(model, RECORD)
-    if model_task(model) == "rtdetr":
-        criterion = PluginRTDETRLoss(model, record["losses"])
-    else:
-        with training_args(model):
-            stock = type(model).init_criterion(model)
-            (kind,) = {type(part) for part in branches(stock).values()}
-            make = functools.partial(criterion_class(kind), losses=record["losses"])
-            criterion = compat.end_to_end(model, make) if isinstance(stock, compat.E2ELoss) else make(model)
-    load_criterion_state(criterion, record["state"])
-    return criterion
-
-
-def _loss(model, batch, preds=None):
-    """What ``model.loss(batch)`` does on a model of ours: a criterion that lacks the image's size is told it."""
-    if batch.get("visuals") is not None:
-        raise ValueError("YOLOE's visual prompts have a criterion of their own, in which no loss can be swapped.")
-    if model.criterion is None:
-        model.criterion = model.init_criterion()
-    if hasattr(model.criterion, "image_size"):
-        model.criterion.image_size = tuple(batch["img"].shape[2:])
-    return type(model).loss(model, batch, preds)
-
-
-# On the instance, so that the class in the checkpoint stays the stock one; a bound method follows a deep copy.
-METHODS = {"init_criterion": _init_criterion, "loss": _loss}
-
-
-def install(model, losses, state=None):
-    """Make ``model.loss`` use ``losses``, also on deep copies of the model such as the EMA.
-
-    Args:
-        model: any model of a task of YOLO's, World and YOLOE included, or an RT-DETR; its criterion, if it has one, is
-            dropped.
-        losses: see :func:`load_losses`.
-        state: what :func:`criterion_state` took of an earlier training, to go on with.
-
-    Raises:
-        ValueError, TypeError: as :class:`PluginDetectionLoss`.
-    """
-    from detloss_plugins import __version__
-
-    losses = load_losses(losses, model_task(model))
-    check_head(model, losses)
-    setattr(model, RECORD, {"version": __version__, "losses": losses, "state": state or {}})
-    for name, method in METHODS.items():
-        setattr(model, name, MethodType(method, model))
-    model.criterion = None
-
-
-@contextmanager
-def _stock_classes_only(model):
-    """Take off a model what only a process with this package can unpickle."""
-    methods = {name: vars(model).pop(name) for name in METHODS if name in vars(model)}
-    criterion = getattr(model, "criterion", None)
-    model.criterion = None
-    try:
-        yield
-    finally:
-        model.criterion = criterion
-        vars(model).update(methods)
-
-
-def trained_losses(model):
-    """What a model or checkpoint of ours records: ``{"version": ..., "losses": {...}, "state": {...}}``, or None.
-
-    Args:
-        model: a ``YOLO``, a model, or the path of a ``.pt`` file.
-    """
-    if isinstance(model, str | Path):
-        checkpoint = torch.load(model, map_location="cpu", weights_only=False)
-        model = checkpoint.get("ema") or checkpoint["model"]
-    return getattr(getattr(model, "model", model), RECORD, None) or getattr(model, RECORD, None)
 
 
 def class_biases(head):
@@ -228,7 +142,7 @@ def make_trainer(losses, task="detect", trainer=None, compile=False):
         def set_model_attributes(self):
             super().set_model_attributes()
             # Every path to training comes through here: new, resumed, and in a worker that was handed its model.
-            install(getattr(self.model, "student_model", self.model), self.plugin_losses, self.plugin_state)
+            install(student(self.model), self.plugin_losses, self.plugin_state)
             for line in describe(self.plugin_losses, self.args, task):
                 LOGGER.info(f"detloss_plugins: {line}")
 
@@ -240,18 +154,19 @@ def make_trainer(losses, task="detect", trainer=None, compile=False):
                 )
 
         def validate(self):
-            self.hand_state_to_ema().criterion = None  # built again, from the record
+            self.hand_state_to_ema()
             return super().validate()
 
         def hand_state_to_ema(self):
             """Validation and the checkpoint are the EMA model's; the state is the training criterion's."""
-            model, ema = (getattr(m, "student_model", m) for m in (compat.unwrap_model(self.model), self.ema.ema))
+            model, ema = student(compat.unwrap_model(self.model)), student(self.ema.ema)
             getattr(ema, RECORD)["state"] = criterion_state(model.criterion)
-            return ema
+            if ema.criterion is not None:  # of the validation before
+                ema.criterion = ema.init_criterion()
 
         def save_model(self):
-            with _stock_classes_only(self.hand_state_to_ema()):
-                return super().save_model()
+            self.hand_state_to_ema()
+            return super().save_model()
 
     return PluginTrainer
 
