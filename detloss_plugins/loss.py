@@ -86,7 +86,7 @@ class Loss(nn.Module):
         super().__init__()
         self.facts = self.facts  # as torch 2.4 compiles no model that reads an object of a class
         self.reduction = check_reduction(reduction)
-        self.loss_weight, self.compiled = plain(loss_weight), compile and can_compile()
+        self.loss_weight, self.compiled = loss_weight, bool(compile) and can_compile()
         if compile and not self.compiled and not self.facts.counts_positives:
             warnings.warn(
                 f"{type(self).__name__} runs uncompiled: compile=True needs torch {COMPILES_FROM} or newer, "
@@ -94,7 +94,7 @@ class Loss(nn.Module):
                 stacklevel=2,
             )
         for name in self.hyper:
-            setattr(self, name, plain(hyper.get(name, inspect.signature(type(self)).parameters[name].default)))
+            setattr(self, name, hyper.get(name, inspect.signature(type(self)).parameters[name].default))
 
     @classmethod
     def make(cls, **settings: Any) -> "Loss":
@@ -124,6 +124,9 @@ class Loss(nn.Module):
     def __class__(self):
         """What ``isinstance`` asks for where the type is not the answer; see ``seen_as``."""
         return type(self) if Loss.seen_as is None else Loss.seen_as(self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, plain(value) if name in type(self).rules else value)
 
     def _get_name(self):
         return type(self).__name__  # in repr

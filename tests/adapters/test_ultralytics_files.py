@@ -1,5 +1,6 @@
 """Files of models and runs with our losses in Ultralytics: what is saved, loaded and resumed, with us and without."""
 
+import contextlib
 import copy
 import io
 import logging
@@ -8,13 +9,16 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+import train
+import yaml
 from support.ultralytics import SETTINGS, Interrupted, branches, detector, interrupt, task_of
 from ultralytics import YOLO
 from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER
 
-from detloss_plugins.adapters.ultralytics import PluginDetectionLoss, install, make_trainer, trained_losses
+from detloss_plugins.adapters.ultralytics import PluginDetectionLoss, install, load_losses, make_trainer, trained_losses
 
 WIOU = {"type": "WIoULoss"}  # has state, which is 1 at first
 LEARNT = torch.tensor(0.25)
@@ -92,7 +96,7 @@ def test_what_is_saved_of_a_model_loads_without_us(tmp_path):
     for file, name in zip(files, ("yolov10n", "yolov8n-rtdetr"), strict=False):
         torch.save({"model": with_state(name)}, file)
     yolo = YOLO("yolov8n.yaml")
-    yolo.model = with_state("yolov8n")
+    yolo.model, yolo.ckpt = with_state("yolov8n"), {}  # older versions ask for one
     yolo.save(files[2])
     torch.save({"model": COPIES["deepcopy and pickle"](with_state("yolov8n"))}, files[3])
     lines = loaded_without_us(*files)
@@ -104,7 +108,7 @@ def test_what_is_saved_of_a_model_loads_without_us(tmp_path):
     assert isinstance(YOLO(files[2]).model.init_criterion(), PluginDetectionLoss)
 
 
-def train(data, folder, losses, model="yolov8n.yaml", epochs=2, **settings):
+def trained(data, folder, losses, model="yolov8n.yaml", epochs=2, **settings):
     """A training that dies after its first epoch; the path of its last.pt and what a callback saves of the EMA."""
     yolo = YOLO(model)
     yolo.add_callback("on_fit_epoch_end", lambda t: torch.save({"model": t.ema.ema}, folder / "ema.pt"))
@@ -135,7 +139,7 @@ def distilled(data, tmp_path_factory):
     torch.save({"model": detector.__wrapped__("yolov8n").eval()}, folder / "teacher.pt")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DistillationModel, "loss_sl2", lambda *a, **k: terms.append(stock(*a, **k)) or terms[-1])
-        last, ema = train(data, folder, {"box": WIOU}, distill_model=str(folder / "teacher.pt"))
+        last, ema = trained(data, folder, {"box": WIOU}, distill_model=str(folder / "teacher.pt"))
     return last, ema, terms
 
 
@@ -172,34 +176,48 @@ STATEFUL = {"cls": {"type": "GHMC", "momentum": 0.75}, "box": WIOU}
 @pytest.fixture(scope="module")
 def stopped(data, tmp_path_factory):
     """The last.pt of a training of two epochs that died after the first."""
-    return train(data, tmp_path_factory.mktemp("stopped"), STATEFUL)[0]
+    return trained(data, tmp_path_factory.mktemp("stopped"), STATEFUL)[0]
 
 
 @pytest.fixture
 def own_run(stopped, tmp_path):
     """The same, in a folder of the test's own."""
     shutil.copytree(stopped.parents[1], tmp_path / "run")
-    return tmp_path / "run" / "weights" / "last.pt"
+    last = tmp_path / "run" / "weights" / "last.pt"
+    checkpoint = torch.load(last, map_location="cpu", weights_only=False)
+    checkpoint["train_args"]["save_dir"] = str(tmp_path / "run")
+    torch.save(checkpoint, last)
+    return last
+
+
+@contextlib.contextmanager
+def heard():
+    """The lines of ours in Ultralytics' log."""
+    lines, handler = [], logging.Handler()
+
+    def emit(record):
+        if "detloss_plugins: " in record.getMessage():  # the log's own handler puts a word before a warning
+            lines.append(record.getMessage().partition("detloss_plugins: ")[2])
+
+    handler.emit = emit
+    LOGGER.addHandler(handler)
+    try:
+        yield lines
+    finally:
+        LOGGER.removeHandler(handler)
 
 
 def resumed(last, trainer=None):
-    """The trainer of a run that is resumed, and what it logs, up to its first step."""
-    yolo, seen = YOLO(last), []
-    handler = logging.Handler()
-    # Ultralytics' own handler puts a word before a warning.
-    handler.emit = lambda record: seen.append(record.getMessage().partition("detloss_plugins: ")[2])
+    """The trainer of a run that is resumed, up to its first step, and what it says."""
+    yolo = YOLO(last)
 
     def stop(trainer):
         raise Interrupted
 
     yolo.add_callback("on_train_start", stop)
-    LOGGER.addHandler(handler)
-    try:
-        with pytest.raises(Interrupted):
-            yolo.train(resume=True, **({"trainer": trainer} if trainer else {}))
-    finally:
-        LOGGER.removeHandler(handler)
-    return yolo.trainer, [line for line in seen if line]
+    with heard() as lines, pytest.raises(Interrupted):
+        yolo.train(resume=True, **({"trainer": trainer} if trainer else {}))
+    return yolo.trainer, lines
 
 
 def test_a_resume_without_our_trainer_warns(own_run):
@@ -213,3 +231,137 @@ def test_a_resume_without_our_trainer_warns(own_run):
     trainer, said = resumed(own_run, make_trainer(losses))
     assert [line.split()[0] for line in said] == ["cls:", "box:", "dfl:"], "no warning"
     assert isinstance(trainer.model.init_criterion(), PluginDetectionLoss)
+
+
+CHANGES = {
+    "another box loss": ({"cls": STATEFUL["cls"], "box": {"type": "GIoULoss"}}, {"cls"}, ["box"]),
+    "another setting": ({**STATEFUL, "cls": {"type": "GHMC", "momentum": 0.5}}, {"box"}, ["cls"]),
+    "another weight": ({**STATEFUL, "box": {**WIOU, "loss_weight": 2.0}}, {"cls", "box"}, ["box"]),
+    "a slot less": ({"cls": STATEFUL["cls"]}, {"cls"}, ["box"]),
+    "a slot more": ({**STATEFUL, "dfl": {"type": "DistributionFocalLoss"}}, {"cls", "box"}, ["dfl"]),
+    "nothing": (STATEFUL, {"cls", "box"}, []),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_run_that_resumes_keeps_the_state_of_what_stays(change, stopped):
+    losses, kept, changed = CHANGES[change]
+    trainer = make_trainer(losses)
+    with heard() as said:
+        state = trainer.state_to_go_on_with(trainer, trained_losses(stopped))
+    assert state["criterion"].keys() == kept
+    assert [line.split("another ")[1].split()[0] for line in said] == changed
+
+
+def test_a_resume_with_one_slot_changed(own_run):
+    state = trained_losses(own_run)["state"]["criterion"]["cls"]
+    assert all(value.any() for value in state.values())
+    trainer, said = resumed(own_run, make_trainer({**STATEFUL, "box": {"type": "GIoULoss"}}))
+    assert said[0].startswith("this run resumes with another box loss: {'loss_weight': 1.0, 'type': 'GIoULoss'}, not {")
+    found = trainer.model.init_criterion().built["cls"].state_dict()
+    assert all(torch.equal(found[name], value) for name, value in state.items())
+
+
+def test_a_stock_run_that_resumes_with_our_losses_says_so():
+    trainer = make_trainer({"box": WIOU})
+    with heard() as said:
+        assert trainer.state_to_go_on_with(trainer, {"losses": {}, "state": {}}) == {}
+    assert said == [
+        "this run resumes with another box loss: {'loss_weight': 1.0, 'type': 'WIoULoss'}, not the stock loss."
+    ]
+
+
+def test_the_folder_of_a_run_has_its_losses(stopped):
+    assert make_trainer(stopped.parents[1] / "losses.yaml").plugin_losses == trained_losses(stopped)["losses"]
+
+
+OF_NUMPY = {
+    "cls": {
+        "type": "FocalLoss",
+        "alpha": np.full(10, 0.25),
+        "gamma": np.float64(2.0),
+        "loss_weight": torch.tensor(16.0),
+    },
+    "box": {"type": "InnerIoULoss", "base": {"type": "MPDIoULoss", "image_size": np.array([64, 64])}},
+    "dfl": {"type": "DistributionFocalLoss", "loss_weight": torch.tensor(1.5)},
+}
+
+
+def test_a_record_is_of_plain_python_values(data, tmp_path):
+    """They are equal to themselves after a resume, load anywhere and can be written as YAML."""
+    losses = load_losses(OF_NUMPY)
+    assert losses["cls"]["alpha"] == [0.25] * 10
+    assert type(losses["cls"]["gamma"]) is float
+    assert losses["box"]["base"]["image_size"] == [64, 64]
+    assert losses == yaml.safe_load(yaml.safe_dump(losses)) == load_losses(losses)
+    last, _ = trained(data, tmp_path, OF_NUMPY)
+    assert loaded_without_us(last)[0].endswith(str(losses))
+    assert not any("another" in line for line in resumed(last, make_trainer(OF_NUMPY))[1])
+
+
+def test_a_setting_is_not_learnt():
+    with pytest.raises(ValueError, match="not learnt"):
+        make_trainer({"cls": {"type": "FocalLoss", "alpha": torch.tensor(0.25, requires_grad=True)}})
+
+
+def commanded(capsys, *arguments, status=0):
+    """The last line that tools/train.py prints."""
+    try:
+        code = train.main([*map(str, arguments)])
+    except SystemExit as stop:
+        code = stop.code
+    printed = capsys.readouterr()
+    assert code == status, printed.err
+    return (printed.err if status else printed.out).strip().splitlines()[-1]
+
+
+def test_the_command_refuses_what_a_resume_would_ignore(stopped, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    resume = f"resume={stopped}"
+    for arguments, words in (
+        (["epochs=9"], "keeps its epochs=2: leave epochs=9 out"),
+        (["lr0=0.5"], "keeps its lr0=0.001"),
+        (["model=yolo11n.yaml"], "keeps its model: leave model=yolo11n.yaml out"),
+        (["no_such_argument=1"], "is not a valid YOLO argument"),
+        (
+            ["cls.momentum=0.5"],
+            "trained with other losses (cls: {'loss_weight': 1.0, 'type': 'GHMC', 'momentum': 0.75})",
+        ),
+        ([train.DEFAULT_CONFIG], "dfl: the stock loss): to resume it with yours, give --new-losses"),
+        (["--work-dir", tmp_path / "other"], "leave --work-dir out"),
+    ):
+        assert words in commanded(capsys, resume, *arguments, status=1), arguments
+    assert "resume=true needs --work-dir" in commanded(capsys, "resume=true", status=1)
+    assert "no checkpoint no-such.pt" in commanded(capsys, "resume=no-such.pt", status=1)
+    (tmp_path / "half.pt").write_bytes(stopped.read_bytes()[:10000])
+    assert commanded(capsys, "resume=half.pt", status=1)
+    assert "run of Ultralytics that resumes" in commanded(capsys, "--new-losses", status=2)
+    assert not (tmp_path / "runs").exists(), "nothing was trained"
+
+
+def test_the_command_resumes_with_the_losses_of_the_run(own_run, capsys):
+    run = own_run.parents[1]
+    assert commanded(capsys, "resume=true", "--work-dir", run, "batch=4").startswith("  dfl: stock loss")
+    assert len((run / "results.csv").read_text(encoding="utf-8").splitlines()) == 3
+    assert trained_losses(own_run)["losses"] == load_losses(STATEFUL)
+    assert "has ended: start a new one" in commanded(capsys, f"resume={own_run}", status=1)
+
+
+def test_the_command_resumes_with_other_losses_where_it_is_told_to(own_run, capsys):
+    commanded(capsys, f"resume={own_run}", "--new-losses", "box.type=GIoULoss")
+    assert trained_losses(own_run)["losses"] == load_losses({**STATEFUL, "box": {"type": "GIoULoss"}})
+
+
+def test_the_command_starts_anew_without_resume(monkeypatch):
+    given = {}
+
+    def stop(_, **settings):
+        given.update(settings)
+        raise Interrupted
+
+    monkeypatch.setattr(YOLO, "train", stop)
+    monkeypatch.setattr(train, "yolo_data", lambda *_: ("own.yaml", {}))
+    with pytest.raises(Interrupted):
+        train.train_yolo(train.parse(["resume=false", "epochs=1"]))
+    assert (given["data"], given["epochs"]) == ("own.yaml", 1)
+    assert "resume" not in given

@@ -3,16 +3,17 @@
 import math
 
 import torch
+import yaml
 from ultralytics.models.rtdetr.train import RTDETRTrainer
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.models.yolo.obb import OBBTrainer
 from ultralytics.models.yolo.pose import PoseTrainer
 from ultralytics.models.yolo.segment import SegmentationTrainer
 from ultralytics.nn.tasks import yaml_model_load
-from ultralytics.utils import DEFAULT_CFG, LOGGER
+from ultralytics.utils import DEFAULT_CFG, LOGGER, RANK
 
 from detloss_plugins.adapters.ultralytics import compat
-from detloss_plugins.adapters.ultralytics.config import default_prior, load_losses
+from detloss_plugins.adapters.ultralytics.config import default_prior, filled, load_losses, unlike
 from detloss_plugins.adapters.ultralytics.criterion import (
     check_head,
     criterion_state,
@@ -23,6 +24,11 @@ from detloss_plugins.adapters.ultralytics.model import RECORD, install, student
 from detloss_plugins.loss import Loss
 from detloss_plugins.registry import build_loss
 
+LOSSES_FILE = "losses.yaml"  # in the folder of the run, beside args.yaml
+LOSSES_HEAD = """\
+# The losses of this training. To resume it with them: YOLO("weights/last.pt").train(resume=True,
+# trainer=make_trainer("losses.yaml")); without that trainer Ultralytics goes on with its own losses.
+"""
 # Settings that are not in a loss's description: said beside it, or the same in every slot.
 SAID_OTHERWISE = {"loss_weight", "compile", "reduction", "use_sigmoid"}
 TRAINERS = {
@@ -113,6 +119,9 @@ def make_trainer(losses, task="detect", trainer=None, compile=False):
                 self.check_same_task(given)
             compat.check_arguments(overrides or {})
             super().__init__(cfg, overrides, _callbacks)
+            if RANK in {-1, 0}:
+                text = LOSSES_HEAD + yaml.safe_dump(self.plugin_losses, sort_keys=False)
+                (self.save_dir / LOSSES_FILE).write_text(text, encoding="utf-8")
 
         def check_resume(self, overrides):
             super().check_resume(overrides)
@@ -131,13 +140,21 @@ def make_trainer(losses, task="detect", trainer=None, compile=False):
                 start_at_prior(model, prior)
                 if weights:
                     model.load(weights)
-            before = getattr(weights, RECORD, None)
-            if self.resume and before is not None:
-                if before["losses"] == self.plugin_losses:
-                    self.plugin_state = before["state"]
-                else:
-                    LOGGER.warning(f"This run resumes with other losses than it was started with ({before['losses']}).")
+            if self.resume:
+                self.plugin_state = self.state_to_go_on_with(getattr(weights, RECORD, {"losses": {}, "state": {}}))
             return model
+
+        def state_to_go_on_with(self, record):
+            """The state of those losses that a run which resumes still has; what it has no longer is said."""
+            before, now = filled(record["losses"]), self.plugin_losses
+            differ, others = unlike(before, now)
+            for slot in differ:
+                was, is_ = (losses.get(slot, "the stock loss") for losses in (before, now))
+                LOGGER.warning(f"detloss_plugins: this run resumes with another {slot} loss: {is_}, not {was}.")
+            return {
+                branch: {slot: state for slot, state in slots.items() if slot not in others}
+                for branch, slots in record["state"].items()
+            }
 
         def set_model_attributes(self):
             super().set_model_attributes()
