@@ -4,8 +4,10 @@ import contextlib
 import copy
 import io
 import logging
+import os
 import pickle
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -14,11 +16,12 @@ import pytest
 import torch
 import train
 import yaml
-from support.ultralytics import SETTINGS, Interrupted, branches, detector, interrupt, task_of
+from support.ultralytics import SETTINGS, Interrupted, branches, detector, interrupt, since, task_of
 from ultralytics import YOLO
 from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER
 
 from detloss_plugins.adapters.ultralytics import PluginDetectionLoss, install, load_losses, make_trainer, trained_losses
+from detloss_plugins.adapters.ultralytics.trainer import whole_files
 
 WIOU = {"type": "WIoULoss"}  # has state, which is 1 at first
 LEARNT = torch.tensor(0.25)
@@ -365,3 +368,93 @@ def test_the_command_starts_anew_without_resume(monkeypatch):
         train.train_yolo(train.parse(["resume=false", "epochs=1"]))
     assert (given["data"], given["epochs"]) == ("own.yaml", 1)
     assert "resume" not in given
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from ultralytics import YOLO
+from detloss_plugins.adapters.ultralytics import make_trainer, trained_losses
+
+stock = Path.write_bytes
+
+def half(self, data):
+    stock(self, data[:len(data) // 2])
+    os.kill(os.getpid(), signal.SIGKILL)
+
+Path.write_bytes = half
+YOLO(sys.argv[1]).train(resume=True, trainer=make_trainer(trained_losses(sys.argv[1])["losses"]))
+"""
+
+
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(own_run):
+    before = own_run.read_bytes()
+    done = subprocess.run([sys.executable, "-c", KILLED, str(own_run)], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    assert own_run.read_bytes() == before
+    assert resumed(own_run, make_trainer(STATEFUL))[0].start_epoch == 1
+
+
+def test_only_whole_files_come_to_their_places(tmp_path):
+    """Also those of every so many epochs; what a killed run left does not, nor what is written when it fails."""
+
+    class Trainer:
+        wdir, last, best = tmp_path, tmp_path / "last.pt", tmp_path / "best.pt"
+
+    trainer, places = Trainer(), (Trainer.wdir, Trainer.last, Trainer.best)
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished" / "best.pt").write_text("half", encoding="utf-8")
+    with whole_files(trainer):
+        trainer.last.write_text("one", encoding="utf-8")
+        (trainer.wdir / "epoch3.pt").write_text("one", encoding="utf-8")
+        assert not Trainer.last.exists()
+    with contextlib.suppress(OSError), whole_files(trainer):
+        trainer.last.write_text("tw", encoding="utf-8")
+        raise OSError("no space left")
+    assert {path.name: path.read_text(encoding="utf-8") for path in tmp_path.iterdir()} == {
+        "last.pt": "one",
+        "epoch3.pt": "one",
+    }
+    assert (trainer.wdir, trainer.last, trainer.best) == places
+
+
+class Evil:
+    """What runs code of its own when it is unpickled without care."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+READ = """
+import sys
+from ultralytics import YOLO
+from detloss_plugins.adapters.ultralytics import trained_losses
+for read in (YOLO, trained_losses):
+    try:
+        read(sys.argv[1])
+    except TypeError as error:
+        print("refused:", "outside the supported" in str(error))
+"""
+
+
+@pytest.mark.skipif(not hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint"), reason="older torch")
+@since("8.4.104", "it does not know ULTRALYTICS_SAFE_LOAD")
+def test_a_file_that_ultralytics_refuses_is_not_unpickled(tmp_path):
+    model = with_state("yolov8n")
+    model.evil = Evil(tmp_path / "harm")
+    torch.save({"model": model}, tmp_path / "evil.pt")
+    environment = {**os.environ, "ULTRALYTICS_SAFE_LOAD": "1"}
+    command = [sys.executable, "-c", READ, str(tmp_path / "evil.pt")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.splitlines() == ["refused: True"] * 2
+    assert not (tmp_path / "harm").exists()
+
+
+@since("8.4.140", "its loader does not say so")
+def test_a_broken_file_is_read_by_ultralytics_own_loader(tmp_path):
+    (tmp_path / "broken.pt").write_bytes(b"no checkpoint")
+    with pytest.raises(TypeError, match="not a loadable checkpoint"):
+        trained_losses(tmp_path / "broken.pt")

@@ -1,6 +1,8 @@
 """The trainer: it gives a model our losses, keeps their state and says what they are."""
 
 import math
+import shutil
+from contextlib import contextmanager
 
 import torch
 import yaml
@@ -78,6 +80,26 @@ def _in_words(loss):
     words = [f"{name}={value!r}" for name, value in values.items() if not isinstance(value, torch.nn.Module)]
     words += [_in_words(part) for part in loss.modules() if isinstance(part, Loss) and part is not loss]
     return f"{type(loss).__name__}({', '.join(words)})"
+
+
+@contextmanager
+def whole_files(trainer):
+    """Let a trainer write its checkpoints beside their places, and move each there when all are written.
+
+    Ultralytics writes over the last one, so that a run which is killed meanwhile would have none to resume.
+    """
+    places = {name: getattr(trainer, name) for name in ("wdir", "last", "best")}
+    beside = trainer.wdir / "unfinished"
+    shutil.rmtree(beside, ignore_errors=True)  # of a run that was killed
+    beside.mkdir(parents=True)
+    trainer.wdir, trainer.last, trainer.best = beside, beside / trainer.last.name, beside / trainer.best.name
+    try:
+        yield
+        for file in beside.iterdir():
+            file.replace(places["wdir"] / file.name)
+    finally:
+        vars(trainer).update(places)
+        shutil.rmtree(beside)
 
 
 def make_trainer(losses, task="detect", trainer=None, compile=False):
@@ -183,7 +205,8 @@ def make_trainer(losses, task="detect", trainer=None, compile=False):
 
         def save_model(self):
             self.hand_state_to_ema()
-            return super().save_model()
+            with whole_files(self):
+                return super().save_model()
 
     return PluginTrainer
 
