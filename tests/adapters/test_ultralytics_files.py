@@ -21,6 +21,7 @@ from ultralytics import YOLO
 from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER
 
 from detloss_plugins.adapters.ultralytics import PluginDetectionLoss, install, load_losses, make_trainer, trained_losses
+from detloss_plugins.adapters.ultralytics.config import unlike
 from detloss_plugins.adapters.ultralytics.trainer import whole_files
 
 WIOU = {"type": "WIoULoss"}  # has state, which is 1 at first
@@ -300,6 +301,12 @@ def test_a_record_is_of_plain_python_values(data, tmp_path):
     last, _ = trained(data, tmp_path, OF_NUMPY)
     assert loaded_without_us(last)[0].endswith(str(losses))
     assert not any("another" in line for line in resumed(last, make_trainer(OF_NUMPY))[1])
+
+
+def test_a_tuple_is_the_list_that_a_file_makes_of_it(tmp_path):
+    losses = load_losses({"box": {"type": "MPDIoULoss", "image_size": (64, 96)}})
+    (tmp_path / "losses.yaml").write_text(yaml.safe_dump(losses), encoding="utf-8")
+    assert unlike(losses, load_losses(tmp_path / "losses.yaml")) == ([], [])
 
 
 def test_a_setting_is_not_learnt():

@@ -127,7 +127,7 @@ def filled(cfg, **values):
     if isinstance(cfg, type):
         return f"{cfg.__module__}.{cfg.__name__}"
     if isinstance(cfg, Sequence) and not isinstance(cfg, str):
-        return [filled(part, **values) for part in cfg]
+        return (tuple if isinstance(cfg, tuple) else list)(filled(part, **values) for part in cfg)
     if not isinstance(cfg, Mapping):
         return copy.deepcopy(cfg)
     takes = inspect.signature(loss_class(cfg["type"])).parameters if "type" in cfg else ()
@@ -141,14 +141,20 @@ def unlike(before, losses):
     >>> unlike({"cls": {"type": "GHMC", "loss_weight": 1.0}}, {"cls": {"type": "GHMC", "loss_weight": 2.0}})
     (['cls'], [])
     """
-
-    def bare(cfg):
-        return {name: value for name, value in cfg.items() if name not in ("loss_weight", "compile")}
-
     slots = sorted(before.keys() | losses.keys())
-    pairs = {slot: (before.get(slot, {}), losses.get(slot, {})) for slot in slots}
+    pairs = {slot: [_with_lists(found.get(slot, {})) for found in (before, losses)] for slot in slots}
     differ = [slot for slot, (a, b) in pairs.items() if a != b]
-    return differ, [slot for slot in differ if bare(pairs[slot][0]) != bare(pairs[slot][1])]
+    for cfg in (cfg for pair in pairs.values() for cfg in pair):
+        for name in ("loss_weight", "compile"):
+            cfg.pop(name, None)
+    return differ, [slot for slot in differ if pairs[slot][0] != pairs[slot][1]]
+
+
+def _with_lists(cfg):
+    """A copy of a config with lists for its tuples, as a YAML file gives it back."""
+    if isinstance(cfg, Mapping):
+        return {name: _with_lists(value) for name, value in cfg.items()}
+    return [_with_lists(part) for part in cfg] if isinstance(cfg, list | tuple) else cfg
 
 
 def _checked(task, slot, cfg):
