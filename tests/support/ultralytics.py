@@ -165,10 +165,10 @@ def model_file(name, folder):
 
 
 @functools.cache
-def detector(name):
+def detector(name, classes=10):
     torch.manual_seed(0)
-    model = CLASSES[task_of(name)](model_cfg(name), nc=10, verbose=False).train()
-    model.args, model.nc = get_cfg(), 10
+    model = CLASSES[task_of(name)](model_cfg(name), nc=classes, verbose=False).train()
+    model.args, model.nc = get_cfg(), classes
     return model
 
 
