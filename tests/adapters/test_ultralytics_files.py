@@ -31,9 +31,11 @@ LEARNT = torch.tensor(0.25)
 WITHOUT_US = """
 import sys
 sys.modules["detloss_plugins"] = None
+import torch
 from ultralytics.nn.tasks import torch_safe_load
 for path in sys.argv[1:]:
-    torch_safe_load(path, safe_only=True)  # only the classes of Ultralytics' allow-list, where torch has one
+    if hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint"):  # from torch 2.6 on
+        torch_safe_load(path, safe_only=True)  # only the classes of Ultralytics' allow-list
     checkpoint, _ = torch_safe_load(path)
     model = checkpoint.get("ema") or checkpoint["model"]
     model = getattr(model, "student_model", model)

@@ -94,7 +94,8 @@ import torch
 from ultralytics import RTDETR, YOLO
 from ultralytics.nn.tasks import torch_safe_load
 for path in sys.argv[1:]:
-    torch_safe_load(path, safe_only=True)  # only the classes of Ultralytics' allow-list
+    if hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint"):  # from torch 2.6 on
+        torch_safe_load(path, safe_only=True)  # only the classes of Ultralytics' allow-list
     yolo = YOLO(path)
     yolo.predict(torch.rand(1, 3, 64, 64), verbose=False)
     print(type(yolo.model).__module__, yolo.model.detloss_plugins["losses"])
