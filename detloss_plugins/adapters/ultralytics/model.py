@@ -36,6 +36,7 @@ class _WithLosses:
 
     stock: type
 
+    @torch.compiler.disable  # it reads signatures, which no compiler can
     def init_criterion(self):
         """The stock choice of a criterion, with our losses and their state."""
         record = getattr(self, RECORD)
