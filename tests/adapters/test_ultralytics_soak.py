@@ -1,10 +1,18 @@
 """What a long training meets, for every loss in every slot: poisoned batches, and kills at any moment."""
 
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+
 import pytest
 import torch
-from support.ultralytics import branches, detector, head, task_of, without_objects
+from support.ultralytics import SETTINGS, branches, detector, head, task_of, without_objects
 
-from detloss_plugins.adapters.ultralytics import SLOTS, install
+from detloss_plugins.adapters.ultralytics import SLOTS, install, load_losses, trained_losses
+from detloss_plugins.adapters.ultralytics.criterion import build_losses
 from detloss_plugins.registry import registered_losses
 
 pytestmark = pytest.mark.slow
@@ -142,3 +150,90 @@ def test_a_poisoned_batch_does_what_it_does_to_the_stock_losses(poison, name, sl
             if not all(buffer.isfinite().all() for buffer in state):
                 faults[f"state of {cfg['type']}"] = state
     assert not faults, stock
+
+
+KILLS = 20
+# Run with the settings of a training, as JSON: it starts, or resumes if there is something to resume, and says what
+# state it goes on with.
+TRAINING = """
+import json, sys
+from pathlib import Path
+from ultralytics import YOLO
+from detloss_plugins.adapters.ultralytics import criterion_state, make_trainer
+
+model, losses, settings = json.loads(sys.argv[1])
+last = Path(settings["project"], settings["name"], "weights", "last.pt")
+
+def say(trainer):
+    state = criterion_state(trainer.model.init_criterion())
+    plain = {b: {s: {n: v.tolist() for n, v in x.items()} for s, x in slots.items()} for b, slots in state.items()}
+    print("\\nSTATE", trainer.start_epoch, json.dumps(plain), flush=True)
+
+yolo = YOLO(last if last.exists() else model)
+yolo.add_callback("on_train_start", say)
+yolo.add_callback("on_model_save", lambda trainer: print("\\nSAVED", flush=True))
+yolo.train(**({"resume": True} if last.exists() else settings), trainer=make_trainer(losses))
+"""
+
+
+def stateful(slot, reg_max):
+    """The losses of a slot that keep a state."""
+    return [
+        cfg for cfg in every_loss("detect", slot, reg_max) if [*build_losses({slot: cfg}, 10, "cpu")[slot].buffers()]
+    ]
+
+
+def trainings():
+    """Models and losses: each loss with state once, as many in a training as there are slots."""
+    of_slots = {"cls": stateful("cls", 16), "box": stateful("box", 16), "dfl": stateful("dfl", 1)}
+    for number in range(max(map(len, of_slots.values()))):
+        losses = {slot: of_slot[number] for slot, of_slot in of_slots.items() if number < len(of_slot)}
+        name = "-".join(cfg["type"] for cfg in losses.values())
+        yield pytest.param("yolo26n.yaml" if "dfl" in losses else "yolov8n.yaml", losses, id=name)
+
+
+def killed(command, moments):
+    """Run a training until some moment after its start; the epoch and the state that it went on with."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1)
+    said, saves = [], moments.randint(0, 2)
+    try:
+        for line in process.stdout:
+            said.append(line)
+            if any(line.startswith("STATE ") for line in said) and said.count("SAVED\n") == saves:
+                time.sleep(moments.uniform(0, 1.5))
+                break
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.stdout.read()
+        process.wait()
+    started = [line for line in said if line.startswith("STATE ")]
+    assert started, "".join(said[-30:])
+    _, epoch, state = started[0].split(maxsplit=2)
+    return int(epoch), json.loads(state)
+
+
+def as_lists(state):
+    return {
+        branch: {slot: {name: value.tolist() for name, value in buffers.items()} for slot, buffers in slots.items()}
+        for branch, slots in state.items()
+    }
+
+
+@pytest.mark.parametrize(("model", "losses"), [*trainings()])
+def test_a_training_that_is_killed_again_and_again(model, losses, datasets, tmp_path):
+    """It goes on where its last checkpoint was, with its losses and their state, whenever it is killed."""
+    settings = {**SETTINGS, "data": datasets["detect"], "epochs": 1000, "project": str(tmp_path), "name": "run"}
+    command = [sys.executable, "-c", TRAINING, json.dumps([model, losses, settings])]
+    moments, last, reached = random.Random(0), tmp_path / "run" / "weights" / "last.pt", []
+    for _ in range(KILLS + 1):
+        before = trained_losses(last) if last.exists() else None
+        epoch, state = killed(command, moments)
+        reached.append(epoch)
+        if before is not None:
+            assert state == as_lists(before["state"])
+            assert before["losses"] == load_losses(losses)
+        numbers = [torch.as_tensor(v) for slots in state.values() for b in slots.values() for v in b.values()]
+        assert all(number.isfinite().all() for number in numbers)
+    assert sorted(reached) == reached
+    assert reached[-1] > 2, "it went on between the kills"
+    assert trained_losses(last)["state"] != {}
