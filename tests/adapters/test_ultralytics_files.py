@@ -293,13 +293,18 @@ OF_NUMPY = {
 }
 
 
-def test_a_record_is_of_plain_python_values(data, tmp_path):
-    """They are equal to themselves after a resume, load anywhere and can be written as YAML."""
+def test_a_record_is_of_plain_python_values():
+    """They are equal to themselves and can be written as YAML."""
     losses = load_losses(OF_NUMPY)
     assert losses["cls"]["alpha"] == [0.25] * 10
     assert type(losses["cls"]["gamma"]) is float
     assert losses["box"]["base"]["image_size"] == [64, 64]
     assert losses == yaml.safe_load(yaml.safe_dump(losses)) == load_losses(losses)
+
+
+@pytest.mark.slow
+def test_settings_of_numpy_load_anywhere_and_resume(data, tmp_path):
+    losses = load_losses(OF_NUMPY)
     last, _ = trained(data, tmp_path, OF_NUMPY)
     assert loaded_without_us(last)[0].endswith(str(losses))
     assert not any("another" in line for line in resumed(last, make_trainer(OF_NUMPY))[1])
@@ -396,6 +401,7 @@ YOLO(sys.argv[1]).train(resume=True, trainer=make_trainer(trained_losses(sys.arg
 """
 
 
+@pytest.mark.slow
 def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(own_run):
     before = own_run.read_bytes()
     done = subprocess.run([sys.executable, "-c", KILLED, str(own_run)], capture_output=True, text=True, check=False)
