@@ -117,7 +117,8 @@ def make_trainer(losses, task="detect", trainer=None, compile=False):
 
     Returns:
         A subclass of that trainer. It is made here so that multi-GPU workers, which receive it pickled by value,
-        receive the losses with it.
+        receive the losses with it. It writes ``losses.yaml`` into the folder of the run; a run that resumes keeps the
+        state of each loss that is the same, but for its weight, as before, and says which are not.
 
     Raises:
         ValueError, TypeError: for a misspelt slot, loss or hyper-parameter, an unknown task or a loss that does not
