@@ -25,7 +25,7 @@ nox.options.download_python = "never"
 nox.options.error_on_missing_interpreters = False
 
 CORE = ["detloss_plugins", "tests", "--ignore=tests/adapters"]
-YOLO = ["tests/adapters/test_ultralytics_versions.py", "-m", "slow or not slow"]
+YOLO = [f"tests/adapters/test_ultralytics_{name}.py" for name in ("versions", "files")] + ["-m", "slow or not slow"]
 LITE = ["tests/adapters/test_mmdetection_lite.py", "-m", "slow or not slow"]
 WITH = [
     "pytest>=8.3",

@@ -90,7 +90,7 @@ class Loss(nn.Module, metaclass=_Checked):
         self.facts = self.facts  # as torch 2.4 compiles no model that reads an object of a class
         self.unchecked = 20  # calls in which ``check`` still looks at the values, for which the host waits for a GPU
         self.reduction = check_reduction(reduction)
-        self.loss_weight, self.compiled = loss_weight, compile and can_compile()
+        self.loss_weight, self.compiled = loss_weight, bool(compile) and can_compile()
         if compile and not self.compiled and not self.facts.counts_positives:
             warnings.warn(
                 f"{type(self).__name__} runs uncompiled: compile=True needs torch {COMPILES_FROM} or newer, "
@@ -128,6 +128,9 @@ class Loss(nn.Module, metaclass=_Checked):
     def __class__(self):
         """What ``isinstance`` asks for where the type is not the answer; see ``seen_as``."""
         return type(self) if Loss.seen_as is None else Loss.seen_as(self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, plain(value) if name in type(self).rules else value)
 
     def _get_name(self):
         return type(self).__name__  # in repr

@@ -1,14 +1,18 @@
 """The registry: one name, one class, whatever the default scope is; and every shipped YAML builds."""
 
+import inspect
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import yaml
 from mmengine.registry import MODELS as ROOT
 from mmengine.registry import DefaultScope, Registry
 
 import detloss_plugins.losses
 from detloss_plugins import MODELS, build_loss
+from detloss_plugins.registry import registered_losses
 
 ANOTHER = Registry("model", parent=ROOT, scope="another")
 YAMLS = sorted((Path(__file__).parents[1] / "configs" / "ultralytics").glob("*.yaml"))
@@ -68,3 +72,35 @@ def test_shipped_yaml(path):
     assert losses
     assert all("loss_weight" in cfg for cfg in losses.values())
     assert load_losses(yaml.safe_load(path.read_text(encoding="utf-8")), task) == losses
+
+
+AS_GIVEN = {
+    "numpy": np.asarray,
+    "numpy scalar": lambda value: np.asarray(value)[()],
+    "tensor": lambda value: torch.from_numpy(np.asarray(value)),
+}
+
+
+@pytest.mark.parametrize("cls", registered_losses().values(), ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("given", AS_GIVEN)
+def test_settings_are_plain_python_values_however_they_are_given(given, cls):
+    """So that a loss can be compared, printed, saved and compiled."""
+    defaults = {name: parameter.default for name, parameter in inspect.signature(cls).parameters.items()}
+    settings = {**defaults, "reduction": "sum", **cls.facts.example}
+    for name, value in settings.items():
+        if not isinstance(value, bool | int | float | tuple):
+            continue
+        loss = cls.make(**{name: AS_GIVEN[given](value)})
+        kept = loss.compiled if name == "compile" else getattr(loss, name, value)
+        parts, expected = (x if isinstance(x, list | tuple) else [x] for x in (kept, value))
+        assert list(parts) == list(expected)
+        assert {type(part) for part in parts} <= {bool, int, float}, name
+        repr(loss)
+        loss.blueprint()
+
+
+def test_a_setting_that_is_changed_later_is_plain_too():
+    loss = build_loss({"type": "FocalLoss", "alpha": torch.tensor([0.25, 0.5])})
+    assert repr(loss) == "FocalLoss(alpha=[0.25, 0.5])"
+    loss.gamma = np.float64(1.5)
+    assert type(loss.gamma) is float

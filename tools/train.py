@@ -5,9 +5,10 @@
   tools/train.py configs/mmdetection/NAME.py        a .py config goes to mmengine's Runner
   tools/train.py --data data.yaml model=yolo11n.yaml epochs=50 cls.loss_weight=2
   tools/train.py configs/ultralytics/obb.yaml model=yolov8n-obb.yaml      oriented boxes, here of turned digits
+  tools/train.py resume=runs/x/weights/last.pt      goes on with the losses of that run; with others: --new-losses
 
-KEY=VALUE overrides: for Ultralytics a training argument (epochs=3, resume=runs/x/weights/last.pt) or a setting of a
-slot's loss (box.type=CIoULoss); for mmengine a dotted config key (train_cfg.max_epochs=2).
+KEY=VALUE overrides: for Ultralytics a training argument (epochs=3) or a setting of a slot's loss (box.type=CIoULoss);
+for mmengine a dotted config key (train_cfg.max_epochs=2).
 
 --lite (or DETLOSS_LITE=1 in the environment) trains MMDetection with mmcv-lite: torchvision's operators for mmcv's.
 """
@@ -36,6 +37,7 @@ DIGITS_ARGS = {
     "fliplr": 0.0,
     "plots": False,
 }
+UNREADABLE = (EOFError, RuntimeError, pickle.UnpicklingError)  # what torch makes of a file that is no checkpoint
 LOAD_ALL = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"  # torch's own switch, from 2.6 on
 # What to do if a module is missing.
 INSTALL = {
@@ -55,41 +57,93 @@ class UsageError(Exception):
 def parse(argv):
     """CONFIG, overrides as a dict, and the options."""
     parser = argparse.ArgumentParser(
-        usage="tools/train.py [-h] [CONFIG] [--data PATH] [--work-dir DIR] [--lite] [KEY=VALUE ...]",
+        usage="tools/train.py [-h] [CONFIG] [--data PATH] [--work-dir DIR] [--new-losses] [--lite] [KEY=VALUE ...]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("words", nargs="*", metavar="CONFIG, KEY=VALUE", help="a config file and overrides")
     parser.add_argument("--data", type=Path, help="your data set: a data.yaml, or for mmengine a folder in COCO layout")
     parser.add_argument("--work-dir", type=Path, help="where checkpoints and logs go")
+    parser.add_argument(
+        "--new-losses", action="store_true", help="resume with other losses than the run was started with"
+    )
     parser.add_argument("--lite", action="store_true", help="torchvision's operators where mmcv has no compiled ones")
     args = parser.parse_intermixed_args(argv)
     configs = [word for word in args.words if "=" not in word]
     if len(configs) > 1:
         parser.error(f"give one CONFIG, not {' and '.join(configs)}")
     args.config = Path(configs[0]) if configs else DEFAULT_CONFIG
+    args.config_given = bool(configs)
     args.overrides = dict(word.split("=", 1) for word in args.words if "=" in word)
     if args.config.suffix not in {".yaml", ".yml", ".py"}:
         parser.error(f"CONFIG must be a .yaml of losses for Ultralytics or a .py for MMDetection, not {args.config}")
     if args.lite and args.config.suffix != ".py":
         parser.error("--lite is for MMDetection, so for a .py config")
+    if args.new_losses and (args.config.suffix == ".py" or "resume" not in args.overrides):
+        parser.error("--new-losses is for a run of Ultralytics that resumes: resume=runs/x/weights/last.pt")
     for path in filter(None, (args.config, args.data)):
         if not path.exists():
             parser.error(f"there is no {path}")
     return args
 
 
-def yolo_losses(config, overrides):
-    """The losses of a YAML file with ``slot.key`` overrides taken out of ``overrides``."""
+def yolo_losses(losses, overrides):
+    """A dict of losses, or that of a YAML file, with ``slot.key`` overrides taken out of ``overrides``."""
     from detloss_plugins.adapters.ultralytics import SLOTS
 
-    losses = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
+    losses = dict(losses if isinstance(losses, dict) else yaml.safe_load(losses.read_text(encoding="utf-8")) or {})
     slots = {slot for of_task in SLOTS.values() for slot in of_task}
     for key in [key for key in overrides if key.split(".")[0] in slots and "." in key]:
         slot, name = key.split(".", 1)
         value = overrides.pop(key)
         losses[slot] = {"type": value} if name == "type" else {**losses.get(slot, {}), name: value}
     return losses
+
+
+def yolo_checkpoint(args, overrides):
+    """The checkpoint that ``resume`` names, which is taken out of ``overrides``; None for a new training."""
+    resume = overrides.pop("resume", None)
+    if not resume:
+        return None
+    if resume is True and args.work_dir is None:
+        raise UsageError("resume=true needs --work-dir, or name the checkpoint: resume=runs/x/weights/last.pt.")
+    last = args.work_dir / "weights" / "last.pt" if resume is True else Path(str(resume))
+    if last.suffix != ".pt" or not last.is_file():
+        raise UsageError(f"There is no checkpoint {last} to resume.")
+    if args.work_dir is not None and not last.resolve().is_relative_to(args.work_dir.resolve()):
+        raise UsageError(f"A run that resumes goes on in its own folder, {last.parents[1]}: leave --work-dir out.")
+    if "model" in overrides:
+        raise UsageError(f"A run that resumes keeps its model: leave model={overrides['model']} out.")
+    return last
+
+
+def losses_to_resume_with(args, overrides, last, task):
+    """The losses of a run that resumes: those of its record, unless other ones are asked for."""
+    from detloss_plugins.adapters.ultralytics import load_losses, trained_losses
+    from detloss_plugins.adapters.ultralytics.config import unlike
+
+    before = load_losses((trained_losses(last) or {"losses": {}})["losses"], task)
+    losses = load_losses(yolo_losses(args.config if args.config_given else before, overrides), task)
+    differ, _ = unlike(before, losses)
+    if differ and not args.new_losses:
+        were = "; ".join(f"{slot}: {before.get(slot, 'the stock loss')}" for slot in differ)
+        raise UsageError(f"{last} was trained with other losses ({were}): to resume it with yours, give --new-losses.")
+    if not losses and not args.new_losses:
+        raise UsageError(f"{last} was trained with stock losses only: give a CONFIG and --new-losses to resume it.")
+    return losses
+
+
+def resuming_with(settings, trainer):
+    """A trainer that refuses those settings which Ultralytics, on a resume, leaves as the run was started with."""
+
+    class Resuming(trainer):
+        def check_resume(self, overrides):
+            super().check_resume(overrides)
+            for key, value in settings.items():
+                if (kept := getattr(self.args, key)) != value:
+                    raise UsageError(f"A run that resumes keeps its {key}={kept}: leave {key}={value} out.")
+
+    return Resuming
 
 
 def yolo_data(data, task):
@@ -112,29 +166,34 @@ def train_yolo(args):
     from detloss_plugins.adapters.ultralytics.compat import TooOldError
 
     overrides = {key: yaml.safe_load(value) for key, value in args.overrides.items()}
+    last = yolo_checkpoint(args, overrides)
+    model = str(last or overrides.pop("model", "yolov8n.yaml"))
     try:
-        losses = yolo_losses(args.config, overrides)
-        model = overrides.get("resume") or overrides.get("model", "yolov8n.yaml")
         yolo = (RTDETR if "rtdetr" in Path(model).stem else YOLO)(model)  # YOLO knows a checkpoint's, not a YAML's
         task = model_task(yolo.model)
+        losses = losses_to_resume_with(args, overrides, last, task) if last else yolo_losses(args.config, overrides)
         trainer = make_trainer(losses, task)
         check_head(yolo.model, trainer.plugin_losses)
-    except (FileNotFoundError, TypeError, ValueError) as error:
+    except (OSError, TypeError, ValueError, *UNREADABLE) as error:
         raise UsageError(error) from error
-    data, defaults = yolo_data(args.data, task)
     place = args.work_dir or Path("runs") / args.config.stem
-    settings = {
-        "data": str(data),
-        "pretrained": False,
-        "project": str(place.parent.resolve()),
-        "name": place.name,
-        "exist_ok": args.work_dir is not None,
-        **defaults,
-        **overrides,
-    }
-    settings.pop("model", None)
-    if "resume" in overrides:
-        settings = {"resume": True}
+    if last is None:
+        data, defaults = yolo_data(args.data, task)
+        settings = {
+            "data": str(data),
+            "pretrained": False,
+            "project": str(place.parent.resolve()),
+            "name": place.name,
+            "exist_ok": args.work_dir is not None,
+            **defaults,
+            **overrides,
+        }
+    elif yolo.ckpt.get("epoch", -1) < 0:
+        raise UsageError(f"The training of {last} has ended: start a new one with model={last}.")
+    else:
+        data = {} if args.data is None else {"data": str(yolo_data(args.data, task)[0])}
+        trainer = resuming_with({**data, **overrides}, trainer)
+        settings = {"resume": True, **data, **overrides}
     try:
         metrics = yolo.train(trainer=trainer, **settings)
     except TooOldError as error:

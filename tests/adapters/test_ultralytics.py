@@ -551,3 +551,14 @@ def test_a_stock_trainer_keeps_no_record(interrupted, trained, datasets, tmp_pat
     yolo.train(data=datasets[trained[1]], epochs=1, project=str(tmp_path), name="stock", **{**SETTINGS, "val": False})
     assert trained_losses(tmp_path / "stock" / "weights" / "last.pt") is None
     assert not any(isinstance(b, PLUGINS) for b in branches(yolo.trainer.model.init_criterion()))
+
+
+@pytest.mark.slow
+def test_a_model_that_is_compiled_builds_its_criterion(batch):
+    """As ``compile=True`` of Ultralytics' trainer does, where the first step builds it."""
+    model = detector.__wrapped__("yolov8n")
+    install(model, STATEFUL)
+    loss = torch.compile(model, backend="eager")(batch)[0]
+    loss.sum().backward()
+    assert loss.isfinite().all()
+    assert isinstance(model.criterion, PluginDetectionLoss)

@@ -441,7 +441,7 @@ def test_a_bare_model_without_training_arguments(cls, batches, log):
     expected = with_losses(name, losses).loss(batch)
     model = copy.deepcopy(detector(name))
     del model.args
-    assert type(model) is cls
+    assert model.__class__ is cls
     install(model, losses)
     loss, items = model.loss(batch)
     torch.testing.assert_close(loss, expected[0])

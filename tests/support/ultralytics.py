@@ -94,7 +94,8 @@ import torch
 from ultralytics import RTDETR, YOLO
 from ultralytics.nn.tasks import torch_safe_load
 for path in sys.argv[1:]:
-    torch_safe_load(path, safe_only=True)  # only the classes of Ultralytics' allow-list
+    if hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint"):  # from torch 2.6 on
+        torch_safe_load(path, safe_only=True)  # only the classes of Ultralytics' allow-list
     yolo = YOLO(path)
     yolo.predict(torch.rand(1, 3, 64, 64), verbose=False)
     print(type(yolo.model).__module__, yolo.model.detloss_plugins["losses"])
@@ -165,15 +166,15 @@ def model_file(name, folder):
 
 
 @functools.cache
-def detector(name):
+def detector(name, classes=10):
     torch.manual_seed(0)
-    model = CLASSES[task_of(name)](model_cfg(name), nc=10, verbose=False).train()
-    model.args, model.nc = get_cfg(), 10
+    model = CLASSES[task_of(name)](model_cfg(name), nc=classes, verbose=False).train()
+    model.args, model.nc = get_cfg(), classes
     return model
 
 
 def stock_criterion(model):
-    return type(model).init_criterion(model)
+    return model.__class__.init_criterion(model)  # the stock class, also of a model with our losses
 
 
 def named(items, model):

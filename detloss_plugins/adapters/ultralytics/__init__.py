@@ -3,10 +3,11 @@
 For detection, segmentation, pose and oriented boxes, with every head of these (end-to-end ones, World, YOLOE), and for
 RT-DETR.
 
-``make_trainer(losses)`` gives a trainer for ``YOLO(...).train(trainer=...)``. Nothing of Ultralytics is edited: the
-stock criterion is subclassed, its class loss and its box criterion are replaced on the instance, and the model is told
-to build this criterion. The instance attributes that tell it so are taken off while a checkpoint is written, so that
-``best.pt`` holds stock classes only.
+``make_trainer(losses)`` gives a trainer for ``YOLO(...).train(trainer=...)``. The stock criterion is subclassed, its
+class loss and its box criterion are replaced on the instance, and the model is told to build this criterion. What is
+saved of a model, such as ``best.pt``, holds stock classes only, and a record of the losses. To find it again, the
+import of this package changes two methods of Ultralytics: ``BaseModel.__setstate__`` gives a model that is loaded the
+losses of its record, and ``BaseTrainer.check_resume`` warns if a run of ours is resumed without them.
 
 Ultralytics is AGPL-3.0; this module is imported only by those who use it.
 """
@@ -21,14 +22,8 @@ from detloss_plugins.adapters.ultralytics.criterion import (
     load_criterion_state,
     model_task,
 )
-from detloss_plugins.adapters.ultralytics.trainer import (
-    TRAINERS,
-    describe,
-    install,
-    make_trainer,
-    trained_losses,
-    tune,
-)
+from detloss_plugins.adapters.ultralytics.model import install, trained_losses
+from detloss_plugins.adapters.ultralytics.trainer import TRAINERS, describe, make_trainer, tune
 
 __all__ = [
     "SLOTS",

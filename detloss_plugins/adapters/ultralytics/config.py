@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import yaml
@@ -94,9 +94,9 @@ def load_losses(losses, task="detect"):
             ``loss_giou``.
 
     Returns:
-        A new plain dict. ``loss_weight``, where absent, is that of :func:`default_gain`, but 1 for RT-DETR's class
-        loss, whose stock is a varifocal loss of that weight; ``image_size``, where a loss takes one and has none, is
-        "batch", the size of the network's input.
+        A new dict of plain Python values. ``loss_weight``, where absent, is that of :func:`default_gain`, but 1 for
+        RT-DETR's class loss, whose stock is a varifocal loss of that weight; ``image_size``, where a loss takes one and
+        has none, is "batch", the size of the network's input.
 
     Raises:
         TypeError: if it is not a dict of dicts, or a hyper-parameter is unknown.
@@ -115,14 +115,46 @@ def load_losses(losses, task="detect"):
 
 
 def filled(cfg, **values):
-    """A copy of a config in which every loss, also a nested one, has those ``values`` that it takes and lacks."""
-    if isinstance(cfg, list | tuple):
-        return type(cfg)(filled(part, **values) for part in cfg)
+    """A copy of a config in which every loss, also a nested one, has those ``values`` that it takes and lacks.
+
+    It is plain data, which any process can read: numbers of numpy, arrays and tensors become numbers and lists, and a
+    class given as the type is named by its path.
+    """
+    if getattr(cfg, "requires_grad", False):
+        raise ValueError("A setting in a config of losses is not learnt, as no optimizer sees it: give a number.")
+    if hasattr(cfg, "tolist"):
+        cfg = cfg.tolist()
+    if isinstance(cfg, type):
+        return f"{cfg.__module__}.{cfg.__name__}"
+    if isinstance(cfg, Sequence) and not isinstance(cfg, str):
+        return (tuple if isinstance(cfg, tuple) else list)(filled(part, **values) for part in cfg)
     if not isinstance(cfg, Mapping):
         return copy.deepcopy(cfg)
     takes = inspect.signature(loss_class(cfg["type"])).parameters if "type" in cfg else ()
     lacks = {name: value for name, value in values.items() if name in takes and name not in cfg}
     return {**lacks, **{name: filled(value, **values) for name, value in cfg.items()}}
+
+
+def unlike(before, losses):
+    """The slots whose losses differ between two checked dicts, and those that differ in more than their weight.
+
+    >>> unlike({"cls": {"type": "GHMC", "loss_weight": 1.0}}, {"cls": {"type": "GHMC", "loss_weight": 2.0}})
+    (['cls'], [])
+    """
+    slots = sorted(before.keys() | losses.keys())
+    pairs = {slot: [_with_lists(found.get(slot, {})) for found in (before, losses)] for slot in slots}
+    differ = [slot for slot, (a, b) in pairs.items() if a != b]
+    for cfg in (cfg for pair in pairs.values() for cfg in pair):
+        for name in ("loss_weight", "compile"):
+            cfg.pop(name, None)
+    return differ, [slot for slot in differ if pairs[slot][0] != pairs[slot][1]]
+
+
+def _with_lists(cfg):
+    """A copy of a config with lists for its tuples, as a YAML file gives it back."""
+    if isinstance(cfg, Mapping):
+        return {name: _with_lists(value) for name, value in cfg.items()}
+    return [_with_lists(part) for part in cfg] if isinstance(cfg, list | tuple) else cfg
 
 
 def _checked(task, slot, cfg):

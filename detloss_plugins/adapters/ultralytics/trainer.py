@@ -1,37 +1,36 @@
-"""The trainer: it gives a model our criterion, keeps its state and writes checkpoints of stock classes only."""
+"""The trainer: it gives a model our losses, keeps their state and says what they are."""
 
-import functools
 import math
+import shutil
 from contextlib import contextmanager
-from pathlib import Path
-from types import MethodType
 
 import torch
+import yaml
 from ultralytics.models.rtdetr.train import RTDETRTrainer
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.models.yolo.obb import OBBTrainer
 from ultralytics.models.yolo.pose import PoseTrainer
 from ultralytics.models.yolo.segment import SegmentationTrainer
 from ultralytics.nn.tasks import yaml_model_load
-from ultralytics.utils import DEFAULT_CFG, LOGGER
+from ultralytics.utils import DEFAULT_CFG, LOGGER, RANK
 
 from detloss_plugins.adapters.ultralytics import compat
-from detloss_plugins.adapters.ultralytics.config import default_prior, load_losses
+from detloss_plugins.adapters.ultralytics.config import default_prior, filled, load_losses, unlike
 from detloss_plugins.adapters.ultralytics.criterion import (
-    PluginRTDETRLoss,
-    branches,
     check_head,
-    criterion_class,
     criterion_state,
-    load_criterion_state,
     model_task,
     slot_gains,
-    training_args,
 )
+from detloss_plugins.adapters.ultralytics.model import RECORD, install, student
 from detloss_plugins.loss import Loss
 from detloss_plugins.registry import build_loss
 
-RECORD = "detloss_plugins"  # attribute of the model, and so of the checkpoint, that records the losses
+LOSSES_FILE = "losses.yaml"  # in the folder of the run, beside args.yaml
+LOSSES_HEAD = """\
+# The losses of this training. To resume it with them: YOLO("weights/last.pt").train(resume=True,
+# trainer=make_trainer("losses.yaml")); without that trainer Ultralytics goes on with its own losses.
+"""
 # Settings that are not in a loss's description: said beside it, or the same in every slot.
 SAID_OTHERWISE = {"loss_weight", "compile", "reduction", "use_sigmoid"}
 TRAINERS = {
@@ -41,86 +40,6 @@ TRAINERS = {
     "obb": OBBTrainer,
     "rtdetr": RTDETRTrainer,
 }
-
-
-def _init_criterion(model):
-    """What ``model.init_criterion()`` does on a model of ours; the stock choice of class, with our losses."""
-    record = getattr(model, RECORD)
-    if model_task(model) == "rtdetr":
-        criterion = PluginRTDETRLoss(model, record["losses"])
-    else:
-        with training_args(model):
-            stock = type(model).init_criterion(model)
-            (kind,) = {type(part) for part in branches(stock).values()}
-            make = functools.partial(criterion_class(kind), losses=record["losses"])
-            criterion = compat.end_to_end(model, make) if isinstance(stock, compat.E2ELoss) else make(model)
-            first, *others = branches(criterion).values()
-            for other in others:
-                other.scene = first.scene
-    load_criterion_state(criterion, record["state"])
-    return criterion
-
-
-def _loss(model, batch, preds=None):
-    """What ``model.loss(batch)`` does on a model of ours: a criterion that lacks the image's size is told it."""
-    if batch.get("visuals") is not None:
-        raise ValueError("YOLOE's visual prompts have a criterion of their own, in which no loss can be swapped.")
-    if model.criterion is None:
-        model.criterion = model.init_criterion()
-    if hasattr(model.criterion, "image_size"):
-        model.criterion.image_size = tuple(batch["img"].shape[2:])
-    return type(model).loss(model, batch, preds)
-
-
-# On the instance, so that the class in the checkpoint stays the stock one; a bound method follows a deep copy.
-METHODS = {"init_criterion": _init_criterion, "loss": _loss}
-
-
-def install(model, losses, state=None):
-    """Make ``model.loss`` use ``losses``, also on deep copies of the model such as the EMA.
-
-    Args:
-        model: any model of a task of YOLO's, World and YOLOE included, or an RT-DETR; its criterion, if it has one, is
-            dropped.
-        losses: see :func:`load_losses`.
-        state: what :func:`criterion_state` took of an earlier training, to go on with.
-
-    Raises:
-        ValueError, TypeError: as :class:`PluginDetectionLoss`.
-    """
-    from detloss_plugins import __version__
-
-    losses = load_losses(losses, model_task(model))
-    check_head(model, losses)
-    setattr(model, RECORD, {"version": __version__, "losses": losses, "state": state or {}})
-    for name, method in METHODS.items():
-        setattr(model, name, MethodType(method, model))
-    model.criterion = None
-
-
-@contextmanager
-def _stock_classes_only(model):
-    """Take off a model what only a process with this package can unpickle."""
-    methods = {name: vars(model).pop(name) for name in METHODS if name in vars(model)}
-    criterion = getattr(model, "criterion", None)
-    model.criterion = None
-    try:
-        yield
-    finally:
-        model.criterion = criterion
-        vars(model).update(methods)
-
-
-def trained_losses(model):
-    """What a model or checkpoint of ours records: ``{"version": ..., "losses": {...}, "state": {...}}``, or None.
-
-    Args:
-        model: a ``YOLO``, a model, or the path of a ``.pt`` file.
-    """
-    if isinstance(model, str | Path):
-        checkpoint = torch.load(model, map_location="cpu", weights_only=False)
-        model = checkpoint.get("ema") or checkpoint["model"]
-    return getattr(getattr(model, "model", model), RECORD, None) or getattr(model, RECORD, None)
 
 
 def class_biases(head):
@@ -170,6 +89,26 @@ def _parts(module):
         yield from [child] if isinstance(child, Loss) else _parts(child)
 
 
+@contextmanager
+def whole_files(trainer):
+    """Let a trainer write its checkpoints beside their places, and move each there when all are written.
+
+    Ultralytics writes over the last one, so that a run which is killed meanwhile would have none to resume.
+    """
+    places = {name: getattr(trainer, name) for name in ("wdir", "last", "best")}
+    beside = trainer.wdir / "unfinished"
+    shutil.rmtree(beside, ignore_errors=True)  # of a run that was killed
+    beside.mkdir(parents=True)
+    trainer.wdir, trainer.last, trainer.best = beside, beside / trainer.last.name, beside / trainer.best.name
+    try:
+        yield
+        for file in beside.iterdir():
+            file.replace(places["wdir"] / file.name)
+    finally:
+        vars(trainer).update(places)
+        shutil.rmtree(beside)
+
+
 def make_trainer(losses, task="detect", trainer=None, compile=False):
     """A trainer class for ``YOLO(...).train(trainer=make_trainer(losses))``.
 
@@ -185,7 +124,8 @@ def make_trainer(losses, task="detect", trainer=None, compile=False):
 
     Returns:
         A subclass of that trainer. It is made here so that multi-GPU workers, which receive it pickled by value,
-        receive the losses with it.
+        receive the losses with it. It writes ``losses.yaml`` into the folder of the run; a run that resumes keeps the
+        state of each loss that is the same, but for its weight, as before, and says which are not.
 
     Raises:
         ValueError, TypeError: for a misspelt slot, loss or hyper-parameter, an unknown task or a loss that does not
@@ -209,6 +149,9 @@ def make_trainer(losses, task="detect", trainer=None, compile=False):
                 self.check_same_task(given)
             compat.check_arguments(overrides or {})
             super().__init__(cfg, overrides, _callbacks)
+            if RANK in {-1, 0}:
+                text = LOSSES_HEAD + yaml.safe_dump(self.plugin_losses, sort_keys=False)
+                (self.save_dir / LOSSES_FILE).write_text(text, encoding="utf-8")
 
         def check_resume(self, overrides):
             super().check_resume(overrides)
@@ -227,18 +170,26 @@ def make_trainer(losses, task="detect", trainer=None, compile=False):
                 start_at_prior(model, prior)
                 if weights:
                     model.load(weights)
-            before = getattr(weights, RECORD, None)
-            if self.resume and before is not None:
-                if before["losses"] == self.plugin_losses:
-                    self.plugin_state = before["state"]
-                else:
-                    LOGGER.warning(f"This run resumes with other losses than it was started with ({before['losses']}).")
+            if self.resume:
+                self.plugin_state = self.state_to_go_on_with(getattr(weights, RECORD, {"losses": {}, "state": {}}))
             return model
+
+        def state_to_go_on_with(self, record):
+            """The state of those losses that a run which resumes still has; what it has no longer is said."""
+            before, now = filled(record["losses"]), self.plugin_losses
+            differ, others = unlike(before, now)
+            for slot in differ:
+                was, is_ = (losses.get(slot, "the stock loss") for losses in (before, now))
+                LOGGER.warning(f"detloss_plugins: this run resumes with another {slot} loss: {is_}, not {was}.")
+            return {
+                branch: {slot: state for slot, state in slots.items() if slot not in others}
+                for branch, slots in record["state"].items()
+            }
 
         def set_model_attributes(self):
             super().set_model_attributes()
             # Every path to training comes through here: new, resumed, and in a worker that was handed its model.
-            install(getattr(self.model, "student_model", self.model), self.plugin_losses, self.plugin_state)
+            install(student(self.model), self.plugin_losses, self.plugin_state)
             for line in describe(self.plugin_losses, self.args, task):
                 LOGGER.info(f"detloss_plugins: {line}")
 
@@ -250,17 +201,19 @@ def make_trainer(losses, task="detect", trainer=None, compile=False):
                 )
 
         def validate(self):
-            self.hand_state_to_ema().criterion = None  # built again, from the record
+            self.hand_state_to_ema()
             return super().validate()
 
         def hand_state_to_ema(self):
             """Validation and the checkpoint are the EMA model's; the state is the training criterion's."""
-            model, ema = (getattr(m, "student_model", m) for m in (compat.unwrap_model(self.model), self.ema.ema))
+            model, ema = student(compat.unwrap_model(self.model)), student(self.ema.ema)
             getattr(ema, RECORD)["state"] = criterion_state(model.criterion)
-            return ema
+            if ema.criterion is not None:  # of the validation before
+                ema.criterion = ema.init_criterion()
 
         def save_model(self):
-            with _stock_classes_only(self.hand_state_to_ema()):
+            self.hand_state_to_ema()
+            with whole_files(self):
                 return super().save_model()
 
     return PluginTrainer

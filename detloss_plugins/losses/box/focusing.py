@@ -45,7 +45,8 @@ def wiou_loss(
     pair = Pair(pred, target, eps)
     loss = 1 - pair.iou
     outlier = loss.detach() / mean
-    loss = pair.ratio(pair.center_distance2, pair.diagonal2.detach()).exp() * loss
+    # Of boxes it is at most 1; of an inverted annotation it has no bound, and its exponential is infinite.
+    loss = pair.ratio(pair.center_distance2, pair.diagonal2.detach()).clamp(max=1).exp() * loss
     if version == 1:
         return loss
     return loss * (outlier**gamma if version == 2 else outlier / delta * alpha ** (delta - outlier))
