@@ -115,11 +115,14 @@ def load_losses(losses, task="detect"):
 
 
 def filled(cfg, **values):
-    """A copy of a config in which every loss, also a nested one, has those ``values`` that it takes and lacks."""
+    """A copy of a config in which every loss, also a nested one, has those ``values`` that it takes and lacks.
+
+    A class given as the type is named by its path, so that the copy can be written down.
+    """
     if isinstance(cfg, list | tuple):
         return type(cfg)(filled(part, **values) for part in cfg)
     if not isinstance(cfg, Mapping):
-        return copy.deepcopy(cfg)
+        return f"{cfg.__module__}.{cfg.__name__}" if isinstance(cfg, type) else copy.deepcopy(cfg)
     takes = inspect.signature(loss_class(cfg["type"])).parameters if "type" in cfg else ()
     lacks = {name: value for name, value in values.items() if name in takes and name not in cfg}
     return {**lacks, **{name: filled(value, **values) for name, value in cfg.items()}}
