@@ -80,6 +80,15 @@ def test_a_fault_of_our_own_is_no_missing_package(monkeypatch):
 ATSS = str(ROOT / "configs" / "mmdetection" / "atss_r18_fpn_digits.py")
 
 
+def test_train_names_what_does_not_fit(tmp_path, capsys):
+    loss, run = "model.bbox_head.loss_cls", ["--work-dir", str(tmp_path)]
+    focal = f"{loss}.type=detloss_plugins.FocalLoss"
+    assert "Write use_sigmoid=True" in refused(capsys, ATSS, *run, f"{loss}._delete_=True", focal, status=1)
+    only_type = f"{loss}.type=detloss_plugins.VarifocalLoss"
+    assert "VarifocalLoss would keep gamma=2.0, alpha=0.25" in refused(capsys, ATSS, *run, only_type, status=1)
+    assert not list(tmp_path.iterdir())
+
+
 class Refusing:
     """A Runner in whose training torch refuses to load a checkpoint, as 2.6 and newer do with mmengine 0.10.7."""
 

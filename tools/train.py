@@ -13,6 +13,7 @@ slot's loss (box.type=CIoULoss); for mmengine a dotted config key (train_cfg.max
 """
 
 import argparse
+import copy
 import json
 import os
 import pickle
@@ -145,18 +146,6 @@ def train_yolo(args):
     report(metrics.box.map50, metrics.box.map, yolo.trainer.best, active)
 
 
-def our_losses(config, path=""):
-    """``(key, dict)`` of every loss of ours in a nested config; a head of ours has a longer path for its type."""
-    items = config.items() if isinstance(config, dict) else enumerate(config) if isinstance(config, list) else ()
-    for key, value in items:
-        where = f"{path}.{key}" if path else str(key)
-        if isinstance(value, dict):
-            package, *name = str(value.get("type")).split(".")
-            if package == "detloss_plugins" and len(name) == 1:
-                yield where, value
-        yield from our_losses(value, where)
-
-
 def coco_split(folder, split):
     """Annotation file and image folder (both relative to ``folder``) of "train" or "val" in a COCO layout."""
     files = sorted(f for f in (folder / "annotations").glob("*.json") if split in f.stem)
@@ -213,6 +202,7 @@ def train_mmdet(args):
     if args.lite:
         os.environ["DETLOSS_LITE"] = "1"
     try:
+        from detloss_plugins.adapters.mmdetection.check import check_config, our_losses
         from detloss_plugins.adapters.mmdetection.lite import MissingOperatorError
     except AssertionError as error:  # how mmdet refuses a version of mmcv or mmengine
         raise UsageError(error) from error
@@ -224,12 +214,12 @@ def train_mmdet(args):
         build_digits()
     elif Path(cfg.get("data_root", "")) == digits_dir("obb"):
         build_dota()
-    cfg.merge_from_dict({key: DictAction._parse_iterable(value) for key, value in args.overrides.items()})
+    stock, overrides = copy.deepcopy(cfg), {k: DictAction._parse_iterable(v) for k, v in args.overrides.items()}
+    cfg.merge_from_dict(overrides)
     cfg.work_dir = str(args.work_dir or Path("work_dirs") / args.config.stem)
-    try:
-        active = [f"{key}: {build_loss(loss)}" for key, loss in our_losses(cfg.model)]
-    except (TypeError, ValueError) as error:
-        raise UsageError(error) from error
+    if problems := check_config(cfg, stock, overrides):
+        raise UsageError("\n".join(problems))
+    active = [f"{key}: {build_loss(loss)}" for key, loss in our_losses(cfg.model)]
     work_dir = Path(cfg.work_dir).resolve()
     # What a training of ours has written there holds more than tensors.
     if cfg.get("resume") and Path(cfg.get("load_from") or work_dir).resolve().is_relative_to(work_dir):
