@@ -20,6 +20,7 @@ CONFIGS = {
     "Dynamic R-CNN": "dynamic_rcnn/dynamic-rcnn_r50_fpn_1x_coco.py",  # is loss_bbox its own smooth L1?
     "CenterNet, update": "centernet/centernet-update_r50-caffe_fpn_ms-1x_coco.py",  # pos_weight, pos_inds
     "Cascade RPN": "cascade_rpn/cascade-rpn_faster-rcnn_r50-caffe_fpn_1x_coco.py",  # IoULoss(linear=True)
+    "FSAF": "fsaf/fsaf_r50_fpn_1x_coco.py",  # weights of all classes, flat
     "Mask R-CNN": "mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py",  # use_mask
     "PointRend": "point_rend/point-rend_r50-caffe_fpn_ms-1x_coco.py",  # use_mask of points
 }
