@@ -8,8 +8,14 @@ from detloss_plugins.reduction import apply_weight, reduce
 
 @pytest.mark.parametrize(
     ("loss_shape", "weight_shape", "expected_shape"),
-    [((5,), (5,), (5,)), ((5,), (5, 1), (5,)), ((5,), (5, 4), (5,)), ((5, 3), (5,), (5, 3)), ((5, 3), (5, 1), (5, 3))]
-    + [((5, 3), (15,), (5, 3))],
+    [
+        ((5,), (5,), (5,)),
+        ((5,), (5, 1), (5,)),
+        ((5,), (5, 4), (5,)),
+        ((5, 3), (5,), (5, 3)),
+        ((5, 3), (5, 1), (5, 3)),
+        ((5, 3), (15,), (5, 3)),
+    ],
 )
 def test_weight_shapes(loss_shape, weight_shape, expected_shape):
     weight = torch.rand(weight_shape)

@@ -1,5 +1,6 @@
 """The commands: what they refuse, and in how many words; the README is what it says it is."""
 
+import copy
 import functools
 import gc
 import importlib.util
@@ -87,6 +88,32 @@ def test_train_names_what_does_not_fit(tmp_path, capsys):
     only_type = f"{loss}.type=detloss_plugins.VarifocalLoss"
     assert "VarifocalLoss would keep gamma=2.0, alpha=0.25" in refused(capsys, ATSS, *run, only_type, status=1)
     assert not list(tmp_path.iterdir())
+
+
+def test_train_refuses_a_key_that_a_config_does_not_have(tmp_path, capsys):
+    for word, nearest in (("epochs=1", "train_cfg.max_epochs"), ("cls.type=Focal", "model.bbox_head.loss_cls.type")):
+        message = refused(capsys, ATSS, "--work-dir", str(tmp_path), word, status=1)
+        assert f"The config has no key {word.split('=')[0]}; did you mean" in message
+        assert nearest in message
+
+
+def test_the_schedule_follows_the_number_of_epochs():
+    steps = [
+        {"type": "LinearLR", "by_epoch": False, "begin": 0, "end": 500},
+        {"type": "MultiStepLR", "begin": 0, "end": 12, "milestones": [8, 11]},
+    ]
+    stock = ConfigDict(train_cfg={"max_epochs": 12}, param_scheduler=steps)
+    for epochs, end, milestones in ((24, 24, [16, 22]), (6, 6, [4, 6]), (1, 1, [1, 1])):
+        cfg = copy.deepcopy(stock)
+        cfg.train_cfg.max_epochs = epochs
+        (note,) = train.scale_schedule(cfg, stock)
+        assert f"from 12 to {epochs} epochs" in note
+        assert cfg.param_scheduler[0] == stock.param_scheduler[0]
+        assert cfg.param_scheduler[1] == {**stock.param_scheduler[1], "end": end, "milestones": milestones}
+    assert train.scale_schedule(copy.deepcopy(stock), stock) == []
+    assert train.scale_schedule(ConfigDict(train_cfg={"max_iters": 9}), ConfigDict(train_cfg={"max_iters": 3})) == []
+    with pytest.raises(train.UsageError, match="whole number above 0"):
+        train.scale_schedule(ConfigDict(stock, train_cfg={"max_epochs": "abc"}), stock)
 
 
 class Refusing:

@@ -7,7 +7,8 @@
   tools/train.py configs/ultralytics/obb.yaml model=yolov8n-obb.yaml      oriented boxes, here of turned digits
 
 KEY=VALUE overrides: for Ultralytics a training argument (epochs=3, resume=runs/x/weights/last.pt) or a setting of a
-slot's loss (box.type=CIoULoss); for mmengine a dotted config key (train_cfg.max_epochs=2).
+slot's loss (box.type=CIoULoss); for mmengine a dotted key that the config has (train_cfg.max_epochs=2, which stretches
+the schedule of the learning rate too).
 
 --lite (or DETLOSS_LITE=1 in the environment) trains MMDetection with mmcv-lite: torchvision's operators for mmcv's.
 """
@@ -37,6 +38,7 @@ DIGITS_ARGS = {
     "fliplr": 0.0,
     "plots": False,
 }
+SCHEDULE_KEYS = {"begin", "end", "milestones", "step_size", "T_max"}  # of mmengine's schedulers, in epochs
 LOAD_ALL = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"  # torch's own switch, from 2.6 on
 # What to do if a module is missing.
 INSTALL = {
@@ -190,6 +192,29 @@ def point_at(cfg, folder):
     set_classes(cfg.model)
 
 
+def scale_schedule(cfg, stock):
+    """Stretch the learning rate's schedule to a number of epochs that is not the ``stock`` config's; says so.
+
+    What it counts in iterations, such as a warm-up, stays.
+    """
+    old, new = (config.get("train_cfg", {}).get("max_epochs") for config in (stock, cfg))
+    schedule = cfg.get("param_scheduler") or []
+    by_epoch = [part for part in (schedule if isinstance(schedule, list) else [schedule]) if part.get("by_epoch", True)]
+    if old in (None, new) or not by_epoch:
+        return []
+    if not isinstance(new, int) or new < 1:
+        raise UsageError(f"train_cfg.max_epochs must be a whole number above 0, not {new!r}.")
+
+    def scaled(epoch):
+        return max(1, round(epoch * new / old)) if epoch else 0
+
+    for part in by_epoch:
+        for key in SCHEDULE_KEYS & part.keys():
+            part[key] = [*map(scaled, part[key])] if isinstance(part[key], list) else scaled(part[key])
+        part["end"] = max(part.get("end", new), part.get("begin", 0) + 1)
+    return [f"the schedule of the learning rate is scaled from {old} to {new} epochs: {cfg.param_scheduler}"]
+
+
 def train_mmdet(args):
     """Train with mmengine's Runner and print what came out."""
     import mmengine
@@ -220,12 +245,13 @@ def train_mmdet(args):
     if problems := check_config(cfg, stock, overrides):
         raise UsageError("\n".join(problems))
     active = [f"{key}: {build_loss(loss)}" for key, loss in our_losses(cfg.model)]
+    notes = [] if any(key.startswith("param_scheduler") for key in overrides) else scale_schedule(cfg, stock)
     work_dir = Path(cfg.work_dir).resolve()
     # What a training of ours has written there holds more than tensors.
     if cfg.get("resume") and Path(cfg.get("load_from") or work_dir).resolve().is_relative_to(work_dir):
         os.environ.setdefault(LOAD_ALL, "1")
     runner = Runner.from_cfg(cfg)
-    for line in active:
+    for line in [*active, *notes]:
         runner.logger.info(f"detloss_plugins: {line}")
     try:
         runner.train()

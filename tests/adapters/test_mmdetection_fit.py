@@ -9,7 +9,7 @@ from mmdet.registry import MODELS as MMDET_MODELS
 from mmengine.config import Config
 from support.mmdetection import CONFIG_DIR, config
 
-from detloss_plugins.adapters.mmdetection.check import check_config, our_losses
+from detloss_plugins.adapters.mmdetection.check import check_config, our_losses, unknown_keys
 from detloss_plugins.losses import CIoULoss, FocalLoss
 from detloss_plugins.registry import build_loss, registered_losses
 
@@ -145,6 +145,34 @@ def test_a_config_is_checked_by_what_its_detector_says():
     state = torch.get_rng_state()
     assert problems({}) == []
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("epochs", "train_cfg.max_epochs"),
+        ("foo", "did you mean"),
+        ("cls.type", f"{FOCAL}.type"),
+        ("model.bbox_head.los_cls.type", f"{FOCAL}.type"),
+        ("train_dataloader.batchsize", "train_dataloader.batch_size"),
+        ("model.test_cfg.score_th", "model.test_cfg.score_thr"),
+    ],
+)
+def test_a_key_that_the_config_does_not_have(key, nearest):
+    (found,) = unknown_keys(config(RETINANET), {key: 1})
+    assert found.startswith(f"The config has no key {key}; ")
+    assert nearest in found
+
+
+def test_keys_that_are_new_and_right():
+    """Of a class, and of mmengine's Runner; and of list items."""
+    keys = ["train_dataloader.dataset.indices", f"{FOCAL}.loss_weight", "resume", "load_from", "launcher"]
+    assert unknown_keys(config(RETINANET), dict.fromkeys([*keys, "train_cfg.max_epochs"], 2)) == []
+    assert unknown_keys(config(RETINANET), {"param_scheduler.0.end": 2}) == []
+    (found,) = unknown_keys(config(RETINANET), {"train_cfg": 2})
+    assert "train_cfg is a dict in the config, not 2; override one of" in found
+    (found,) = unknown_keys(config(RETINANET), {"param_scheduler.7.end": 2})
+    assert "param_scheduler.7.end" in found
 
 
 def test_our_losses_of_a_config():

@@ -6,6 +6,8 @@ What only the config's text tells is found here.
 
 import ast
 import copy
+import difflib
+import inspect
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
+from mmengine.runner import Runner
 
 from detloss_plugins.loss import Loss
 from detloss_plugins.registry import SCOPE, build_loss, loss_class
@@ -42,7 +45,7 @@ def check_config(cfg: Config, stock: Config | None = None, overrides: Mapping[st
     """
     of_types = {key.removesuffix(".type"): kind for key, kind in overrides.items() if key.endswith(".type")}
     written = {path: _keys_below(overrides, path) for path, kind in of_types.items() if _is_ours(kind)}
-    found = left_over(stock, cfg, written) if stock else []
+    found = [*unknown_keys(stock, overrides), *left_over(stock, cfg, written)] if stock else []
     found += _left_over_in_file(cfg.filename) if cfg.filename else []
     scope = cfg.get("default_scope", "mmdet")
     with DefaultScope.overwrite_default_scope(scope), torch.random.fork_rng(devices=[]):
@@ -53,6 +56,39 @@ def check_config(cfg: Config, stock: Config | None = None, overrides: Mapping[st
         except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
             found.append(str(error) or f"The detector cannot be built ({type(error).__name__} without a message).")
     return found
+
+
+def unknown_keys(cfg: Config, overrides: Mapping[str, Any]) -> list[str]:
+    """Overrides that change nothing because the config has no such key, one sentence each, with the nearest key.
+
+    A key may be new where a class is configured (a dict with a type), which knows what it takes, and at the top where
+    mmengine's Runner takes it.
+    """
+    found, known = [], None
+    for key, value in overrides.items():
+        parent, _, last = key.rpartition(".")
+        place = _at(cfg, parent) if parent else {**inspect.signature(Runner).parameters, **cfg}
+        there = {str(name): old for name, old in _items(place)}
+        if last in there:
+            if isinstance(there[last], Mapping) and not isinstance(value, Mapping | None):
+                found.append(f"{key} is a dict in the config, not {value!r}; override one of {', '.join(there[last])}.")
+        elif not isinstance(place, Mapping) or not parent or "type" not in place:
+            known = known or list(_all_keys(cfg))
+            nearest = sorted(known, key=lambda name: -_likeness(key, name))[:3]
+            found.append(f"The config has no key {key}; did you mean {', '.join(nearest)}?")
+    return found
+
+
+def _likeness(key, name):
+    """Of a dotted key that somebody wrote to one that there is: whole, or to its end."""
+    ends = name.rpartition(".")[2], name
+    return max(name.endswith(key), *(difflib.SequenceMatcher(None, key, end).ratio() for end in ends))
+
+
+def _all_keys(node, path=""):
+    for key, value in _items(node):
+        yield path + str(key)
+        yield from _all_keys(value, f"{path}{key}.")
 
 
 def left_over(before: Config, after: Config, written: Mapping[str, set[str]]) -> list[str]:
