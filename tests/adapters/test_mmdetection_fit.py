@@ -1,6 +1,7 @@
 """A loss that does not fit its head of MMDetection says so when the head is built; a config is checked before that."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -167,10 +168,15 @@ def test_a_key_that_the_config_does_not_have(key, nearest):
 def test_keys_that_are_new_and_right():
     """Of a class, and of mmengine's Runner; and of list items."""
     keys = ["train_dataloader.dataset.indices", f"{FOCAL}.loss_weight", "resume", "load_from", "launcher"]
-    assert unknown_keys(config(RETINANET), dict.fromkeys([*keys, "train_cfg.max_epochs"], 2)) == []
+    assert unknown_keys(config(RETINANET), dict.fromkeys([*keys, "train_cfg.max_epochs"])) == []
     assert unknown_keys(config(RETINANET), {"param_scheduler.0.end": 2}) == []
-    (found,) = unknown_keys(config(RETINANET), {"train_cfg": 2})
-    assert "train_cfg is a dict in the config, not 2; override one of" in found
+    for key, value, was in (
+        ("train_cfg", 2, "a dict of "),
+        ("resume", 2, "False"),
+        (f"{FOCAL}.gamma", "a", 2),
+    ):
+        (found,) = unknown_keys(config(RETINANET), {key: value})
+        assert re.match(f"{key} is {was}.* in the config, and cannot be {value!r}", found)
     (found,) = unknown_keys(config(RETINANET), {"param_scheduler.7.end": 2})
     assert "param_scheduler.7.end" in found
 

@@ -45,7 +45,7 @@ def check_config(cfg: Config, stock: Config | None = None, overrides: Mapping[st
     """
     of_types = {key.removesuffix(".type"): kind for key, kind in overrides.items() if key.endswith(".type")}
     written = {path: _keys_below(overrides, path) for path, kind in of_types.items() if _is_ours(kind)}
-    found = [*unknown_keys(stock, overrides), *left_over(stock, cfg, written)] if stock else []
+    found = left_over(stock, cfg, written) if stock else []
     found += _left_over_in_file(cfg.filename) if cfg.filename else []
     scope = cfg.get("default_scope", "mmdet")
     with DefaultScope.overwrite_default_scope(scope), torch.random.fork_rng(devices=[]):
@@ -53,13 +53,16 @@ def check_config(cfg: Config, stock: Config | None = None, overrides: Mapping[st
             for _, loss in our_losses(cfg.model):
                 build_loss(loss)  # which knows the nearest name
             MODELS.build(copy.deepcopy(cfg.model))
-        except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
-            found.append(str(error) or f"The detector cannot be built ({type(error).__name__} without a message).")
+        except (TypeError, ValueError) as error:  # a sentence of ours, or as good
+            found.append(str(error))
+        except (AssertionError, AttributeError, KeyError) as error:
+            found.append(f"The detector cannot be built: {type(error).__name__} {error}".strip())
     return found
 
 
 def unknown_keys(cfg: Config, overrides: Mapping[str, Any]) -> list[str]:
-    """Overrides that change nothing because the config has no such key, one sentence each, with the nearest key.
+    """Overrides that change nothing because the config has no such key, one sentence each, with the nearest key; and
+    those that put something of another kind in the place of a number or a dict.
 
     A key may be new where a class is configured (a dict with a type), which knows what it takes, and at the top where
     mmengine's Runner takes it.
@@ -70,13 +73,23 @@ def unknown_keys(cfg: Config, overrides: Mapping[str, Any]) -> list[str]:
         place = _at(cfg, parent) if parent else {**inspect.signature(Runner).parameters, **cfg}
         there = {str(name): old for name, old in _items(place)}
         if last in there:
-            if isinstance(there[last], Mapping) and not isinstance(value, Mapping | None):
-                found.append(f"{key} is a dict in the config, not {value!r}; override one of {', '.join(there[last])}.")
+            if not _alike(there[last], value):
+                found.append(f"{key} is {_in_words(there[last])} in the config, and cannot be {value!r}.")
         elif not isinstance(place, Mapping) or not parent or "type" not in place:
             known = known or list(_all_keys(cfg))
             nearest = sorted(known, key=lambda name: -_likeness(key, name))[:3]
             found.append(f"The config has no key {key}; did you mean {', '.join(nearest)}?")
     return found
+
+
+def _alike(old, new):
+    if isinstance(old, Mapping | bool):
+        return new is None or isinstance(new, Mapping if isinstance(old, Mapping) else bool)
+    return not isinstance(old, int | float) or not isinstance(new, str | bool | Mapping)
+
+
+def _in_words(value):
+    return f"a dict of {', '.join(map(str, value))}" if isinstance(value, Mapping) else repr(value)
 
 
 def _likeness(key, name):
