@@ -127,6 +127,9 @@ class Refusing:
     def from_cfg(cls, cfg):
         return cls()
 
+    def register_hook(self, hook):
+        pass
+
     def train(self):
         raise pickle.UnpicklingError("Weights only load failed. In PyTorch 2.6, we changed the default value of ...")
 

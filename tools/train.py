@@ -310,6 +310,7 @@ def train_mmdet(args):
     try:
         from detloss_plugins.adapters.mmdetection.check import check_config, our_losses, unknown_keys
         from detloss_plugins.adapters.mmdetection.lite import MissingOperatorError
+        from detloss_plugins.adapters.mmdetection.stock import StockConfigHook
     except AssertionError as error:  # how mmdet refuses a version of mmcv or mmengine
         raise RunError(error) from error
 
@@ -333,6 +334,7 @@ def train_mmdet(args):
     if cfg.get("resume") and Path(cfg.get("load_from") or work_dir).resolve().is_relative_to(work_dir):
         os.environ.setdefault(LOAD_ALL, "1")
     runner = Runner.from_cfg(cfg)
+    runner.register_hook(StockConfigHook())
     for line in [*active, *notes]:
         runner.logger.info(f"detloss_plugins: {line}")
     try:
