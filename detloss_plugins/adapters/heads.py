@@ -5,10 +5,15 @@ ranking loss that ranks each level for itself. torch tells of every module that 
 looked at where it is built, in any program. This module imports no framework.
 """
 
+import inspect
+import warnings
+
+import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from detloss_plugins.loss import Loss
+from detloss_plugins.precision import is_compiling
 
 _BOXES = ("box", "regression", "rotated", "uncertainty")
 # The families that an attribute of a head takes.
@@ -45,6 +50,8 @@ def check_fit(head: nn.Module, name: str, loss: nn.Module) -> None:
         raise ValueError(
             f"{where} is no place for {kind}, a {loss.family} loss: it takes {', '.join(families)} losses."
         )
+    if not loss.facts.every_rank and any(True for _ in loss.buffers()):
+        loss.register_forward_pre_hook(_is_it_averaged)
     if name != "loss_cls":
         return
     use_sigmoid = getattr(loss, "use_sigmoid", None)
@@ -58,6 +65,33 @@ def check_fit(head: nn.Module, name: str, loss: nn.Module) -> None:
             f"{where} is called level by level, where {kind} would rank each level for itself: take RankingRetinaHead "
             "or RankingATSSHead of detloss_plugins.adapters.mmdetection, or PluginSSDHead."
         )
+
+
+_asked = set()  # types of losses, once in a process
+
+
+def _is_it_averaged(loss, _):
+    """Warn, at the first step of a distributed run, of a state that each rank would keep for itself.
+
+    The loss cannot average it: a head may not call it on a rank without positives, and the others would wait for ever.
+    """
+    if is_compiling() or type(loss) in _asked or not loss.learning or _ranks() < 2:
+        return
+    _asked.add(type(loss))
+    callers = (frame.frame.f_locals.get("self") for frame in inspect.stack(0))
+    hooks = next((loop.runner.hooks for loop in callers if hasattr(getattr(loop, "runner", None), "hooks")), [])
+    if not any(type(hook).__name__ == "SyncBuffersHook" for hook in hooks):
+        warnings.warn(
+            f"Each rank keeps a state of {type(loss).__name__} of its own, and they drift apart: write "
+            'custom_hooks=[dict(type="SyncBuffersHook")] in the config, or call detloss_plugins.loss.average_state of '
+            "it on every rank in every step.",
+            stacklevel=2,
+        )
+
+
+def _ranks():
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if distributed else 1
 
 
 def _of_mmdet(head):
