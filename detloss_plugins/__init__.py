@@ -11,3 +11,4 @@ __all__ = ["MODELS", "build_loss", "losses"]
 
 # Of a loss that mmdet asks whether it takes a quality: mmdet itself may be imported before this package or after it.
 from detloss_plugins.adapters import detr as _detr  # noqa: F401
+from detloss_plugins.adapters import heads as _heads  # noqa: F401

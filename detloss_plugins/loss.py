@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from detloss_plugins import engine
-from detloss_plugins.facts import Facts, NonNegative, Rule, checked, rule_of
+from detloss_plugins.facts import Facts, NonNegative, Rule, checked, plain, rule_of
 from detloss_plugins.nested import each_tensor, flatten, unflatten
 from detloss_plugins.precision import COMPILES_FROM, can_compile, float32, is_compiling, is_large, without_autocast
 from detloss_plugins.reduction import apply_weight, check_reduction, scaled, times

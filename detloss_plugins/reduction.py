@@ -22,7 +22,7 @@ def check_reduction(reduction: str, avg_factor: Tensor | float | None = None) ->
 
 
 def apply_weight(loss: Tensor, weight: Tensor | None) -> Tensor:
-    """Multiply per-element losses by a weight per element, per row ``(N,)``/``(N, 1)``, or per box coordinate.
+    """Multiply per-element losses by a weight per element, in their shape or flat, per row or per box coordinate.
 
     A weight with one dimension more than the loss, such as the ``(N, 4)`` of mmdet's anchor heads beside the ``(N,)``
     of a box loss, is averaged over that dimension first, as mmdet does.
@@ -52,6 +52,8 @@ def fit_weight(weight: Tensor, loss: Tensor) -> Tensor:
         return weight.reshape(given + (1,) * (len(shape) - len(given)))
     if given == (*shape[:-1], 1):
         return weight
+    if given == (loss.numel(),):  # one per element, flat, as FSAF's head has it
+        return weight.reshape(shape)
     raise ValueError(
         f"A weight of shape {tuple(given)} does not fit losses of shape {tuple(shape)}; "
         "give one weight per element or one per row."

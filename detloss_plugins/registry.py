@@ -4,12 +4,14 @@ mmengine imports ``<scope>.registry`` when it meets ``type="<scope>.X"``, so thi
 ``type="detloss_plugins.CIoULoss"`` work in any MMDetection config, with or without ``custom_imports``.
 """
 
+import contextlib
 import difflib
 from collections.abc import Mapping
 from typing import Any
 
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import Registry
+from mmengine.utils import get_object_from_string
 
 SCOPE = "detloss_plugins"
 MODELS = Registry("model", parent=MMENGINE_MODELS, scope=SCOPE, locations=["detloss_plugins.losses"])
@@ -21,29 +23,36 @@ def registered_losses() -> dict[str, type]:
     return {cls.__name__: cls for cls in MODELS.module_dict.values()}
 
 
-def loss_class(name: str) -> type:
-    """The class registered under ``name`` (with or without the ``detloss_plugins.`` prefix).
+def loss_class(name: str | type) -> type:
+    """The class of a loss: a registered name, with or without the ``detloss_plugins.`` prefix, a dotted path as the
+    dump of a lazy config has it, or the class itself.
 
     Looks only among our own losses. ``MODELS.build`` would not do: under mmdet's default scope it builds mmdet's
     class of the same name without a word.
 
     Raises:
-        ValueError: for an unknown name; the message gives the nearest ones.
+        ValueError: for an unknown name, or the path of something else; the message gives the nearest names.
     """
     MODELS.import_from_location()
     known = MODELS.module_dict
-    key = str(name).removeprefix(f"{SCOPE}.")
-    if key not in known:
-        nearest = difflib.get_close_matches(key, known, n=3, cutoff=0.4) or sorted(known)
-        raise ValueError(f"There is no loss named {name!r} in {SCOPE}; did you mean {', '.join(nearest)}?")
-    return known[key]
+    found = name if isinstance(name, type) else known.get(str(name).removeprefix(f"{SCOPE}."))
+    if found is None and isinstance(name, str) and "." in name:
+        with contextlib.suppress(ValueError):
+            found = get_object_from_string(name)
+    if not (isinstance(found, type) and hasattr(found, "fn") and hasattr(found, "facts")):
+        key = name.__name__ if isinstance(name, type) else str(name).rpartition(".")[2]
+        nearest = difflib.get_close_matches(key, known, n=3, cutoff=0.4)
+        hint = f"did you mean {', '.join(nearest)}?" if nearest else f"there are {', '.join(sorted(known))}."
+        raise ValueError(f"There is no loss named {name!r} in {SCOPE}; {hint}")
+    return found
 
 
 def build_loss(cfg: Mapping) -> Any:
     """Build one of our losses from a config dict, whatever mmengine's default scope is.
 
     Args:
-        cfg: ``dict(type="CIoULoss", loss_weight=2.0, ...)``; it is not modified.
+        cfg: ``dict(type="CIoULoss", loss_weight=2.0, ...)``; it is not modified. ``type`` is what :func:`loss_class`
+            takes.
 
     Raises:
         TypeError: if ``cfg`` is not a dict with a ``type``, or names an unknown hyper-parameter.
@@ -55,4 +64,5 @@ def build_loss(cfg: Mapping) -> Any:
     if not isinstance(cfg, Mapping) or "type" not in cfg:
         raise TypeError(f"A loss is configured by a dict with a 'type', such as dict(type='CIoULoss'), not by {cfg!r}.")
     options = dict(cfg)
+    options.pop("_scope_", None)  # mmengine writes it into a base config of a package
     return loss_class(options.pop("type"))(**options)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from mmengine.config import Config
 from mmengine.registry import MODELS as ROOT
 from mmengine.registry import DefaultScope, Registry
 
@@ -61,6 +62,54 @@ def test_errors():
     for bad in ("CIoULoss", {"loss_weight": 1.0}, None):
         with pytest.raises(TypeError, match="'type'"):
             build_loss(bad)
+
+
+LAZY = """
+from detloss_plugins.losses import DIoULoss, FocalLoss, InnerIoULoss, JointLoss, MultiBoxLoss, SlideLoss, VarifocalLoss
+from detloss_plugins.losses import ConfidenceWeightedLoss, FocalerIoULoss
+losses = dict(
+    boxes=dict(type=InnerIoULoss, base=dict(type=FocalerIoULoss, base=dict(type=DIoULoss, eps=1e-3))),
+    classes=dict(type=JointLoss, losses=[dict(type=FocalLoss), dict(type=VarifocalLoss)]),
+    weighted=dict(type=ConfidenceWeightedLoss, base=dict(type=SlideLoss, base=dict(type=FocalLoss))),
+    both=dict(type=MultiBoxLoss, loss_cls=dict(type=FocalLoss), loss_bbox=dict(type=DIoULoss)),
+)
+"""
+
+
+def test_every_way_to_name_a_class(tmp_path):
+    """A lazy config has the classes themselves, its dump their paths, a base of another package a scope beside."""
+    source, dump = tmp_path / "lazy.py", tmp_path / "dump.py"
+    source.write_text(LAZY, encoding="utf-8")
+    Config.fromfile(source).dump(dump)
+    assert "type='detloss_plugins.losses.DIoULoss'" in dump.read_text(encoding="utf-8")
+    cls = detloss_plugins.losses.DIoULoss
+    for path in (source, dump):
+        losses = Config.fromfile(path).losses
+        for build in (build_loss, ROOT.build, ANOTHER.build):
+            boxes, classes, weighted, both = (build(losses[name]) for name in ("boxes", "classes", "weighted", "both"))
+            assert type(boxes.base.base) is cls
+            assert boxes.base.base.eps == 1e-3
+            assert [type(part).__name__ for part in classes.losses] == ["FocalLoss", "VarifocalLoss"]
+            assert type(weighted.base.base).__name__ == "FocalLoss"
+            assert type(both.loss_bbox) is cls
+    defined_in = f"{cls.__module__}.DIoULoss"
+    for way in ("DIoULoss", "detloss_plugins.DIoULoss", "detloss_plugins.losses.DIoULoss", defined_in, cls):
+        assert type(build_loss({"type": way, "_scope_": "mmdet"})) is cls
+
+
+def test_the_path_of_something_else_is_refused():
+    for other in ("torch.nn.L1Loss", torch.nn.L1Loss, "detloss_plugins.losses.iou_loss", "torch", "no.where", ".", {}):
+        with pytest.raises(ValueError, match="There is no loss named"):
+            build_loss({"type": other})
+
+
+def test_a_class_in_a_losses_dict_is_recorded_by_its_path():
+    from detloss_plugins.adapters.ultralytics import load_losses
+
+    cls = detloss_plugins.losses.DIoULoss
+    (box,) = load_losses({"box": {"type": detloss_plugins.losses.InnerIoULoss, "base": {"type": cls}}}).values()
+    assert box["base"] == {"type": f"{cls.__module__}.DIoULoss"}
+    assert load_losses(yaml.safe_load(yaml.safe_dump({"box": box}))) == {"box": box}
 
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda p: p.stem)

@@ -1,5 +1,6 @@
 """The commands: what they refuse, and in how many words; the README is what it says it is."""
 
+import copy
 import functools
 import gc
 import importlib.util
@@ -19,7 +20,9 @@ import table
 import timing
 import torch
 import train
+from command import UsageError
 from mmengine.config import ConfigDict
+from PIL import Image
 from support.commands import ROOT
 
 from detloss_plugins.adapters.ultralytics import compat
@@ -45,12 +48,12 @@ def test_train_refuses_in_one_sentence(capsys, tmp_path, monkeypatch):
     assert "there is no" in refused(capsys, "--data", "no-such-folder", status=2)
     (tmp_path / "losses.txt").touch()
     assert ".yaml" in refused(capsys, "losses.txt", status=2)
-    assert "accepts alpha, compile, gamma" in refused(capsys, "cls.gama=2", status=1)
-    assert "did you mean CIoULoss" in refused(capsys, "box.type=CIoULos", status=1)
-    assert "exactly one data YAML" in refused(capsys, "--data", str(tmp_path), status=1)
-    assert "no-such-model.yaml" in refused(capsys, "model=no-such-model.yaml", status=1)
-    assert "reg_max=1" in refused(capsys, "model=yolo26n.yaml", status=1), "the default third slot needs bins"
-    assert "'no_such_argument' is not a valid YOLO argument" in refused(capsys, "no_such_argument=1", status=1)
+    assert "accepts alpha, compile, gamma" in refused(capsys, "cls.gama=2", status=2)
+    assert "did you mean CIoULoss" in refused(capsys, "box.type=CIoULos", status=2)
+    assert "exactly one data YAML" in refused(capsys, "--data", str(tmp_path), status=2)
+    assert "no-such-model.yaml" in refused(capsys, "model=no-such-model.yaml", status=2)
+    assert "reg_max=1" in refused(capsys, "model=yolo26n.yaml", status=2), "the default third slot needs bins"
+    assert "'no_such_argument' is not a valid YOLO argument" in refused(capsys, "no_such_argument=1", status=2)
 
 
 @pytest.mark.parametrize("module", train.INSTALL)
@@ -65,7 +68,7 @@ def test_train_says_what_is_missing(module, capsys, monkeypatch):
 def test_train_says_which_ultralytics_it_needs(capsys, monkeypatch):
     rest = compat.FEATURES["devices"][1:]
     monkeypatch.setitem(compat.FEATURES, "devices", (False, *rest))
-    assert "needs Ultralytics 8.4.140 or newer" in refused(capsys, "device=0,1", "epochs=1", status=1)
+    assert "needs Ultralytics 8.4.140 or newer" in refused(capsys, "device=0,1", "epochs=1", status=2)
 
 
 def test_a_fault_of_our_own_is_no_missing_package(monkeypatch):
@@ -80,6 +83,41 @@ def test_a_fault_of_our_own_is_no_missing_package(monkeypatch):
 ATSS = str(ROOT / "configs" / "mmdetection" / "atss_r18_fpn_digits.py")
 
 
+def test_train_names_what_does_not_fit(tmp_path, capsys):
+    loss, run = "model.bbox_head.loss_cls", ["--work-dir", str(tmp_path)]
+    focal = f"{loss}.type=detloss_plugins.FocalLoss"
+    assert "Write use_sigmoid=True" in refused(capsys, ATSS, *run, f"{loss}._delete_=True", focal, status=2)
+    only_type = f"{loss}.type=detloss_plugins.VarifocalLoss"
+    assert "VarifocalLoss would keep gamma=2.0, alpha=0.25" in refused(capsys, ATSS, *run, only_type, status=2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_train_refuses_a_key_that_a_config_does_not_have(tmp_path, capsys):
+    for word, nearest in (("epochs=1", "train_cfg.max_epochs"), ("cls.type=Focal", "model.bbox_head.loss_cls.type")):
+        message = refused(capsys, ATSS, "--work-dir", str(tmp_path), word, status=2)
+        assert f"The config has no key {word.split('=')[0]}; did you mean" in message
+        assert nearest in message
+
+
+def test_the_schedule_follows_the_number_of_epochs():
+    steps = [
+        {"type": "LinearLR", "by_epoch": False, "begin": 0, "end": 500},
+        {"type": "MultiStepLR", "begin": 0, "end": 12, "milestones": [8, 11]},
+    ]
+    stock = ConfigDict(train_cfg={"max_epochs": 12}, param_scheduler=steps)
+    for epochs, end, milestones in ((24, 24, [16, 22]), (6, 6, [4, 6]), (1, 1, [1, 1])):
+        cfg = copy.deepcopy(stock)
+        cfg.train_cfg.max_epochs = epochs
+        (note,) = train.scale_schedule(cfg, stock)
+        assert f"from 12 to {epochs} epochs" in note
+        assert cfg.param_scheduler[0] == stock.param_scheduler[0]
+        assert cfg.param_scheduler[1] == {**stock.param_scheduler[1], "end": end, "milestones": milestones}
+    assert train.scale_schedule(copy.deepcopy(stock), stock) == []
+    assert train.scale_schedule(ConfigDict(train_cfg={"max_iters": 9}), ConfigDict(train_cfg={"max_iters": 3})) == []
+    with pytest.raises(UsageError, match="whole number above 0"):
+        train.scale_schedule(ConfigDict(stock, train_cfg={"max_epochs": "abc"}), stock)
+
+
 class Refusing:
     """A Runner in whose training torch refuses to load a checkpoint, as 2.6 and newer do with mmengine 0.10.7."""
 
@@ -88,6 +126,9 @@ class Refusing:
     @classmethod
     def from_cfg(cls, cfg):
         return cls()
+
+    def register_hook(self, hook):
+        pass
 
     def train(self):
         raise pickle.UnpicklingError("Weights only load failed. In PyTorch 2.6, we changed the default value of ...")
@@ -103,6 +144,125 @@ def test_a_checkpoint_that_torch_refuses(tmp_path, capsys, monkeypatch):
     assert train.LOAD_ALL not in os.environ, "a stranger's file is not trusted"
     refused(capsys, *arguments, "resume=True", status=1)
     assert os.environ.pop(train.LOAD_ALL) == "1", "what we wrote ourselves is"
+
+
+DATA = "train: images\nval: images\nnames: [a]\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["broken.yaml"], "broken.yaml is no YAML"),
+        (["list.yaml"], "list.yaml must hold a dict of losses"),
+        (["null.yaml"], "A loss is configured by a dict"),
+        (["cls.gamma=[1"], "cls.gamma=[1 is no YAML"),
+        (["cls.loss_weight=null"], "loss_weight of VarifocalLoss must be"),
+        (["cls.gamma={a: 1}"], "gamma of VarifocalLoss must be"),
+        (["cls.type=[1]"], "There is no loss named [1]"),
+        (["epochs=abc"], "'epochs=abc' is of invalid type str"),
+        (["epochs=[1]"], "'epochs=[1]' is of invalid type list"),
+        (["box=[1]"], "'box=[1]' is of invalid type list"),
+        (["--data", "broken.yaml"], "broken.yaml is no data set"),
+        (["--data", "list.yaml"], "list.yaml is no data set"),
+        (["--data", "data.yaml"], "data.yaml is no data set"),
+        (["--work-dir", "list.yaml/run"], "list.yaml is no folder"),
+    ],
+)
+def test_a_training_with_ultralytics_that_cannot_be(words, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, content in (("broken", "cls: [1"), ("list", "[1]"), ("null", "cls:"), ("data", DATA)):
+        (tmp_path / f"{name}.yaml").write_text(content, encoding="utf-8")
+    assert message in refused(capsys, *words, status=2)
+    assert not (tmp_path / "runs" / "vfl_eiou_dfl").exists()
+
+
+def test_labels_that_ultralytics_refuses(capsys, tmp_path, monkeypatch):
+    """Class 7 of two: it leaves such images out, and none is left."""
+    monkeypatch.chdir(tmp_path)
+    for split in ("train", "val"):
+        for kind in ("images", "labels"):
+            (tmp_path / kind / split).mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / "images" / split / "1.png")
+        (tmp_path / "labels" / split / "1.txt").write_text("7 0.5 0.5 0.5 0.5\n", encoding="utf-8")
+    data = f"path: {tmp_path.as_posix()}\ntrain: images/train\nval: images/val\nnames: [a, b]\n"
+    (tmp_path / "data.yaml").write_text(data, encoding="utf-8")
+    message = refused(capsys, "--data", "data.yaml", "epochs=1", "imgsz=32", "workers=0", status=1)
+    assert "No valid images found" in message
+
+
+NO_MODEL = "train_dataloader = dict(dataset=dict())\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["script.py"], "script.py is no config: ZeroDivisionError: division by zero"),
+        (["syntax.py"], "syntax.py is no config: "),
+        (["base.py"], "base.py is no config of a training: it has no model and no train_cfg and no optim_wrapper"),
+        ([ATSS, "train_cfg.max_epochs=abc"], "train_cfg.max_epochs is 12 in the config, and cannot be 'abc'"),
+        ([ATSS, "train_cfg.max_epochs=None"], "train_cfg.max_epochs must be a whole number above 0, not None"),
+        ([ATSS, "model=3"], "model is a dict of "),
+        ([ATSS, "train_dataloader.batch_size=[1,(2]"], "train_dataloader.batch_size=[1,(2]: Imbalanced brackets"),
+        ([ATSS, "model.bbox_head.loss_cls.gamma=[1]"], "gamma of FocalLoss must be"),
+        ([ATSS, "model.bbox_head.loss_cls=None"], "The detector cannot be built: AttributeError"),
+        ([ATSS, "--work-dir", "script.py/run"], "script.py is no folder"),
+    ],
+)
+def test_a_training_with_mmdetection_that_cannot_be(words, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, content in (("script", "x = 1 / 0"), ("syntax", "model = dict("), ("base", NO_MODEL)):
+        (tmp_path / f"{name}.py").write_text(content, encoding="utf-8")
+    assert message in refused(capsys, *words, status=2)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is no annotation file of COCO: JSONDecodeError"),
+        ("", "is no annotation file of COCO: JSONDecodeError"),
+        ("[]", "is no annotation file of COCO: TypeError"),
+        ('{"images": []}', "is no annotation file of COCO: KeyError"),
+        ('{"images": [], "annotations": [], "categories": [{"id": 0, "name": "a"}]}', "lists no images"),
+        ('{"images": [{"file_name": "1.jpg"}], "annotations": [], "categories": []}', "lists no categories"),
+        (
+            '{"images": [{"file_name": "1.jpg"}], "annotations": [{"category_id": 9}],'
+            ' "categories": [{"id": 0, "name": "a"}]}',
+            "has objects of category 9",
+        ),
+    ],
+)
+def test_a_coco_file_that_cannot_be(content, message, capsys, tmp_path):
+    coco(tmp_path, "instances_train2017.json", "train2017", "1.jpg")
+    coco(tmp_path, "instances_val2017.json", "val2017", "1.jpg")
+    (tmp_path / "annotations" / "instances_train2017.json").write_text(content, encoding="utf-8")
+    assert message in refused(capsys, ATSS, "--data", str(tmp_path), status=2)
+
+
+def stopped(capsys, command, *argv):
+    """The last line of a command whose options are refused, which it must be before it does anything."""
+    with pytest.raises(SystemExit) as stop:
+        command(list(argv))
+    assert stop.value.code == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_the_other_commands_refuse_before_they_measure(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("{}", encoding="utf-8")
+    for command in (bench.main, compare.main, step.main):
+        assert "cannot write file/rows.json: " in stopped(capsys, command, "--json", "file/rows.json")
+    assert "no size has nosuch in its name; there are 1k" in stopped(
+        capsys, bench.main, "--loss", "GIoULoss", "--case", "nosuch"
+    )
+    assert "must end in one of" in stopped(capsys, bench.main, "--picture", "speed.txt")
+    assert "file is no report of this command" in stopped(capsys, bench.main, "--from", "file")
+    assert "nowhere is no report of this command" in stopped(capsys, bench.main, "--from", "nowhere")
+    assert "--batch must be at least 1" in stopped(capsys, step.main, "--batch", "0")
+    assert "there is no device nosuch here" in stopped(capsys, step.main, "--device", "nosuch")
+    if not torch.cuda.is_available():
+        assert "there is no device cuda here" in stopped(capsys, step.main, "--device", "cuda")
+    assert step.main(["--model", "nosuch.yaml", "--losses", "stock"]) == 2
+    assert "error: nosuch.yaml is no model of Ultralytics" in capsys.readouterr().err
 
 
 def test_train_overrides_losses(tmp_path):
@@ -144,7 +304,7 @@ def test_point_an_mmdet_config_at_ones_own_data(tmp_path):
     assert [head.num_classes for head in cfg.model.roi_head.bbox_head] == [2, 2]
     assert cfg.val_evaluator.ann_file.endswith("instances_val2017.json")
     coco(tmp_path, "more_train.json", "train2017", "2.jpg")
-    with pytest.raises(train.UsageError, match="exactly one train"):
+    with pytest.raises(UsageError, match="exactly one train"):
         train.point_at(cfg, tmp_path)
 
 

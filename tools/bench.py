@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from cases import cases, contests, our_losses, participants, size_of
+from command import check_files, check_picture
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -254,11 +255,20 @@ def parse(argv):
         parser.error("--runs must be at least 1")
     if "cuda" in (args.device or ()) and not torch.cuda.is_available():
         parser.error("there is no CUDA device here")
-    if args.stored and not args.stored.exists():
-        parser.error(f"there is no {args.stored}")
+    if args.stored:
+        try:
+            args.report = json.loads(args.stored.read_text(encoding="utf-8"))
+            args.report["rows"], args.report["machine"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            parser.error(f"{args.stored} is no report of this command: {error}")
+    check_picture(parser, args.picture)
+    check_files(parser, args.json, args.picture, args.page)
     args.device, args.dtype = args.device or here, args.dtype or ["float32", "bfloat16"]
     args.mode = args.mode or ["eager", "compiled"]
     args.seconds = min(args.seconds, 0.5) if args.quick else args.seconds
+    if args.case and not args.stored and not plan(args.names, args):
+        sizes = dict.fromkeys(case.name for name in args.names for case in cases(loss_class(name)))
+        parser.error(f"no size has {' or '.join(args.case)} in its name; there are {', '.join(sizes)}")
     return args
 
 
@@ -271,7 +281,7 @@ def measured(args):
 def main(argv=None):
     """Run the command; returns the exit status: 1 if a loss of ours failed."""
     args = parse(argv)
-    report = json.loads(args.stored.read_text(encoding="utf-8")) if args.stored else measured(args)
+    report = args.report if args.stored else measured(args)
     print_table(report["rows"])
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -10,6 +10,7 @@ import json
 import sys
 from pathlib import Path
 
+from command import RunError, check_files, finish
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -80,10 +81,15 @@ def main(argv=None):
         names = [loss_class(name).__name__ for name in args.loss or registered_losses()]
     except ValueError as error:
         parser.error(str(error))
+    check_files(parser, args.json)
+    return finish(compare, names, args)
+
+
+def compare(names, args):
+    """Compare, print and write; returns the exit status."""
     for host in ("mmdet", "ultralytics"):  # whose trainings the tensors are of
         if importlib.util.find_spec(host) is None:
-            print(f"error: {host} is not installed: uv run --all-groups tools/compare.py ...", file=sys.stderr)
-            return 1
+            raise RunError(f"{host} is not installed: uv run --all-groups tools/compare.py ...")
     from training_tensors import training_tensors
 
     found = rows(names, training_tensors(), progress=track)

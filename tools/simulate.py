@@ -32,6 +32,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
+from command import check_files, check_picture
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -256,15 +257,8 @@ def parse(argv):
         args.losses = [cfg for word in args.loss or DEFAULT_LOSSES for cfg in parse_loss(word)]
     except (TypeError, ValueError) as error:
         parser.error(str(error))
-    formats = Figure().canvas.get_supported_filetypes()
-    if args.picture.suffix[1:] not in formats:
-        parser.error(f"the picture's name must end in one of .{', .'.join(sorted(formats))}, not {args.picture}")
-    for path in (args.json, args.picture):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch()
-        except OSError as error:
-            parser.error(f"cannot write {path}: {error.strerror}")
+    check_picture(parser, args.picture)
+    check_files(parser, args.json, args.picture)
     return args
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from bench import machine
+from command import UsageError, check_device, check_files, finish
 from digits import build_digits
 from rich.console import Console
 from rich.progress import track
@@ -154,8 +155,13 @@ def measure(name, args):
     # Loaded in this process, off the clock; workers would compete for the cores.
     settings |= {"workers": 0, "amp": args.amp, "epochs": 100, "val": False, "verbose": False, "pretrained": False}
     trainer = timed_trainer(trainer_of(*LOSSES[name]), args.steps, args.warm_up, found)
+    try:
+        with quiet():
+            model = YOLO(args.model)
+    except (FileNotFoundError, TypeError, ValueError) as error:
+        raise UsageError(f"{args.model} is no model of Ultralytics: {error}") from error
     with tempfile.TemporaryDirectory() as folder, quiet(), contextlib.suppress(Done):
-        YOLO(args.model).train(trainer=trainer, data=str(build_digits() / "digits.yaml"), project=folder, **settings)
+        model.train(trainer=trainer, data=str(build_digits() / "digits.yaml"), project=folder, **settings)
     return found
 
 
@@ -192,22 +198,28 @@ def parse(argv):
     add("--warm-up", type=int, default=4, help="steps before these (%(default)s)")
     add("--json", type=Path, metavar="FILE", help="write the rows and the machine to FILE too")
     args = parser.parse_args(argv)
-    if min(args.steps, args.warm_up) < 1:
-        parser.error("--steps and --warm-up must be at least 1")
+    for name in ("imgsz", "batch", "steps", "warm_up"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    check_device(parser, args.device)
+    check_files(parser, args.json)
     return args
 
 
 def main(argv=None):
     """Run the command; returns the exit status."""
-    args = parse(argv)
+    return finish(report, parse(argv))
+
+
+def report(args):
+    """Train, print and write."""
     names = args.losses or list(LOSSES)
     rows = [summary(name, measure(name, args)) for name in track(names, description="training")]
     print_table(rows)
     if args.json:
         about = {**machine([torch.device(args.device).type]), "imgsz": args.imgsz, "batch": args.batch, "amp": args.amp}
-        report = {"machine": {**about, "model": args.model}, "rows": rows}
-        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    return 0
+        found = {"machine": {**about, "model": args.model}, "rows": rows}
+        args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -8,12 +8,14 @@
   tools/train.py resume=runs/x/weights/last.pt      goes on with the losses of that run; with others: --new-losses
 
 KEY=VALUE overrides: for Ultralytics a training argument (epochs=3) or a setting of a slot's loss (box.type=CIoULoss);
-for mmengine a dotted config key (train_cfg.max_epochs=2).
+for mmengine a dotted key that the config has (train_cfg.max_epochs=2, which stretches the schedule of the learning rate
+too).
 
 --lite (or DETLOSS_LITE=1 in the environment) trains MMDetection with mmcv-lite: torchvision's operators for mmcv's.
 """
 
 import argparse
+import copy
 import json
 import os
 import pickle
@@ -21,6 +23,7 @@ import sys
 from pathlib import Path
 
 import yaml
+from command import RunError, UsageError, check_folder, finish
 from digits import build_digits, build_dota, digits_dir
 
 DEFAULT_CONFIG = Path(__file__).parents[1] / "configs" / "ultralytics" / "vfl_eiou_dfl.yaml"
@@ -38,6 +41,7 @@ DIGITS_ARGS = {
     "plots": False,
 }
 UNREADABLE = (EOFError, RuntimeError, pickle.UnpicklingError)  # what torch makes of a file that is no checkpoint
+SCHEDULE_KEYS = {"begin", "end", "milestones", "step_size", "T_max"}  # of mmengine's schedulers, in epochs
 LOAD_ALL = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"  # torch's own switch, from 2.6 on
 # What to do if a module is missing.
 INSTALL = {
@@ -48,10 +52,6 @@ INSTALL = {
     "pkg_resources": "mmengine needs the package pkg_resources of older setuptools: pip install 'setuptools<81'.",
     "ultralytics": "Ultralytics is not installed: uv run tools/train.py ..., or pip install ultralytics.",
 }
-
-
-class UsageError(Exception):
-    """Something the user can put right; its message is one sentence."""
 
 
 def parse(argv):
@@ -87,16 +87,28 @@ def parse(argv):
     return args
 
 
+def yaml_of(text, where):
+    """The content of some YAML; ``UsageError`` says where it comes from."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"{where} is no YAML: {' '.join(str(error).split())}") from error
+
+
 def yolo_losses(losses, overrides):
     """A dict of losses, or that of a YAML file, with ``slot.key`` overrides taken out of ``overrides``."""
     from detloss_plugins.adapters.ultralytics import SLOTS
 
-    losses = dict(losses if isinstance(losses, dict) else yaml.safe_load(losses.read_text(encoding="utf-8")) or {})
+    if not isinstance(losses, dict):
+        path, losses = losses, yaml_of(losses.read_text(encoding="utf-8"), losses) or {}
+        if not isinstance(losses, dict):
+            raise UsageError(f"{path} must hold a dict of losses such as {{cls: {{type: VarifocalLoss}}}}.")
+    losses = dict(losses)
     slots = {slot for of_task in SLOTS.values() for slot in of_task}
     for key in [key for key in overrides if key.split(".")[0] in slots and "." in key]:
         slot, name = key.split(".", 1)
         value = overrides.pop(key)
-        losses[slot] = {"type": value} if name == "type" else {**losses.get(slot, {}), name: value}
+        losses[slot] = {"type": value} if name == "type" else {**(losses.get(slot) or {}), name: value}
     return losses
 
 
@@ -146,6 +158,26 @@ def resuming_with(settings, trainer):
     return Resuming
 
 
+def check_yolo(settings):
+    """Raise ``UsageError`` if Ultralytics would refuse the training arguments or the data YAML."""
+    from ultralytics.cfg import get_cfg
+    from ultralytics.data.utils import check_det_dataset
+
+    try:
+        get_cfg(overrides=settings)
+    except (SyntaxError, TypeError, ValueError) as error:
+        raise UsageError(first_line(error)) from error
+    try:
+        check_det_dataset(settings["data"])
+    except Exception as error:  # of the user's own file
+        raise UsageError(f"{settings['data']} is no data set: {first_line(error)}") from error
+
+
+def first_line(error):
+    """What an error says first, in plain characters."""
+    return (str(error).encode("ascii", "ignore").decode().strip() or type(error).__name__).splitlines()[0].strip()
+
+
 def yolo_data(data, task):
     """Path of the data YAML and the training arguments that go with it."""
     if data is None:
@@ -165,7 +197,7 @@ def train_yolo(args):
     from detloss_plugins.adapters.ultralytics import check_head, describe, make_trainer, model_task
     from detloss_plugins.adapters.ultralytics.compat import TooOldError
 
-    overrides = {key: yaml.safe_load(value) for key, value in args.overrides.items()}
+    overrides = {key: yaml_of(value, f"{key}={value}") for key, value in args.overrides.items()}
     last = yolo_checkpoint(args, overrides)
     model = str(last or overrides.pop("model", "yolov8n.yaml"))
     try:
@@ -188,6 +220,8 @@ def train_yolo(args):
             **defaults,
             **overrides,
         }
+        check_folder(place)
+        check_yolo(settings)
     elif yolo.ckpt.get("epoch", -1) < 0:
         raise UsageError(f"The training of {last} has ended: start a new one with model={last}.")
     else:
@@ -199,21 +233,29 @@ def train_yolo(args):
     except TooOldError as error:
         raise UsageError(error) from error
     except SyntaxError as error:  # how Ultralytics refuses an unknown argument
-        raise UsageError(str(error).strip().splitlines()[0]) from error
+        raise UsageError(first_line(error)) from error
+    except RuntimeError as error:  # how it refuses labels and images, or runs out of memory
+        raise RunError(f"{type(error).__name__}: {first_line(error)}") from error
     active = describe(yolo.trainer.plugin_losses, yolo.trainer.args, task)
     report(metrics.box.map50, metrics.box.map, yolo.trainer.best, active)
 
 
-def our_losses(config, path=""):
-    """``(key, dict)`` of every loss of ours in a nested config; a head of ours has a longer path for its type."""
-    items = config.items() if isinstance(config, dict) else enumerate(config) if isinstance(config, list) else ()
-    for key, value in items:
-        where = f"{path}.{key}" if path else str(key)
-        if isinstance(value, dict):
-            package, *name = str(value.get("type")).split(".")
-            if package == "detloss_plugins" and len(name) == 1:
-                yield where, value
-        yield from our_losses(value, where)
+def coco_content(path):
+    """The content of an annotation file in COCO's form; ``UsageError`` if it is none, or empty, or at odds."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        used = {annotation["category_id"] for annotation in content["annotations"]}
+        known = {category["id"]: category["name"] for category in content["categories"]}
+        named = [image["file_name"] for image in content["images"]]
+    except (ValueError, KeyError, TypeError) as error:  # a broken file is a ValueError
+        raise UsageError(
+            f"{path} is no annotation file of COCO: {type(error).__name__}: {first_line(error)}"
+        ) from error
+    if not named or not known:
+        raise UsageError(f"{path} lists no {'categories' if named else 'images'}.")
+    if strange := sorted(used - known.keys()):
+        raise UsageError(f"{path} has objects of category {strange[0]}, which is none of its categories.")
+    return content
 
 
 def coco_split(folder, split):
@@ -221,7 +263,7 @@ def coco_split(folder, split):
     files = sorted(f for f in (folder / "annotations").glob("*.json") if split in f.stem)
     if len(files) != 1:
         raise UsageError(f"{folder}/annotations must hold exactly one {split} .json, but holds {len(files)}.")
-    first = json.loads(files[0].read_text(encoding="utf-8"))["images"][0]["file_name"]
+    first = coco_content(files[0])["images"][0]["file_name"]
     for image in sorted(folder.rglob(Path(first).name)):
         if image.as_posix().endswith(first):
             prefix = image.relative_to(folder).as_posix()[: -len(first)]
@@ -234,7 +276,7 @@ def point_at(cfg, folder):
     """Make a detection config train and validate on a folder in COCO layout, with its classes."""
     folder = folder.resolve()
     splits = {split: coco_split(folder, split) for split in ("train", "val")}
-    annotations = json.loads((folder / splits["train"][0]).read_text(encoding="utf-8"))
+    annotations = coco_content(folder / splits["train"][0])
     classes = [category["name"] for category in annotations["categories"]]  # CocoDataset numbers them in this order
     for loader, split in (("train_dataloader", "train"), ("val_dataloader", "val"), ("test_dataloader", "val")):
         dataset = cfg[loader].dataset
@@ -248,7 +290,8 @@ def point_at(cfg, folder):
             data_prefix={"img": prefix},
             metainfo={"classes": tuple(classes)},
         )
-    for evaluator in (cfg.val_evaluator, cfg.test_evaluator):
+    evaluators = cfg.val_evaluator, cfg.test_evaluator
+    for evaluator in (part for parts in evaluators for part in (parts if isinstance(parts, list) else [parts])):
         evaluator.ann_file = str(folder / splits["val"][0])
 
     def set_classes(node):
@@ -260,11 +303,64 @@ def point_at(cfg, folder):
     set_classes(cfg.model)
 
 
+def scale_schedule(cfg, stock):
+    """Stretch the learning rate's schedule to a number of epochs that is not the ``stock`` config's; says so.
+
+    What it counts in iterations, such as a warm-up, stays.
+    """
+    old, new = (config.get("train_cfg", {}).get("max_epochs") for config in (stock, cfg))
+    schedule = cfg.get("param_scheduler") or []
+    by_epoch = [part for part in (schedule if isinstance(schedule, list) else [schedule]) if part.get("by_epoch", True)]
+    if old in (None, new) or not by_epoch:
+        return []
+    if not isinstance(new, int) or new < 1:
+        raise UsageError(f"train_cfg.max_epochs must be a whole number above 0, not {new!r}.")
+
+    def scaled(epoch):
+        return max(1, round(epoch * new / old)) if epoch else 0
+
+    for part in by_epoch:
+        for key in SCHEDULE_KEYS & part.keys():
+            part[key] = [*map(scaled, part[key])] if isinstance(part[key], list) else scaled(part[key])
+        part["end"] = max(part.get("end", new), part.get("begin", 0) + 1)
+    return [f"the schedule of the learning rate is scaled from {old} to {new} epochs: {cfg.param_scheduler}"]
+
+
+def read_config(path):
+    """The config of a file; ``UsageError`` if it is none, or none of a training."""
+    from mmengine.config import Config
+
+    try:
+        cfg = Config.fromfile(path)
+    except Exception as error:  # of the user's own file, which is run
+        if isinstance(error, ModuleNotFoundError) and error.name in INSTALL:
+            raise
+        raise UsageError(f"{path} is no config: {type(error).__name__}: {first_line(error)}") from error
+    if missing := [key for key in ("model", "train_dataloader", "train_cfg", "optim_wrapper") if not cfg.get(key)]:
+        raise UsageError(f"{path} is no config of a training: it has no {' and no '.join(missing)}.")
+    return cfg
+
+
+def parsed(overrides):
+    """The values of overrides of a config."""
+    from mmengine.config import DictAction
+
+    try:
+        return {key: DictAction._parse_iterable(value) for key, value in overrides.items()}
+    except AssertionError as error:
+        raise UsageError(f"{' '.join(f'{k}={v}' for k, v in overrides.items())}: {first_line(error)}") from error
+
+
+def refuse(problems):
+    """Raise ``UsageError`` if there are any, a line each."""
+    if problems:
+        raise UsageError("\n".join(problems))
+
+
 def train_mmdet(args):
     """Train with mmengine's Runner and print what came out."""
     import mmengine
     import torch
-    from mmengine.config import Config, DictAction
     from mmengine.runner import Runner
 
     from detloss_plugins import build_loss
@@ -272,38 +368,43 @@ def train_mmdet(args):
     if args.lite:
         os.environ["DETLOSS_LITE"] = "1"
     try:
+        from detloss_plugins.adapters.mmdetection.check import check_config, our_losses, unknown_keys
         from detloss_plugins.adapters.mmdetection.lite import MissingOperatorError
+        from detloss_plugins.adapters.mmdetection.stock import StockConfigHook
     except AssertionError as error:  # how mmdet refuses a version of mmcv or mmengine
-        raise UsageError(error) from error
+        raise RunError(error) from error
 
-    cfg = Config.fromfile(args.config)
+    cfg = read_config(args.config)
     if args.data is not None:
         point_at(cfg, args.data)
     elif Path(cfg.get("data_root", "")) == digits_dir():
         build_digits()
     elif Path(cfg.get("data_root", "")) == digits_dir("obb"):
         build_dota()
-    cfg.merge_from_dict({key: DictAction._parse_iterable(value) for key, value in args.overrides.items()})
+    stock, overrides = copy.deepcopy(cfg), parsed(args.overrides)
+    refuse(unknown_keys(cfg, overrides))
+    cfg.merge_from_dict(overrides)
     cfg.work_dir = str(args.work_dir or Path("work_dirs") / args.config.stem)
-    try:
-        active = [f"{key}: {build_loss(loss)}" for key, loss in our_losses(cfg.model)]
-    except (TypeError, ValueError) as error:
-        raise UsageError(error) from error
+    check_folder(cfg.work_dir)
+    refuse(check_config(cfg, stock, overrides))
+    active = [f"{key}: {build_loss(loss)}" for key, loss in our_losses(cfg.model)]
+    notes = [] if any(key.startswith("param_scheduler") for key in overrides) else scale_schedule(cfg, stock)
     work_dir = Path(cfg.work_dir).resolve()
     # What a training of ours has written there holds more than tensors.
     if cfg.get("resume") and Path(cfg.get("load_from") or work_dir).resolve().is_relative_to(work_dir):
         os.environ.setdefault(LOAD_ALL, "1")
     runner = Runner.from_cfg(cfg)
-    for line in active:
+    runner.register_hook(StockConfigHook())
+    for line in [*active, *notes]:
         runner.logger.info(f"detloss_plugins: {line}")
     try:
         runner.train()
     except MissingOperatorError as error:
-        raise UsageError(error) from error
+        raise RunError(error) from error
     except pickle.UnpicklingError as error:
         if "eights only" not in str(error):
             raise
-        raise UsageError(
+        raise RunError(
             f"torch {torch.__version__} with mmengine {mmengine.__version__} does not load {cfg.load_from}, as it has "
             f"more than tensors: install onedl-mmengine in place of mmengine or, if you trust it, set {LOAD_ALL}=1."
         ) from error
@@ -331,17 +432,17 @@ def report(map50, map_, checkpoint, active):
 def main(argv=None):
     """Run the command; returns the exit status."""
     args = parse(argv)
+    return finish(train, args)
+
+
+def train(args):
+    """Train with the framework that the config is for."""
     try:
         (train_mmdet if args.config.suffix == ".py" else train_yolo)(args)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except ModuleNotFoundError as error:
         if error.name not in INSTALL:
             raise
-        print(f"error: {INSTALL[error.name]}", file=sys.stderr)
-        return 1
-    return 0
+        raise RunError(INSTALL[error.name]) from error
 
 
 if __name__ == "__main__":

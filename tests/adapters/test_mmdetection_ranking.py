@@ -324,7 +324,7 @@ def test_errors(name):
     for change, message in (
         (dict(type="detloss_plugins.FocalLoss", use_sigmoid=True), "is for APLoss, .* not FocalLoss"),
         (dict(type="mmdet.FocalLoss", use_sigmoid=True), "is for APLoss, .* not FocalLoss"),
-        (dict(type="detloss_plugins.APLoss"), "use_sigmoid=True for APLoss"),
+        (dict(type="detloss_plugins.APLoss"), "Write use_sigmoid=True .* APLoss"),
     ):
         with pytest.raises(ValueError, match=message):
             MMDET_MODELS.build({**cfg, "loss_cls": change})

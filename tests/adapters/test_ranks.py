@@ -1,19 +1,24 @@
 """A distributed training in which one rank has no objects: nobody waits for ever, and the state becomes one."""
 
+import warnings
+
 import pytest
 import torch
+from digits import build_digits
 from mmdet.structures import DetDataSample
 from mmengine.dist import all_reduce_params
 from mmengine.registry import DefaultScope
 from mmengine.structures import InstanceData
-from support.mmdetection import CONFIG_DIR, build, small
+from support.mmdetection import CONFIG_DIR, Interrupt, build, run, small
 from support.ranks import two_ranks
 from support.ultralytics import detector
 from torch.nn.parallel import DistributedDataParallel
 
+from detloss_plugins.adapters import heads
 from detloss_plugins.adapters.ultralytics import install
 
 STEPS = 2
+WARNING = 'write custom_hooks=[dict(type="SyncBuffersHook")]'
 WIOU = {"type": "WIoULoss", "momentum": 0.5}
 
 
@@ -21,7 +26,8 @@ BOXES = torch.tensor([[10.0, 12, 58, 76], [60, 70, 110, 104]])
 
 
 def mmdet_rank(rank):
-    """The running mean after some steps of FCOS, whose head skips the box loss without positives, and once averaged."""
+    """The running mean after some steps of FCOS, whose head skips the box loss without positives, and once averaged;
+    how many warnings there were."""
     with DefaultScope.overwrite_default_scope("mmdet"):
         cfg = small(CONFIG_DIR / "fcos_r50_fpn_1x_coco.py")
         cfg.model.bbox_head.loss_bbox = {**WIOU, "type": "detloss_plugins.WIoULoss"}
@@ -31,13 +37,15 @@ def mmdet_rank(rank):
         boxes = BOXES[: 2 * (rank == 0)]
         sample.gt_instances = InstanceData(bboxes=boxes, labels=torch.arange(len(boxes)))
         image = torch.randint(0, 256, (3, 128, 128), dtype=torch.uint8)
-        for _ in range(STEPS):
-            data = model.data_preprocessor({"inputs": [image] * 2, "data_samples": [sample] * 2}, training=True)
-            model.parse_losses(ranks(**data, mode="loss"))[0].backward()
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            for _ in range(STEPS):
+                data = model.data_preprocessor({"inputs": [image] * 2, "data_samples": [sample] * 2}, training=True)
+                model.parse_losses(ranks(**data, mode="loss"))[0].backward()
     mean = model.bbox_head.loss_bbox.mean
     own = mean.clone()
     all_reduce_params(mean.unsqueeze(0), op="mean")  # what mmengine's SyncBuffersHook does with every buffer
-    return own, mean
+    return own, mean, sum(WARNING in str(warning.message) for warning in seen)
 
 
 def yolo_rank(rank):
@@ -56,11 +64,30 @@ def yolo_rank(rank):
 
 @pytest.mark.slow
 def test_mmdet_head_without_positives_on_a_rank(tmp_path):
-    (busy, first), (idle, second) = two_ranks(mmdet_rank, tmp_path)
+    (busy, first, warned), (idle, second, quiet) = two_ranks(mmdet_rank, tmp_path)
+    assert (warned, quiet) == (1, 0), "once, by the rank that moves a state"
     assert busy < 1, "it has seen boxes"
     assert idle == 1, "it has seen none"
     torch.testing.assert_close(first, (busy + idle) / 2)
     assert first == second
+
+
+@pytest.mark.parametrize("hooks", [[], [dict(type="SyncBuffersHook")]])
+def test_a_runner_without_the_hook_is_warned(hooks, tmp_path, monkeypatch):
+    """In its first step, of each type of loss once; one with it, or without other ranks, is not."""
+    build_digits()
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        cfg = small(CONFIG_DIR / "retinanet_r50_fpn_1x_coco.py")
+        cfg.model.bbox_head.loss_bbox = {**WIOU, "type": "detloss_plugins.WIoULoss"}
+        for ranks in (1, 2):
+            monkeypatch.setattr(heads, "_ranks", lambda ranks=ranks: ranks)
+            monkeypatch.setattr(heads, "_asked", set())
+            with warnings.catch_warnings(record=True) as seen:
+                warnings.simplefilter("always")
+                run(tmp_path / str(ranks), Interrupt(at=1), model=cfg.model, custom_hooks=hooks)
+            found = [str(warning.message) for warning in seen if WARNING in str(warning.message)]
+            assert len(found) == (ranks == 2 and not hooks)
+            assert all("state of WIoULoss" in message for message in found)
 
 
 @pytest.mark.slow

@@ -116,4 +116,5 @@ param_scheduler = [
 ]
 randomness = dict(seed=0)
 # Each checkpoint holds the optimiser too.
-default_hooks = dict(checkpoint=dict(max_keep_ckpts=1))
+# Two: mmengine removes the oldest before it writes the newest, so that of one a kill in between leaves none.
+default_hooks = dict(checkpoint=dict(max_keep_ckpts=2))

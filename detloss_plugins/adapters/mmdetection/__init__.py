@@ -14,6 +14,7 @@ from detloss_plugins.adapters.mmdetection.pixels import (
 )
 from detloss_plugins.adapters.mmdetection.ranking import RankingATSSHead, RankingRetinaHead
 from detloss_plugins.adapters.mmdetection.ssd import PluginSSDHead
+from detloss_plugins.adapters.mmdetection.stock import NotStockError, StockConfigHook, stock_config
 from detloss_plugins.adapters.mmdetection.uncertainty import (
     CornerBBoxCoder,
     UncertaintyBBoxHead,
@@ -25,6 +26,7 @@ from detloss_plugins.adapters.mmdetection.yolo import PluginYOLOV3Head
 
 __all__ = [
     "CornerBBoxCoder",
+    "NotStockError",
     "PixelBoxInstBboxHead",
     "PixelCenterNetUpdateHead",
     "PixelCondInstBboxHead",
@@ -38,8 +40,10 @@ __all__ = [
     "PluginYOLOV3Head",
     "RankingATSSHead",
     "RankingRetinaHead",
+    "StockConfigHook",
     "UncertaintyBBoxHead",
     "UncertaintyRetinaHead",
     "UncertaintyRoIHead",
+    "stock_config",
     "variance_voting",
 ]

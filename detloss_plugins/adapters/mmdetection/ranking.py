@@ -38,7 +38,7 @@ class _Ranking(GathersLevels):
         self_balance_period: for ALRPLoss; the authors' is an epoch, 3665 steps for COCO in batches of 32.
 
     Raises:
-        ValueError: if ``loss_cls`` is no ranking loss or lacks ``use_sigmoid=True``, or ALRPLoss or RankSortLoss comes
+        ValueError: if ``loss_cls`` is no ranking loss, or ALRPLoss or RankSortLoss comes
             without ``reg_decoded_bbox=True``.
     """
 
@@ -47,8 +47,6 @@ class _Ranking(GathersLevels):
         head, loss = type(self).__name__, type(self.loss_cls).__name__
         if not isinstance(self.loss_cls, RankingLoss):
             raise ValueError(f"{head} is for APLoss, ALRPLoss, RankSortLoss and DRLoss as loss_cls, not {loss}.")
-        if not self.use_sigmoid_cls:
-            raise ValueError(f"Write use_sigmoid=True for {loss}: {head} reads it to choose the number of channels.")
         if isinstance(self.loss_cls, (ALRPLoss, RankSortLoss)) and not self.reg_decoded_bbox:
             raise ValueError(f"{loss} reads how well boxes fit: set reg_decoded_bbox=True in {head}.")
         if isinstance(self.loss_cls, ALRPLoss):

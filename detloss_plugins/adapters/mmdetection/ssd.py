@@ -41,17 +41,18 @@ class PluginSSDHead(GathersLevels, SSDHead):
 
     def __init__(self, *args, loss_cls=None, loss_bbox=None, neg_pos_ratio="auto", prior_prob=0.01, **kwargs):
         super().__init__(*args, **kwargs)
-        self.loss_cls = MODELS.build(loss_cls or dict(type="detloss_plugins.CrossEntropyLoss"))
-        self.loss_bbox = MODELS.build(loss_bbox or dict(type="detloss_plugins.SmoothL1Loss"))
+        loss_cls = MODELS.build(loss_cls or dict(type="detloss_plugins.CrossEntropyLoss"))
+        loss_bbox = MODELS.build(loss_bbox or dict(type="detloss_plugins.SmoothL1Loss"))
         stock_ratio = (self.train_cfg or {}).get("neg_pos_ratio", 3)
-        self.neg_pos_ratio = mining_ratio(neg_pos_ratio, self.loss_cls, self.loss_bbox, auto=stock_ratio)
+        self.neg_pos_ratio = mining_ratio(neg_pos_ratio, loss_cls, loss_bbox, auto=stock_ratio)
+        self.use_sigmoid_cls = getattr(loss_cls, "use_sigmoid", False)
+        self.loss_cls, self.loss_bbox = loss_cls, loss_bbox
         if isinstance(self.loss_bbox, BoxLoss) and not self.reg_decoded_bbox:
             name = type(self.loss_bbox).__name__
             raise ValueError(f"{name} takes boxes, not encoded offsets: set reg_decoded_bbox=True in PluginSSDHead.")
         if not 0 < prior_prob < 1:
             raise ValueError(f"prior_prob must be between 0 and 1, not {prior_prob}.")
         self.prior_prob = prior_prob
-        self.use_sigmoid_cls = getattr(self.loss_cls, "use_sigmoid", False)
         if self.use_sigmoid_cls:
             self.cls_out_channels = self.num_classes
             self._init_layers()  # anew, without channels for the background

@@ -146,7 +146,7 @@ class Decoded(Loss):
     def __init__(self, base, bins):
         super().__init__()
         self.base, self.bins, self.facts = base, bins, base.facts
-        self.loss_weight, self.compiled = base.loss_weight, base.compiled
+        self.loss_weight, self.compiled, self.unchecked = base.loss_weight, base.compiled, 0
 
     def observe(self, pred, target, weight):
         if any(part.observes for part in self.base.modules() if isinstance(part, Loss)):

@@ -48,6 +48,9 @@ class _WithLosses:
                 (kind,) = {type(part) for part in branches(stock).values()}
                 make = functools.partial(criterion_class(kind), losses=record["losses"])
                 criterion = compat.end_to_end(self, make) if isinstance(stock, compat.E2ELoss) else make(self)
+                first, *others = branches(criterion).values()
+                for other in others:
+                    other.scene = first.scene
         load_criterion_state(criterion, record["state"])
         return criterion
 

@@ -61,7 +61,14 @@ class IoULoss(
     """Yu et al., UnitBox, 2016.
 
     The logarithmic form is the paper's; the linear and the square one are mmdet's.
+
+    Args:
+        linear: mmdet's older way to write ``mode="linear"``.
     """
+
+    def __init__(self, *, linear: bool = False, **settings):
+        super().__init__(**settings)
+        self.linear, self.mode = linear, "linear" if linear else self.mode
 
 
 def giou_loss(pred: Tensor, target: Tensor, *, eps: Positive = 1e-7) -> Tensor:

@@ -67,7 +67,8 @@ class CrossEntropyLoss(
 ):
     """Softmax cross entropy, or binary cross entropy with `use_sigmoid=True`.
 
-    The options and the mean are those of mmdet's class of this name.
+    The options and the mean are those of mmdet's class of this name. The softmax form takes torch's ``(N, C, H, W)``
+    with class indices ``(N, H, W)`` too, as mmdet's semantic heads hand them over.
 
     Args:
         class_weight: one factor a class. As in mmdet, "mean" still divides by the number of elements (torch divides by
@@ -75,18 +76,48 @@ class CrossEntropyLoss(
         ignore_index: a label that takes no part; None means -100. Negative labels never do.
         avg_non_ignore: let "mean" divide by the number of elements that take part, when no ``avg_factor`` is given.
         label_smoothing: epsilon; the target becomes ``(1 - epsilon) target + epsilon / C`` (sigmoid: ``/ 2``).
+        use_mask: binary cross entropy of the mask of each object's own class, as mmdet's mask heads want it: logits
+            ``(N, C, ...)``, masks ``(N, ...)`` and, in the place of the weight, the class of each, ``(N,)``.
+
+    Raises:
+        ValueError: for ``use_mask`` beside ``use_sigmoid`` or without classes, or if ``(N, C, H, W)`` and ``(..., C)``
+            cannot be told apart.
     """
 
     def __init__(
-        self, *, use_sigmoid: bool = False, avg_non_ignore: bool = False, ignore_index: int | None = -100, **settings
+        self,
+        *,
+        use_sigmoid: bool = False,
+        use_mask: bool = False,
+        avg_non_ignore: bool = False,
+        ignore_index: int | None = -100,
+        **settings,
     ):
-        super().__init__(use_sigmoid=use_sigmoid, **settings)
-        self.facts = self.facts.but(keeps_little=not use_sigmoid)  # one operator of torch's
-        self.avg_non_ignore = avg_non_ignore
+        if use_mask and use_sigmoid:
+            raise ValueError("CrossEntropyLoss has use_sigmoid=True or use_mask=True, not both.")
+        super().__init__(use_sigmoid=use_sigmoid or use_mask, **settings)
+        self.facts = self.facts.but(keeps_little=not self.use_sigmoid)  # one operator of torch's
+        self.avg_non_ignore, self.use_mask = avg_non_ignore, use_mask
         self.ignore_index = -100 if ignore_index is None else ignore_index
 
     def check_labels(self, pred, label):
         super().check_labels(pred, self._without_ignored(label))
+
+    def forward(self, pred, target, weight=None, avg_factor=None, reduction_override=None):
+        """As that of any loss; with ``use_mask`` the third argument is the class of each mask."""
+        if self.use_mask:
+            if weight is None or weight.dtype != torch.long:
+                raise ValueError(
+                    "CrossEntropyLoss with use_mask=True takes the class of each mask as its third argument."
+                )
+            pred, weight = pred[torch.arange(len(pred), device=pred.device), weight], None
+        elif pred.dim() == 4 and isinstance(target, Tensor) and target.shape == (len(pred), *pred.shape[2:]):
+            if target.shape == pred.shape[:-1]:
+                raise ValueError(
+                    f"The classes of logits {tuple(pred.shape)} may be dimension 1 or 3; flatten them to (N, C)."
+                )
+            pred = pred.movedim(1, -1)
+        return super().forward(pred, target, weight, avg_factor, reduction_override)
 
     def prepare(self, pred, target):
         of_labels = isinstance(target, Tensor) and target.shape == pred.shape[:-1] and not target.is_floating_point()

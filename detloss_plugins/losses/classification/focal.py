@@ -280,20 +280,34 @@ class GeneralizedFocalLoss(
         return super().prepare(pred, target) if self.values == (0.0, 1.0) else Loss.prepare(self, pred, target)
 
 
-def gaussian_focal_loss(pred: Tensor, target: Tensor, *, alpha: NonNegative = 2.0, gamma: NonNegative = 4.0) -> Tensor:
+def gaussian_focal_loss(
+    pred: Tensor,
+    target: Tensor | tuple[Tensor, Tensor],
+    *,
+    alpha: NonNegative = 2.0,
+    gamma: NonNegative = 4.0,
+    pos_weight: NonNegative = 1.0,
+    neg_weight: NonNegative = 1.0,
+) -> Tensor:
     """``-(1 - p)^alpha ln p`` where the target is 1, else ``-(1 - t)^gamma p^alpha ln(1 - p)``, of a probability p.
 
-    1e-12 is added to the arguments of the logarithms, as upstream does. Probabilities and targets have one shape,
-    which is that of the losses.
+    The first is times ``pos_weight``, the second ``neg_weight``. 1e-12 is added to the arguments of the logarithms, as
+    upstream does. Probabilities and targets have one shape, which is that of the losses. Beside the target there may be
+    how often each cell counts as a positive, whatever the target is: every cell has the second term then too.
 
     >>> gaussian_focal_loss(torch.tensor([0.5, 0.5]), torch.tensor([1.0, 0.5]))  # ln 2 / 4, and that / 16
     tensor([0.1733, 0.0108])
     """
+    target, counts = target if isinstance(target, tuple) else (target, None)
     pred, target = of_one_type(pred, target)
+    if counts is not None:
+        hit = counts * power(1 - pred, alpha) * (pred + 1e-12).log()
+        return -pos_weight * hit - neg_weight * power(1 - target, gamma) * power(pred, alpha) * (1 - pred + 1e-12).log()
     peak = target == 1
     # What should be 1, and what should be 0. Each is exact where it is small.
     right, wrong = torch.where(peak, pred, 1 - pred), torch.where(peak, 1 - pred, pred)
-    return -power(torch.where(peak, 1.0, 1 - target), gamma) * power(wrong, alpha) * (right + 1e-12).log()
+    weight = torch.where(peak, pos_weight, neg_weight * power(1 - target, gamma))
+    return -weight * power(wrong, alpha) * (right + 1e-12).log()
 
 
 @MODELS.register_module()
@@ -304,7 +318,9 @@ class GaussianFocalLoss(
     paper="https://arxiv.org/abs/1808.01244",
     row_wise=True,
     one_per_row=False,
-    upstream=alike(MMDET + "GaussianFocalLoss", {}, {"alpha": 1.5, "gamma": 3.0}),
+    upstream=alike(
+        MMDET + "GaussianFocalLoss", {}, {"alpha": 1.5, "gamma": 3.0}, {"pos_weight": 0.25, "neg_weight": 0.75}
+    ),
 ):
     """Law and Deng, CornerNet, 2018.
 
@@ -318,7 +334,23 @@ class GaussianFocalLoss(
     leading = RegressionLoss.leading
 
     def prepare(self, pred, target):
+        if isinstance(target, tuple):
+            heatmap, counts = target
+            return pred, (self.prepare(pred, heatmap)[1], counts), None
         if not isinstance(target, Tensor):
-            raise ValueError("GaussianFocalLoss takes a heatmap of the shape of pred as its target, not a tuple.")
+            raise ValueError("GaussianFocalLoss takes a heatmap of the shape of pred as its target.")
         check_same_shape(pred, target, "heatmaps of one shape")
         return super().prepare(pred, target)
+
+    def forward(
+        self, pred, target, weight=None, avg_factor=None, reduction_override=None, *, pos_inds=None, pos_labels=None
+    ):
+        """The loss; ``pos_inds`` and ``pos_labels`` are the rows and columns of the positives, if they are not those
+        whose target is 1 (CenterNetUpdateHead)."""
+        if isinstance(target, (tuple, list)):
+            raise ValueError("GaussianFocalLoss takes a heatmap of the shape of pred as its target, not a tuple.")
+        if pos_inds is not None:
+            one = pred.new_ones((), dtype=torch.float32)
+            counts = torch.zeros_like(pred, dtype=torch.float32).index_put((pos_inds, pos_labels), one, accumulate=True)
+            target = target, counts
+        return super().forward(pred, target, weight, avg_factor, reduction_override)

@@ -1,0 +1,114 @@
+"""What a loss of ours says in the moment in which a head of MMDetection takes it, if the two do not fit.
+
+Such a mistake trains without an error: channels for the background beside a sigmoid loss, a loss of classes on boxes, a
+ranking loss that ranks each level for itself. torch tells of every module that becomes part of another, so the head is
+looked at where it is built, in any program. This module imports no framework.
+"""
+
+import inspect
+import warnings
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+
+from detloss_plugins.loss import Loss
+from detloss_plugins.precision import is_compiling
+
+_BOXES = ("box", "regression", "rotated", "uncertainty")
+# The families that an attribute of a head takes.
+FAMILIES = {
+    "loss_cls": (
+        "classification",
+        "ranking",
+        "heatmap",
+        "soft label",
+        "regression",
+    ),  # YOLOv3's head takes the last two
+    "loss_bbox": _BOXES,
+    "loss_bbox_init": _BOXES,
+    "loss_bbox_refine": _BOXES,
+    "loss_bbox_reg": ("regression",),
+    "loss_bbox_cls": ("classification",),
+    "loss_centerness": ("classification", "regression"),
+    "loss_center_heatmap": ("heatmap",),
+    "loss_dfl": ("distribution",),
+    "loss_dice": ("region",),
+    "loss_ld": ("soft label",),
+    "loss_mask": ("region", "classification"),
+}
+_KNOWN = {family for families in FAMILIES.values() for family in families}
+
+
+def check_fit(head: nn.Module, name: str, loss: nn.Module) -> None:
+    """Raise ``ValueError`` if a loss of ours does not fit the attribute ``name`` of a head based on mmdet's."""
+    if not isinstance(loss, Loss) or not _of_mmdet(head):
+        return
+    where, kind = f"{name} of {type(head).__name__}", type(loss).__name__
+    families = FAMILIES.get(name, ())
+    if families and loss.family in _KNOWN and loss.family not in families:
+        raise ValueError(
+            f"{where} is no place for {kind}, a {loss.family} loss: it takes {', '.join(families)} losses."
+        )
+    if not loss.facts.every_rank and any(True for _ in loss.buffers()):
+        loss.register_forward_pre_hook(_is_it_averaged)
+    if name != "loss_cls":
+        return
+    use_sigmoid = getattr(loss, "use_sigmoid", None)
+    if None not in (use_sigmoid, written := getattr(head, "use_sigmoid_cls", None)) and bool(written) != use_sigmoid:
+        raise ValueError(
+            f"Write use_sigmoid={use_sigmoid} in the config of {where}: the head chooses the number of channels by it, "
+            f"and {kind} is a loss with use_sigmoid={use_sigmoid}."
+        )
+    if loss.family == "ranking" and _goes_by_level(type(head)):
+        raise ValueError(
+            f"{where} is called level by level, where {kind} would rank each level for itself: take RankingRetinaHead "
+            "or RankingATSSHead of detloss_plugins.adapters.mmdetection, or PluginSSDHead."
+        )
+
+
+_asked = set()  # types of losses, once in a process
+
+
+def _is_it_averaged(loss, _):
+    """Warn, at the first step of a distributed run, of a state that each rank would keep for itself.
+
+    The loss cannot average it: a head may not call it on a rank without positives, and the others would wait for ever.
+    """
+    if is_compiling() or type(loss) in _asked or not loss.learning or _ranks() < 2:
+        return
+    _asked.add(type(loss))
+    callers = (frame.frame.f_locals.get("self") for frame in inspect.stack(0))
+    hooks = next((loop.runner.hooks for loop in callers if hasattr(getattr(loop, "runner", None), "hooks")), [])
+    if not any(type(hook).__name__ == "SyncBuffersHook" for hook in hooks):
+        warnings.warn(
+            f"Each rank keeps a state of {type(loss).__name__} of its own, and they drift apart: write "
+            'custom_hooks=[dict(type="SyncBuffersHook")] in the config, or call detloss_plugins.loss.average_state of '
+            "it on every rank in every step.",
+            stacklevel=2,
+        )
+
+
+def _ranks():
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if distributed else 1
+
+
+def _of_mmdet(head):
+    return any(base.__module__.startswith("mmdet.models.") for base in type(head).__mro__)
+
+
+def _goes_by_level(head):
+    """Whether ``loss_by_feat`` of an mmdet head takes its predictions level by level, or image by image."""
+    if {"DETRHead", "GathersLevels"} & {base.__name__ for base in head.__mro__}:  # layers of a decoder; all at once
+        return False
+    for base in head.__mro__:
+        code = getattr(vars(base).get("loss_by_feat"), "__code__", None)
+        if code and any(name.startswith("loss") and name.endswith("by_feat_single") for name in code.co_names):
+            return True
+        if code and "loss_by_feat" not in code.co_names:  # it does not go on to its base's
+            return False
+    return False
+
+
+register_module_module_registration_hook(check_fit)

@@ -1,0 +1,133 @@
+"""A config of mmdet's own losses for a detector that was trained with ours, which then runs where mmdet alone is."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.dist import master_only
+from mmengine.hooks import Hook
+from mmengine.registry import MODELS, DefaultScope
+from mmengine.utils import get_object_from_string
+
+from detloss_plugins.adapters.mmdetection.check import our_losses
+from detloss_plugins.registry import SCOPE, build_loss
+
+# Of each family, a loss that makes a head of mmdet the same at inference.
+STOCK = {
+    "box": "GIoULoss",
+    "classification": "CrossEntropyLoss",
+    "distribution": "DistributionFocalLoss",
+    "heatmap": "GaussianFocalLoss",
+    "ranking": "CrossEntropyLoss",
+    "region": "DiceLoss",
+    "regression": "L1Loss",
+    "soft label": "KnowledgeDistillationKLDivLoss",
+}
+# Of ours that a head looks at by name, as they say more of it than their family, and what of their settings it is.
+BY_NAME = {"SeesawLoss": ("num_classes", "p", "q", "return_dict"), "SmoothL1Loss": (), "MSELoss": ()}
+
+
+class NotStockError(ValueError):
+    """The detector needs this package at inference too; the message says what of it."""
+
+
+def stock_config(cfg: Config) -> Config:
+    """A copy of a config in which nothing is ours, for inference and tests with the checkpoint of a training.
+
+    Losses of ours become ones of mmdet's that leave the channels and the scores as they are, and heads of ours their
+    base in mmdet.
+
+    Raises:
+        NotStockError: if the detector has other layers than mmdet's, or scores otherwise.
+    """
+    stock = copy.deepcopy(cfg)
+    for path, loss in list(our_losses(stock.model)):
+        *parents, last = path.split(".")
+        _inside(stock.model, parents)[int(last) if last.isdigit() else last] = _stock_loss(loss)
+    for part in _dicts(stock.model):
+        if str(part.get("type")).startswith(f"{SCOPE}."):
+            part.update(_stock_part(part))
+            part.pop("self_balance_period", None)  # of RankingRetinaHead
+    for key in ("custom_hooks", "custom_imports"):
+        stock[key] = _without_ours(stock.get(key))
+    with DefaultScope.overwrite_default_scope(cfg.get("default_scope", "mmdet")):
+        layers, ours = (_layers(config.model) for config in (stock, cfg))
+    if layers != ours:
+        raise NotStockError(f"mmdet's own detector has no {', '.join(sorted(ours.keys() ^ layers.keys())[:3])} ...")
+    return stock
+
+
+def _stock_loss(loss):
+    built, name = build_loss(loss), type(build_loss(loss)).__name__
+    if built.family not in STOCK:
+        raise NotStockError(f"mmdet has no loss like {name}.")
+    made = {"type": f"mmdet.{name if name in BY_NAME else STOCK[built.family]}"}
+    made |= {key: getattr(built, key) for key in BY_NAME.get(name, ())}
+    if STOCK[built.family] == "CrossEntropyLoss" and name not in BY_NAME:
+        made |= {"use_sigmoid": built.use_sigmoid}
+        if getattr(built, "use_mask", False):
+            made = {"type": "mmdet.CrossEntropyLoss", "use_mask": True}
+    return made
+
+
+def _stock_part(part):
+    """The type of mmdet's class that a head of ours adds nothing to at inference."""
+    ours = get_object_from_string(part["type"])
+    theirs = next(base for base in ours.__mro__ if base.__module__.startswith(("mmdet.", "torch.")))
+    if not (ours.__name__.startswith("Pixel") or ours.__name__ == "RankingRetinaHead"):
+        raise NotStockError(f"{ours.__name__} is more than mmdet's {theirs.__name__} at inference too.")
+    return {"type": theirs.__name__}
+
+
+def _layers(model):
+    """The shapes of all that a detector keeps, but for the states of losses."""
+    built = MODELS.build(copy.deepcopy(model))
+    state = built.state_dict()
+    for name, module in built.named_modules():
+        if type(module).__module__.startswith((f"{SCOPE}.losses", "mmdet.models.losses")):
+            for key in module.state_dict():
+                state.pop(f"{name}.{key}", None)
+    own = ("box_balance", "balance_history")  # of RankingRetinaHead, for training
+    return {key: tuple(value.shape) for key, value in state.items() if not key.endswith(own)}
+
+
+def _dicts(node):
+    if isinstance(node, dict):
+        yield node
+    for child in node.values() if isinstance(node, dict) else node if isinstance(node, list | tuple) else ():
+        yield from _dicts(child)
+
+
+def _inside(node: Any, path):
+    for key in path:
+        node = node[int(key) if key.isdigit() else key]
+    return node
+
+
+def _without_ours(entry):
+    """``custom_hooks`` or ``custom_imports`` without those of this package."""
+    if isinstance(entry, dict):
+        imports = [name for name in entry.get("imports", []) if name.split(".")[0] != SCOPE]
+        return {**entry, "imports": imports} if imports else None
+    return [hook for hook in entry or [] if not str(hook.get("type")).startswith(f"{SCOPE}.")]
+
+
+class StockConfigHook(Hook):
+    """Writes :func:`stock_config` beside the checkpoints when a training begins, as ``NAME_stock.py``.
+
+    In a config, ``custom_hooks=[dict(type="detloss_plugins.adapters.mmdetection.StockConfigHook")]``. Where mmdet alone
+    is installed, ``init_detector("work_dirs/NAME/NAME_stock.py", "work_dirs/NAME/epoch_12.pth")`` then loads the
+    detector; the log says so, or why that cannot be.
+    """
+
+    @master_only
+    def before_train(self, runner) -> None:
+        """Write the file."""
+        path = Path(runner.work_dir) / f"{Path(runner.cfg.filename or 'config').stem}_stock.py"
+        try:
+            stock_config(runner.cfg).dump(path)
+        except NotStockError as error:
+            runner.logger.info(f"detloss_plugins is needed at inference too: {error}")
+        else:
+            runner.logger.info(f"for inference where detloss_plugins is not installed: {path}")

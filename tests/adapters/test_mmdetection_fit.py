@@ -1,0 +1,193 @@
+"""A loss that does not fit its head of MMDetection says so when the head is built; a config is checked before that."""
+
+import copy
+import re
+
+import pytest
+import torch
+from mmdet.models.dense_heads import RetinaHead
+from mmdet.registry import MODELS as MMDET_MODELS
+from mmengine.config import Config
+from support.mmdetection import CONFIG_DIR, config
+
+from detloss_plugins.adapters.mmdetection.check import check_config, our_losses, unknown_keys
+from detloss_plugins.losses import CIoULoss, FocalLoss
+from detloss_plugins.registry import build_loss, registered_losses
+
+pytestmark = pytest.mark.usefixtures("mmdet_scope")
+
+OURS = "detloss_plugins.adapters.mmdetection"
+RANKING_HEAD = f"{OURS}.RankingRetinaHead"
+HEADS = {
+    **{name: {} for name in ("ATSSHead", "RetinaHead", "FCOSHead")},
+    "RPNHead": {"num_classes": 1},
+    RANKING_HEAD: {"reg_decoded_bbox": True},
+}
+
+
+def head(name, **losses):
+    prefixed = {slot: {**loss, "type": f"detloss_plugins.{loss['type']}"} for slot, loss in losses.items()}
+    return MMDET_MODELS.build({"type": name, "num_classes": 80, "in_channels": 8, **HEADS.get(name, {}), **prefixed})
+
+
+def settings(cls):
+    """Of a loss without ``use_sigmoid``, which the user forgot."""
+    return {"type": cls.__name__, **{key: value for key, value in cls.facts.example.items() if key != "use_sigmoid"}}
+
+
+SIGMOID = [
+    cls
+    for cls in registered_losses().values()
+    if cls.facts.family in ("classification", "ranking") and build_loss(settings(cls)).use_sigmoid
+]
+
+
+@pytest.mark.parametrize("name", ["ATSSHead", "RetinaHead", "FCOSHead", "RPNHead"])
+@pytest.mark.parametrize("loss", SIGMOID, ids=lambda cls: cls.__name__)
+def test_use_sigmoid_forgotten(name, loss):
+    """The head would make a channel for the background, which a sigmoid loss does not know as such."""
+    with pytest.raises(ValueError, match=f"Write use_sigmoid=True .* loss_cls of {name}.* {loss.__name__} is a loss"):
+        head(name, loss_cls=settings(loss))
+
+
+def test_use_sigmoid_where_there_is_a_softmax():
+    assert not head("ATSSHead", loss_cls={"type": "FocalLoss", "use_sigmoid": False}).use_sigmoid_cls
+    with pytest.raises(ValueError, match="use_sigmoid"):
+        head("ATSSHead", loss_cls={"type": "ModifiedCrossEntropyLoss", "activation": "softmax", "use_sigmoid": True})
+
+
+@pytest.mark.parametrize(
+    ("name", "slot", "loss"),
+    [
+        ("RetinaHead", "loss_bbox", {"type": "FocalLoss", "use_sigmoid": True}),
+        ("FCOSHead", "loss_bbox", {"type": "APLoss", "use_sigmoid": True}),
+        ("ATSSHead", "loss_bbox", {"type": "DistributionFocalLoss"}),
+        ("RetinaHead", "loss_cls", {"type": "DistributionFocalLoss"}),
+        ("FCOSHead", "loss_cls", {"type": "CIoULoss"}),
+        ("FCOSHead", "loss_centerness", {"type": "DIoULoss"}),
+        ("Shared2FCBBoxHead", "loss_bbox", {"type": "CrossEntropyLoss"}),
+        ("FCNMaskHead", "loss_mask", {"type": "GIoULoss"}),
+    ],
+)
+def test_a_loss_of_another_family(name, slot, loss):
+    with pytest.raises(ValueError, match=f"{slot} of {name} is no place for {loss['type']}"):
+        head(name, **{slot: loss})
+
+
+RANKING = [name for name, cls in registered_losses().items() if cls.facts.family == "ranking"]
+
+
+@pytest.mark.parametrize("loss", RANKING)
+def test_a_ranking_loss_goes_where_all_levels_are_called_at_once(loss):
+    cfg = {"type": loss, "use_sigmoid": True}
+    for name in ("RetinaHead", "ATSSHead", "DDODHead", "RPNHead", f"{OURS}.UncertaintyRetinaHead"):
+        with pytest.raises(ValueError, match=f"called level by level, where {loss} .*RankingRetinaHead"):
+            head(name, loss_cls=cfg)
+    assert type(head("FCOSHead", loss_cls=cfg).loss_cls).__name__ == loss
+    ranking = head(RANKING_HEAD, loss_cls=cfg, loss_bbox={"type": "GIoULoss"})
+    assert type(ranking.loss_cls).__name__ == loss
+
+
+def test_it_is_the_heads_of_mmdet_that_are_looked_at():
+    class Ours(RetinaHead):
+        pass
+
+    options = dict(num_classes=80, in_channels=8)
+    with pytest.raises(ValueError, match="loss_cls of Ours"):
+        Ours(**options, loss_cls={"type": "detloss_plugins.FocalLoss"})
+    mine = Ours(**options)
+    with pytest.raises(ValueError, match="loss_bbox of Ours"):
+        mine.loss_bbox = FocalLoss()
+    mine.anything = FocalLoss()
+    anybodys = torch.nn.Module()
+    anybodys.loss_bbox = FocalLoss()
+    anybodys.loss_cls = CIoULoss()
+
+
+FOCAL = "model.bbox_head.loss_cls"
+RETINANET = CONFIG_DIR / "retinanet_r18_fpn_digits.py"  # with gamma and alpha of a focal loss
+
+
+def problems(overrides):
+    cfg, stock = copy.deepcopy(config(RETINANET)), config(RETINANET)
+    cfg.merge_from_dict(overrides)
+    return check_config(cfg, stock, overrides)
+
+
+def test_settings_that_another_loss_left():
+    type_only = {f"{FOCAL}.type": "detloss_plugins.VarifocalLoss"}
+    (found,) = problems(type_only)
+    assert found.startswith(f"{FOCAL}: VarifocalLoss would keep gamma=2.0, alpha=0.25, which was written for FocalLoss")
+    assert problems({**type_only, f"{FOCAL}.gamma": 2.0, f"{FOCAL}.alpha": 0.75}) == []
+    assert problems({**type_only, f"{FOCAL}._delete_": True, f"{FOCAL}.use_sigmoid": True}) == []
+    assert problems({f"{FOCAL}.type": "detloss_plugins.losses.FocalLoss"}) == [], "the same loss"
+    assert problems({"model.bbox_head.loss_bbox.type": "detloss_plugins.CIoULoss"}) == [], "it left a loss_weight"
+
+
+def test_settings_that_a_base_config_left(tmp_path):
+    base, child, grandchild = (tmp_path / f"{name}.py" for name in ("base", "child", "grandchild"))
+    config(RETINANET).dump(base)
+    poly = "dict(type='detloss_plugins.PolyLoss', gamma=1.0)"
+    child.write_text(f"_base_ = 'base.py'\nmodel = dict(bbox_head=dict(loss_cls={poly}))\n", encoding="utf-8")
+    grandchild.write_text("_base_ = ['./child.py']\nmodel = dict(bbox_head=dict(num_classes=10))\n", encoding="utf-8")
+    for path in (child, grandchild):
+        (found,) = check_config(Config.fromfile(path))
+        assert "PolyLoss would keep alpha=0.25, which was written for FocalLoss" in found
+    new = "dict(_delete_=True, type='detloss_plugins.PolyLoss', use_sigmoid=True)"
+    child.write_text(f"_base_ = 'base.py'\nmodel = dict(bbox_head=dict(loss_cls={new}))\n", encoding="utf-8")
+    assert check_config(Config.fromfile(child)) == []
+
+
+def test_a_config_is_checked_by_what_its_detector_says():
+    (found,) = problems({f"{FOCAL}._delete_": True, f"{FOCAL}.type": "detloss_plugins.FocalLoss"})
+    assert "Write use_sigmoid=True" in found
+    (found,) = problems({f"{FOCAL}._delete_": True, f"{FOCAL}.type": "detloss_plugins.FocalLos"})
+    assert "did you mean FocalLoss" in found
+    state = torch.get_rng_state()
+    assert problems({}) == []
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("epochs", "train_cfg.max_epochs"),
+        ("foo", "did you mean"),
+        ("cls.type", f"{FOCAL}.type"),
+        ("model.bbox_head.los_cls.type", f"{FOCAL}.type"),
+        ("train_dataloader.batchsize", "train_dataloader.batch_size"),
+        ("model.test_cfg.score_th", "model.test_cfg.score_thr"),
+    ],
+)
+def test_a_key_that_the_config_does_not_have(key, nearest):
+    (found,) = unknown_keys(config(RETINANET), {key: 1})
+    assert found.startswith(f"The config has no key {key}; ")
+    assert nearest in found
+
+
+def test_keys_that_are_new_and_right():
+    """Of a class, and of mmengine's Runner; and of list items."""
+    keys = ["train_dataloader.dataset.indices", f"{FOCAL}.loss_weight", "resume", "load_from", "launcher"]
+    assert unknown_keys(config(RETINANET), dict.fromkeys([*keys, "train_cfg.max_epochs"])) == []
+    assert unknown_keys(config(RETINANET), {"param_scheduler.0.end": 2}) == []
+    for key, value, was in (
+        ("train_cfg", 2, "a dict of "),
+        ("resume", 2, "False"),
+        (f"{FOCAL}.gamma", "a", 2),
+    ):
+        (found,) = unknown_keys(config(RETINANET), {key: value})
+        assert re.match(f"{key} is {was}.* in the config, and cannot be {value!r}", found)
+    (found,) = unknown_keys(config(RETINANET), {"param_scheduler.7.end": 2})
+    assert "param_scheduler.7.end" in found
+
+
+def test_our_losses_of_a_config():
+    assert dict(our_losses(config(RETINANET).model)).keys() == {"bbox_head.loss_cls", "bbox_head.loss_bbox"}
+    node = [{"type": CIoULoss}, {"type": "mmdet.CIoULoss"}, {"a": {"type": "detloss_plugins.losses.CIoULoss"}}]
+    assert [path for path, _ in our_losses(node)] == ["0", "2.a"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted(CONFIG_DIR.glob("*.py")), ids=lambda path: path.stem)
+def test_nothing_is_wrong_with_the_shipped_configs(path):
+    assert check_config(Config.fromfile(path)) == []
