@@ -12,6 +12,7 @@ from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.dist import all_reduce_params
 from mmengine.registry import DefaultScope
+from mmengine.runner import set_random_seed
 from mmengine.structures import InstanceData
 from support.mmdetection import CONFIG_DIR, Interrupt, build, run, small
 from support.ranks import two_ranks
@@ -42,12 +43,20 @@ def detector(name):
     return cfg, f"{'roi_head.' if name == 'SeesawLoss' else ''}bbox_head.{slot}"
 
 
+class Seeded(Interrupt):
+    """Each step has a seed of its own: a checkpoint of mmengine's does not hold the state of the random numbers, and
+    Faster R-CNN draws samples."""
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        set_random_seed(runner.iter)
+
+
 def training(work_dir, model):
     """A run in this process, from its last checkpoint on."""
     torch.set_num_threads(1)
     loop = dict(type="EpochBasedTrainLoop", max_epochs=EPOCHS, val_interval=100)
     with DefaultScope.overwrite_default_scope("mmdet"):
-        run(work_dir, Interrupt(), model=model, resume=True, train_cfg=loop, randomness=dict(seed=0))
+        run(work_dir, Seeded(), model=model, resume=True, train_cfg=loop, randomness=dict(seed=0))
 
 
 def start(work_dir, model):
