@@ -347,11 +347,11 @@ def test_the_command_refuses_what_a_resume_would_ignore(stopped, tmp_path, capsy
         ([train.DEFAULT_CONFIG], "dfl: the stock loss): to resume it with yours, give --new-losses"),
         (["--work-dir", tmp_path / "other"], "leave --work-dir out"),
     ):
-        assert words in commanded(capsys, resume, *arguments, status=1), arguments
-    assert "resume=true needs --work-dir" in commanded(capsys, "resume=true", status=1)
-    assert "no checkpoint no-such.pt" in commanded(capsys, "resume=no-such.pt", status=1)
+        assert words in commanded(capsys, resume, *arguments, status=2), arguments
+    assert "resume=true needs --work-dir" in commanded(capsys, "resume=true", status=2)
+    assert "no checkpoint no-such.pt" in commanded(capsys, "resume=no-such.pt", status=2)
     (tmp_path / "half.pt").write_bytes(stopped.read_bytes()[:10000])
-    assert commanded(capsys, "resume=half.pt", status=1)
+    assert commanded(capsys, "resume=half.pt", status=2)
     assert "run of Ultralytics that resumes" in commanded(capsys, "--new-losses", status=2)
     assert not (tmp_path / "runs").exists(), "nothing was trained"
 
@@ -361,7 +361,7 @@ def test_the_command_resumes_with_the_losses_of_the_run(own_run, capsys):
     assert commanded(capsys, "resume=true", "--work-dir", run, "batch=4").startswith("  dfl: stock loss")
     assert len((run / "results.csv").read_text(encoding="utf-8").splitlines()) == 3
     assert trained_losses(own_run)["losses"] == load_losses(STATEFUL)
-    assert "has ended: start a new one" in commanded(capsys, f"resume={own_run}", status=1)
+    assert "has ended: start a new one" in commanded(capsys, f"resume={own_run}", status=2)
 
 
 def test_the_command_resumes_with_other_losses_where_it_is_told_to(own_run, capsys):
@@ -378,6 +378,7 @@ def test_the_command_starts_anew_without_resume(monkeypatch):
 
     monkeypatch.setattr(YOLO, "train", stop)
     monkeypatch.setattr(train, "yolo_data", lambda *_: ("own.yaml", {}))
+    monkeypatch.setattr(train, "check_yolo", lambda _: None)
     with pytest.raises(Interrupted):
         train.train_yolo(train.parse(["resume=false", "epochs=1"]))
     assert (given["data"], given["epochs"]) == ("own.yaml", 1)
