@@ -546,4 +546,20 @@ def test_step_command(tmp_path):
         assert row["steps"] == 2
         assert sum(row[part]["ms"] for part in step.PARTS) < row["forward"]["ms"] < row["step"]["ms"]
         assert 0 < row["share"]["low"] <= row["share"]["median"] <= row["share"]["high"] < 1
+        assert row["kernels"] > 300
+        assert row["waits"] >= 3
     assert report["machine"]["imgsz"] == 64
+
+
+def test_step_command_counts_what_a_gpu_would_be_given(monkeypatch):
+    monkeypatch.setenv("DETLOSS_ASYNC", "1")
+    args = step.parse(["--model", "yolo26n.yaml", "--imgsz", "64", "--batch", "4", "--steps", "1", "--warm-up", "1"])
+    stock, ours = (step.measure(name, args)[-1] for name in ("stock", "BCE + CIoU + DFL, eager"))
+    assert ours["kernels"] < stock["kernels"]
+    assert ours["waits"] < stock["waits"]
+
+
+def test_step_command_takes_configs_of_mmdetection(capsys):
+    config = "configs/mmdetection/retinanet_r18_fpn_digits.py"
+    assert step.main(["--config", config, "--batch", "2", "--steps", "2", "--warm-up", "1"]) == 0
+    assert "kernels" in capsys.readouterr().out
