@@ -93,6 +93,7 @@ class ClassificationLoss(Loss, family="classification", every_rank=True, needs_m
     """
 
     sigmoid_only: ClassVar[bool] = True
+    may_ignore = True  # False where no element of a dense target is negative, so that nobody has to look
 
     def __init__(self, *, use_sigmoid: bool = True, **settings):
         if self.sigmoid_only and not use_sigmoid:
@@ -123,6 +124,8 @@ class ClassificationLoss(Loss, family="classification", every_rank=True, needs_m
             )
 
     def prepare(self, pred, target):
+        if not self.may_ignore and isinstance(target, Tensor) and target.shape == pred.shape:
+            return pred, target.to(pred.dtype), None
         return pred, *self.dense(pred, target)
 
     @classmethod

@@ -204,7 +204,8 @@ def test_all_anchors_give_what_the_positive_ones_give(cls, batches, asynchronous
     model, batch = detector("yolov8n"), batches["detect"]
     preds, found, state = model(batch["img"]), [], []
     for everywhere in (False, True):
-        monkeypatch.setattr(module, "takes_all_anchors", lambda loss, _, e=everywhere: e and loss.facts.row_wise)
+        takes = lambda self, _, everywhere=everywhere: everywhere and self.box.facts.row_wise  # noqa: E731
+        monkeypatch.setattr(module._BoxCriterion, "takes_all_anchors", takes)
         criterion = ours(model, {"box": in_slot(cls), "dfl": {"type": "DistributionFocalLoss"}})
         criterion.targets = before.FastTargets(criterion.assigner, criterion.reg_max) if everywhere else None
         found.append(value_and_gradients(criterion, preds, batch))

@@ -8,8 +8,10 @@ import copy
 import functools
 import types
 import warnings
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from ultralytics.utils.tal import TaskAlignedAssigner, make_anchors
 
 from detloss_plugins.adapters.ultralytics import compat
@@ -160,6 +162,13 @@ class Decoded(Loss):
         return type(self), self.bins, self.base.blueprint()
 
 
+def decoded(box, bins, dist, target, places):
+    """A box loss on what the head predicts: the loss to call, its pred and its target."""
+    if type(box).reduced is Loss.reduced:
+        return Decoded(box, bins), dist, (target, places)
+    return box, decode(bins, dist, places), target
+
+
 class Scene:
     """What the branches of a head share: all that follows from the last size of image, and the last batch's objects.
 
@@ -224,8 +233,18 @@ def padded(rows, first, slots):
     return label, corners, corners.sum(-1, keepdim=True) > 0  # the stock criterion's rule for what is an object
 
 
+class Targets(NamedTuple):
+    """What the anchors of a batch should predict."""
+
+    boxes: Tensor  # (B, A, 4), in pixels
+    scores: Tensor  # (B, A, C)
+    positive: Tensor  # (B, A), a mask
+    index: Tensor  # (B, A), of their objects
+    weight: Tensor  # (B, A), the score of their objects' classes; 0 where they are not positive
+
+
 def targets(stock, bins, scores, dist, places, *objects):
-    """What the anchors of a batch should predict.
+    """The :class:`Targets` of a batch.
 
     Args:
         stock: the assigner.
@@ -233,16 +252,10 @@ def targets(stock, bins, scores, dist, places, *objects):
         scores, dist: what it predicts, ``(B, A, C)`` and ``(B, A, 4 * bins)``.
         places: see :class:`Scene`.
         objects: see :func:`padded`.
-
-    Returns:
-        Boxes in pixels and in stride units ``(B, A, 4)``, class scores ``(B, A, C)``, which anchors are positive, the
-        indices of their objects, and the scores of their classes ``(B, A)``.
     """
     points, strides = places.split((2, 1), -1)
     boxes = decode(bins, dist, places)
-    found = assign(stock, float32(scores).sigmoid(), boxes, points * strides, *padded(*objects))
-    _, box, target_scores, positive, index, score = found
-    return box, box / strides, target_scores, positive, index, score
+    return Targets(*assign(stock, float32(scores).sigmoid(), boxes, points * strides, *padded(*objects))[1:])
 
 
 class FastTargets:

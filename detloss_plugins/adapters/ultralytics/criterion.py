@@ -1,7 +1,6 @@
 """The stock criteria with losses of ours in their slots, for every task of YOLO and for RT-DETR."""
 
 import functools
-import os
 from contextlib import contextmanager
 
 import torch
@@ -15,17 +14,16 @@ from ultralytics.utils.tal import bbox2dist
 
 from detloss_plugins.adapters.ultralytics import compat
 from detloss_plugins.adapters.ultralytics.assigner import (
-    Decoded,
     FastAssigner,
     FastTargets,
     Scene,
+    Targets,
     can_replace,
-    decode,
+    decoded,
     padded,
 )
 from detloss_plugins.adapters.ultralytics.config import SLOTS, check_task, filled, load_losses
-from detloss_plugins.loss import Loss, average_state
-from detloss_plugins.nested import each_tensor
+from detloss_plugins.loss import average_state
 from detloss_plugins.precision import float32, is_asynchronous, without_autocast
 from detloss_plugins.registry import build_loss
 
@@ -125,16 +123,6 @@ def _in_pixels(boxes, stride):
     return boxes * stride if boxes.shape[-1] == 4 else torch.cat([boxes[..., :4] * stride, boxes[..., 4:]], -1)
 
 
-def counts_waits(device):
-    """Whether kernels and waits are what a criterion costs on a device; ``DETLOSS_ASYNC=1`` says so of a CPU too."""
-    return is_asynchronous(device) or os.environ.get("DETLOSS_ASYNC") == "1"
-
-
-def takes_all_anchors(loss, device):
-    """Whether a loss gets all anchors, those that are not positive with weight 0, in place of the positive ones."""
-    return counts_waits(device) and loss.compiled and loss.facts.row_wise
-
-
 class _BoxCriterion(BboxLoss):
     """The stock box criterion with the box loss, the distribution (or distance) loss, or both replaced."""
 
@@ -145,47 +133,48 @@ class _BoxCriterion(BboxLoss):
     def forward(self, *inputs):
         dist, boxes, anchors, target, scores, scores_sum, positive, imgsz, stride = compat.box_inputs(self, inputs)
         stock = super().forward(*inputs) if None in (self.box, self.dfl) else (None, None)
-        of_boxes = self.box, _in_pixels(boxes, stride), _in_pixels(target, stride)
-        found = self.sums(of_boxes, dist, anchors, target, scores.sum(-1), positive, imgsz, stride)
+        places = torch.cat([anchors, stride], -1).expand(len(dist), -1, -1)
+        dist, boxes, target, scores, places = self.rows_of(positive, dist, boxes, target, scores, places)
+        pixels = _in_pixels(boxes, places[..., 2:]), _in_pixels(target, places[..., 2:])
+        found = self.sums(self.box, *pixels, dist, target, places, scores.sum(-1), imgsz)
         return tuple(of_stock if own is None else own / scores_sum for own, of_stock in zip(found, stock, strict=True))
 
-    def on_dist(self, dist, target, places):
-        """The box loss, and its pred and target, by what the head predicts; see :class:`Decoded`."""
-        places = places.expand(len(dist), -1, -1)
-        if type(self.box).reduced is Loss.reduced:
-            return Decoded(self.box, self.reg_max), dist, (target, places)
-        return self.box, decode(self.reg_max, dist, places), target
+    def takes_all_anchors(self, device):
+        """Whether the losses get all anchors, those that are not positive with weight 0, in place of the positive."""
+        own = [loss for loss in (self.box, self.dfl) if loss is not None]
+        return is_asynchronous(device) and all(loss.compiled and loss.facts.row_wise for loss in own)
 
-    def sums(self, of_boxes, dist, anchors, target, weight, positive, imgsz, stride):
+    def rows_of(self, positive, *tensors):
+        """Those rows of tensors ``(B, A, ...)`` that the losses get."""
+        if self.takes_all_anchors(positive.device):
+            return tensors
+        index = positive.nonzero(as_tuple=True)
+        return tuple(x[index] for x in tensors)
+
+    def sums(self, box, pred_boxes, target_boxes, dist, target, places, weight, imgsz):
         """The summed losses of the two slots; None for a stock one.
 
         Args:
-            of_boxes: the box loss, or one in its place, and its pred and target for all anchors ``(B, A, ...)``.
-            weight: the scores ``(B, A)`` of the anchors' classes, 0 for those that are not positive.
-            dist, anchors, target, positive, imgsz, stride: as in the stock criterion.
+            box: the box loss, or one in its place that takes ``pred_boxes`` and ``target_boxes``.
+            dist: what the head predicts, ``(..., 4 * bins)``.
+            target: boxes ``(..., 4 or 5)`` in stride units.
+            places: anchors and strides ``(..., 3)``.
+            weight: the scores ``(...)`` of the anchors' classes, 0 for those that are not positive.
+            imgsz: as in the stock criterion.
         """
         loss_box = loss_dfl = None
-        chosen = functools.cache(lambda: positive.nonzero(as_tuple=True))
-        weight_of_chosen = functools.cache(lambda: weight[chosen()])
-
-        def total(loss, pred, target, sides=None):
-            if takes_all_anchors(loss, weight.device):
-                each = weight
-            else:
-                (pred, target), each = each_tensor(lambda x: x[chosen()], (pred, target)), weight_of_chosen()
-            if sides:  # one loss a side; a box counts as their mean
-                each = (each / sides).unsqueeze(-1).expand(*each.shape, sides)
-            return loss(pred, target, each, reduction_override="sum")
-
-        if self.box is not None:
-            tell_image_size(self.box, float32(imgsz))
-            loss_box = total(*of_boxes)
+        if box is not None:
+            tell_image_size(box, float32(imgsz))
+            loss_box = box(pred_boxes, target_boxes, weight, reduction_override="sum")
         if self.dfl is not None:
-            loss_dfl = total(self.dfl, *self.sides(dist, anchors, target, imgsz, stride), sides=4)
+            # One loss a side; a box counts as the mean of its four.
+            each = (weight / 4).unsqueeze(-1).expand(*weight.shape, 4)
+            loss_dfl = self.dfl(*self.sides(dist, target, places, imgsz), each, reduction_override="sum")
         return loss_box, loss_dfl
 
-    def sides(self, dist, anchors, target, imgsz, stride):
+    def sides(self, dist, target, places, imgsz):
         """What the head predicts for the four sides of a box, and the distances it should predict."""
+        anchors, stride = places.split((2, 1), -1)
         if self.reg_max > 1:
             return dist.unflatten(-1, (4, self.reg_max)), self.distances(anchors, target, self.reg_max - 1)
         # A head without bins regresses the distances themselves, here as shares of the image's sides.
@@ -228,8 +217,8 @@ def check_head(model, losses):
 def build_losses(losses, num_classes, device):
     """The losses of a checked dict on a device; one that must know the number of classes is told."""
     built = {slot: build_loss(filled(cfg, num_classes=num_classes)).to(device) for slot, cfg in losses.items()}
-    for part in (part for loss in built.values() for part in loss.modules() if hasattr(part, "unchecked")):
-        part.unchecked = 0  # the criterion hands over boxes; to look at them, the host would wait
+    for part in (part for loss in built.values() for part in loss.modules()):
+        part.unchecked, part.may_ignore = 0, False  # what the criterion hands over needs no look, which would wait
     return built
 
 
@@ -264,55 +253,60 @@ class PluginDetectionLoss(compat.DetectionCriterion):
             self.bbox_loss = kind(self.reg_max, self.built.get("box"), self.built.get("dfl")).to(self.device)
         self.scene, self.targets = Scene(), None
         compiled = any(loss.compiled for loss in self.built.values())
-        if compiled and counts_waits(self.device) and can_replace(self.assigner):
+        if compiled and is_asynchronous(self.device) and can_replace(self.assigner):
             self.targets = FastTargets(self.assigner, self.reg_max)
             self.assigner = FastAssigner(self.assigner)
 
     def get_assigned_targets_and_loss(self, preds, batch, **extra):
         """The stock method; where waits count, with all before the losses in fewer kernels."""
         stock = super().get_assigned_targets_and_loss
-        if (
-            extra
-            or not counts_waits(self.device)
-            or stock.__func__ is not v8DetectionLoss.get_assigned_targets_and_loss
-        ):
+        of_task = stock.__func__ is not v8DetectionLoss.get_assigned_targets_and_loss
+        if of_task or extra or not is_asynchronous(self.device):
             return stock(preds, batch, **extra)
         dist, scores = (preds[name].permute(0, 2, 1) for name in ("boxes", "scores"))
         scene = self.scene
         scene.resize(preds["feats"], self.stride)
         objects = scene.objects(batch, len(scores))
-        own_boxes = self.built.keys() >= {"box", "dfl"}
-        boxes = None if own_boxes and self.targets else self.bbox_decode(scene.anchors, dist)
         if self.targets:
-            found = self.targets(scores.detach(), dist.detach(), scene.places, *objects)
-            target, in_strides, target_scores, positive, index, weight = found
-            dist, total = dist.contiguous(), weight.sum()
+            found, pixels = self.targets(scores.detach(), dist.detach(), scene.places, *objects), None
+            dist = dist.contiguous()
         else:
-            pixels = boxes * scene.strides
-            _, target, target_scores, positive, index = self.assigner(
-                scores.detach().sigmoid(), float32(pixels.detach()), scene.points, *padded(*objects)
-            )
-            in_strides, weight, total = target / scene.strides, target_scores.sum(-1), target_scores.sum()
-        total = total.clamp(min=1)
-        loss_cls = self.bce(scores, target_scores)
-        if (weights := compat.class_weights(self)) is not None:
-            loss_cls = loss_cls * weights
-        loss_cls = loss_cls.sum() if loss_cls.dim() else loss_cls
+            pixels = float32(self.bbox_decode(scene.anchors, dist)) * scene.strides
+            found = self.assigner(scores.detach().sigmoid(), pixels.detach(), scene.points, *padded(*objects))
+            found = Targets(*found[1:], found[2].sum(-1))
+        total = found.scores.sum().clamp(min=1) if pixels is not None else found.weight.sum().clamp(min=1)
+        loss_cls = self.class_loss(scores, found.scores)
         gains = scene.constant(self.hyp.box, self.hyp.cls, self.hyp.dfl)
-        geometry = positive, scene.image_size, scene.strides
-        if own_boxes:
-            of_boxes = (
-                self.bbox_loss.on_dist(dist, target, scene.places)
-                if boxes is None
-                else (self.built["box"], float32(pixels), target)
-            )
-            loss_box, loss_dfl = self.bbox_loss.sums(of_boxes, dist, scene.anchors, in_strides, weight, *geometry)
+        if self.built.keys() >= {"box", "dfl"}:
+            loss_box, loss_dfl = self.own_box_losses(dist, pixels, found)
             loss = torch.stack([loss_box, loss_cls, loss_dfl]) * (gains / total)
         else:
-            inputs = dist, boxes, scene.anchors, in_strides, target_scores, total, *geometry
-            loss_box, loss_dfl = self.bbox_loss(*inputs)
+            boxes = self.bbox_decode(scene.anchors, dist)
+            inputs = dist, boxes, scene.anchors, found.boxes / scene.strides, found.scores, total, found.positive
+            loss_box, loss_dfl = self.bbox_loss(*inputs, scene.image_size, scene.strides)
             loss = torch.stack([loss_box, loss_cls / total, loss_dfl]) * gains
-        return (positive, index, target, scene.anchors, scene.strides), loss, compat.named(self, loss.detach())
+        assigned = found.positive, found.index, found.boxes, scene.anchors, scene.strides
+        return assigned, loss, compat.named(self, loss.detach())
+
+    def class_loss(self, scores, target_scores):
+        """The summed class loss, with the weights of the classes if there are any."""
+        loss, weights = self.bce(scores, target_scores), compat.class_weights(self)
+        loss = loss if weights is None else loss * weights
+        return loss.sum() if loss.dim() else loss
+
+    def own_box_losses(self, dist, pixels, found):
+        """The summed losses of both slots; of boxes in pixels, or where these are None of what the head predicts."""
+        places, rows_of = self.scene.places.expand(len(dist), -1, -1), self.bbox_loss.rows_of
+        if pixels is None:
+            rows = rows_of(found.positive, dist, found.boxes, found.weight, places)
+            dist, target, weight, places = rows
+            box, pixels, wanted = decoded(self.built["box"], self.reg_max, dist, target, places)
+        else:
+            rows = rows_of(found.positive, dist, found.boxes, found.weight, places, pixels)
+            dist, target, weight, places, pixels = rows
+            box, wanted = self.built["box"], target
+        in_strides = target / places[..., 2:]
+        return self.bbox_loss.sums(box, pixels, wanted, dist, in_strides, places, weight, self.scene.image_size)
 
     def loss(self, preds, batch):
         """The stock loss; the state of its losses is averaged over the ranks."""
