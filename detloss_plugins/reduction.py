@@ -52,6 +52,8 @@ def fit_weight(weight: Tensor, loss: Tensor) -> Tensor:
         return weight.reshape(given + (1,) * (len(shape) - len(given)))
     if given == (*shape[:-1], 1):
         return weight
+    if loss.dim() > 2 and given == (*shape[:1], 1, *shape[2:]):  # a mask of a map, as CornerNet's head has it
+        return weight
     if given == (loss.numel(),):  # one per element, flat, as FSAF's head has it
         return weight.reshape(shape)
     raise ValueError(

@@ -15,6 +15,7 @@ from detloss_plugins.reduction import apply_weight, reduce
         ((5, 3), (5,), (5, 3)),
         ((5, 3), (5, 1), (5, 3)),
         ((5, 3), (15,), (5, 3)),
+        ((2, 3, 4, 5), (2, 1, 4, 5), (2, 3, 4, 5)),
     ],
 )
 def test_weight_shapes(loss_shape, weight_shape, expected_shape):
@@ -32,6 +33,7 @@ def test_weight_shapes(loss_shape, weight_shape, expected_shape):
         ((5, 3), (5, 2)),
         ((5, 3), (2, 5, 3)),
         ((5, 3), (14,)),
+        ((2, 3, 4, 5), (1, 3, 4, 5)),
         ((5,), (1, 5)),  # for as many boxes, a row of weights would mean those of one box
         ((2, 3), (3, 2)),  # as many numbers, in another order
         ((2, 3), (1, 3)),

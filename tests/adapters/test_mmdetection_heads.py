@@ -10,7 +10,15 @@ from mmdet.models.roi_heads.mask_heads import FusedSemanticHead, SCNetSemanticHe
 from mmengine.hub import get_config
 from support.mmdetection import backward, build, dicts, shrink
 
-from detloss_plugins.losses import CrossEntropyLoss, GaussianFocalLoss, IoULoss, L1Loss, SmoothL1Loss
+from detloss_plugins.losses import (
+    BalancedL1Loss,
+    CrossEntropyLoss,
+    GaussianFocalLoss,
+    IoULoss,
+    L1Loss,
+    MSELoss,
+    SmoothL1Loss,
+)
 from detloss_plugins.registry import MODELS
 
 pytestmark = pytest.mark.usefixtures("mmdet_scope")
@@ -72,6 +80,24 @@ def test_dynamic_rcnn_moves_beta(batch):
     cfg.model.roi_head.bbox_head.loss_bbox = dict(type="detloss_plugins.L1Loss")
     with pytest.raises(AssertionError):
         build(cfg)
+
+
+@pytest.mark.parametrize("cls", [L1Loss, SmoothL1Loss, MSELoss, BalancedL1Loss])
+def test_a_mask_of_a_map_weighs_all_its_channels(cls):
+    """CornerNet's and CentripetalNet's offsets."""
+    torch.manual_seed(0)
+    pred, target, mask = torch.rand(2, 2, 8, 8), torch.rand(2, 2, 8, 8), (torch.rand(2, 1, 8, 8) < 0.1).float()
+    value, each = (cls()(pred, target, weight, avg_factor=mask.sum()) for weight in (mask, mask.expand_as(pred)))
+    assert value > 0
+    assert value == each
+
+
+def test_a_heatmap_of_the_number_of_classes_is_one_of_background():
+    """CenterNetUpdateHead's of an image without objects."""
+    pred = torch.full((3, 4), 0.3)
+    value = GaussianFocalLoss()(pred, torch.full((3, 4), 4), avg_factor=1)
+    assert value == GaussianFocalLoss()(pred, torch.zeros(3, 4), avg_factor=1)
+    assert value == pytest.approx(12 * 0.09 * -math.log(0.7), rel=1e-4)
 
 
 @pytest.mark.parametrize("head", [FusedSemanticHead, SCNetSemanticHead])

@@ -325,7 +325,9 @@ class GaussianFocalLoss(
     """Law and Deng, CornerNet, 2018.
 
     Call with a heatmap of probabilities and one of targets, both of one shape, as the heads of CornerNet and CenterNet
-    do; a target of exactly 1 is a positive, and less means a smaller penalty the nearer to 1 it is.
+    do; a target of exactly 1 is a positive, and less means a smaller penalty the nearer to 1 it is. Above 1 it counts
+    as 0: mmdet's CenterNetUpdateHead fills the heatmap of an image without objects with the number of classes, its
+    label of the background.
 
     Raises:
         ValueError: if the shapes differ.
@@ -340,7 +342,7 @@ class GaussianFocalLoss(
         if not isinstance(target, Tensor):
             raise ValueError("GaussianFocalLoss takes a heatmap of the shape of pred as its target.")
         check_same_shape(pred, target, "heatmaps of one shape")
-        return super().prepare(pred, target)
+        return super().prepare(pred, torch.where(target > 1, 0, target))
 
     def forward(
         self, pred, target, weight=None, avg_factor=None, reduction_override=None, *, pos_inds=None, pos_labels=None
