@@ -1,6 +1,7 @@
 """What a long training meets, for every loss in every slot: poisoned batches, and kills at any moment."""
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -152,7 +153,7 @@ def test_a_poisoned_batch_does_what_it_does_to_the_stock_losses(poison, name, sl
     assert not faults, stock
 
 
-KILLS = 20
+KILLS = int(os.environ.get("DETLOSS_KILLS", "4"))  # 20 of them take minutes a training
 # Run with the settings of a training, as JSON: it starts, or resumes if there is something to resume, and says what
 # state it goes on with.
 TRAINING = """
