@@ -140,7 +140,7 @@ def test_in_a_distributed_model(traced, tmp_path):
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("name", ["FocalLoss", "CIoULoss"])
+@pytest.mark.parametrize("name", ["FocalLoss", "CIoULoss", pytest.param("KLDLoss", marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("error:.*runs uncompiled")
 def test_really_compiled(name, device):
     """The kernels too: over millions of numbers, and as exact as uncompiled."""
