@@ -28,7 +28,18 @@ from detloss_plugins.testing.check.subject import small_chunks
 
 TOLERANCES = {torch.float64: 1e-8, torch.float32: 2e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 # Settings that belong to the input, that are losses, or that change nothing in a formula.
-FIXED = {"num_classes", "compile", "reduction", "return_dict", "losses", "base", "loss_cls", "loss_bbox", "eps"}
+FIXED = {
+    "num_classes",
+    "compile",
+    "reduction",
+    "return_dict",
+    "losses",
+    "base",
+    "loss_cls",
+    "loss_bbox",
+    "eps",
+    "use_mask",
+}
 CLASSES = 10
 
 
