@@ -1,7 +1,5 @@
 """The criterion where kernels and waits are what it costs: the way for a GPU, taken on a CPU by DETLOSS_ASYNC=1."""
 
-import copy
-
 import pytest
 import torch
 from support.ultralytics import (
@@ -17,7 +15,6 @@ from support.ultralytics import (
 from timing import kernels_and_waits, named_loops
 from ultralytics.utils.tal import RotatedTaskAlignedAssigner, TaskAlignedAssigner
 
-from detloss_plugins import build_loss
 from detloss_plugins.adapters.ultralytics import assigner as before
 from detloss_plugins.adapters.ultralytics import criterion as module
 from detloss_plugins.adapters.ultralytics.assigner import FastAssigner, assign, padded
@@ -295,6 +292,23 @@ def test_a_cpu_keeps_the_stock_way(batches):
     assert isinstance(criterion.assigner, TaskAlignedAssigner)
 
 
+def test_out_of_memory_goes_image_by_image(batches, asynchronous, monkeypatch):
+    def full(*_):
+        raise torch.cuda.OutOfMemoryError
+
+    model, batch, found = detector("yolov8n"), batches["detect"], []
+    preds = model(batch["img"])
+    for fast in (lambda function, name, key: function, lambda function, name, key: full):
+        monkeypatch.setattr(before, "compiled", fast)
+        criterion = ours(model, stock_equivalents("yolov8n"))
+        criterion.targets = before.FastTargets(criterion.assigner, criterion.reg_max)
+        found.append(value_and_gradients(criterion, preds, batch))
+    assert_near(found[1], found[0])
+    inputs = scene(0, "plain", 2, 5, False, (8, 9))
+    stock = stock_assigner(False, 10, None)
+    check_picks(FastAssigner(stock)(*inputs), stock(*(x.clone() for x in inputs)))
+
+
 def test_without_a_compiler_the_assigner_says_so_and_works(monkeypatch):
     def fails(*_, **__):
         raise RuntimeError("no compiler")
@@ -307,4 +321,3 @@ def test_without_a_compiler_the_assigner_says_so_and_works(monkeypatch):
     with pytest.warns(UserWarning, match="The assigner runs uncompiled: .*no compiler"):
         found = FastAssigner(stock)(*inputs)
     check_picks(found, stock(*(x.clone() for x in inputs)))
-    assert copy.deepcopy(build_loss({"type": "CIoULoss"}))

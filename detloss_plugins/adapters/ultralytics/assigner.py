@@ -115,8 +115,11 @@ class FastAssigner:
     def __call__(self, *inputs):
         """See :func:`assign`."""
         stock, key = fitting(self.stock)
-        with without_autocast(inputs[0].device):
-            return compiled(functools.partial(assign, stock), "The assigner", key)(*inputs)[:5]
+        try:
+            with without_autocast(inputs[0].device):
+                return compiled(functools.partial(assign, stock), "The assigner", key)(*inputs)[:5]
+        except torch.cuda.OutOfMemoryError:
+            return self.stock(*inputs)  # which goes image by image
 
 
 def can_replace(assigner):
@@ -265,8 +268,16 @@ class FastTargets:
         self.stock, self.bins = stock, bins
 
     @torch.no_grad()
-    def __call__(self, *inputs):
+    def __call__(self, scores, dist, places, rows, first, slots):
         """See :func:`targets`."""
         stock, key = fitting(self.stock)
-        with without_autocast(inputs[0].device):
-            return compiled(functools.partial(targets, stock, self.bins), "The assigner", (self.bins, *key))(*inputs)
+        function = functools.partial(targets, stock, self.bins)
+        with without_autocast(scores.device):
+            try:
+                fast = compiled(function, "The assigner", (self.bins, *key))
+                return fast(scores, dist, places, rows, first, slots)
+            except torch.cuda.OutOfMemoryError:
+                pass  # out of the handler, which holds on to what was there
+            images = (slice(i, i + 1) for i in range(len(scores)))
+            found = [function(scores[i], dist[i], places, rows, first[i.start : i.stop + 1], slots) for i in images]
+            return Targets(*map(torch.cat, zip(*found, strict=True)))
