@@ -4,9 +4,11 @@ import pytest
 import torch
 from support.ultralytics import (
     TASK_MODELS,
+    assert_same,
     branches,
     detector,
     ours,
+    result,
     since,
     stock_criterion,
     task_of,
@@ -171,6 +173,13 @@ def test_stock_equivalent_losses_give_stock_values_and_gradients(
     stock = ours(model, losses) if task_of(name) == "obb" else stock_criterion(model)
     assert_near(found, value_and_gradients(stock, preds, batch))
     assert not [w for w in recwarn if "uncompiled" in str(w.message)]
+
+
+@pytest.mark.parametrize("name", [name for name in TASK_MODELS if task_of(name) != "obb"])
+def test_absent_slots_are_stock_bit_for_bit(name, batches, asynchronous):
+    model, batch = detector(name), batches[task_of(name)]
+    stock = result(model, stock_criterion(model), batch)
+    assert_same(result(model, ours(model, {}), batch), stock, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("objects", [0, 1])

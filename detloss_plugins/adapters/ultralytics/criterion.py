@@ -264,6 +264,9 @@ class PluginDetectionLoss(compat.DetectionCriterion):
         if of_task or extra or not is_asynchronous(self.device):
             return stock(preds, batch, **extra)
         dist, scores = (preds[name].permute(0, 2, 1) for name in ("boxes", "scores"))
+        # In the order in which the stock losses add up, where they do.
+        dist = dist if self.built.keys() >= {"box", "dfl"} else dist.contiguous()
+        scores = scores if "cls" in self.built else scores.contiguous()
         scene = self.scene
         scene.resize(preds["feats"], self.stride)
         objects = scene.objects(batch, len(scores))
