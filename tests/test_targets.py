@@ -18,6 +18,7 @@ from detloss_plugins.losses import (
 )
 from detloss_plugins.registry import registered_losses
 from detloss_plugins.testing import sample
+from detloss_plugins.testing.check.subject import small_chunks
 
 LABEL = torch.tensor([0, 2, 3, 1])  # 3 is background
 QUALITY = torch.tensor([0.4, 0.9, 0.0, 1.0])
@@ -544,3 +545,17 @@ def test_vmap_from_the_first_call_on():
         torch.testing.assert_close(
             found, torch.stack([build_loss({"type": name})(*x) for x in zip(pred, target, strict=True)])
         )
+
+
+@pytest.mark.parametrize("use_sigmoid", [False, True])
+def test_where_nothing_is_ignored_the_count_is_that_of_all(use_sigmoid):
+    """A dense target, whole and in chunks, some of which have rows that are ignored."""
+    torch.manual_seed(0)
+    pred, target = torch.randn(100, 10), torch.rand(100, 10).softmax(-1)
+    counting, plain = (CrossEntropyLoss(use_sigmoid=use_sigmoid, avg_non_ignore=flag) for flag in (True, False))
+    torch.testing.assert_close(counting(pred, target), plain(pred, target))
+    target[:7] = -1
+    expected = plain(pred[7:], target[7:])
+    torch.testing.assert_close(counting(pred, target), expected)
+    with small_chunks("cpu", 160):
+        torch.testing.assert_close(counting(pred, target), expected)

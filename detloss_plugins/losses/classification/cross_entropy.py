@@ -138,7 +138,7 @@ class CrossEntropyLoss(
         return self.avg_non_ignore
 
     def statistics(self, pred, target, valid, weight):
-        valid = target.new_ones(target.shape) if valid is None else valid
+        valid = torch.ones(pred.shape[:-1], dtype=torch.bool, device=pred.device) if valid is None else valid
         per_valid = 1 if valid.shape == pred.shape or not self.use_sigmoid else pred.shape[-1]
         return {"counted": valid.sum() * per_valid}
 
