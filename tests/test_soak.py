@@ -5,6 +5,7 @@ import soak
 import torch
 
 from detloss_plugins.loss import Loss
+from detloss_plugins.registry import registered_losses
 
 
 @pytest.fixture(autouse=True)
@@ -23,8 +24,16 @@ def test_sixty_cases(capsys):
 
 
 @pytest.mark.slow
-def test_half_a_minute(capsys):
-    assert soak.main(["--minutes", "0.5", "--seed", "3"]) == 0, capsys.readouterr().out
+def test_thousands_of_cases(capsys):
+    """By number, not by time, as a faster machine would find what a slower one does not."""
+    counts, failed = soak.soak(soak.Case(3, number) for number in range(3700))
+    assert failed == 0, capsys.readouterr().out
+    assert len(counts) == len(registered_losses())
+
+
+def test_the_command_runs_for_some_time(capsys):
+    assert soak.main(["--minutes", "0.02", "--seed", "0"]) == 0
+    assert ": 0 failed" in capsys.readouterr().out
 
 
 def test_a_case_again(capsys):
