@@ -29,6 +29,8 @@ def compiled(function, name, key):
         return function(*args)
 
     def tried(*args):
+        if key in _failed:
+            return function(*args)
         try:
             return _compiled[key](*args)
         except (MemoryError, torch.cuda.OutOfMemoryError):
@@ -45,7 +47,7 @@ def compiled(function, name, key):
         # The compiler has room for few graphs by code object: a copy has its own.
         own = types.FunctionType(run.__code__.replace(), globals(), run.__name__, None, run.__closure__)
         _compiled[key] = torch.compile(own, dynamic=True, fullgraph=True)
-    return function if key in _failed else tried
+    return tried
 
 
 def assign(stock, scores, boxes, points, labels, objects, valid):
@@ -109,15 +111,15 @@ class FastAssigner:
     """
 
     def __init__(self, stock):
-        self.stock = stock
+        self.stock, (copied, key) = stock, fitting(stock)
+        self.fast = compiled(functools.partial(assign, copied), "The assigner", key)
 
     @torch.no_grad()
     def __call__(self, *inputs):
         """See :func:`assign`."""
-        stock, key = fitting(self.stock)
         try:
             with without_autocast(inputs[0].device):
-                return compiled(functools.partial(assign, stock), "The assigner", key)(*inputs)[:5]
+                return self.fast(*inputs)[:5]
         except torch.cuda.OutOfMemoryError:
             return self.stock(*inputs)  # which goes image by image
 
@@ -265,19 +267,18 @@ class FastTargets:
     """:func:`targets` of a stock assigner for which :func:`can_replace` holds, compiled."""
 
     def __init__(self, stock, bins):
-        self.stock, self.bins = stock, bins
+        copied, key = fitting(stock)
+        self.plain = functools.partial(targets, copied, bins)
+        self.fast = compiled(self.plain, "The assigner", (bins, *key))
 
     @torch.no_grad()
     def __call__(self, scores, dist, places, rows, first, slots):
         """See :func:`targets`."""
-        stock, key = fitting(self.stock)
-        function = functools.partial(targets, stock, self.bins)
         with without_autocast(scores.device):
             try:
-                fast = compiled(function, "The assigner", (self.bins, *key))
-                return fast(scores, dist, places, rows, first, slots)
+                return self.fast(scores, dist, places, rows, first, slots)
             except torch.cuda.OutOfMemoryError:
                 pass  # out of the handler, which holds on to what was there
             images = (slice(i, i + 1) for i in range(len(scores)))
-            found = [function(scores[i], dist[i], places, rows, first[i.start : i.stop + 1], slots) for i in images]
+            found = [self.plain(scores[i], dist[i], places, rows, first[i.start : i.stop + 1], slots) for i in images]
             return Targets(*map(torch.cat, zip(*found, strict=True)))

@@ -129,7 +129,7 @@ def filled(cfg, **values):
     if isinstance(cfg, Sequence) and not isinstance(cfg, str):
         return (tuple if isinstance(cfg, tuple) else list)(filled(part, **values) for part in cfg)
     if not isinstance(cfg, Mapping):
-        return f"{cfg.__module__}.{cfg.__name__}" if isinstance(cfg, type) else copy.deepcopy(cfg)
+        return copy.deepcopy(cfg)
     takes = inspect.signature(loss_class(cfg["type"])).parameters if "type" in cfg else ()
     lacks = {name: value for name, value in values.items() if name in takes and name not in cfg}
     return {**lacks, **{name: filled(value, **values) for name, value in cfg.items()}}

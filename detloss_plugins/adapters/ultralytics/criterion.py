@@ -264,27 +264,28 @@ class PluginDetectionLoss(compat.DetectionCriterion):
         if of_task or extra or not is_asynchronous(self.device):
             return stock(preds, batch, **extra)
         dist, scores = (preds[name].permute(0, 2, 1) for name in ("boxes", "scores"))
+        own_boxes = self.built.keys() >= {"box", "dfl"}
         # In the order in which the stock losses add up, where they do.
-        dist = dist if self.built.keys() >= {"box", "dfl"} else dist.contiguous()
+        dist = dist if own_boxes else dist.contiguous()
         scores = scores if "cls" in self.built else scores.contiguous()
         scene = self.scene
         scene.resize(preds["feats"], self.stride)
         objects = scene.objects(batch, len(scores))
+        boxes = None if own_boxes and self.targets else self.bbox_decode(scene.anchors, dist)
         if self.targets:
             found, pixels = self.targets(scores.detach(), dist.detach(), scene.places, *objects), None
             dist = dist.contiguous()
         else:
-            pixels = float32(self.bbox_decode(scene.anchors, dist)) * scene.strides
+            pixels = float32(boxes) * scene.strides
             found = self.assigner(scores.detach().sigmoid(), pixels.detach(), scene.points, *padded(*objects))
             found = Targets(*found[1:], found[2].sum(-1))
         total = found.scores.sum().clamp(min=1) if pixels is not None else found.weight.sum().clamp(min=1)
         loss_cls = self.class_loss(scores, found.scores)
         gains = scene.constant(self.hyp.box, self.hyp.cls, self.hyp.dfl)
-        if self.built.keys() >= {"box", "dfl"}:
+        if own_boxes:
             loss_box, loss_dfl = self.own_box_losses(dist, pixels, found)
             loss = torch.stack([loss_box, loss_cls, loss_dfl]) * (gains / total)
         else:
-            boxes = self.bbox_decode(scene.anchors, dist)
             inputs = dist, boxes, scene.anchors, found.boxes / scene.strides, found.scores, total, found.positive
             loss_box, loss_dfl = self.bbox_loss(*inputs, scene.image_size, scene.strides)
             loss = torch.stack([loss_box, loss_cls / total, loss_dfl]) * gains
