@@ -138,7 +138,7 @@ def _by_kernel(call: Call, backward: bool) -> Tensor | None:
         return None
 
     def run(call):
-        place = key, len(call.rows), backward, _is_narrow(call.rows[0])
+        place = key, len(call.rows), backward, call.rows[0].device.type == "cpu" and not _is_narrow(call.rows[0])
         kernel = _kernels.get(place) or _kernels.setdefault(place, _compile(make(), *place[2:]))
         flat = [_contiguous(x.detach()) for x in (*call.rows, *call.shared)]
         one = flat[0].new_ones(1 if _is_narrow(flat[0]) else len(flat[0]))
@@ -169,7 +169,7 @@ def _contiguous(x: Tensor) -> Tensor:
     return torch.stack(x.unbind(-1)).t() if few else x.contiguous()
 
 
-def _compile(function: Callable[..., Tensor], backward: bool, narrow: bool) -> Callable:
+def _compile(function: Callable[..., Tensor], backward: bool, one_loop: bool) -> Callable:
     """A kernel that gives a sum for each row, as a full one would run in one block of a GPU, and maybe the gradient.
 
     A 1 for each row comes first: without a number a row, the compiler makes a loop over all and another over the rows.
@@ -194,7 +194,7 @@ def _compile(function: Callable[..., Tensor], backward: bool, narrow: bool) -> C
 
     # It has room for few graphs by code object, which all kernels would share: a copy has its own.
     own = types.FunctionType(kernel.__code__.replace(), globals(), kernel.__name__, None, kernel.__closure__)
-    # It is to use threads whatever the size of the first call, as the next may be larger; and to work out again what
-    # value and gradient share, rather than to keep that in memory between two loops; of a box loss, that has no end.
-    in_one = {f"realize_{what}_threshold": 500 for what in ("opcount", "reads", "acc_reads") if backward and not narrow}
-    return torch.compile(own, dynamic=True, fullgraph=True, options={"cpp.min_chunk_size": 1, **in_one})
+    # It is to use threads whatever the size of the first call; and on a CPU to work out again what value and gradient
+    # share, not keep it between two loops. Of boxes, and through a GPU's cat, each operator doubles that, for ever.
+    limits = {f"realize_{what}_threshold": 500 for what in ("opcount", "reads", "acc_reads") if backward and one_loop}
+    return torch.compile(own, dynamic=True, fullgraph=True, options={"cpp.min_chunk_size": 1, **limits})

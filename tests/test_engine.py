@@ -301,6 +301,19 @@ def test_no_full_sum_is_compiled(device, monkeypatch):
     assert shapes == [(37,), (37, 4)]
 
 
+@needs_compiler
+def test_the_compiler_of_another_device_than_a_cpu_keeps_its_own_limits(monkeypatch):
+    """There it inlines all that a cat is made of: with higher limits it takes twice as long for every operator."""
+    given = []
+    monkeypatch.setattr(engine, "_kernels", {})
+    monkeypatch.setattr(torch, "compile", lambda function, **how: given.append(how["options"].keys()) or function)
+    for device in ("cpu", "meta"):
+        pred, target = sample_for(FocalLoss(), torch.device(device))
+        FocalLoss(compile=True)(pred, target).backward()
+    raised = {f"realize_{what}_threshold" for what in ("opcount", "reads", "acc_reads")}
+    assert [bool(options & raised) for options in given] == [True, False]
+
+
 class Broken:
     """A compiler that fails, or whose kernel does, the first times."""
 
