@@ -61,8 +61,7 @@ def wiou_loss(
 class _OverABase(BoxLoss, true_gradient=False, attracts=True, filled=("base",)):
     """A box loss that changes another one, ``base``; None for the plain form. Some facts are the default base's.
 
-    They nest in any order, each by its formula. Of Wise-IoU and another one, Wise-IoU belongs outside: inside, the
-    other's ``IoU - other IoU`` is not focused, and outweighs the loss of boxes that fit well.
+    They nest in any order, each by its formula.
     """
 
     def __init__(self, *, base: Mapping | None = CIOU, **settings):
@@ -177,7 +176,8 @@ class InnerIoULoss(
 
     Args:
         ratio: of the auxiliary boxes, above 0, usually 0.5 to 1.5. Below 1 the boxes part earlier.
-        base: config of a box loss with one value a box; None for ``1 - inner IoU``.
+        base: config of a box loss with one value a box; None for ``1 - inner IoU``. Wise-IoU inside does not
+            focus ``IoU - inner IoU``, which outweighs the rest for boxes that fit well: put it around this loss.
 
     Raises:
         ValueError: if ``base`` is another kind of loss.
@@ -192,7 +192,8 @@ class FocalerIoULoss(
 
     Args:
         d, u: the IoUs between which boxes count, ``0 <= d < u <= 1``. The plain form has no gradient elsewhere.
-        base: config of a box loss with one value a box; None for ``1 - focaler IoU``.
+        base: config of a box loss with one value a box; None for ``1 - focaler IoU``. Wise-IoU inside does not
+            focus ``IoU - focaler IoU``, which outweighs the rest for boxes that fit well: put it around this loss.
 
     Raises:
         ValueError: for other ``d`` and ``u``, or if ``base`` is another kind of loss.
