@@ -151,8 +151,17 @@ class DistributionDistillationLoss(
         check_same_shape(pred, target, "logits (N, bins), of student and teacher")
         return super().prepare(pred, target)
 
-    def forward(self, pred, target, weight=None, avg_factor=None, reduction_override=None, matched=None):
-        """As in every loss, but for ``matched``: booleans, one for each row or box, which make the mean the paper's.
+    def forward(
+        self,
+        pred: Tensor,
+        target: Tensor,
+        weight: Tensor | None = None,
+        avg_factor: Tensor | float | None = None,
+        reduction_override: str | None = None,
+        matched: Tensor | None = None,
+    ) -> Tensor:
+        """As in every loss, but for ``matched``: booleans, one for each row or box, which make the mean the paper's, with
+        the weights as constants.
 
         Raises:
             ValueError: if ``matched`` comes with an ``avg_factor`` or with another reduction than "mean".
@@ -167,7 +176,7 @@ class DistributionDistillationLoss(
             for x in (matched, pred.new_ones(()) if weight is None else weight)
         )
         share = root_shares(matched)
-        return super().forward(pred, target, weight * share, None, "sum")
+        return super().forward(pred, target, weight.detach() * share, None, "sum")
 
 
 def root_shares(matched: Tensor) -> Tensor:
