@@ -160,8 +160,8 @@ class DistributionDistillationLoss(
         reduction_override: str | None = None,
         matched: Tensor | None = None,
     ) -> Tensor:
-        """As in every loss, but for ``matched``: booleans, one for each row or box, which make the mean the paper's, with
-        the weights as constants.
+        """As in every loss, but for ``matched``: booleans, one for each row or box, which make the mean the paper's,
+        with constant weights.
 
         Raises:
             ValueError: if ``matched`` comes with an ``avg_factor`` or with another reduction than "mean".
