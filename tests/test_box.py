@@ -294,6 +294,14 @@ def test_what_interpiou_pulls_in():
             assert (pull[0, ::2].sum() > 0) == (sides < reach)
 
 
+def test_the_dynamic_alpha_of_interpiou_is_a_constant():
+    pred, target = (torch.tensor([box], dtype=torch.float64) for box in ([1.0, 2, 5, 7], [2.0, 1, 7, 6]))
+    pred.requires_grad_()
+    dynamic, fixed = (build_loss({"type": "InterpIoULoss", **how}) for how in ({"dynamic": True}, {"alpha": 7 / 11}))
+    assert dynamic(pred, target).item() == pytest.approx(fixed(pred, target).item())  # their IoU is 12 / 33
+    torch.testing.assert_close(gradient(dynamic, pred, target), gradient(fixed, pred, target))
+
+
 def test_scale_dynamic_iou_is_ciou_but_for_small_targets():
     pred, target = boxes()
     area = (target[:, 2:] - target[:, :2]).prod(-1)
