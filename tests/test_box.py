@@ -190,6 +190,9 @@ def test_mpdiou_must_know_the_image():
     assert loss(pred, target) == MPDIoULoss(image_size=(480, 640))(pred, target)
 
 
+CIOU_AND_BOUNDED = {"type": "JointLoss", "losses": [{"type": "CIoULoss"}, {"type": "BoundedIoULoss"}]}
+
+
 @pytest.mark.parametrize(
     ("cfg", "message"),
     [
@@ -204,6 +207,7 @@ def test_mpdiou_must_know_the_image():
         ({"type": "FocalerIoULoss", "base": {"type": "BoundedIoULoss"}}, "one value a box, not BoundedIoULoss"),
         ({"type": "FocalerIoULoss", "d": 0.5, "u": 0.5}, "below u=0.5"),
         ({"type": "WIoULoss", "base": {"type": "BoundedIoULoss"}}, "base of WIoULoss .* one value a box, not Bounded"),
+        ({"type": "WIoULoss", "base": CIOU_AND_BOUNDED}, "base of WIoULoss .* one value a box, not JointLoss"),
         ({"type": "InterpIoULoss", "alpha": 1.5}, r"\[0, 1\]"),
         ({"type": "ScaleDynamicIoULoss", "area": 0}, "above 0"),
         ({"type": "FocalEIoULoss", "floor": 2.0}, r"\[0, 1\]"),
@@ -219,7 +223,7 @@ def test_a_bad_setting_fails_when_the_loss_is_built(cfg, message):
         build_loss(cfg)
 
 
-BASES = [cls for cls in BOX_LOSSES if cls.facts.one_per_row and "base" not in cls.facts.filled]
+BASES = [cls for cls in BOX_LOSSES if cls.facts.one_per_row]
 
 
 @pytest.mark.parametrize("cls", BASES, ids=lambda cls: cls.__name__)
