@@ -19,6 +19,7 @@ IMPORTS = {
     "*/support/ultralytics*": ["ultralytics"],
     "*/test_mm*": ["mmdet"],
     "*/test_mmrotate*": ["mmrotate"],
+    "*/test_combinations.py": ["ultralytics"],
     "*/test_detr_quality.py": ["mmdet"],
     "*/test_ranks.py": ["mmdet", "ultralytics"],
     "*/test_tools.py": ["mmdet", "ultralytics"],

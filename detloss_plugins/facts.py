@@ -153,6 +153,12 @@ def two_increasing() -> Rule:
     return _each(_numbers("a number"), "two increasing numbers", lambda value: len(value) == 2 and value[0] < value[1])
 
 
+def increasing() -> Rule:
+    """Two numbers or more, each greater than the one before."""
+    words = "increasing numbers, at least two"
+    return _each(_numbers("a number"), words, lambda value: len(value) > 1 and list(value) == sorted(set(value)))
+
+
 # Types for the settings of a loss: what a keyword-only argument is annotated with is what it may be.
 Number = Annotated[float, _numbers("a number")]
 Positive = Annotated[float, above(0)]

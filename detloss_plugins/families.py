@@ -213,6 +213,12 @@ class DistributionLoss(Loss, family="distribution"):
         return super().prepare(pred, target)
 
 
+def has_bins(loss: Loss) -> bool:
+    """Whether a loss, or a part of it, has other bins than 0, 1, 2 and so on, by which the stock heads decode."""
+    parts = (part for part in loss.modules() if isinstance(part, DistributionLoss))
+    return any(getattr(part, "bins", None) is not None for part in parts)
+
+
 class RegressionLoss(Loss, family="regression", one_per_row=False):
     """Point-wise losses between tensors of one shape, any shape.
 

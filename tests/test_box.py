@@ -1,5 +1,7 @@
 """What is particular to one box loss: options, state, and errors that come before a training starts."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -132,6 +134,43 @@ def test_the_focusing_of_wiou_is_a_constant(version):
     torch.testing.assert_close(gradient(focused, pred, target), factor * gradient(plain, pred, target))
 
 
+@pytest.mark.parametrize("version", [1, 2, 3])
+@pytest.mark.parametrize("base", ["GCDLoss", "EIoULoss", "NWDLoss"])
+def test_wise_over_a_base_multiplies_it_by_the_focusing_of_wiou(version, base):
+    pred, target = boxes()
+    base = {"type": base, "loss_weight": 0.7}
+    losses = [{"type": "WIoULoss", "version": version, "base": base}, base, {"type": "WIoULoss", "version": version}]
+    over, base, wise = (build_loss({**cfg, "reduction": "none"}).eval() for cfg in losses)
+    factor = (wise(pred, target) / WIoULoss(version=1, reduction="none")(pred, target)).detach()
+    torch.testing.assert_close(over(pred, target), factor * base(pred, target))
+    expected = factor.unsqueeze(-1) * gradient(base, pred, target)
+    torch.testing.assert_close(gradient(over, pred, target), expected)
+
+
+def test_nested_wise_losses_have_a_state_each():
+    """The outer and the inner mean move by their own momentum, by the same boxes."""
+    within = {"type": "InnerIoULoss", "base": {"type": "WIoULoss", "momentum": 1.0, "base": {"type": "GIoULoss"}}}
+    loss = build_loss({"type": "WIoULoss", "momentum": 0.5, "base": within})
+    pred, target = boxes(torch.float32)
+    loss(pred, target)
+    mean = iou_losses(pred, target).mean().item()
+    state = {name: value.item() for name, value in loss.state_dict().items()}
+    assert state == pytest.approx({"mean": (1 + mean) / 2, "base.base.mean": mean})
+    other = build_loss({"type": "WIoULoss", "momentum": 0.5, "base": within})
+    other.load_state_dict(loss.state_dict())
+    assert other.eval()(pred, target) == loss.eval()(pred, target)
+
+
+def test_mpdiou_deep_inside_is_told_the_size_of_the_batch():
+    inside = {"type": "InnerIoULoss", "base": {"type": "MPDIoULoss", "image_size": "batch"}}
+    loss, pair = build_loss({"type": "WIoULoss", "version": 1, "base": inside}), boxes()
+    with pytest.raises(ValueError, match=r"give MPDIoULoss \(height, width\)"):
+        loss(*pair)
+    loss.base.base.batch_image_size = torch.tensor([480.0, 640.0])
+    inside["base"]["image_size"] = (480, 640)
+    assert loss(*pair) == build_loss(inside)(*pair)
+
+
 def test_wiou_version_1_has_no_state():
     assert not WIoULoss(version=1).state_dict()
     average_state(WIoULoss(version=1))
@@ -151,6 +190,9 @@ def test_mpdiou_must_know_the_image():
     assert loss(pred, target) == MPDIoULoss(image_size=(480, 640))(pred, target)
 
 
+CIOU_AND_BOUNDED = {"type": "JointLoss", "losses": [{"type": "CIoULoss"}, {"type": "BoundedIoULoss"}]}
+
+
 @pytest.mark.parametrize(
     ("cfg", "message"),
     [
@@ -164,6 +206,10 @@ def test_mpdiou_must_know_the_image():
         ({"type": "InnerIoULoss", "base": {"type": "FocalLoss"}}, "one value a box, not FocalLoss"),
         ({"type": "FocalerIoULoss", "base": {"type": "BoundedIoULoss"}}, "one value a box, not BoundedIoULoss"),
         ({"type": "FocalerIoULoss", "d": 0.5, "u": 0.5}, "below u=0.5"),
+        ({"type": "WIoULoss", "base": {"type": "BoundedIoULoss"}}, "base of WIoULoss .* one value a box, not Bounded"),
+        ({"type": "WIoULoss", "base": CIOU_AND_BOUNDED}, "base of WIoULoss .* one value a box, not JointLoss"),
+        ({"type": "InterpIoULoss", "alpha": 1.5}, r"\[0, 1\]"),
+        ({"type": "ScaleDynamicIoULoss", "area": 0}, "above 0"),
         ({"type": "FocalEIoULoss", "floor": 2.0}, r"\[0, 1\]"),
         ({"type": "SIoULoss", "theta": 0.5}, "at least 1"),
         ({"type": "ShapeIoULoss", "theta": 0.5}, "at least 1"),
@@ -177,7 +223,7 @@ def test_a_bad_setting_fails_when_the_loss_is_built(cfg, message):
         build_loss(cfg)
 
 
-BASES = [cls for cls in BOX_LOSSES if cls.facts.one_per_row and "base" not in cls.facts.filled]
+BASES = [cls for cls in BOX_LOSSES if cls.facts.one_per_row]
 
 
 @pytest.mark.parametrize("cls", BASES, ids=lambda cls: cls.__name__)
@@ -216,9 +262,58 @@ def test_plain_forms_have_a_true_gradient():
         {"type": "AlphaIoULoss", "penalty": "diou"},
         {"type": "PowerfulIoULoss", "version": 2},
         {"type": "ShapeIoULoss", "scale": 1.5},
+        {"type": "InterpIoULoss", "alpha": 0.6},
+        {"type": "WIoULoss", "version": 1, "base": {"type": "MGIoULoss"}},
     ):
         loss = build_loss({**cfg, "reduction": "none"})
         assert torch.autograd.gradcheck(lambda p, loss=loss: loss(p, target), pred)
+
+
+@pytest.mark.parametrize("gap", [1e-3, 1e-1])
+def test_gcd_pulls_as_hard_however_near(gap):
+    """D is gap / side for boxes of one size: 1 / side is the slope about the target, and zero at it."""
+    target = torch.tensor([[0.0, 0, 8, 8]], dtype=torch.float64)
+    pred = (target + torch.tensor([gap, 0, gap, 0])).requires_grad_()
+    loss = build_loss({"type": "GCDLoss"})
+    assert gradient(loss, pred, target)[0, ::2].sum().item() == pytest.approx(1 / 8, rel=2e-2)
+    assert (gradient(loss, target.clone().requires_grad_(), target) == 0).all()
+
+
+def test_gcd_mgiou_and_interpiou_right_an_inverted_box():
+    target = torch.tensor([[0.0, 0, 8, 8]])
+    for kind, width in itertools.product(("GCDLoss", "MGIoULoss", "InterpIoULoss"), (-1e-3, -1.0, -5.0)):
+        pred = torch.tensor([[4 - width / 2, 0, 4 + width / 2, 8]], requires_grad=True)
+        pull = gradient(build_loss({"type": kind}), pred, target)
+        assert pull.isfinite().all()
+        assert pull[0, 0] > 0 > pull[0, 2], "x1 falls and x2 grows"
+
+
+def test_what_interpiou_pulls_in():
+    """A box of its target's size, apart by less than 1 / (1 - alpha) sides, and no other."""
+    target = torch.tensor([[0.0, 0, 8, 8]])
+    for alpha, reach in ((0.98, 50), (0.9, 10), (1.0, 0)):
+        for sides in (0.5 * reach + 1, 0.99 * reach, 1.01 * reach + 1):
+            pred = (target + torch.tensor([8 * sides, 0, 8 * sides, 0])).requires_grad_()
+            pull = gradient(build_loss({"type": "InterpIoULoss", "alpha": alpha}), pred, target)
+            assert (pull[0, ::2].sum() > 0) == (sides < reach)
+
+
+def test_the_dynamic_alpha_of_interpiou_is_a_constant():
+    pred, target = (torch.tensor([box], dtype=torch.float64) for box in ([1.0, 2, 5, 7], [2.0, 1, 7, 6]))
+    pred.requires_grad_()
+    dynamic, fixed = (build_loss({"type": "InterpIoULoss", **how}) for how in ({"dynamic": True}, {"alpha": 7 / 11}))
+    assert dynamic(pred, target).item() == pytest.approx(fixed(pred, target).item())  # their IoU is 12 / 33
+    torch.testing.assert_close(gradient(dynamic, pred, target), gradient(fixed, pred, target))
+
+
+def test_scale_dynamic_iou_is_ciou_but_for_small_targets():
+    pred, target = boxes()
+    area = (target[:, 2:] - target[:, :2]).prod(-1)
+    rows = lambda cfg: build_loss({**cfg, "reduction": "none"})(pred, target)  # noqa: E731
+    ciou, cfg = rows({"type": "CIoULoss"}), {"type": "ScaleDynamicIoULoss", "area": area.median().item()}
+    same = (rows(cfg) - ciou).abs() < 1e-12
+    assert (same == (area >= area.median())).all()
+    torch.testing.assert_close(rows({**cfg, "delta": 0}), ciou)
 
 
 def test_nwd_pulls_as_hard_however_near():

@@ -37,6 +37,9 @@ MORE = [
     {"type": "ConfidenceWeightedLoss", "base": {"type": "CrossEntropyLoss"}},
     {"type": "CrossEntropyLoss", "ignore_index": 2},
     {"type": "InnerIoULoss", "base": {"type": "WIoULoss", "momentum": 0.5}},
+    {"type": "WIoULoss", "base": {"type": "InnerIoULoss", "base": {"type": "WIoULoss", "momentum": 0.5}}},
+    {"type": "InterpIoULoss", "dynamic": True},
+    {"type": "DistributionFocalLoss", "bins": [value**1.2 - 3 for value in range(16)]},
     {"type": "DiceLoss", "activate": False},
 ]
 

@@ -34,9 +34,12 @@ WORKED = [
     ({"type": "KFIoULoss"}, 0.754377),
     ({"type": "ProbIoULoss"}, 0.203383),
     ({"type": "ProbIoULoss", "mode": "l2"}, 0.042244),
+    ({"type": "RotatedMGIoULoss"}, 0.099782),  # of the corners, projected
 ]
 SETTINGS = [cfg for cfg, _ in WORKED] + [{"type": "ProbIoULoss", "floor": 0.01}]
-NAMES = ("ProbIoULoss", "GWDLoss", "KLDLoss", "KFIoULoss")
+GAUSSIAN = ("ProbIoULoss", "GWDLoss", "KLDLoss", "KFIoULoss")
+NAMES = (*GAUSSIAN, "RotatedMGIoULoss")
+SYMMETRIC = ("ProbIoULoss", "GWDLoss", "RotatedMGIoULoss")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 MINIMUM = {  # for identical boxes; 0 for what is not here
     "GWDLoss": lambda cfg: 1 - 1 / cfg.get("tau", 2) if cfg.get("tau", 2) else 0,
@@ -119,6 +122,26 @@ def kalman(pred, target):
     return 1 - v / (pred[:, 2:4].prod(-1) + target[:, 2:4].prod(-1) - v)
 
 
+def corners(boxes):
+    cos, sin = boxes[:, 4].cos().unsqueeze(-1), boxes[:, 4].sin().unsqueeze(-1)
+    along, across = (
+        boxes[:, i, None] / 2 * boxes.new_tensor(signs) for i, signs in ((2, [1, 1, -1, -1]), (3, [1, -1] * 2))
+    )
+    return boxes[:, None, :2] + torch.stack([along * cos - across * sin, along * sin + across * cos], -1)
+
+
+def projected_giou(pred, target):
+    """One minus the mean of the GIoUs of the corners' projections on the directions of all edges, halved."""
+    gious = []
+    for angle in (pred[:, 4], pred[:, 4] + math.pi / 2, target[:, 4], target[:, 4] + math.pi / 2):
+        normal = torch.stack([angle.cos(), angle.sin()], -1).unsqueeze(-1)
+        a, b = ((corners(x) @ normal).squeeze(-1) for x in (pred, target))
+        (start_a, end_a), (start_b, end_b) = ((x.amin(-1), x.amax(-1)) for x in (a, b))
+        hull = torch.maximum(end_a, end_b) - torch.minimum(start_a, start_b)
+        gious.append((torch.minimum(end_a, end_b) - torch.maximum(start_a, start_b)) / hull)
+    return (1 - sum(gious) / 4) / 2
+
+
 FORMULAS = [
     ({"type": "GWDLoss", "fun": "none", "tau": 0}, wasserstein),
     ({"type": "KLDLoss", "fun": "none", "tau": 0}, kullback_leibler),
@@ -126,6 +149,7 @@ FORMULAS = [
     ({"type": "ProbIoULoss", "mode": "l2"}, bhattacharyya),
     ({"type": "ProbIoULoss"}, lambda p, t: (1 - (-bhattacharyya(p, t)).exp()).sqrt()),
     ({"type": "KFIoULoss", "center_weight": 0}, kalman),
+    ({"type": "RotatedMGIoULoss"}, projected_giou),
 ]
 
 
@@ -211,7 +235,7 @@ def test_facts():
     for name in NAMES:
         facts = loss_class(name).facts
         assert facts.minimum == pytest.approx(minimum({"type": name}))
-        assert facts.symmetric == (name in ("ProbIoULoss", "GWDLoss"))
+        assert facts.symmetric == (name in SYMMETRIC)
         assert facts.scale_invariant == unit_free({"type": name})
 
 
@@ -250,12 +274,13 @@ def test_invariances(settings, device):
             elif scale != 1e3:  # a floor vanishes beside boxes so large
                 assert (scaled - expected).abs().max() > 1e-3
         swapped = rows(target, pred)
-        if cfg["type"] in ("ProbIoULoss", "GWDLoss") or cfg.get("center_weight") == 0:
+        if cfg["type"] in SYMMETRIC or cfg.get("center_weight") == 0:
             torch.testing.assert_close(swapped, expected, rtol=1e-4, atol=1e-5)
         else:
             assert (swapped - expected).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("settings", GAUSSIAN, indirect=True)
 def test_a_square_has_no_angle(settings, device):
     pred, target = (x.to(device) for x in sample(RotatedLoss, 50))
     pred[:, 3] = pred[:, 2]
@@ -357,6 +382,28 @@ def test_each_loss_alone_finds_its_target(name):
         schedule.step()
     left = bhattacharyya(boxes(free).detach().double(), target.double())
     assert (left < 1e-3).float().mean() > 0.95
+
+
+def test_rotated_mgiou_at_angle_0_is_mgiou():
+    """Value and gradient; at another angle it is not."""
+    pred, target = sample(RotatedLoss, 200, dtype=torch.float64)
+    pred[:, 4] = target[:, 4] = 0
+    pred.requires_grad_()
+    aligned = of_rows({"type": "MGIoULoss"})
+    xyxy = lambda b: torch.cat([b[:, :2] - b[:, 2:4] / 2, b[:, :2] + b[:, 2:4] / 2], -1)  # noqa: E731
+    expected, rows = aligned(xyxy(pred), xyxy(target)), of_rows({"type": "RotatedMGIoULoss"})
+    torch.testing.assert_close(rows(pred, target), expected)
+    torch.testing.assert_close(gradient(rows, pred, target)[:, :4], torch.autograd.grad(expected.sum(), pred)[0][:, :4])
+    other = pred + pred.new_tensor([0, 0, 0, 0, 0.2])
+    assert ((rows(other, target) - expected).abs() > 1e-3).float().mean() > 0.9
+
+
+def test_rotated_mgiou_sees_the_angle_of_a_square_and_pulls_from_afar():
+    target = torch.tensor([[0.0, 0, 8, 8, 0]])
+    pred, far = torch.tensor([[0.0, 0, 8, 8, 0.3]]), torch.tensor([[8000.0, 0, 8, 8, 0.3]])
+    rows = of_rows({"type": "RotatedMGIoULoss"})
+    assert gradient(rows, pred, target)[0, 4] > 0
+    assert gradient(rows, far, target)[0, 0] > 0
 
 
 def test_weight_of_five_columns():

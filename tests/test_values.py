@@ -7,13 +7,26 @@ import torch
 
 from detloss_plugins import build_loss
 from detloss_plugins.geometry import Pair
-from detloss_plugins.losses import confidence_weight
+from detloss_plugins.losses import confidence_weight, fgl_bins
 
 BOX_A = ([1.0, 2, 5, 7], [2.0, 1, 7, 6])
 BOX_B = ([0.5, 0.2, 10.4, 8], [1.0, 0, 10, 10])
 BOX_C = ([0.0, 0, 2, 2], [4.0, 3, 6, 7])  # disjoint
 
-# type and settings: losses at A, B, C and the gradient at B
+
+def wise(base, **settings):
+    return {"type": "WIoULoss", "base": base, **settings}
+
+
+def inner(base):
+    return {"type": "InnerIoULoss", "ratio": 0.75, "base": base}
+
+
+def focaler(base):
+    return {"type": "FocalerIoULoss", "base": base}
+
+
+# type and settings: losses at A, B, C and the gradient at B; the running mean of Wise-IoU is 0.5
 BOXES = [
     ({"type": "IoULoss", "mode": "linear"}, (0.636364, 0.276438, 1.0), (-0.058171, 0.086052, 0.058171, -0.086052)),
     ({"type": "IoULoss", "mode": "square"}, (0.867769, 0.476458, 1.0), None),
@@ -73,6 +86,37 @@ BOXES = [
         None,
     ),
     ({"type": "ExtendedIoULoss"}, (0.586364, 0.226438, 1.521429), None),
+    ({"type": "GCDLoss"}, (0.336370, 0.156613, 0.924224), (-0.013433, 0.017083, 0.010642, -0.075989)),
+    ({"type": "InterpIoULoss"}, (0.656142, 0.282816, 1.111954), (-0.060365, 0.088044, 0.060365, -0.088044)),
+    (
+        {"type": "InterpIoULoss", "dynamic": True},
+        (0.938141, 0.396537, 1.057922),
+        (-0.092581, 0.123286, 0.092581, -0.123286),
+    ),
+    ({"type": "MGIoULoss"}, (0.208333, 0.077727, 0.619048), (-0.022957, 0.025000, 0.022957, -0.025000)),
+    ({"type": "ScaleDynamicIoULoss"}, (0.477154, 0.281025, 1.096426), (-0.058292, 0.081860, 0.057787, -0.090951)),
+    (
+        {"type": "ScaleDynamicIoULoss", "delta": 0.8, "area": 400},
+        (0.238094, 0.111878, 0.887988),
+        (-0.021955, 0.025471, 0.021137, -0.040197),
+    ),
+    (wise({"type": "CIoULoss"}, version=1), (0.681541, 0.281025, 1.378160), (-0.058292, 0.081860, 0.057787, -0.090951)),
+    (wise({"type": "CIoULoss"}, version=2), (0.768882, 0.208958, 1.949013), (-0.043343, 0.060868, 0.042968, -0.067627)),
+    (wise({"type": "CIoULoss"}), (0.876172, 0.249112, 1.745669), (-0.051672, 0.072564, 0.051225, -0.080623)),
+    (wise(inner({"type": "EIoULoss"})), (1.050447, 0.312956, 1.846931), (-0.064633, -0.051642, 0.064185, -0.141930)),
+    (inner(wise({"type": "EIoULoss"})), (1.019656, 0.314755, 1.846931), (-0.064429, -0.072510, 0.063981, -0.144828)),
+    (
+        focaler(wise(inner({"type": "DIoULoss"}))),
+        (0.995598, 0.224644, 1.743529),
+        (-0.052895, -0.086117, 0.052447, -0.107456),
+    ),
+    (
+        wise(focaler({"type": "MPDIoULoss", "image_size": (10, 10)})),
+        (0.838484, 0.231012, 1.684667),
+        (-0.058712, 0.082068, 0.057825, -0.098024),
+    ),
+    (focaler(inner({"type": "CIoULoss"})), (0.770225, 0.258784, 1.378160), (-0.059557, -0.097376, 0.059052, -0.120994)),
+    (inner(focaler({"type": "CIoULoss"})), (0.770225, 0.258784, 1.378160), (-0.059557, -0.097376, 0.059052, -0.120994)),
 ]
 
 
@@ -82,11 +126,11 @@ def close(actual, expected):
     torch.testing.assert_close(actual.detach(), expected.reshape(actual.shape), atol=6e-7, rtol=0)
 
 
-@pytest.mark.parametrize(("cfg", "values", "gradient"), BOXES, ids=lambda x: str(x)[:70])
+@pytest.mark.parametrize(("cfg", "values", "gradient"), BOXES, ids=lambda x: str(x)[:120])
 def test_boxes(cfg, values, gradient):
     loss = build_loss({**cfg, "reduction": "none"}).eval()
-    if getattr(loss, "mean", None) is not None:
-        loss.mean.fill_(0.5)
+    for mean in loss.buffers():
+        mean.fill_(0.5)
     pred, target = (torch.tensor(boxes, dtype=torch.float64) for boxes in zip(BOX_A, BOX_B, BOX_C, strict=True))
     pred.requires_grad_()
     value = loss(pred, target)
@@ -330,6 +374,33 @@ def test_distribution_focal_loss():
     close(loss(best, torch.tensor([2.3], dtype=torch.float64)), 0.610864)  # the entropy of (0.7, 0.3)
     other = torch.tensor([[0.1, 0.1, 0.3, 0.5]], dtype=torch.float64).log()
     close(loss(other, torch.tensor([2.3], dtype=torch.float64)), 1.050725)
+
+
+def test_distribution_focal_loss_over_other_bins():
+    """D-FINE's FGL: a target between two of its bins, at one, below the first and beyond the last."""
+    logits = torch.tensor([0.2, -0.1, 0.5, 0.0, 0.3], dtype=torch.float64)
+    pred, target = logits.expand(5, 5).clone().requires_grad_(), torch.tensor([0.7, -1.0, 0.0, -9.0, 9.0]).double()
+    loss = build_loss({"type": "DistributionFocalLoss", "bins": [-2, -0.5, 0, 1, 3], "reduction": "none"})
+    value = loss(pred, target)
+    close(value, (1.662349, 1.812349, 1.312349, 1.612349, 1.512349))
+    (slope,) = torch.autograd.grad(value.sum(), pred)
+    close(slope[0], (0.199419, 0.147733, -0.030813, -0.536730, 0.220392))
+    close(slope[4], (0.199419, 0.147733, 0.269187, 0.163270, -0.779608))
+
+
+def test_bins_of_d_fine():
+    bins = torch.tensor(fgl_bins(), dtype=torch.float64)
+    assert len(bins) == 33
+    torch.testing.assert_close(bins, -bins.flip(0))
+    close(bins[16:20], (0.0, 0.075990, 0.157754, 0.245731))
+    close(bins[30:], (1.788131, 2.0, 4.0))
+
+
+def test_distribution_distillation():
+    student = torch.tensor([[0.3, 0.2, -0.4]], dtype=torch.float64, requires_grad=True)
+    value = build_loss({"type": "DistributionDistillationLoss"})(student, torch.tensor([[1.0, -0.5, 2]]).double())
+    close(value, 0.784760)
+    close(torch.autograd.grad(value, student)[0], [[0.066736, 0.469470, -0.536206]])
 
 
 def test_binary_cross_entropy_means():

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from detloss_plugins.families import has_bins
 from detloss_plugins.loss import Loss
 from detloss_plugins.precision import is_compiling
 
@@ -50,6 +51,8 @@ def check_fit(head: nn.Module, name: str, loss: nn.Module) -> None:
         raise ValueError(
             f"{where} is no place for {kind}, a {loss.family} loss: it takes {', '.join(families)} losses."
         )
+    if has_bins(loss) and type(head).__module__.startswith(("mmdet.models.", "detloss_plugins.")):
+        raise ValueError(f"{where} decodes by bins 0, 1, 2 and so on; leave bins out of {kind}.")
     if not loss.facts.every_rank and any(True for _ in loss.buffers()):
         loss.register_forward_pre_hook(_is_it_averaged)
     if name != "loss_cls":

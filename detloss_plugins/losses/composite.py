@@ -54,6 +54,7 @@ class JointLoss(Loss, fn=joint_loss):
         facts = [loss.facts for loss in self.losses]
         self.facts = facts[0].but(
             row_wise=all(f.row_wise for f in facts),
+            one_per_row=all(f.one_per_row for f in facts),
             keeps_little=all(f.keeps_little for f in facts),
             counts_positives=any(f.counts_positives for f in facts),
             needs_mining=any(f.needs_mining for f in facts),

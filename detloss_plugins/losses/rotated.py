@@ -1,4 +1,4 @@
-"""Losses between rotated boxes ``(cx, cy, w, h, theta)``, each box read as a Gaussian.
+"""Losses between rotated boxes ``(cx, cy, w, h, theta)``, each box read as a Gaussian; MGIoU, the last, compares edges.
 
 Every function takes boxes ``(..., 5)``, the first four in any one unit and the angle in radians, and returns losses
 ``(...)``. The mean of a box is its center, its covariance ``S = R diag(k w^2, k h^2) R^T``, k = 1/4 or, for ProbIoU,
@@ -24,7 +24,10 @@ from detloss_plugins.geometry import root as square_root
 from detloss_plugins.losses.regression import smooth_l1_loss
 from detloss_plugins.registry import MODELS
 
-__all__ = ["GWDLoss", "KFIoULoss", "KLDLoss", "ProbIoULoss", "gwd_loss", "kfiou_loss", "kld_loss", "probiou_loss"]
+__all__ = [
+    "GWDLoss", "KFIoULoss", "KLDLoss", "ProbIoULoss", "RotatedMGIoULoss", "gwd_loss", "kfiou_loss", "kld_loss",
+    "probiou_loss", "rotated_mgiou_loss",
+]  # fmt: skip
 
 ShareOfSide = Annotated[float, between(0, 1, "(0, 1)")]
 Tau = Annotated[float, Rule("0 or at least 1", lambda tau: is_number(tau) and (tau == 0 or tau >= 1))]
@@ -305,5 +308,40 @@ class KFIoULoss(
         mode: "linear", "log" or "exp".
         center_weight: 0 for the plain form, whose centers another loss must move: mmrotate's ``kfiou_loss`` where its
             offsets are zero. The plain form is symmetric in the two boxes.
+        eps: the shortest side, as a share of the longest of both boxes or of the gap between their centers.
+    """
+
+
+def rotated_mgiou_loss(pred: Tensor, target: Tensor, *, eps: ShareOfSide = 1e-4) -> Tensor:
+    """``(1 - the mean GIoU of the boxes' shadows) / 2``, on the four normals of the edges of both boxes.
+
+    A GIoU in one dimension is overlap over enclosing length, the overlap negative for boxes apart. For shadows with
+    half-lengths r and s whose middles are d apart, half of one minus it is ``m / (r + s + m)`` with
+    ``m = max(d, |r - s|)``.
+
+    >>> pred, target = torch.tensor([1.0, 1, 2, 2, 0]), torch.tensor([2.0, 1, 4, 2, 0])
+    >>> rotated_mgiou_loss(pred, target)  # m = 1 of 1 + 2 + 1 along x, twice, and 0 along y
+    tensor(0.1250)
+    """
+    pair = _pair(pred, target, eps)
+    p, t, cos, sin = pair.pred, pair.target, pair.turn.cos().abs(), pair.turn.sin().abs()
+    shadows = []  # along the normals of one box: its own length, that of the other, and the gap
+    for box, other in ((p, t), (t, p)):
+        shadows.append((box.long, other.long * cos + other.short * sin, box.along))
+        shadows.append((box.short, other.long * sin + other.short * cos, box.across))
+    apart = [(torch.maximum(gap.abs(), (own - its).abs() / 2), (own + its) / 2) for own, its, gap in shadows]
+    return sum(m / (halves + m) for m, halves in apart) / 4
+
+
+@MODELS.register_module()
+class RotatedMGIoULoss(
+    RotatedLoss, fn=rotated_mgiou_loss, paper="https://arxiv.org/abs/2504.16443", row_wise=True, bounds=(0.0, 1.0)
+):
+    """Le et al., Marginalized Generalized IoU, 2025 (MGIoU), for rotated boxes.
+
+    At angle 0 it is ``MGIoULoss``. Boxes far apart keep a gradient, and it sees the angle of a square, which the losses
+    on Gaussians do not.
+
+    Args:
         eps: the shortest side, as a share of the longest of both boxes or of the gap between their centers.
     """

@@ -72,8 +72,8 @@ def quality_pair(loss, theirs, pred, target):
 
 
 def teacher_logits(loss, theirs, pred, target):
-    """The logits of distributions."""
-    return target if loss.target == "logits" else loss.temperature * target.log()
+    """The logits of distributions, where the target is no logits already."""
+    return loss.temperature * target.log() if getattr(loss, "target", "logits") == "distribution" else target
 
 
 def with_ones(loss, theirs, pred, target):
@@ -120,8 +120,8 @@ def mmdet_seesaw(built, loss, pred, target, kwargs):
 
 
 def mmdet_distillation(built, loss, pred, target, kwargs):
-    """It averages over the classes; ours sums over them where the target is no logit."""
-    return built(pred, target, **kwargs) * (1 if loss.target == "logits" else pred.shape[-1])
+    """It averages over the classes; ours sums over them, but for KLDivLoss where the target is logits."""
+    return built(pred, target, **kwargs) * (1 if getattr(loss, "target", "") == "logits" else pred.shape[-1])
 
 
 def function(built, loss, pred, target, kwargs):

@@ -114,6 +114,21 @@ def test_any_box_loss_by_one_override(loss, retinanet):
     assert built.loss_weight == 2.0
 
 
+def test_an_auxiliary_box_loss_is_added_at_its_ratio(batch):
+    """Wise-Inner-EIoU and NWD as parts of a JointLoss: each level's loss is the sum of what they give alone."""
+    wise = dict(type="WIoULoss", loss_weight=0.7, base=dict(type="InnerIoULoss", base=dict(type="EIoULoss")))
+    parts = [wise, dict(type="NWDLoss", loss_weight=0.3)]
+    cfg = small(CONFIG_DIR / "atss-gcd_r50_fpn_1x_coco.py")
+    model, found = build(cfg), []
+    for loss in (dict(type="JointLoss", losses=parts), *parts):
+        model.bbox_head.loss_bbox = MMDET_MODELS.build({**loss, "type": f"detloss_plugins.{loss['type']}"})
+        found.append([value for name, value in backward(model, batch).items() if "bbox" in name])
+        model.zero_grad()
+    joint, *alone = (torch.stack(values).flatten() for values in found)
+    assert (joint > 0).any()
+    torch.testing.assert_close(joint, sum(alone))
+
+
 # The heads with a box loss of each detector, and the layers that predict their boxes.
 BOX_HEADS = {
     "RetinaNet": (RETINANET, {"bbox_head": "retina_reg"}),

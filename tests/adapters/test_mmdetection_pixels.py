@@ -175,7 +175,7 @@ def test_a_scale_invariant_loss_does_not_notice(name, samples):
 
 
 def test_the_localisation_distillation_of_ld_heads(samples):
-    """Equal to mmdet's own loss; without target="logits" the head's teacher is refused."""
+    """Equal to mmdet's own loss, the mean over 9 bins; without target="logits" the head's teacher is refused."""
     model = head("LDHead", "", dict(type="detloss_plugins.GIoULoss"))
     features = [torch.randn(2, 32, 128 // stride, 128 // stride) for stride in STRIDES]
     teacher = [[torch.randn_like(level) for level in part] for part in model(features)]
@@ -183,15 +183,24 @@ def test_the_localisation_distillation_of_ld_heads(samples):
     for loss in (
         dict(type="mmdet.KnowledgeDistillationKLDivLoss", T=10, loss_weight=0.25),
         dict(type="detloss_plugins.KLDivLoss", target="logits", temperature=10.0, loss_weight=0.25),
+        dict(type="detloss_plugins.DistributionDistillationLoss", temperature=10.0, loss_weight=0.25 / 9),
     ):
         model.loss_ld = MMDET_MODELS.build(loss)
         losses = model.loss(features, teacher, samples)["loss_ld"]
         found.append((losses, torch.autograd.grad(sum(losses), model.gfl_reg.weight)))
     assert sum(found[0][0]) > 0
-    torch.testing.assert_close(found[1], found[0])
+    for ours in found[1:]:
+        torch.testing.assert_close(ours, found[0])
     model.loss_ld = MMDET_MODELS.build(dict(type="detloss_plugins.KLDivLoss"))
     with pytest.raises(ValueError, match='write target="logits"'):
         model.loss(features, teacher, samples)
+
+
+def test_bins_that_the_head_does_not_decode_by_are_refused():
+    loss = MMDET_MODELS.build(dict(type="detloss_plugins.DistributionFocalLoss", bins=[-4, -2, -1, 0, 1, 2, 4, 8, 9]))
+    model = head("GFLHead", "", dict(type="detloss_plugins.GIoULoss"))
+    with pytest.raises(ValueError, match=r"loss_dfl of GFLHead decodes by bins 0, 1, 2 and so on; leave bins out"):
+        model.loss_dfl = loss
 
 
 @every_head

@@ -296,6 +296,7 @@ def test_third_slot_suits_the_head():
         ({"cls": {"type": "FocalLos"}}, ValueError, "did you mean FocalLoss"),
         ({"cls": {"type": "FocalLoss", "gama": 2.0}}, TypeError, r"'gama'; it accepts .*gamma"),
         ({"cls": {"type": "GIoULoss"}}, ValueError, "GIoULoss is a box loss"),
+        ({"dfl": {"type": "DistributionFocalLoss", "bins": [0, 2, 4]}}, ValueError, "decode by bins 0, 1, 2 and so on"),
         (
             {"box": {"type": "GWDLoss"}},
             ValueError,

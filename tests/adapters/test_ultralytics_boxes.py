@@ -5,6 +5,7 @@ import functools
 from pathlib import Path
 
 import pytest
+import table
 import torch
 from support.commands import train
 from support.ultralytics import branches, detector, head, named, ours, task_of
@@ -145,6 +146,44 @@ def test_a_size_left_out_is_recorded_and_said(depth):
     assert cfg == nested(MPDIOU)[depth], "the caller's dict is untouched"
     assert losses == load_losses({"box": nested({**MPDIOU, "image_size": "batch"})[depth]}) == load_losses(losses)
     assert "image_size='batch'" in describe(losses, detector("yolov8n").args)[1]
+
+
+COMBINED = [row for row in table.combinations() if row["slot"] != "cls"]
+
+
+@pytest.mark.parametrize("row", COMBINED, ids=[row["name"] for row in COMBINED])
+def test_a_combination_in_the_slot(row, batches):
+    """Every row of docs/combinations.md; a loss with parts gives the sum of what they give alone."""
+    name = "yolov8n-obb" if row["slot"] == "box of OBB" else "yolov8n"
+    model, batch = detector(name), batches[task_of(name)]
+    found = model(batch["img"])
+    losses = [row["loss"], *row["loss"].get("losses", ())]
+    values = [box_loss(first_branch(model, {"box": loss}), model, found, batch) for loss in losses]
+    assert values[0] > 0
+    if len(values) > 1:
+        torch.testing.assert_close(values[0], sum(values[1:]))
+
+
+def test_distillation_of_two_heads(batches):
+    """The boxes of a student and a teacher, as the docstring of the loss has it."""
+    student, teacher, batch = detector("yolov8n"), copy.deepcopy(detector("yolov8n")), batches["detect"]
+    bins = head(student).reg_max
+    for parameter in teacher.parameters():
+        parameter.data += 0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    ours, theirs = student(batch["img"]), teacher(batch["img"])
+    if "boxes" not in ours:
+        pytest.skip("this version of Ultralytics has no boxes before they are decoded")
+    matched = torch.rand(len(batch["img"]), ours["boxes"].shape[-1]) < 0.1
+    rows = lambda boxes: boxes.unflatten(1, (4, bins)).permute(0, 3, 1, 2)  # noqa: E731
+    weight = torch.where(matched, torch.rand(matched.shape), theirs["scores"].sigmoid().amax(1))
+    loss = build_loss({"type": "DistributionDistillationLoss"})
+    value = loss(rows(ours["boxes"]), rows(theirs["boxes"]), weight, matched=matched)
+    value.backward()
+    assert value > 0
+    assert any(parameter.grad.abs().sum() > 0 for parameter in head(student).cv2.parameters())
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    same = rows(theirs["boxes"])
+    assert loss(same, same, weight, matched=matched).item() == pytest.approx(0, abs=1e-5)
 
 
 def test_a_size_that_is_given_stays():

@@ -1,8 +1,8 @@
 """MMDetection heads that hand boxes in pixels to their box loss.
 
 Some of mmdet's heads hand over boxes in units of their level's stride. A scale-invariant loss gives the same value
-there, one with a constant in pixels (NWDLoss, MPDIoULoss, BoundedIoULoss) does not. A head of this module changes that
-and nothing else; it is named by its full path, and needs no ``custom_imports``::
+there, one with a constant in pixels (NWDLoss, MPDIoULoss, ScaleDynamicIoULoss, BoundedIoULoss) does not. A head of this
+module changes that and nothing else; it is named by its full path, and needs no ``custom_imports``::
 
     model = dict(bbox_head=dict(type="detloss_plugins.adapters.mmdetection.PixelGFLHead"))
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import yaml
 
+from detloss_plugins.families import has_bins
 from detloss_plugins.loss import Loss
 from detloss_plugins.losses import JointLoss
 from detloss_plugins.registry import MODELS, build_loss, loss_class
@@ -172,6 +173,8 @@ def _checked(task, slot, cfg):
         raise ValueError(
             f"The class scores of YOLO are independent sigmoids; write use_sigmoid=True for {type(loss).__name__}."
         )
+    if has_bins(loss):
+        raise ValueError("The heads of YOLO decode by bins 0, 1, 2 and so on; leave bins out of DistributionFocalLoss.")
     if getattr(loss, "activated", False):
         raise ValueError(f"YOLO hands logits to its loss; leave activated=True out of {type(loss).__name__}.")
     return {"loss_weight": 1.0 if task == "rtdetr" and of_classes else default_gain(loss), **cfg}

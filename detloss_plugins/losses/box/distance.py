@@ -6,14 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detloss_plugins.facts import MMDET, Positive, alike, size_rule
+from detloss_plugins.facts import MMDET, Positive, Share, alike, size_rule
 from detloss_plugins.families import BoxLoss
 from detloss_plugins.geometry import Box, Pair, ratio, root
 from detloss_plugins.registry import MODELS
 
 __all__ = [
-    "BoundedIoULoss", "ExtendedIoULoss", "MPDIoULoss", "NWDLoss", "PowerfulIoULoss", "bounded_iou_loss",
-    "extended_iou_loss", "mpdiou_loss", "nwd_loss", "powerful_iou_loss",
+    "BoundedIoULoss", "ExtendedIoULoss", "GCDLoss", "MGIoULoss", "MPDIoULoss", "NWDLoss", "PowerfulIoULoss",
+    "ScaleDynamicIoULoss", "bounded_iou_loss", "extended_iou_loss", "gcd_loss", "mgiou_loss", "mpdiou_loss",
+    "nwd_loss", "powerful_iou_loss", "scale_dynamic_iou_loss",
 ]  # fmt: skip
 
 Size = Annotated[tuple, size_rule()]
@@ -140,6 +141,112 @@ class NWDLoss(
     Args:
         constant: in the unit of the boxes, pixels; about the mean size of the data set's objects. A box much further
             away than that gets hardly any gradient. 12.8 is that of AI-TOD, a data set of tiny objects.
+    """
+
+
+def gcd_loss(pred: Tensor, target: Tensor, *, eps: Positive = 1e-7) -> Tensor:
+    """``1 - exp(-D)``: D compares the boxes' Gaussians in the sides of both, so it has no unit.
+
+    ``D^2 = (M(w, h) + M(w_t, h_t)) / 2``, with ``M(a, b) = (dx^2 + dw^2 / 4) / a^2 + (dy^2 + dh^2 / 4) / b^2``. As D is
+    like a norm of what differs, its gradient does not vanish near the target, and is zero where boxes are the same. A
+    side of no length, or less, measures nothing: then the sides of the other box do.
+
+    >>> gcd_loss(torch.tensor([0.0, 0, 2, 2]), torch.tensor([1.0, 0, 3, 2]))  # D^2 = 1/4: 1 - exp(-1/2)
+    tensor(0.3935)
+    """
+    pair = Pair(pred, target, eps)
+    p, t, shortest = pair.pred, pair.target, pair.shortest_side
+    dx, dy = pair.center_offset
+    dw, dh = p.width - t.width, p.height - t.height
+    measured = ((dx, p.width), (dw / 2, p.width), (dy, p.height), (dh / 2, p.height))
+    measured += ((dx, t.width), (dw / 2, t.width), (dy, t.height), (dh / 2, t.height))
+    distance2 = sum(ratio(length, side, shortest).square() for length, side in measured) / 2
+    return -torch.expm1(-root(distance2))
+
+
+@MODELS.register_module()
+class GCDLoss(
+    BoxLoss,
+    fn=gcd_loss,
+    paper="https://arxiv.org/abs/2510.27649",
+    row_wise=True,
+    attracts=True,
+    bounds=(0.0, 1.0),
+):
+    """Guan et al., Gaussian Combined Distance, 2025.
+
+    What NWD is without a constant in pixels. A box many sides away gets hardly any gradient. Only the authors'
+    exponential form is here: the others that their code has (root, logarithm, distance) have the sign of a similarity.
+    """
+
+
+def mgiou_loss(pred: Tensor, target: Tensor, *, eps: Positive = 1e-7) -> Tensor:
+    """``(1 - the mean of the GIoUs along x and y) / 2``, a GIoU in one dimension being overlap over enclosing length.
+
+    The overlap is that between the ends, negative for boxes apart. One minus the GIoU along x is then
+    ``(|x1 - x1_t| + |x2 - x2_t|) / enclosing width``, of which nothing cancels for boxes that nearly fit.
+
+    >>> mgiou_loss(torch.tensor([0.0, 0, 2, 2]), torch.tensor([0.0, 0, 4, 2]))  # GIoUs 2/4 and 2/2: (1 - 3/4) / 2
+    tensor(0.1250)
+    """
+    pair = Pair(pred, target, eps)
+    p, t, shortest = pair.pred, pair.target, pair.shortest_side
+    horizontal = ratio((p.x1 - t.x1).abs() + (p.x2 - t.x2).abs(), pair.enclosing_width, shortest)
+    vertical = ratio((p.y1 - t.y1).abs() + (p.y2 - t.y2).abs(), pair.enclosing_height, shortest)
+    return (horizontal + vertical) / 4
+
+
+@MODELS.register_module()
+class MGIoULoss(
+    BoxLoss,
+    fn=mgiou_loss,
+    paper="https://arxiv.org/abs/2504.16443",
+    row_wise=True,
+    attracts=True,
+    bounds=(0.0, 1.0),
+):
+    """Le et al., Marginalized Generalized IoU, 2025 (MGIoU).
+
+    The boxes are compared along the normals of their edges, here x and y; ``RotatedMGIoULoss`` is the same for rotated
+    boxes. It is half of what a GIoU loss would be.
+    """
+
+
+def scale_dynamic_iou_loss(
+    pred: Tensor, target: Tensor, *, delta: Share = 0.5, area: Positive = 81.0, eps: Positive = 1e-7
+) -> Tensor:
+    """``1 - (delta - b) - (1 - delta + b) (IoU - alpha v) + (1 + delta - b) d^2 / c^2``: CIoU, weighed anew.
+
+    ``b = delta * min(target's area / area, 1)``: for targets of at least ``area``, in the squared unit of the boxes, it
+    is CIoU; for small ones the IoU counts less and the distance of the centers more. alpha is a constant, as in CIoU.
+
+    >>> pred, target = torch.tensor([0.0, 0, 3, 3]), torch.tensor([3.0, 0, 6, 3])
+    >>> scale_dynamic_iou_loss(pred, target, area=18.0)  # b = 1/4: 1 - 1/4 + 5/4 * 9 / 45
+    tensor(1.)
+    """
+    pair = Pair(pred, target, eps)
+    less = delta * (1 - (pair.target.area.detach() / area).clamp(max=1))
+    of_iou = (1 - less) * (1 - pair.iou + pair.aspect_ratio_penalty())
+    return of_iou + (1 + less) * pair.center_penalty
+
+
+@MODELS.register_module()
+class ScaleDynamicIoULoss(
+    BoxLoss,
+    fn=scale_dynamic_iou_loss,
+    paper="https://arxiv.org/abs/2412.16986",
+    row_wise=True,
+    attracts=True,
+    bounds=(0.0, 2.5),
+    true_gradient=False,
+    symmetric=False,
+    scale_invariant=False,
+):
+    """Yang et al., Pinwheel-shaped Convolution and Scale-based Dynamic Loss, 2025 (SD loss, the part on boxes).
+
+    Args:
+        delta: how much the weights move for the smallest targets, in [0, 1]; 0 is CIoU.
+        area: of a target that is small no more, in the squared unit of the boxes; 81 is 9 x 9 pixels.
     """
 
 
