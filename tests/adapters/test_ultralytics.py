@@ -353,7 +353,8 @@ def test_default_gain_and_override():
     assert load_losses({"cls": {"type": "VarifocalLoss", "loss_weight": 1.5}})["cls"]["loss_weight"] == 1.5
     assert LOSSES == {"cls": {"type": "VarifocalLoss"}, "box": {"type": "EIoULoss"}}, "the caller's dict is untouched"
     lines = describe(load_losses(LOSSES), get_cfg())
-    assert lines[0] == f"cls: VarifocalLoss(alpha=0.75, gamma=2.0, iou_weighted=True), weight {gain:g} x gain 0.5"
+    settings = "alpha=0.75, gamma=2.0, iou_weighted=True, detach_weight=False"
+    assert lines[0] == f"cls: VarifocalLoss({settings}), weight {gain:g} x gain 0.5"
     assert lines[2] == "dfl: stock loss x gain 1.5"
     slide = load_losses({"cls": {"type": "SlideLoss", "base": {"type": "FocalLoss", "alpha": None}}})
     assert "SlideLoss(authors_code=False, FocalLoss(gamma=2.0, alpha=None" in describe(slide, get_cfg())[0]
