@@ -116,6 +116,23 @@ def test_class_loss_is_summed_over_anchors_and_divided_by_the_scores(batch):
     torch.testing.assert_close(items["cls_loss"], expected, rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize(("name", "power"), [("MALoss", 1.5), ("IABCELoss", 2.0)])
+def test_losses_of_matched_boxes_get_the_scores_of_the_assigner(name, power, batch):
+    """As a dense target, from which a positive is told by being above 0."""
+    model, seen = detector("yolov8n"), {}
+    criterion = DetectionModel.init_criterion(model)
+    criterion.bce.register_forward_pre_hook(lambda _, args: seen.update(scores=args[0], target=args[1]))
+    result(model, criterion, batch)
+    scores, target = seen["scores"].detach(), seen["target"]
+    p, positive = scores.sigmoid(), target > 0
+    assert ((0 < target) & (target < 1)).any()
+    wanted = target**power if name == "MALoss" else (p**0.25 * target**0.75).clamp(min=0.01)
+    bce = torch.nn.functional.binary_cross_entropy_with_logits(scores, positive * wanted, reduction="none")
+    expected = (torch.where(positive, 1.0, p**power) * bce).sum() / target.sum().clamp(min=1) * model.args.cls * 16
+    items = result(model, ours(model, {"cls": {"type": name}}), batch)[1]
+    torch.testing.assert_close(items["cls_loss"], expected, rtol=1e-5, atol=0)
+
+
 NO_CLASS_WEIGHTS = since("8.4.37", "it has no class weights")
 
 

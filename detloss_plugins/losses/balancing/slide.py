@@ -67,6 +67,7 @@ class SlideLoss(
     fn=slide_loss,
     paper="https://arxiv.org/abs/2208.02019",
     row_wise=True,
+    takes_quality=True,
     filled=("mean_iou", "elements"),
 ):
     """Yu et al., YOLO-FaceV2, 2022.
