@@ -4,6 +4,7 @@ import copy
 import logging
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -354,6 +355,15 @@ def test_a_model_of_another_task_fails_before_the_data_is_touched(model, given, 
     overrides = {**SETTINGS, "data": datasets[given], "model": f"{model}.yaml", "project": str(tmp_path)}
     with pytest.raises(ValueError, match=words):
         trainer(overrides=overrides).train()
+
+
+SHIPPED = sorted((Path(__file__).parents[2] / "configs" / "ultralytics").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_files_of_losses_suit_their_task(path):
+    task = next((task for task in ("rtdetr", "obb") if path.stem.startswith(task)), "detect")
+    assert load_losses(path, task)
 
 
 def test_a_yaml_file_and_a_dict_are_the_same(tmp_path):

@@ -45,7 +45,6 @@ class AdaptiveThresholdFocalLoss(
     fn=adaptive_threshold_focal_loss,
     paper="https://doi.org/10.1109/TGRS.2024.3365677",
     row_wise=True,
-    needs_mining=False,
     filled=("mean",),
 ):
     """Yang et al., EFLNet, 2024 (ATFL).
