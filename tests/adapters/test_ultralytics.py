@@ -384,7 +384,10 @@ def test_default_gain_and_override():
     assert lines[0] == f"cls: VarifocalLoss({settings}), weight {gain:g} x gain 0.5"
     assert lines[2] == "dfl: stock loss x gain 1.5"
     slide = load_losses({"cls": {"type": "SlideLoss", "base": {"type": "FocalLoss", "alpha": None}}})
-    assert "SlideLoss(authors_code=False, FocalLoss(gamma=2.0, alpha=None" in describe(slide, get_cfg())[0]
+    assert (
+        "SlideLoss(authors_code=False, decay=None, tau=2000.0, FocalLoss(gamma=2.0, alpha=None"
+        in describe(slide, get_cfg())[0]
+    )
 
 
 def test_a_loss_without_a_sigmoid_form_is_not_told_to_write_one():
