@@ -400,7 +400,8 @@ def test_description_of_the_parts_of_a_loss():
     """Each with all its settings, and with its weight, once."""
     slide = {"type": "SlideLoss", "loss_weight": 3, "base": {"type": "BinaryCrossEntropyLoss", "loss_weight": 0.5}}
     joint = {"type": "JointLoss", "loss_weight": 2, "losses": [slide, {"type": "GHMC", "momentum": 0.5}]}
-    of_slide = "SlideLoss(authors_code=False, BinaryCrossEntropyLoss(pos_weight=None, activated=False) x 0.5) x 3"
+    of_base = "BinaryCrossEntropyLoss(pos_weight=None, activated=False) x 0.5"
+    of_slide = f"SlideLoss(authors_code=False, decay=None, tau=2000.0, {of_base}) x 3"
     line = describe(load_losses({"cls": joint}), get_cfg())[0]
     assert line == f"cls: JointLoss({of_slide}, GHMC(bins=10, momentum=0.5)), weight 2 x gain 0.5"
 
