@@ -194,6 +194,17 @@ def test_a_moving_mean_of_slide():
     close(quick.mean_iou.double(), 0.95)
 
 
+def test_a_moving_mean_of_slide_beside_a_rank_without_positives(monkeypatch):
+    """Whose mean is still 1 and which has counted no update: half of both is one state."""
+    loss, others = SlideLoss(decay=0.9, tau=0.01), iter([0.0, 1.0])
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda total: total.add_(next(others)))
+    loss.observe(torch.zeros(1, 1), torch.tensor([[0.5]]), None)
+    assert loss.updates == 0.5
+    close(loss.mean_iou.double(), (0.95 + 1) / 2)
+
+
 def test_a_moving_mean_of_slide_counts_from_a_fifth():
     """Not what is kept, but what is used of it."""
     pred, target = torch.zeros(2, 1), torch.tensor([[0.05], [0.15]])

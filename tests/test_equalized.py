@@ -102,6 +102,13 @@ def test_the_state_follows_the_gradient_of_soft_targets(cls):
     assert loss.pos_neg[CLASSES] == 1
 
 
+def test_a_class_with_more_positive_gradient_keeps_the_power():
+    loss = EqualizedFocalLoss(num_classes=1)
+    loss(torch.full((4, 1), -2.0, requires_grad=True), torch.tensor([0, 0, 0, 1]))
+    assert loss.pos_grad > loss.neg_grad > 0
+    assert loss.pos_neg == 1
+
+
 def test_a_positive_of_quality_0_counts_as_one():
     loss = EqualizedQualityFocalLoss(num_classes=CLASSES)
     pred = torch.zeros(2, CLASSES, requires_grad=True)
