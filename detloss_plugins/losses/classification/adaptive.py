@@ -43,7 +43,7 @@ def _p_t(pred, target):
 class AdaptiveThresholdFocalLoss(
     ClassificationLoss,
     fn=adaptive_threshold_focal_loss,
-    paper="https://doi.org/10.1109/TGRS.2024.3365677",
+    paper="https://arxiv.org/abs/2307.14723",
     row_wise=True,
     filled=("mean",),
 ):
