@@ -86,6 +86,7 @@ class IABCELoss(
     needs_mining=False,
     takes_quality=True,
     true_gradient=False,
+    upstream=(Upstream(MMDET + "VarifocalLoss", {"alpha": 0.0}, {"alpha": 1.0, "iou_weighted": False}),),
 ):
     """Cai et al., Align-DETR, 2023 (IA-BCE, the IoU-aware BCE; the class loss of RF-DETR).
 
