@@ -158,6 +158,12 @@ class ClassificationLoss(Loss, family="classification", every_rank=True, needs_m
         return torch.where(label.unsqueeze(-1) == classes, value.unsqueeze(-1), 0), label >= 0
 
 
+def above_zero(target: tuple, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """A ``(label, quality)`` target with every quality above 0, if only just: so a positive of quality 0 stays one."""
+    label, quality = target
+    return label, None if quality is None else quality.to(dtype).clamp(min=torch.finfo(dtype).tiny)
+
+
 class RankingLoss(ClassificationLoss, family="ranking", needs_mining=False, counts_positives=True, one_per_row=True):
     """Losses on the order of the scores: every positive against every negative of all that ``pred`` holds.
 
@@ -172,8 +178,7 @@ class RankingLoss(ClassificationLoss, family="ranking", needs_mining=False, coun
 
     def prepare(self, pred, target):
         if isinstance(target, (tuple, list)):
-            label, quality = target
-            target, valid = self.dense(pred, (label, quality.to(pred.dtype).clamp(min=torch.finfo(pred.dtype).tiny)))
+            target, valid = self.dense(pred, above_zero(target, pred.dtype))
         elif target.shape == pred.shape:
             return pred, target, None
         else:

@@ -179,6 +179,42 @@ def test_slide_mean_is_that_of_the_positives_and_at_least_a_fifth():
     torch.testing.assert_close(loss.mean_iou, torch.tensor(0.2))  # no positives: the mean stays
 
 
+def test_a_moving_mean_of_slide():
+    """It starts at 1, its decay at 0: after means of .6 and .8 it is .600200 and .799800, by hand in numpy."""
+    loss = SlideLoss(decay=0.999)
+    assert loss.mean_iou == 1
+    for iou, expected in ((0.6, 0.600200), (0.8, 0.799800)):
+        seen = loss.observe(torch.zeros(2, 2), torch.tensor([[iou, 0], [0, 0]]), None)
+        close(loss.mean_iou.double(), expected)
+        assert seen["mean_iou"] == loss.mean_iou
+    loss(torch.zeros(1, 2), torch.zeros(1, 2))
+    assert loss.updates == 2, "a batch without positives is none"
+    quick = SlideLoss(decay=0.9, tau=0.01)  # whose decay is 0.9 from the start: .9 + .1 mean
+    quick(torch.zeros(1, 1), torch.tensor([[0.5]]))
+    close(quick.mean_iou.double(), 0.95)
+
+
+def test_a_moving_mean_of_slide_beside_a_rank_without_positives(monkeypatch):
+    """Whose mean is still 1 and which has counted no update: half of both is one state."""
+    loss, others = SlideLoss(decay=0.9, tau=0.01), iter([0.0, 1.0])
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda total: total.add_(next(others)))
+    loss.observe(torch.zeros(1, 1), torch.tensor([[0.5]]), None)
+    assert loss.updates == 0.5
+    close(loss.mean_iou.double(), (0.95 + 1) / 2)
+
+
+def test_a_moving_mean_of_slide_counts_from_a_fifth():
+    """Not what is kept, but what is used of it."""
+    pred, target = torch.zeros(2, 1), torch.tensor([[0.05], [0.15]])
+    loss = SlideLoss(decay=0.0, reduction="none")
+    rows = loss(pred, target)
+    torch.testing.assert_close(loss.mean_iou, torch.tensor(0.1))
+    torch.testing.assert_close(rows, SlideLoss(reduction="none")(pred, target))
+    assert not SlideLoss().state_dict().keys() & {"updates"}, "a checkpoint of the plain one is what it was"
+
+
 def test_slide_over_another_base():
     pred, target = sample(SlideLoss, 50)
     for base in ({"type": "FocalLoss"}, {"type": "QualityFocalLoss", "loss_weight": 2.0}):

@@ -53,7 +53,17 @@ def test_what_a_batch_tells_is_no_setting(device, traced):
     assert counted_graphs() == 1
 
 
-@pytest.mark.parametrize("cfg", [{"type": "WIoULoss"}, {"type": "SlideLoss"}, {"type": "GHMC", "momentum": 0.5}])
+STATEFUL = [
+    {"type": "WIoULoss"},
+    {"type": "SlideLoss"},
+    {"type": "SlideLoss", "decay": 0.9},
+    {"type": "GHMC", "momentum": 0.5},
+    {"type": "EqualizedFocalLoss"},
+    {"type": "EqualizedQualityFocalLoss"},
+]
+
+
+@pytest.mark.parametrize("cfg", STATEFUL, ids=str)
 def test_state_moves_as_uncompiled(cfg, device, traced):
     loss, eager = build_loss({**cfg, "compile": True}).to(device), build_loss(cfg).to(device)
     start = [x.clone() for x in eager.buffers()]

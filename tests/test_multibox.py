@@ -195,7 +195,9 @@ def test_box_losses_compare_corners():
 
 
 RATIOS = {"CrossEntropyLoss": 3, "BinaryCrossEntropyLoss": 3, "SlideLoss": 3, "ConfidenceWeightedLoss": 3}
+RATIOS["AdaptiveThresholdFocalLoss"] = 3
 RATIOS |= dict.fromkeys(["FocalLoss", "QualityFocalLoss", "VarifocalLoss", "GeneralizedFocalLoss", "AsymmetricLoss"])
+RATIOS |= dict.fromkeys(["MALoss", "IABCELoss", "EqualizedFocalLoss", "EqualizedQualityFocalLoss"])
 RATIOS |= dict.fromkeys(["GHMC", "BalancedCrossEntropyLoss", "APLoss", "RankSortLoss", "ALRPLoss", "DRLoss"])
 
 

@@ -8,6 +8,7 @@ from mmengine.dist import all_reduce_params
 from support.ranks import two_ranks
 
 from detloss_plugins.loss import average_state
+from detloss_plugins.losses import SlideLoss
 from detloss_plugins.registry import registered_losses
 from detloss_plugins.testing import sample
 
@@ -19,7 +20,14 @@ def make(cls):
     return cls.make(**MOMENTUM.get(cls.__name__, {}))
 
 
-STATEFUL = [cls for cls in registered_losses().values() if make(cls).state_dict()]
+class EMASlide(SlideLoss):
+    """Slide loss with a moving mean."""
+
+    def __init__(self, *, decay=0.999, **settings):
+        super().__init__(decay=decay, **settings)
+
+
+STATEFUL = [cls for cls in registered_losses().values() if make(cls).state_dict()] + [EMASlide]
 stateful = pytest.mark.parametrize("cls", STATEFUL, ids=lambda cls: cls.__name__)
 
 
@@ -39,7 +47,8 @@ def same(a, b):
 
 
 def test_the_known_ones_are_found():
-    assert {cls.__name__ for cls in STATEFUL} >= {"GHMC", "GHMR", "SeesawLoss", "EQLV2Loss", "SlideLoss", "WIoULoss"}
+    names = {"GHMC", "GHMR", "SeesawLoss", "EQLV2Loss", "SlideLoss", "WIoULoss", "EqualizedFocalLoss"}
+    assert {cls.__name__ for cls in STATEFUL} >= names
 
 
 @stateful

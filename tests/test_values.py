@@ -217,6 +217,54 @@ POINTWISE = [
     ),
     ({"type": "VarifocalLoss", "iou_weighted": False}, X, [0.6, 0, 1], [0.691101, 0.061966, 0.201413], None),
     ({"type": "VarifocalLoss", "gamma": 1.5}, X, [0.6, 0, 1], [0.414660, 0.097817, 0.201413], None),
+    (
+        {"type": "VarifocalLoss", "detach_weight": True},
+        X,
+        [0.6, 0, 1],
+        [0.414660, 0.061966, 0.201413],
+        [0.053985, 0.048474, -0.182426],
+    ),
+    # p - q^gamma of a positive, p^gamma p of a negative, and with a weight that is no constant as of the focal loss.
+    ({"type": "MALoss"}, X, [0.6, 0, 1], [0.799294, 0.130423, 0.201413], [0.225216, 0.102025, -0.182426]),
+    ({"type": "MALoss", "gamma": 2.0}, X, [0.6, 0, 1], [0.883101, 0.082622, 0.201413], None),
+    (
+        {"type": "MALoss", "detach_weight": False},
+        X,
+        [0.6, 0, 1],
+        [0.799294, 0.130423, 0.201413],
+        [0.225216, 0.219149, -0.182426],
+    ),
+    # p - t with t = .621329 and .950893.
+    ({"type": "IABCELoss"}, X, [0.6, 0, 1], [0.674037, 0.082622, 0.275073], [0.068645, 0.163561, -0.133319]),
+    (
+        {"type": "IABCELoss", "detach_weight": True},
+        X,
+        [0.6, 0, 1],
+        [0.674037, 0.082622, 0.275073],
+        [0.068645, 0.064632, -0.133319],
+    ),
+    # The gradients by central differences of the formula in numpy, the second with gamma held.
+    (
+        {"type": "AdaptiveThresholdFocalLoss"},
+        [0.8, -0.4, 1.5, -2],
+        [1, 0, 0, 1],
+        [0.126000, 0.221000, 2.720175, 4.224730],
+        [-0.138462, 0.242142, 2.411597, -3.610390],
+    ),
+    (
+        {"type": "AdaptiveThresholdFocalLoss", "detach_gamma": True},
+        [0.8, -0.4, 1.5, -2],
+        [1, 0, 0, 1],
+        [0.126000, 0.221000, 2.720175, 4.224730],
+        [-0.185451, 0.294919, 2.444360, -3.633453],
+    ),
+    (
+        {"type": "AdaptiveThresholdFocalLoss"},
+        [0.8, -0.4, 1.5, -2],
+        [0.3, 0, 0.7, 1],
+        [0.991489, 0.243559, 0.291325, 4.224730],
+        None,
+    ),
     # p = .9 .2 .6 .3 and one positive: alpha = 3/4, and .75 ln .9 = -.079020, .25 ln .8 = -.055786 and so on.
     (
         {"type": "BalancedCrossEntropyLoss"},

@@ -57,6 +57,7 @@ class JointLoss(Loss, fn=joint_loss):
             one_per_row=all(f.one_per_row for f in facts),
             keeps_little=all(f.keeps_little for f in facts),
             counts_positives=any(f.counts_positives for f in facts),
+            true_gradient=all(f.true_gradient for f in facts),
             needs_mining=any(f.needs_mining for f in facts),
             takes_quality=any(f.takes_quality for f in facts),
             self_normalized=False,

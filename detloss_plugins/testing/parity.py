@@ -21,6 +21,7 @@ RTOL, ATOL = 1e-5, 5e-6
 HARD_TARGETS = {
     ("ModifiedCrossEntropyLoss", "torchvision.ops.sigmoid_focal_loss"),
     ("AsymmetricLoss", "torchvision.ops.sigmoid_focal_loss"),
+    ("IABCELoss", "mmdet.models.losses.VarifocalLoss"),
 }
 
 

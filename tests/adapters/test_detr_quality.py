@@ -12,7 +12,7 @@ from mmdet.models.losses import QualityFocalLoss as Stock
 from mmdet.structures.bbox import bbox_cxcywh_to_xyxy, bbox_overlaps
 from support.commands import python
 from support.mmdetection import backward
-from support.mmdetection_detr import DEFORMABLE, DINO, MORE, QUALITY, calls, detector
+from support.mmdetection_detr import DEFORMABLE, DINO, MORE, QUALITY, WITH_STATE, calls, detector
 
 from detloss_plugins import build_loss
 from detloss_plugins.losses import VarifocalLoss
@@ -32,7 +32,9 @@ def weighted(base):
 OF_QUALITY = {
     "joint": joint("QualityFocalLoss", "FocalLoss"),
     "joint, not the first": joint("FocalLoss", "VarifocalLoss"),
+    "joint, one to one": joint("FocalLoss", "MALoss"),
     "weighted": weighted(dict(type="VarifocalLoss")),
+    "weighted, one to one": weighted(dict(type="IABCELoss")),
     "weighted joint": weighted(joint("FocalLoss", "QualityFocalLoss")),
     "joint weighted": dict(type="JointLoss", losses=[dict(type="FocalLoss"), weighted(dict(type="QualityFocalLoss"))]),
 }
@@ -152,7 +154,7 @@ def test_every_registered_loss_by_its_facts():
     for name, cls in registered_losses().items():
         loss = cls.make()
         assert isinstance(loss, Stock) == loss.facts.takes_quality, name
-        assert cls.facts.takes_quality == (cls in QUALITY), name
+        assert cls.facts.takes_quality == (cls in [*QUALITY, *WITH_STATE]), name
 
 
 @each
@@ -189,7 +191,7 @@ def test_whichever_is_imported_first(order, tmp_path):
             {order}
             from mmdet.models.losses import QualityFocalLoss
             found = [*early, *losses()]
-            assert len(found) == {6 * (1 + order.count("losses()"))}
+            assert len(found) == {(1 + len(OF_QUALITY)) * (1 + order.count("losses()"))}
             assert all(isinstance(loss, QualityFocalLoss) for loss in found)
             assert not any(issubclass(type(loss), QualityFocalLoss) for loss in found)
             from detloss_plugins.losses import FocalLoss

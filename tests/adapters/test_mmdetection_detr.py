@@ -23,7 +23,7 @@ from support.mmdetection import (
     small,
     twin_configs,
 )
-from support.mmdetection_detr import DEFORMABLE, DINO, MORE, QUALITY, calls, detector
+from support.mmdetection_detr import DEFORMABLE, DINO, MORE, QUALITY, WITH_STATE, calls, detector
 
 from detloss_plugins.losses import NWDLoss, QualityFocalLoss
 from detloss_plugins.registry import loss_class
@@ -38,8 +38,12 @@ def classification(name, **settings):
     return dict(type=f"detloss_plugins.{name}", **settings_of(loss_class(name), True), **settings)
 
 
-@pytest.mark.parametrize("loss", QUALITY, ids=lambda cls: cls.__name__)
-@pytest.mark.parametrize("path", [DEFORMABLE, DINO, *MORE.values()], ids=["Deformable DETR", "DINO", *MORE])
+PATHS = {"Deformable DETR": DEFORMABLE, "DINO": DINO, **MORE}
+CASES = {f"{name}-{cls.__name__}": (path, cls) for name, path in PATHS.items() for cls in QUALITY}
+CASES |= {f"DINO-{cls.__name__}": (DINO, cls) for cls in WITH_STATE}
+
+
+@pytest.mark.parametrize(("path", "loss"), CASES.values(), ids=CASES)
 def test_quality_losses_get_the_iou(path, loss, batch):
     """In every call: of the matched boxes, for the encoder's, each decoder layer's and the denoising queries."""
     model = detector(path, loss_cls=classification(loss.__name__))
@@ -53,6 +57,38 @@ def test_quality_losses_get_the_iou(path, loss, batch):
         torch.testing.assert_close(quality[found], iou)
         assert (quality[~found] == 0).all()
         assert ((0 < iou) & (iou < 1)).any()
+
+
+def bce(logit, target):
+    return torch.nn.functional.binary_cross_entropy_with_logits(logit, target, reduction="none")
+
+
+# Of a positive of quality 0, whose target is 0 for the one and .01 for the other, and of a negative.
+OF_QUALITY_0 = {
+    "MALoss": (lambda x: bce(x, torch.zeros_like(x)), lambda x: x.sigmoid() ** 1.5 * bce(x, torch.zeros_like(x))),
+    "IABCELoss": (
+        lambda x: bce(x, torch.full_like(x, 0.01)),
+        lambda x: x.sigmoid() ** 2 * bce(x, torch.zeros_like(x)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OF_QUALITY_0)
+def test_a_matched_box_that_misses_its_object_is_a_positive(name, batch):
+    """All predicted boxes are a dot in the corner, so the head hands over an IoU of 0, and the label beside it."""
+    model = detector(MORE["DETR"], loss_cls=classification(name))
+    last = model.bbox_head.fc_reg
+    torch.nn.init.zeros_(last.weight)
+    torch.nn.init.constant_(last.bias, -7.0)
+    seen = calls(model.bbox_head.loss_cls)
+    losses = backward(model, batch)
+    for key, ((logits, (labels, quality), weight), kwargs) in zip(("d0.loss_cls", "loss_cls"), seen, strict=True):
+        positive = torch.nn.functional.one_hot(labels, 11)[:, :10].bool()
+        assert positive.any()
+        assert (quality == 0).all()
+        rows = torch.where(positive, *(of(logits.detach()) for of in OF_QUALITY_0[name]))
+        expected = (rows * weight[:, None]).sum() / kwargs["avg_factor"]
+        torch.testing.assert_close(losses[key].item(), expected.item(), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("name", ["FocalLoss", "BinaryCrossEntropyLoss"])

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from detloss_plugins.registry import registered_losses
 
 RETINANET, FASTER_RCNN = (CONFIG_DIR / f"{name}_r50_fpn_1x_coco.py" for name in ("retinanet", "faster-rcnn"))
-MOMENTUM = {"GHMC": {"momentum": 0.75}, "GHMR": {"momentum": 0.7}}
+MOMENTUM = {"GHMC": {"momentum": 0.75}, "GHMR": {"momentum": 0.7}, "SlideLoss": {"decay": 0.999}}
 STATEFUL = [name for name, cls in registered_losses().items() if cls.make(**MOMENTUM.get(name, {})).state_dict()]
 KILLS, EPOCHS = int(os.environ.get("DETLOSS_KILLS", "4")), 4  # 20 of them take minutes a loss
 

@@ -4,6 +4,7 @@ import copy
 import logging
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -113,6 +114,23 @@ def test_class_loss_is_summed_over_anchors_and_divided_by_the_scores(batch):
     varifocal = VarifocalLoss()(scores, target, (target > 0).float()) * scores.shape[1]
     expected = varifocal / target.sum().clamp(min=1) * model.args.cls * 3.0
     items = result(model, ours(model, {"cls": {"type": "VarifocalLoss", "loss_weight": 3.0}}), batch)[1]
+    torch.testing.assert_close(items["cls_loss"], expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(("name", "power"), [("MALoss", 1.5), ("IABCELoss", 2.0)])
+def test_losses_of_matched_boxes_get_the_scores_of_the_assigner(name, power, batch):
+    """As a dense target, from which a positive is told by being above 0."""
+    model, seen = detector("yolov8n"), {}
+    criterion = DetectionModel.init_criterion(model)
+    criterion.bce.register_forward_pre_hook(lambda _, args: seen.update(scores=args[0], target=args[1]))
+    result(model, criterion, batch)
+    scores, target = seen["scores"].detach(), seen["target"]
+    p, positive = scores.sigmoid(), target > 0
+    assert ((0 < target) & (target < 1)).any()
+    wanted = target**power if name == "MALoss" else (p**0.25 * target**0.75).clamp(min=0.01)
+    bce = torch.nn.functional.binary_cross_entropy_with_logits(scores, positive * wanted, reduction="none")
+    expected = (torch.where(positive, 1.0, p**power) * bce).sum() / target.sum().clamp(min=1) * model.args.cls * 16
+    items = result(model, ours(model, {"cls": {"type": name}}), batch)[1]
     torch.testing.assert_close(items["cls_loss"], expected, rtol=1e-5, atol=0)
 
 
@@ -340,6 +358,15 @@ def test_a_model_of_another_task_fails_before_the_data_is_touched(model, given, 
         trainer(overrides=overrides).train()
 
 
+SHIPPED = sorted((Path(__file__).parents[2] / "configs" / "ultralytics").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_files_of_losses_suit_their_task(path):
+    task = next((task for task in ("rtdetr", "obb") if path.stem.startswith(task)), "detect")
+    assert load_losses(path, task)
+
+
 def test_a_yaml_file_and_a_dict_are_the_same(tmp_path):
     path = tmp_path / "losses.yaml"
     path.write_text(yaml.safe_dump(LOSSES), encoding="utf-8")
@@ -354,10 +381,14 @@ def test_default_gain_and_override():
     assert load_losses({"cls": {"type": "VarifocalLoss", "loss_weight": 1.5}})["cls"]["loss_weight"] == 1.5
     assert LOSSES == {"cls": {"type": "VarifocalLoss"}, "box": {"type": "EIoULoss"}}, "the caller's dict is untouched"
     lines = describe(load_losses(LOSSES), get_cfg())
-    assert lines[0] == f"cls: VarifocalLoss(alpha=0.75, gamma=2.0, iou_weighted=True), weight {gain:g} x gain 0.5"
+    settings = "alpha=0.75, gamma=2.0, iou_weighted=True, detach_weight=False"
+    assert lines[0] == f"cls: VarifocalLoss({settings}), weight {gain:g} x gain 0.5"
     assert lines[2] == "dfl: stock loss x gain 1.5"
     slide = load_losses({"cls": {"type": "SlideLoss", "base": {"type": "FocalLoss", "alpha": None}}})
-    assert "SlideLoss(authors_code=False, FocalLoss(gamma=2.0, alpha=None" in describe(slide, get_cfg())[0]
+    assert (
+        "SlideLoss(authors_code=False, decay=None, tau=2000.0, FocalLoss(gamma=2.0, alpha=None"
+        in describe(slide, get_cfg())[0]
+    )
 
 
 def test_a_loss_without_a_sigmoid_form_is_not_told_to_write_one():
@@ -370,7 +401,8 @@ def test_description_of_the_parts_of_a_loss():
     """Each with all its settings, and with its weight, once."""
     slide = {"type": "SlideLoss", "loss_weight": 3, "base": {"type": "BinaryCrossEntropyLoss", "loss_weight": 0.5}}
     joint = {"type": "JointLoss", "loss_weight": 2, "losses": [slide, {"type": "GHMC", "momentum": 0.5}]}
-    of_slide = "SlideLoss(authors_code=False, BinaryCrossEntropyLoss(pos_weight=None, activated=False) x 0.5) x 3"
+    of_base = "BinaryCrossEntropyLoss(pos_weight=None, activated=False) x 0.5"
+    of_slide = f"SlideLoss(authors_code=False, decay=None, tau=2000.0, {of_base}) x 3"
     line = describe(load_losses({"cls": joint}), get_cfg())[0]
     assert line == f"cls: JointLoss({of_slide}, GHMC(bins=10, momentum=0.5)), weight 2 x gain 0.5"
 

@@ -173,6 +173,33 @@ def test_rtdetr_every_loss_has_a_gradient(cls, images, predictions, monkeypatch)
         assert gradient.abs().sum() > 0
 
 
+# Of a positive of quality 0, whose target is 0 for the one and .01 for the other, and of a negative.
+OF_QUALITY_0 = {"MALoss": (0.0, 1.5), "IABCELoss": (0.01, 2.0)}
+
+
+@pytest.mark.parametrize("name", OF_QUALITY_0)
+def test_rtdetr_a_matched_box_that_misses_its_object_is_a_positive(name, images, predictions):
+    """All predicted boxes are outside of the image: an IoU of 0, and the label beside it, in every layer."""
+    model, seen = with_losses(RTDETR_NAME, {"loss_class": {"type": name}}), []
+    boxes, scores, encoder_boxes, encoder_scores = predictions[0]
+    away = torch.tensor([-0.5, -0.5, 0.1, 0.1])
+    boxes, encoder_boxes = (away.expand_as(x).clone().requires_grad_() for x in (boxes, encoder_boxes))
+    model.criterion = model.init_criterion()
+    loss = model.criterion.built["loss_class"]
+    loss.register_forward_hook(lambda _, args, kwargs, value: seen.append((args, kwargs, value)), with_kwargs=True)
+    model.loss(images, (boxes, scores, encoder_boxes, encoder_scores, predictions[1]))
+    assert len(seen) >= 3
+    wanted, power = OF_QUALITY_0[name]
+    bce = torch.nn.functional.binary_cross_entropy_with_logits
+    for (logits, (labels, quality)), kwargs, value in seen:
+        positive = torch.nn.functional.one_hot(labels, 11)[..., :10].bool()
+        assert positive.any()
+        assert (quality == 0).all()
+        rows = logits.sigmoid() ** torch.where(positive, 0.0, power)
+        rows = rows * bce(logits, torch.where(positive, wanted, 0.0), reduction="none")
+        torch.testing.assert_close(value, rows.sum() / kwargs["avg_factor"], rtol=1e-5, atol=0)
+
+
 RANKED = {"loss_class": {"type": "APLoss"}, "loss_bbox": {"type": "SmoothL1Loss"}}
 
 

@@ -5,7 +5,15 @@ import copy
 import torch
 from mmengine.hub import get_config
 
-from detloss_plugins.losses import GeneralizedFocalLoss, QualityFocalLoss, VarifocalLoss
+from detloss_plugins.losses import (
+    EqualizedQualityFocalLoss,
+    GeneralizedFocalLoss,
+    IABCELoss,
+    MALoss,
+    QualityFocalLoss,
+    SlideLoss,
+    VarifocalLoss,
+)
 from support.mmdetection import CONFIG_DIR, branches, build, shrink, small
 
 DEFORMABLE = CONFIG_DIR / "deformable-detr_r50_16xb2-50e_coco.py"
@@ -15,7 +23,8 @@ MORE = {
     "DETR": "detr/detr_r50_8xb2-150e_coco.py",
     "Conditional DETR": "conditional_detr/conditional-detr_r50_8xb2-50e_coco.py",
 }
-QUALITY = [QualityFocalLoss, VarifocalLoss, GeneralizedFocalLoss]
+QUALITY = [QualityFocalLoss, VarifocalLoss, GeneralizedFocalLoss, MALoss, IABCELoss]
+WITH_STATE = [EqualizedQualityFocalLoss, SlideLoss]  # of a quality too
 
 
 def detector(path, **losses):

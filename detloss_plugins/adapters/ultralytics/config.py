@@ -36,6 +36,10 @@ GAINS = {
     "QualityFocalLoss": 16.0,
     "VarifocalLoss": 16.0,
     "GeneralizedFocalLoss": 16.0,  # the quality focal loss's, which it equals there
+    "MALoss": 16.0,
+    "IABCELoss": 16.0,
+    "EqualizedFocalLoss": 16.0,
+    "EqualizedQualityFocalLoss": 16.0,
     "AsymmetricLoss": 64.0,
     "EQLV2Loss": 4.0,
     "ConfidenceWeightedLoss": 4.0,

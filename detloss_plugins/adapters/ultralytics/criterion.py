@@ -323,10 +323,10 @@ class PluginRTDETRLoss(RTDETRDetectionLoss):
     """RT-DETR's criterion with losses of ours for ``loss_class``, ``loss_bbox`` and ``loss_giou``.
 
     Every loss is summed and divided by the number of objects, in every layer of the decoder and for the denoising
-    queries, and multiplied by the stock gains (class 1, bbox 5, giou 2). A class loss whose target is a quality (VFL,
-    QFL, GFL, the ranking losses) gets the IoU of the matched boxes, any other the classes. ``loss_bbox`` gets
-    ``(cx, cy, w, h)`` as shares of the image, ``loss_giou`` corners in pixels of the network's input. The costs of the
-    matching stay stock.
+    queries, and multiplied by the stock gains (class 1, bbox 5, giou 2). A class loss whose target is a quality (MAL,
+    IA-BCE, VFL, QFL, GFL, Slide, the ranking losses) gets the IoU of the matched boxes, any other the classes.
+    ``loss_bbox`` gets ``(cx, cy, w, h)`` as shares of the image, ``loss_giou`` corners in pixels of the network's
+    input. The costs of the matching stay stock.
 
     Args:
         model: an RT-DETR model.

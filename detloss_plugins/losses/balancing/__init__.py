@@ -4,9 +4,10 @@ State is in buffers, so it is in the checkpoint. It changes in training only, co
 and is averaged over the ranks of a distributed run.
 """
 
-from detloss_plugins.losses.balancing import ghm, long_tail, slide
+from detloss_plugins.losses.balancing import equalized, ghm, long_tail, slide
+from detloss_plugins.losses.balancing.equalized import *  # noqa: F403
 from detloss_plugins.losses.balancing.ghm import *  # noqa: F403
 from detloss_plugins.losses.balancing.long_tail import *  # noqa: F403
 from detloss_plugins.losses.balancing.slide import *  # noqa: F403
 
-__all__ = [*ghm.__all__, *long_tail.__all__, *slide.__all__]
+__all__ = [*equalized.__all__, *ghm.__all__, *long_tail.__all__, *slide.__all__]

@@ -5,9 +5,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from detloss_plugins.facts import Positive, Share
 from detloss_plugins.families import ClassificationLoss, of_one_type
 from detloss_plugins.loss import rank_mean
 from detloss_plugins.losses.classification.common import bce, over_base
+from detloss_plugins.precision import float32
 from detloss_plugins.registry import MODELS, build_loss
 
 __all__ = ["SlideLoss", "slide_loss", "slide_weight"]
@@ -65,6 +67,7 @@ class SlideLoss(
     fn=slide_loss,
     paper="https://arxiv.org/abs/2208.02019",
     row_wise=True,
+    takes_quality=True,
     filled=("mean_iou", "elements"),
 ):
     """Yu et al., YOLO-FaceV2, 2022.
@@ -75,18 +78,24 @@ class SlideLoss(
     Args:
         base: config of a classification loss whose terms are weighted; binary cross entropy if it is not given.
         authors_code: see :func:`slide_weight`.
+        decay: None, or the decay of a moving mean in place of the batch's, in [0, 1]; 0.999 in the code known as
+            EMASlide, which has no paper. The mean starts at 1, and the decay at 0: at the n-th batch with positives it
+            is ``decay (1 - e^(-n / tau))``.
+        tau: in how many batches the decay grows.
 
     Raises:
         ValueError: if ``base`` is no sigmoid classification loss.
     """
 
-    def __init__(self, *, base: Mapping | None = None, **settings):
+    def __init__(self, *, base: Mapping | None = None, decay: Share | None = None, tau: Positive = 2000.0, **settings):
         super().__init__(**settings)
+        self.decay, self.tau = decay, tau
         self.base = build_loss({"type": "BinaryCrossEntropyLoss"} if base is None else base)
         if self.base.family != "classification" or not self.base.use_sigmoid:
             raise ValueError(f"base of SlideLoss must be a sigmoid classification loss, not {base['type']}.")
         self.facts = over_base(self.facts, self.base)
-        self.register_buffer("mean_iou", torch.tensor(0.5))
+        self.register_buffer("mean_iou", torch.tensor(0.5 if decay is None else 1.0))
+        self.register_buffer("updates", None if decay is None else torch.tensor(0.0))
 
     @property
     def observes(self):
@@ -98,12 +107,23 @@ class SlideLoss(
 
     def summarise(self, sums):
         if sums:
-            self.mean_iou.copy_(rank_mean(_mean(sums["total"], sums["count"], self.mean_iou)))
-        return {"mean_iou": self.mean_iou.clone()}
+            mean = _mean(sums["total"], sums["count"], self.mean_iou)
+            self.mean_iou.copy_(rank_mean(mean if self.decay is None else self.moved(**sums)))
+        return {"mean_iou": self.mean_iou.clamp(min=0.2)}
+
+    def moved(self, total: Tensor, count: Tensor) -> Tensor:
+        """The moving mean after another batch, whose positives count as one update."""
+        updates = self.updates + (count > 0)
+        decay = -self.decay * torch.expm1(-updates / self.tau)
+        self.updates.copy_(rank_mean(updates))
+        moved = decay * self.mean_iou + (1 - decay) * total / count.clamp(min=1)
+        return torch.where(count > 0, moved, self.mean_iou)
 
     def observe(self, pred, target, weight):
         return {**super().observe(pred, target, weight), "base": self.base.observe(pred, target, weight)}
 
-    def elements(self, pred, target, seen):
-        of_base = self.base.loss_weight * self.base.unweighted(pred, target, seen["base"])[0]
-        return super().elements(pred, target, {"mean_iou": seen["mean_iou"], "elements": of_base})
+    def unweighted(self, pred, target, seen):
+        of_base, valid = self.base.unweighted(pred, target, seen["base"])  # the target in its form, which may say more
+        given = {"mean_iou": seen["mean_iou"], "elements": self.base.loss_weight * of_base}
+        pred, iou, _ = self.prepare(float32(pred), target)
+        return self.elements(pred, iou, given), valid

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from detloss_plugins.facts import Facts
-from detloss_plugins.families import ClassificationLoss
+from detloss_plugins.families import ClassificationLoss, above_zero
 from detloss_plugins.loss import Loss
 
 
@@ -39,6 +39,14 @@ def class_vector(values: Any, pred: Tensor) -> Any:
     if vector.dim() and vector.shape[-1] not in (1, pred.shape[-1]):
         raise ValueError(f"{vector.shape[-1]} values were given for {pred.shape[-1]} classes.")
     return vector
+
+
+class KeepsPositives(ClassificationLoss):
+    """A loss for which a positive of quality 0 is no negative: a ``(label, quality)`` target tells the two apart."""
+
+    def prepare(self, pred, target):
+        pair = isinstance(target, (tuple, list))
+        return super().prepare(pred, above_zero(target, pred.dtype) if pair else target)
 
 
 class SoftmaxOrSigmoid(ClassificationLoss):
@@ -82,6 +90,7 @@ def over_base(facts: Facts, base: Loss) -> Facts:
         row_wise=facts.row_wise and base.facts.row_wise,
         sums_classes=base.facts.sums_classes,
         one_per_row=base.facts.one_per_row,
+        true_gradient=facts.true_gradient and base.facts.true_gradient,
         needs_mining=base.facts.needs_mining,
         takes_quality=facts.takes_quality or base.facts.takes_quality,
     )

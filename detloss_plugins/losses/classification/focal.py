@@ -58,8 +58,8 @@ def _poly_focal(pred, target, gamma, alpha, use_sigmoid, activated=False, epsilo
     if use_sigmoid:
         target = target.to(pred.dtype)
         ce = bce(pred, target, activated)
-        gap = None if is_zero(gamma) and is_zero(epsilon) else _miss(pred, target, activated)
-        return _balance(alpha, target) * _focused(ce, gap, gamma, epsilon)
+        gap = None if is_zero(gamma) and is_zero(epsilon) else miss(pred, target, activated)
+        return balance(alpha, target) * _focused(ce, gap, gamma, epsilon)
     ce = -(pred.clamp(min=torch.finfo(pred.dtype).tiny).log() if activated else pred.log_softmax(-1))
     if target.is_floating_point():  # distributions
         loss = target * _focused(ce, -torch.expm1(-ce), gamma, epsilon)
@@ -76,13 +76,13 @@ def _focused(ce, gap, gamma, epsilon):
     return loss if is_zero(gamma) else power(gap, gamma) * loss
 
 
-def _miss(pred, target, activated):
+def miss(pred, target, activated=False):
     """``1 - p_t = y (1 - p) + (1 - y) p``, exact where it is small: ``1 - p`` is the sigmoid of the negative logit."""
     p, rest = (pred, 1 - pred) if activated else (pred.sigmoid(), (-pred).sigmoid())
     return torch.lerp(p, rest, target)
 
 
-def _balance(alpha, target):
+def balance(alpha, target):
     """``alpha`` for positives, ``1 - alpha`` for negatives, in between for soft targets; 1 for no ``alpha``."""
     return 1.0 if alpha is None else (2 * alpha - 1) * target + (1 - alpha)
 
@@ -129,7 +129,7 @@ def quality_focal_loss(
     loss = bce(pred, target, activated)
     if not is_zero(beta):
         loss = power((target - (pred if activated else pred.sigmoid())).abs(), beta) * loss
-    return loss if alpha is None else _balance(alpha, target) * loss
+    return loss if alpha is None else balance(alpha, target) * loss
 
 
 @MODELS.register_module()
@@ -151,17 +151,25 @@ class QualityFocalLoss(
 
 
 def varifocal_loss(
-    pred: Tensor, target: Tensor, *, alpha: Share = 0.75, gamma: NonNegative = 2.0, iou_weighted: bool = True
+    pred: Tensor,
+    target: Tensor,
+    *,
+    alpha: Share = 0.75,
+    gamma: NonNegative = 2.0,
+    iou_weighted: bool = True,
+    detach_weight: bool = False,
 ) -> Tensor:
     """``y BCE`` where the quality ``y > 0``, ``alpha p^gamma BCE`` where it is 0; ``iou_weighted=False`` drops the y.
 
-    Logits and targets have one shape, which is that of the losses.
+    The weight ``p^gamma`` carries gradient unless ``detach_weight`` makes it a constant. Logits and targets have one
+    shape, which is that of the losses.
 
     >>> varifocal_loss(torch.tensor([0.8, -0.4, 1.5]), torch.tensor([0.6, 0.0, 1.0]))
     tensor([0.4147, 0.0620, 0.2014])
     """
     pred, target = of_one_type(pred, target)
-    weight = torch.where(target > 0, target if iou_weighted else 1.0, alpha * power(pred.sigmoid(), gamma))
+    p = (pred.detach() if detach_weight else pred).sigmoid()
+    weight = torch.where(target > 0, target if iou_weighted else 1.0, alpha * power(p, gamma))
     return weight * bce(pred, target)
 
 
@@ -182,7 +190,17 @@ class VarifocalLoss(
 
     A positive whose quality is 0 counts as a negative. In Ultralytics' ``cls`` slot the default ``loss_weight`` is 16,
     measured as the README tells.
+
+    Args:
+        alpha: weight of the negatives, in [0, 1].
+        gamma: focusing power of the negatives.
+        iou_weighted: weigh a positive by its quality.
+        detach_weight: treat the weight of the negatives as a constant, as the code of RT-DETR, DEIM and D-FINE does.
     """
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.facts = self.facts.but(true_gradient=not self.detach_weight)
 
 
 def poly_loss(

@@ -1,0 +1,83 @@
+"""A focal loss whose focusing power follows the batch."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from detloss_plugins.families import ClassificationLoss, of_one_type
+from detloss_plugins.losses.classification.common import bce, power
+from detloss_plugins.precision import float32
+from detloss_plugins.reduction import counts
+from detloss_plugins.registry import MODELS
+
+__all__ = ["AdaptiveThresholdFocalLoss", "adaptive_threshold_focal_loss"]
+
+# Smaller p_t count as this one in the exponent of the hard: their factor, up to 1.5^88, would overflow.
+LEAST = math.exp(-20)
+
+
+def adaptive_threshold_focal_loss(pred: Tensor, target: Tensor, *, mean: Tensor | None = None) -> Tensor:
+    """BCE times ``(1.000001 - p_t)^gamma`` where ``p_t > 0.5``, else times ``(1.5 - p_t)^(-ln p_t)``.
+
+    ``gamma = -ln(mean of p_t)``, of this call unless ``mean`` gives it, and ``p_t = y p + (1 - y) (1 - p)``. Logits and
+    targets have one shape, which is that of the losses. The factor of the hard grows no more below ``p_t = e^-20``.
+
+    >>> adaptive_threshold_focal_loss(torch.tensor([0.8, -0.4, 1.5, -2.0]), torch.tensor([1.0, 0.0, 0.0, 1.0]))
+    tensor([0.1260, 0.2210, 2.7202, 4.2247])
+    """
+    pred, target = of_one_type(pred, target)
+    p_t = _p_t(pred, target)
+    mean = p_t.mean() if mean is None else mean
+    easy = power(1.000001 - p_t, -mean.clamp(min=torch.finfo(pred.dtype).tiny).log())
+    hard = (1.5 - p_t).pow(-p_t.clamp(min=LEAST).log())
+    return torch.where(p_t > 0.5, easy, hard) * bce(pred, target)
+
+
+def _p_t(pred, target):
+    # What is negative is ignored, but its power would be NaN.
+    return torch.lerp((-pred).sigmoid(), pred.sigmoid(), target.clamp(min=0))
+
+
+@MODELS.register_module()
+class AdaptiveThresholdFocalLoss(
+    ClassificationLoss,
+    fn=adaptive_threshold_focal_loss,
+    paper="https://arxiv.org/abs/2307.14723",
+    row_wise=True,
+    filled=("mean",),
+):
+    """Yang et al., EFLNet, 2024 (ATFL).
+
+    The mean is that of what counts in the call: rows that are ignored or have a weight of 0 do not.
+
+    Args:
+        detach_gamma: treat the focusing power as a constant. In the authors' code it carries gradient, which couples
+            all elements, so that the loss is worked out on the whole batch and ``compile=True`` has no effect.
+    """
+
+    observes = True
+
+    def __init__(self, *, detach_gamma: bool = False, **settings):
+        super().__init__(**settings)
+        self.detach_gamma = detach_gamma
+        self.facts = self.facts.but(true_gradient=not detach_gamma)
+
+    def compiles(self, device):
+        return self.detach_gamma
+
+    def reduced(self, pred, *args):
+        # Once, so that the gradients through loss and mean are not added up in half precision.
+        return super().reduced(pred if self.detach_gamma else float32(pred), *args)
+
+    def observe(self, pred, target, weight):
+        if self.detach_gamma or not torch.is_grad_enabled():
+            return super().observe(pred, target, weight)
+        return self.summarise(self.statistics(*self.prepare(float32(pred), target), weight))
+
+    def statistics(self, pred, target, valid, weight):
+        counted = counts(pred, valid, weight)
+        return {"total": torch.where(counted > 0, _p_t(pred, target), 0.0).sum(), "count": counted.sum()}
+
+    def summarise(self, sums):
+        return {"mean": torch.where(sums["count"] > 0, sums["total"] / sums["count"].clamp(min=1), 1.0)}
