@@ -2,6 +2,7 @@
 
 from detloss_plugins.adapters.mmdetection import lite  # noqa: F401  # first: mmdet may need what it stands in for
 from detloss_plugins.adapters.mmdetection.gathered import GatheredATSSHead, GatheredGFLHead, GatheredRetinaHead
+from detloss_plugins.adapters.mmdetection.per_image import PerImageLossHook, image_losses
 from detloss_plugins.adapters.mmdetection.pixels import (
     PixelBoxInstBboxHead,
     PixelCenterNetUpdateHead,
@@ -31,6 +32,7 @@ __all__ = [
     "GatheredGFLHead",
     "GatheredRetinaHead",
     "NotStockError",
+    "PerImageLossHook",
     "PixelBoxInstBboxHead",
     "PixelCenterNetUpdateHead",
     "PixelCondInstBboxHead",
@@ -48,6 +50,7 @@ __all__ = [
     "UncertaintyBBoxHead",
     "UncertaintyRetinaHead",
     "UncertaintyRoIHead",
+    "image_losses",
     "stock_config",
     "variance_voting",
 ]
