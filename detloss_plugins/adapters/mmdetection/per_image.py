@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import csv
+import functools
 import itertools
 import math
 import random
@@ -27,7 +28,8 @@ class PerImageLossHook(Hook):
     In a config, ``custom_hooks=[dict(type="detloss_plugins.adapters.mmdetection.PerImageLossHook")]``. The work
     directory then has ``image_losses.csv``: image, number of objects, the sum of the losses and each of them. With
     ``boxes=True`` it has ``box_losses.csv`` too: image, place of the box in it, class, box and ``excess``, by how much
-    the loss of the image falls if this box is left out of its labels. The detector learns to find what is labelled
+    the loss of the image falls if this box is left out of its labels; where a head hands ``avg_factor`` to a loss, that
+    stays what it was. The detector learns to find what is labelled
     alike, so that a right label lowers the loss, and a wrong class, a wrong place or an object that is none raises it;
     until it has learnt the wrong ones by heart, so look before the end of a long training too.
 
@@ -77,13 +79,16 @@ def image_losses(model: torch.nn.Module, dataset, boxes: bool = False) -> Iterat
         dataset: gives what its data loader collates.
         boxes: whether to look at boxes.
     """
-    model = _for_losses(model)
+    model, factors = _for_losses(model), {}
+    for module in model.modules():
+        module.register_forward_pre_hook(functools.partial(_same_factor, factors), with_kwargs=True)
     classes = dataset.metainfo.get("classes", ())
     for index in range(len(dataset)):
         with _random_numbers_of(index):
             data = model.data_preprocessor(pseudo_collate([dataset[index]]), True)
         (sample,) = data["data_samples"]
         objects = sample.gt_instances
+        factors.clear()
         total, parts = _loss(model, data, index)
         image = {"image": sample.metainfo.get("img_path", index)}
         rows = []
@@ -106,6 +111,13 @@ def _for_losses(model):
     if hasattr(model.data_preprocessor, "batch_augments"):
         model.data_preprocessor.batch_augments = None  # which resize the batch
     return model
+
+
+def _same_factor(factors, module, args, kwargs):
+    """What an image's losses are divided by stays when a box is left out: else the others would count for more."""
+    if kwargs.get("avg_factor") is not None:
+        kwargs["avg_factor"] = factors.setdefault(module, kwargs["avg_factor"])
+    return args, kwargs
 
 
 @torch.no_grad()
