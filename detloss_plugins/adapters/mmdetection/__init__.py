@@ -1,6 +1,8 @@
 """MMDetection heads for losses that the stock heads cannot serve, named by their full path, without custom_imports."""
 
 from detloss_plugins.adapters.mmdetection import lite  # noqa: F401  # first: mmdet may need what it stands in for
+from detloss_plugins.adapters.mmdetection.gathered import GatheredATSSHead, GatheredGFLHead, GatheredRetinaHead
+from detloss_plugins.adapters.mmdetection.per_image import PerImageLossHook, image_losses
 from detloss_plugins.adapters.mmdetection.pixels import (
     PixelBoxInstBboxHead,
     PixelCenterNetUpdateHead,
@@ -26,7 +28,11 @@ from detloss_plugins.adapters.mmdetection.yolo import PluginYOLOV3Head
 
 __all__ = [
     "CornerBBoxCoder",
+    "GatheredATSSHead",
+    "GatheredGFLHead",
+    "GatheredRetinaHead",
     "NotStockError",
+    "PerImageLossHook",
     "PixelBoxInstBboxHead",
     "PixelCenterNetUpdateHead",
     "PixelCondInstBboxHead",
@@ -44,6 +50,7 @@ __all__ = [
     "UncertaintyBBoxHead",
     "UncertaintyRetinaHead",
     "UncertaintyRoIHead",
+    "image_losses",
     "stock_config",
     "variance_voting",
 ]

@@ -75,7 +75,7 @@ def _stock_part(part):
     """The type of mmdet's class that a head of ours adds nothing to at inference."""
     ours = get_object_from_string(part["type"])
     theirs = next(base for base in ours.__mro__ if base.__module__.startswith(("mmdet.", "torch.")))
-    if not (ours.__name__.startswith("Pixel") or ours.__name__ == "RankingRetinaHead"):
+    if not (ours.__name__.startswith(("Gathered", "Pixel")) or ours.__name__ == "RankingRetinaHead"):
         raise NotStockError(f"{ours.__name__} is more than mmdet's {theirs.__name__} at inference too.")
     return {"type": theirs.__name__}
 

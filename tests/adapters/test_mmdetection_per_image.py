@@ -1,0 +1,161 @@
+"""The hook that lists the loss of each image and box of a training, to find bad labels."""
+
+import copy
+import csv
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from digits import build_digits
+from mmengine.dataset import Compose, pseudo_collate
+from mmengine.registry import DATASETS
+from mmengine.runner import set_random_seed
+from support.mmdetection import CONFIG_DIR, DIGITS, Interrupt, build, run, small
+
+from detloss_plugins.adapters.mmdetection import image_losses, per_image
+
+pytestmark = pytest.mark.usefixtures("mmdet_scope")
+
+HOOK = dict(type="detloss_plugins.adapters.mmdetection.PerImageLossHook")
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    """Three images of digits."""
+    build_digits()
+    cfg = copy.deepcopy(small(DIGITS).train_dataloader.dataset)
+    return DATASETS.build({**cfg, "indices": 3})
+
+
+def by_hand(model, dataset, index, keep, factors):
+    """The losses of one image in training mode, but for the statistics of batch norms, with some of its boxes.
+
+    ``factors``: what each loss is divided by, if it is there; it is put there otherwise.
+    """
+    model = copy.deepcopy(model).train()
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+        if name.startswith("bbox_head.loss_"):
+            module.forward = divided(module.forward, name, factors)
+    data = model.data_preprocessor(pseudo_collate([dataset[index]]), True)
+    data["data_samples"][0].gt_instances = data["data_samples"][0].gt_instances[keep]
+    return model.parse_losses(model(**data, mode="loss"))[0].item()
+
+
+def divided(forward, name, factors):
+    """A loss that is divided by the same as before."""
+
+    def call(*args, avg_factor, **kwargs):
+        return forward(*args, avg_factor=factors.setdefault(name, avg_factor), **kwargs)
+
+    return call
+
+
+def moved(model):
+    """With statistics of batch norms that a batch would change, and weights that are not alike."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.running_mean, -0.1, 0.1)
+            torch.nn.init.uniform_(module.running_var, 0.5, 2)
+    return model
+
+
+@pytest.mark.parametrize("name", ["gfl_r18_fpn_digits", "fcos_r50_fpn_1x_coco", "vfnet_r50_fpn_1x_coco"])
+def test_losses_are_those_of_training(name, dataset):
+    """FCOS's and VFNet's heads give something else in eval mode."""
+    cfg = small(CONFIG_DIR / f"{name}.py")
+    cfg.model.bbox_head.norm_cfg = dict(type="GN", num_groups=8)  # the last level is a pixel
+    model = moved(build(cfg))
+    found = list(image_losses(model, dataset, boxes=True))
+    assert len(found) == 3
+    for index, (image, boxes) in enumerate(found):
+        assert image["image"].endswith(f"{index:04}.png")
+        factors = {}
+        assert image["loss"] == pytest.approx(by_hand(model, dataset, index, slice(None), factors), rel=1e-5)
+        assert image["loss"] == pytest.approx(sum(value for key, value in image.items() if key.startswith("loss_")))
+        assert image["objects"] == len(boxes) == len(dataset.get_data_info(index)["instances"])
+        without = by_hand(model, dataset, index, torch.arange(len(boxes)) != 1, factors)
+        assert boxes[1]["excess"] == pytest.approx(image["loss"] - without, abs=1e-4)
+        assert boxes[1]["excess"] != boxes[0]["excess"]
+        truth = dataset.get_data_info(index)["instances"][1]
+        assert boxes[1]["class"] == str(truth["bbox_label"])
+        assert list(map(float, boxes[1]["box"].split())) == truth["bbox"]
+
+
+def test_dropout_and_sampling_are_alike_and_random_numbers_go_on(dataset):
+    cfg = small(CONFIG_DIR / "faster-rcnn_r50_fpn_1x_coco.py")
+    cfg.model.train_cfg.rcnn.sampler.num = 16  # some of the regions, at random
+    model = build(cfg)
+    model.backbone.add_module("layer4", torch.nn.Sequential(model.backbone.layer4, torch.nn.Dropout(0.5)))
+    losses = []
+    for seed in (1, 2):
+        set_random_seed(seed)
+        losses.append([image["loss"] for image, _ in image_losses(model, dataset)])
+        after = torch.rand(1), np.random.rand(), random.random()
+        set_random_seed(seed)
+        assert after == (torch.rand(1), np.random.rand(), random.random())
+    assert losses[0] == losses[1]
+
+
+def ghm():
+    """A detector with a loss of mmdet that has a state, and moves it without gradients too."""
+    model = small(CONFIG_DIR / "retinanet_r18_fpn_digits.py").model
+    model.bbox_head.loss_cls = dict(type="mmdet.GHMC", use_sigmoid=True, momentum=0.75)
+    return model
+
+
+def rows(path):
+    """Of a file of the hook, which has the worst first."""
+    with path.open(encoding="utf-8", newline="") as file:
+        found = list(csv.DictReader(file))
+    column = "excess" if "excess" in found[0] else "loss"
+    values = [float(row[column]) for row in found]
+    assert values == sorted(values, reverse=True)
+    assert len(set(values)) > 1
+    return found
+
+
+def test_the_training_is_that_without_the_hook(tmp_path):
+    """Weights, batch norms, the state of the loss and the order of the images."""
+    build_digits()
+    for name, hooks in (("with", [dict(HOOK, interval=1)]), ("without", [])):
+        run(tmp_path / name, Interrupt(), model=ghm(), custom_hooks=hooks)
+    states = (torch.load(tmp_path / name / "epoch_2.pth", weights_only=False) for name in ("with", "without"))
+    found, expected = (state["state_dict"] for state in states)
+    assert all(torch.equal(value, expected[key]) for key, value in found.items())
+    first, second = (rows(tmp_path / "with" / f"image_losses_epoch_{epoch}.csv") for epoch in (1, 2))
+    assert len(first) == len(second) == 8
+    assert first != second
+    assert not list((tmp_path / "with").glob("box*"))
+
+
+def test_another_data_set_after_the_training(tmp_path):
+    build_digits()
+    cfg = small(DIGITS)
+    other = {**cfg.val_dataloader.dataset, "indices": 2, "test_mode": False}
+    hook = dict(HOOK, boxes=True, dataset={**other, "pipeline": cfg.train_dataloader.dataset.pipeline})
+    run(tmp_path, Interrupt(at=1), custom_hooks=[hook])
+    assert not list(tmp_path.glob("*.csv"))
+    run(tmp_path, Interrupt(), custom_hooks=[hook], resume=True)
+    images, boxes = (rows(tmp_path / f"{name}_losses.csv") for name in ("image", "box"))
+    assert sorted(Path(row["image"]).parts[-2:] for row in images) == [("val", "0000.png"), ("val", "0001.png")]
+    assert len(boxes) == sum(int(row["objects"]) for row in images)
+
+
+def test_what_is_no_number_is_worst():
+    losses = [{"loss": 1.0}, {"loss": float("nan")}, {"loss": 2.0}]
+    assert [row["loss"] for row in per_image.worst_first(losses, "loss")[1:]] == [2.0, 1.0]
+
+
+def test_boxes_are_in_pixels_of_the_file(dataset):
+    """Where the pipeline says how it has resized the image."""
+    twice = copy.copy(dataset)
+    resize = dict(type="Resize", scale=(256, 256))
+    pack = dict(type="PackDetInputs", meta_keys=("img_path", "ori_shape", "img_shape", "scale_factor"))
+    load, annotations = small(DIGITS).train_dataloader.dataset.pipeline[:2]
+    twice.pipeline = Compose([load, annotations, resize, pack])
+    (_, boxes), *_ = image_losses(build(small(DIGITS)), twice, boxes=True)
+    assert [float(number) for number in boxes[0]["box"].split()] == dataset.get_data_info(0)["instances"][0]["bbox"]
