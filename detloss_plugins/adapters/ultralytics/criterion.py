@@ -289,7 +289,9 @@ class PluginDetectionLoss(compat.DetectionCriterion):
             inputs = dist, boxes, scene.anchors, found.boxes / scene.strides, found.scores, total, found.positive
             loss_box, loss_dfl = self.bbox_loss(*inputs, scene.image_size, scene.strides)
             loss = torch.stack([loss_box, loss_cls / total, loss_dfl]) * gains
-        assigned = found.positive, found.index, found.boxes, scene.anchors, scene.strides
+        # The losses of a pose write into the boxes that they get, and the backward needs these.
+        targets = found.boxes if type(self) is PluginDetectionLoss else found.boxes.clone()
+        assigned = found.positive, found.index, targets, scene.anchors, scene.strides
         return assigned, loss, compat.named(self, loss.detach())
 
     def class_loss(self, scores, target_scores):
