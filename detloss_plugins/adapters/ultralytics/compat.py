@@ -3,6 +3,7 @@
 Version: what it changed, and what is here for the versions before it.
 
 - 8.3.196: ``unwrap_model`` in place of ``de_parallel``. The old one serves under the new name.
+- 8.3.200: validators prepare the objects of an image, masks included, one a row. Ignore regions are refused.
 - 8.4.0: criteria have a method ``loss`` beside ``__call__`` and a second ``tal_topk2`` for their assigner; those of all
   tasks take ``tal_topk``. :class:`DetectionCriterion` has both, and hands on what the stock constructor takes.
 - 8.4.0: the box criterion is given the image's size and the strides of the anchors. :func:`box_inputs` adds them.
@@ -41,6 +42,7 @@ SENDS_TRAINER = parse_version(__version__) >= (8, 4, 140)  # nothing but the ver
 FEATURES = {
     "cls_pw": ("cls_pw" in DEFAULT_CFG_DICT, "8.4.37", "Class weights (cls_pw)", "leave cls_pw out"),
     "tune": (hasattr(engine, "MultiTrainer"), "8.4.76", "Tuning with losses of ours", "train with each value yourself"),
+    "ignore": (parse_version(__version__) >= (8, 3, 200), "8.3.200", "Ignoring classes", "leave ignore out"),
     "devices": (SENDS_TRAINER, "8.4.140", "Training on several GPUs", "train on one device"),
 }
 

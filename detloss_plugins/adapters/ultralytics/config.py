@@ -90,6 +90,8 @@ def load_losses(losses, task="detect"):
 
     Args:
         losses: ``{"cls": {"type": ...}, "box": {...}, "dfl": {...}}``, every slot optional, or a path to such a YAML.
+            Beside the slots, ``"ignore": {"classes": [...]}`` names classes, or has their indices, whose boxes are
+            neither objects nor background.
         task: "detect", "segment", "pose", "obb" or "rtdetr", whose slots are ``loss_class``, ``loss_bbox`` and
             ``loss_giou``.
 
@@ -107,11 +109,11 @@ def load_losses(losses, task="detect"):
         losses = yaml.safe_load(Path(losses).read_text(encoding="utf-8"))
     if not isinstance(losses, Mapping):
         raise TypeError(f"losses must be a dict such as {{'cls': {{'type': 'VarifocalLoss'}}}}, not {losses!r}.")
-    if unknown := [slot for slot in losses if slot not in SLOTS[task]]:
+    if unknown := [slot for slot in losses if slot not in (*SLOTS[task], "ignore")]:
         elsewhere = _tasks(lambda slots: unknown[0] in slots)
         hint = f" of task={task!r}; it is one of task={elsewhere}" if elsewhere else ""
         raise ValueError(f"There is no slot {unknown[0]!r}{hint}; the slots are {', '.join(SLOTS[task])}.")
-    return {slot: _checked(task, slot, cfg) for slot, cfg in losses.items()}
+    return {slot: (_checked_ignore if slot == "ignore" else _checked)(task, slot, cfg) for slot, cfg in losses.items()}
 
 
 def filled(cfg, **values):
@@ -175,6 +177,16 @@ def _checked(task, slot, cfg):
     if getattr(loss, "activated", False):
         raise ValueError(f"YOLO hands logits to its loss; leave activated=True out of {type(loss).__name__}.")
     return {"loss_weight": 1.0 if task == "rtdetr" and of_classes else default_gain(loss), **cfg}
+
+
+def _checked_ignore(task, _, cfg):
+    cfg = filled(cfg)
+    classes = cfg["classes"] if isinstance(cfg, Mapping) and cfg.keys() == {"classes"} else None
+    if not classes or not isinstance(classes, list | tuple) or not all(type(x) in (str, int) for x in classes):
+        raise TypeError(f"ignore must be {{'classes': [...]}} with names or indices of classes, not {cfg!r}.")
+    if task == "rtdetr":
+        raise ValueError("RT-DETR matches queries, not anchors, so its losses cannot ignore regions: leave ignore out.")
+    return {"classes": list(classes)}
 
 
 def _tasks(fits):

@@ -21,6 +21,7 @@ from detloss_plugins.adapters.ultralytics.criterion import (
     PluginRTDETRLoss,
     branches,
     check_head,
+    check_ignored,
     criterion_class,
     criterion_state,
     load_criterion_state,
@@ -111,6 +112,7 @@ def install(model, losses, state=None):
 
     losses = load_losses(losses, model_task(model))
     check_head(model, losses)
+    check_ignored(model, losses)
     setattr(model, RECORD, {"version": __version__, "losses": losses, "state": state or {}})
     _give_losses(model)
     model.criterion = None

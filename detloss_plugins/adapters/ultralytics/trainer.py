@@ -22,6 +22,7 @@ from detloss_plugins.adapters.ultralytics.criterion import (
     model_task,
     slot_gains,
 )
+from detloss_plugins.adapters.ultralytics.ignore import make_validator
 from detloss_plugins.adapters.ultralytics.model import RECORD, install, student
 from detloss_plugins.loss import Loss
 from detloss_plugins.registry import build_loss
@@ -70,6 +71,9 @@ def describe(losses, args, task="detect"):
             compiled = ", compiled" if loss.compiled and not loss.facts.counts_positives else ""
             line = f"{_in_words(loss)}{compiled}, weight {loss.loss_weight:g}"
         lines.append(f"{slot}: {line} x gain {gain:g}")
+    if "ignore" in losses:
+        classes = ", ".join(map(repr, losses["ignore"]["classes"]))
+        lines.append(f"ignore: boxes of {classes}, and what is detected in them")
     return lines
 
 
@@ -114,7 +118,8 @@ def make_trainer(losses, task="detect", trainer=None, compile=False):
 
     Args:
         losses: a dict ``{"cls": {"type": "VarifocalLoss"}, "box": {...}, "dfl": {...}}`` or the path of a YAML file
-            with one; absent slots keep the stock loss bit for bit.
+            with one; absent slots keep the stock loss bit for bit. ``"ignore": {"classes": ["crowd"]}`` beside them
+            leaves boxes of these classes, and what lies in them, out of training and validation.
         task: "detect", "segment", "pose", "obb" for oriented boxes, whose ``box`` slot takes losses of the rotated
             family, or "rtdetr", whose slots are ``loss_class``, ``loss_bbox`` and ``loss_giou``. The losses that a task
             has besides (masks, keypoints, angle) stay stock.
@@ -134,7 +139,7 @@ def make_trainer(losses, task="detect", trainer=None, compile=False):
     """
     losses = load_losses(losses, task)
     if compile:
-        losses = {slot: {**cfg, "compile": True} for slot, cfg in losses.items()}
+        losses = {slot: cfg if slot == "ignore" else {**cfg, "compile": True} for slot, cfg in losses.items()}
     base = trainer or TRAINERS[task]
     of_classes = losses.get("cls") or losses.get("loss_class")
     prior = default_prior(build_loss(of_classes)) if of_classes else None
@@ -149,6 +154,8 @@ def make_trainer(losses, task="detect", trainer=None, compile=False):
                 self.check_same_task(given)
             compat.check_arguments(overrides or {})
             super().__init__(cfg, overrides, _callbacks)
+            if "ignore" in losses and (self.args.single_cls or self.args.classes is not None):
+                raise ValueError("single_cls and classes change the labels that ignore reads: leave one of them out.")
             if RANK in {-1, 0}:
                 text = LOSSES_HEAD + yaml.safe_dump(self.plugin_losses, sort_keys=False)
                 (self.save_dir / LOSSES_FILE).write_text(text, encoding="utf-8")
@@ -179,12 +186,18 @@ def make_trainer(losses, task="detect", trainer=None, compile=False):
             before, now = filled(record["losses"]), self.plugin_losses
             differ, others = unlike(before, now)
             for slot in differ:
-                was, is_ = (losses.get(slot, "the stock loss") for losses in (before, now))
-                LOGGER.warning(f"detloss_plugins: this run resumes with another {slot} loss: {is_}, not {was}.")
+                none, what = ("nothing", "ignore") if slot == "ignore" else ("the stock loss", f"{slot} loss")
+                was, is_ = (losses.get(slot, none) for losses in (before, now))
+                LOGGER.warning(f"detloss_plugins: this run resumes with another {what}: {is_}, not {was}.")
             return {
                 branch: {slot: state for slot, state in slots.items() if slot not in others}
                 for branch, slots in record["state"].items()
             }
+
+        def get_validator(self):
+            validator = super().get_validator()
+            validator.__class__ = make_validator(self.plugin_losses, task, type(validator))
+            return validator
 
         def set_model_attributes(self):
             super().set_model_attributes()
