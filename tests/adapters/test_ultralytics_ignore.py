@@ -42,6 +42,7 @@ from detloss_plugins.adapters.ultralytics.ignore import share_inside
 from detloss_plugins.registry import registered_losses
 
 pytestmark = since("8.3.200", "ignoring classes is refused there")
+OF_DICTS = since("8.4.0", "a head predicts no dict")
 NAMES = ["7", 0, "4"]  # of the digits set, one by its index
 IGNORED = [0, 4, 7]
 IGNORE = {"ignore": {"classes": NAMES}}
@@ -110,6 +111,7 @@ WAYS = [(name, way) for name in TASK_MODELS for way in ("stock cls", "eager", "a
 COMPILED = [(name, "compiled") for name in TASK_MODELS]
 
 
+@OF_DICTS
 @pytest.mark.parametrize(
     ("name", "way"), [*WAYS, COMPILED[0], *(pytest.param(*each, marks=pytest.mark.slow) for each in COMPILED[1:])]
 )
@@ -140,6 +142,7 @@ SIGMOID = [
 ]
 
 
+@OF_DICTS
 @pytest.mark.parametrize("way", ["eager", pytest.param("compiled", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("cls", SIGMOID, ids=lambda cls: cls.__name__)
 def test_no_class_loss_trains_a_region(cls, way, batches, warm, monkeypatch, traced):
@@ -176,6 +179,7 @@ def test_class_weights_of_one_change_nothing(cls, batches, warm):
         torch.testing.assert_close(a, b)
 
 
+@OF_DICTS
 @pytest.mark.parametrize("name", ["yolov8n", "yolov8n-obb"])
 def test_without_objects_or_without_regions(name, batches):
     """An empty batch trains, and a class that no image has changes but its own channel."""
