@@ -371,6 +371,7 @@ def train_mmdet(args):
     try:
         from detloss_plugins.adapters.mmdetection.check import check_config, our_losses, unknown_keys
         from detloss_plugins.adapters.mmdetection.lite import MissingOperatorError
+        from detloss_plugins.adapters.mmdetection.counts import ClassCountsHook
         from detloss_plugins.adapters.mmdetection.stock import StockConfigHook
     except AssertionError as error:  # how mmdet refuses a version of mmcv or mmengine
         raise RunError(error) from error
@@ -396,6 +397,7 @@ def train_mmdet(args):
         os.environ.setdefault(LOAD_ALL, "1")
     runner = Runner.from_cfg(cfg)
     runner.register_hook(StockConfigHook())
+    runner.register_hook(ClassCountsHook())
     for line in [*active, *notes]:
         runner.logger.info(f"detloss_plugins: {line}")
     try:

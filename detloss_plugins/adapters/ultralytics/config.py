@@ -137,6 +137,18 @@ def filled(cfg, **values):
     return {**lacks, **{name: filled(value, **values) for name, value in cfg.items()}}
 
 
+def counted(cfg, counts):
+    """A copy of a config in which every loss with ``class_weight="effective"`` has ``class_counts``.
+
+    >>> counted({"cls": {"type": "FocalLoss", "class_weight": "effective"}}, [3, 1])["cls"]["class_counts"]
+    [3, 1]
+    """
+    if isinstance(cfg, Mapping):
+        own = {"class_counts": counts} if cfg.get("class_weight") == "effective" else {}
+        return {**own, **{name: counted(value, counts) for name, value in cfg.items()}}
+    return [counted(part, counts) for part in cfg] if isinstance(cfg, list) else cfg
+
+
 def unlike(before, losses):
     """The slots whose losses differ between two checked dicts, and those that differ in more than their weight.
 
@@ -153,9 +165,9 @@ def unlike(before, losses):
 
 
 def _with_lists(cfg):
-    """A copy of a config with lists for its tuples, as a YAML file gives it back."""
+    """A copy of a config with lists for its tuples, as a YAML file gives it back, and without a data set's counts."""
     if isinstance(cfg, Mapping):
-        return {name: _with_lists(value) for name, value in cfg.items()}
+        return {name: _with_lists(value) for name, value in cfg.items() if name != "class_counts"}
     return [_with_lists(part) for part in cfg] if isinstance(cfg, list | tuple) else cfg
 
 

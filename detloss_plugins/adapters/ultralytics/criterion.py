@@ -221,6 +221,18 @@ def check_head(model, losses):
         )
 
 
+def check_class_weights(model, losses):
+    """Raise ``ValueError`` if a loss has weights for another number of classes than the model."""
+    classes = model.model[-1].nc
+    for loss in build_losses(losses, classes, "cpu").values():
+        for part in loss.modules():
+            weights = getattr(part, "class_factors", None)
+            if weights is not None and len(weights) != classes:
+                raise ValueError(
+                    f"{type(part).__name__} has {len(weights)} class weights, and the model {classes} classes."
+                )
+
+
 def check_ignored(model, losses):
     """The indices of the classes that the losses ignore.
 

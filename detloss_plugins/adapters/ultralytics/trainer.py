@@ -15,7 +15,7 @@ from ultralytics.nn.tasks import yaml_model_load
 from ultralytics.utils import DEFAULT_CFG, LOGGER, RANK
 
 from detloss_plugins.adapters.ultralytics import compat
-from detloss_plugins.adapters.ultralytics.config import default_prior, filled, load_losses, unlike
+from detloss_plugins.adapters.ultralytics.config import counted, default_prior, filled, load_losses, unlike
 from detloss_plugins.adapters.ultralytics.criterion import (
     check_head,
     criterion_state,
@@ -32,8 +32,9 @@ LOSSES_HEAD = """\
 # The losses of this training. To resume it with them: YOLO("weights/last.pt").train(resume=True,
 # trainer=make_trainer("losses.yaml")); without that trainer Ultralytics goes on with its own losses.
 """
-# Settings that are not in a loss's description: said beside it, or the same in every slot.
-SAID_OTHERWISE = {"loss_weight", "compile", "reduction", "use_sigmoid"}
+# Settings that are not in a loss's description: said beside it, or the same in every slot; and if nobody has set them.
+SAID_OTHERWISE = {"loss_weight", "compile", "reduction", "use_sigmoid", "class_counts"}
+UNSAID = {"class_weight": None, "effective_beta": 0.999, "label_smoothing": 0.0}
 TRAINERS = {
     "detect": DetectionTrainer,
     "segment": SegmentationTrainer,
@@ -61,6 +62,13 @@ def start_at_prior(model, prior):
     LOGGER.info(f"detloss_plugins: class scores start at {prior:g}, unless weights are loaded")
 
 
+def class_counts(dataset, classes):
+    """How many objects of each class the labels of a data set of Ultralytics have, a list."""
+    labels = [label["cls"] for part in getattr(dataset, "datasets", [dataset]) for label in part.labels]
+    found = [torch.bincount(torch.as_tensor(of_image).long().view(-1), minlength=classes) for of_image in labels]
+    return sum(found).tolist()
+
+
 def describe(losses, args, task="detect"):
     """One line per slot: the active loss, its settings, its weight and the training's gain for the slot."""
     lines = []
@@ -80,7 +88,7 @@ def describe(losses, args, task="detect"):
 def _in_words(loss):
     """A loss with all its settings, and with those and the weights of the losses it is made of."""
     own = [name for name in loss.rules if name not in SAID_OTHERWISE and hasattr(loss, name)]
-    values = {name: getattr(loss, name) for name in own}
+    values = {name: getattr(loss, name) for name in own if UNSAID.get(name, own) != getattr(loss, name)}
     words = [f"{name}={value!r}" for name, value in values.items() if not isinstance(value, torch.nn.Module)]
     for part in _parts(loss):
         words.append(f"{_in_words(part)}{'' if part.loss_weight == 1 else f' x {part.loss_weight:g}'}")
@@ -143,6 +151,7 @@ def make_trainer(losses, task="detect", trainer=None, compile=False):
     base = trainer or TRAINERS[task]
     of_classes = losses.get("cls") or losses.get("loss_class")
     prior = default_prior(build_loss(of_classes)) if of_classes else None
+    waits_for_counts = counted(losses, []) != losses
 
     class PluginTrainer(base):
         plugin_losses = losses
@@ -153,6 +162,8 @@ def make_trainer(losses, task="detect", trainer=None, compile=False):
             if (given, task) != ("detect", "rtdetr"):  # to Ultralytics, RT-DETR detects
                 self.check_same_task(given)
             compat.check_arguments(overrides or {})
+            if waits_for_counts:
+                compat.require("class_counts")
             super().__init__(cfg, overrides, _callbacks)
             if "ignore" in losses and (self.args.single_cls or self.args.classes is not None):
                 raise ValueError("single_cls and classes change the labels that ignore reads: leave one of them out.")
@@ -208,6 +219,11 @@ def make_trainer(losses, task="detect", trainer=None, compile=False):
 
         def set_class_weights(self):
             super().set_class_weights()
+            if waits_for_counts:
+                counts = class_counts(self.train_loader.dataset, self.data["nc"])
+                model = student(compat.unwrap_model(self.model))
+                install(model, counted(self.plugin_losses, counts), self.plugin_state)
+                LOGGER.info(f"detloss_plugins: class weights by the effective numbers of {counts} objects")
             if task == "rtdetr" and self.args.cls_pw:
                 LOGGER.warning(
                     "RT-DETR's criterion has no class weights, stock or with our losses: cls_pw does nothing."

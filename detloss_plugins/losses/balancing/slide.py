@@ -80,6 +80,8 @@ class SlideLoss(
         ValueError: if ``base`` is no sigmoid classification loss.
     """
 
+    instead = "write it in the dict of its base"
+
     def __init__(self, *, base: Mapping | None = None, **settings):
         super().__init__(**settings)
         self.base = build_loss({"type": "BinaryCrossEntropyLoss"} if base is None else base)
