@@ -210,7 +210,7 @@ class ClassificationLoss(Loss, family="classification", every_rank=True, needs_m
             target, valid = self.dense(pred, target)
         smoothing = 0 if "label_smoothing" in self.hyper else self.label_smoothing
         if smoothing:
-            target = torch.where(target < 0, target, (1 - smoothing) * target + smoothing / 2)
+            target = (1 - smoothing) * target + smoothing / 2  # and what is ignored is not in ``valid``
         return pred, target, valid
 
     @classmethod
