@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from support import needs_compiler
 
 from detloss_plugins import build_loss
 from detloss_plugins.families import effective_weights
@@ -191,6 +192,7 @@ def test_they_are_settings_and_no_state():
     assert GeneralizedFocalLoss(class_weight=[2.0, 2.0]).double().class_factors.dtype == torch.float64
 
 
+@needs_compiler
 @every_loss
 def test_a_kernel_serves_all_weights(cls, traced):
     from detloss_plugins import engine

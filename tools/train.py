@@ -370,8 +370,8 @@ def train_mmdet(args):
         os.environ["DETLOSS_LITE"] = "1"
     try:
         from detloss_plugins.adapters.mmdetection.check import check_config, our_losses, unknown_keys
-        from detloss_plugins.adapters.mmdetection.lite import MissingOperatorError
         from detloss_plugins.adapters.mmdetection.counts import ClassCountsHook
+        from detloss_plugins.adapters.mmdetection.lite import MissingOperatorError
         from detloss_plugins.adapters.mmdetection.stock import StockConfigHook
     except AssertionError as error:  # how mmdet refuses a version of mmcv or mmengine
         raise RunError(error) from error

@@ -47,7 +47,7 @@ def ignored_classes(losses, names):
     found = {given: of_name.get(given, given) for given in losses.get("ignore", {}).get("classes", ())}
     for given, index in found.items():
         if index not in of_index:
-            near = difflib.get_close_matches(str(given), of_name, 1, 0)
+            near = difflib.get_close_matches(str(given), of_name, 1, 0.5)
             hint = f"; the nearest name is {near[0]!r}" if near else ""
             raise UnknownClassError(f"The losses ignore a class {given!r}, which the data set has not{hint}.")
     return sorted(set(found.values()))
