@@ -1,11 +1,13 @@
 """The families of losses: what pred and target of each look like."""
 
 import contextlib
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from detloss_plugins.facts import PerClass, Share, between
 from detloss_plugins.loss import Loss
 from detloss_plugins.precision import float32, is_asynchronous, is_compiling, without_autocast
 from detloss_plugins.reduction import check_reduction, fit_weight, reduce
@@ -29,6 +31,20 @@ def of_one_type(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Half precision up-cast, and the target in the type of ``pred``."""
     pred = float32(pred)
     return pred, target.to(pred.dtype)
+
+
+def effective_weights(counts: Sequence[float], beta: float = 0.999) -> list[float]:
+    """``(1 - beta) / (1 - beta^n)`` of each class with ``n`` objects, then scaled to a mean of 1.
+
+    Cui et al., Class-Balanced Loss Based on Effective Number of Samples, 2019, https://arxiv.org/abs/1901.05555. A
+    class without objects has the weight 1.
+
+    >>> [round(weight, 6) for weight in effective_weights([1, 2, 0], beta=0.5)]  # 1 and 2/3, times 6/5
+    [1.2, 0.8, 1.0]
+    """
+    weights = [(1 - beta) / (1 - beta**n) for n in counts if n > 0]
+    scaled = iter([weight * len(weights) / sum(weights) for weight in weights])
+    return [next(scaled) if n > 0 else 1.0 for n in counts]
 
 
 class _LooksAtSides(Loss):
@@ -86,20 +102,84 @@ class ClassificationLoss(Loss, family="classification", every_rank=True, needs_m
     Args:
         use_sigmoid: accepted by the losses that have only a sigmoid form because mmdet's heads read it from the config
             to choose the number of channels; it must be True there.
+        class_weight: one factor a class on its channel's loss, or "effective", :func:`effective_weights` of
+            ``class_counts``. Of sigmoid forms only; "mean" divides by what it would without.
+        class_counts: how many objects of each class the data set has; the adapters fill it in for "effective".
+        effective_beta: the beta of the effective number.
+        label_smoothing: s; a target t becomes ``(1 - s) t + s / 2``, of positives, negatives and qualities alike. Of
+            sigmoid forms only, and not where every target above 0 is a positive.
 
     Raises:
         ValueError: if ``use_sigmoid`` is False for such a loss, or the target has none of these forms, or, on a CPU, a
-            label is too large.
+            label is too large; for ``class_weight`` and ``label_smoothing`` where they have no meaning, weights for
+            another number of classes, and "effective" without counts when it is called.
     """
 
     sigmoid_only: ClassVar[bool] = True
+    instead: ClassVar[str] = ""  # of class_weight and label_smoothing, where they have no meaning
+    outside_kernel = Loss.outside_kernel | {"class_weight", "class_counts", "effective_beta"}
     may_ignore = True  # False where no element of a dense target is negative, so that nobody has to look
 
-    def __init__(self, *, use_sigmoid: bool = True, **settings):
+    def __init__(
+        self,
+        *,
+        use_sigmoid: bool = True,
+        class_weight: PerClass | Literal["effective"] | None = None,
+        class_counts: PerClass | None = None,
+        effective_beta: Annotated[float, between(0, 1, "[0, 1)")] = 0.999,
+        label_smoothing: Share = 0.0,
+        **settings,
+    ):
         if self.sigmoid_only and not use_sigmoid:
             raise ValueError(f"{type(self).__name__} has a sigmoid form only; write use_sigmoid=True.")
-        super().__init__(**settings)
-        self.use_sigmoid = use_sigmoid
+        given = {"class_weight": class_weight, "label_smoothing": label_smoothing}
+        super().__init__(**settings, **{name: given[name] for name in given if name in self.hyper})
+        self.use_sigmoid, self.effective_beta = use_sigmoid, effective_beta
+        for name, value in given.items():
+            setattr(self, name, value)
+            self.check_setting_of_classes(name, value)
+        self.register_buffer("class_factors", None, persistent=False)  # what a setting says is no state
+        self.count_classes(class_counts)
+
+    def check_setting_of_classes(self, name: str, value: Any) -> None:
+        """Raise ``ValueError`` for a ``class_weight`` or ``label_smoothing`` that has no meaning."""
+        own = name in self.hyper and value != "effective"  # a term of the formula
+        if not value or own:
+            return
+        reason = self.instead or ("" if self.use_sigmoid else "its softmax form has no terms of single classes")
+        if not reason and name == "label_smoothing" and self.facts.marks_positives:
+            reason = "it takes every target above 0 for a positive"
+        if reason:
+            raise ValueError(f"{name} has no meaning for {type(self).__name__}: {reason}.")
+
+    def count_classes(self, counts: Sequence[float] | None) -> None:
+        """Say how many objects of each class the data set has, for ``class_weight="effective"``.
+
+        The weights are then on the CPU: call it before the loss is moved to a device, or move it again.
+        """
+        self.class_counts, weights = counts, self.class_weight
+        if weights == "effective":
+            weights = counts and effective_weights(counts, self.effective_beta)
+        if "class_weight" in self.hyper:
+            self.class_weight = weights or self.class_weight
+        elif weights:
+            self.class_factors = torch.tensor(weights, dtype=torch.float32)
+
+    def observe(self, pred, target, weight):
+        if self.class_weight == "effective" and self.class_counts is None:
+            raise ValueError(f'class_weight="effective" of {type(self).__name__} needs class_counts, one a class.')
+        seen = super().observe(pred, target, weight)
+        if self.class_factors is None:
+            return seen
+        if self.class_factors.shape[-1] != pred.shape[-1]:
+            raise ValueError(f"{self.class_factors.shape[-1]} class weights were given for {pred.shape[-1]} classes.")
+        return {**seen, "class_factors": self.class_factors}
+
+    def unweighted(self, pred, target, seen):
+        seen = dict(seen)
+        factors = seen.pop("class_factors", None)
+        loss, valid = super().unweighted(pred, target, seen)
+        return loss if factors is None else loss * factors, valid
 
     def last_label(self, pred: Tensor) -> int:
         """The largest label that these logits can have."""
@@ -125,8 +205,13 @@ class ClassificationLoss(Loss, family="classification", every_rank=True, needs_m
 
     def prepare(self, pred, target):
         if not self.may_ignore and isinstance(target, Tensor) and target.shape == pred.shape:
-            return pred, target.to(pred.dtype), None
-        return pred, *self.dense(pred, target)
+            target, valid = target.to(pred.dtype), None
+        else:
+            target, valid = self.dense(pred, target)
+        smoothing = 0 if "label_smoothing" in self.hyper else self.label_smoothing
+        if smoothing:
+            target = (1 - smoothing) * target + smoothing / 2  # and what is ignored is not in ``valid``
+        return pred, target, valid
 
     @classmethod
     def dense(cls, pred: Tensor, target: Any) -> tuple[Tensor, Tensor | None]:
@@ -175,6 +260,8 @@ class RankingLoss(ClassificationLoss, family="ranking", needs_mining=False, coun
     positives. ``weight`` 0 takes a row or a cell out of the ranking; any other weight multiplies the loss of a positive
     and has no effect on a negative. Without positives the loss is zero.
     """
+
+    instead = "it ranks scores, and its targets say no more than which are positives"
 
     def prepare(self, pred, target):
         if isinstance(target, (tuple, list)):

@@ -63,6 +63,7 @@ class Loss(nn.Module, metaclass=_Checked):
     facts: Facts = Facts()  # an instance made of other losses has facts of its own
     hyper: ClassVar[tuple[str, ...]] = ()  # the settings that fn takes
     rules: ClassVar[Mapping[str, Rule | None]] = {}  # of all settings
+    outside_kernel: ClassVar[frozenset] = frozenset({"reduction", "loss_weight", "compile"})  # settings that it has not
     seen_as: ClassVar[Callable | None] = None  # of a loss's type, the class that isinstance is told: set by adapters
 
     def __init_subclass__(cls, *, fn: Callable | None = None, **facts: Any) -> None:
@@ -322,7 +323,7 @@ class Loss(nn.Module, metaclass=_Checked):
         Raises:
             TypeError: for a tensor among them, which may change in place.
         """
-        names = sorted(self.rules.keys() - {"reduction", "loss_weight", "compile"})
+        names = sorted(self.rules.keys() - self.outside_kernel)
         return type(self), self.fn, tuple((name, _hashable(getattr(self, name, None))) for name in names)
 
 

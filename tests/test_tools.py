@@ -48,7 +48,7 @@ def test_train_refuses_in_one_sentence(capsys, tmp_path, monkeypatch):
     assert "there is no" in refused(capsys, "--data", "no-such-folder", status=2)
     (tmp_path / "losses.txt").touch()
     assert ".yaml" in refused(capsys, "losses.txt", status=2)
-    assert "accepts alpha, compile, detach_weight, gamma" in refused(capsys, "cls.gama=2", status=2)
+    assert "accepts alpha, class_counts" in refused(capsys, "cls.gama=2", status=2)
     assert "did you mean CIoULoss" in refused(capsys, "box.type=CIoULos", status=2)
     assert "exactly one data YAML" in refused(capsys, "--data", str(tmp_path), status=2)
     assert "no-such-model.yaml" in refused(capsys, "model=no-such-model.yaml", status=2)

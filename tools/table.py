@@ -21,12 +21,14 @@ README = Path(__file__).parents[1] / "README.md"
 COMBINATIONS = Path(__file__).parents[1] / "docs" / "combinations.md"
 CONFIGS = Path(__file__).parents[1] / "configs" / "mmdetection"
 SHARED = {"compile", "reduction", "loss_weight"}
+OF_CLASSES = {"class_weight", "class_counts", "effective_beta", "label_smoothing"}  # that every class loss has
 
 
 def hyper_parameters(cls):
     """The settings of a loss with their defaults, without those that every loss has."""
     parameters = inspect.signature(cls).parameters.values()
-    words = ", ".join(f"{p.name}={p.default!r}" for p in parameters if p.name not in SHARED)
+    hidden = {*SHARED, *OF_CLASSES - set(cls.hyper)}
+    words = ", ".join(f"{p.name}={p.default!r}" for p in parameters if p.name not in hidden)
     return words.replace("|", r"\|")  # a bare one ends the table's cell, in code too
 
 

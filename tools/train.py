@@ -104,7 +104,7 @@ def yolo_losses(losses, overrides):
         if not isinstance(losses, dict):
             raise UsageError(f"{path} must hold a dict of losses such as {{cls: {{type: VarifocalLoss}}}}.")
     losses = dict(losses)
-    slots = {slot for of_task in SLOTS.values() for slot in of_task}
+    slots = {"ignore", *(slot for of_task in SLOTS.values() for slot in of_task)}
     for key in [key for key in overrides if key.split(".")[0] in slots and "." in key]:
         slot, name = key.split(".", 1)
         value = overrides.pop(key)
@@ -196,6 +196,7 @@ def train_yolo(args):
 
     from detloss_plugins.adapters.ultralytics import check_head, describe, make_trainer, model_task
     from detloss_plugins.adapters.ultralytics.compat import TooOldError
+    from detloss_plugins.adapters.ultralytics.ignore import UnknownClassError
 
     overrides = {key: yaml_of(value, f"{key}={value}") for key, value in args.overrides.items()}
     last = yolo_checkpoint(args, overrides)
@@ -230,7 +231,7 @@ def train_yolo(args):
         settings = {"resume": True, **data, **overrides}
     try:
         metrics = yolo.train(trainer=trainer, **settings)
-    except TooOldError as error:
+    except (TooOldError, UnknownClassError) as error:
         raise UsageError(error) from error
     except SyntaxError as error:  # how Ultralytics refuses an unknown argument
         raise UsageError(first_line(error)) from error
@@ -369,6 +370,7 @@ def train_mmdet(args):
         os.environ["DETLOSS_LITE"] = "1"
     try:
         from detloss_plugins.adapters.mmdetection.check import check_config, our_losses, unknown_keys
+        from detloss_plugins.adapters.mmdetection.counts import ClassCountsHook
         from detloss_plugins.adapters.mmdetection.lite import MissingOperatorError
         from detloss_plugins.adapters.mmdetection.stock import StockConfigHook
     except AssertionError as error:  # how mmdet refuses a version of mmcv or mmengine
@@ -395,6 +397,7 @@ def train_mmdet(args):
         os.environ.setdefault(LOAD_ALL, "1")
     runner = Runner.from_cfg(cfg)
     runner.register_hook(StockConfigHook())
+    runner.register_hook(ClassCountsHook())
     for line in [*active, *notes]:
         runner.logger.info(f"detloss_plugins: {line}")
     try:

@@ -63,6 +63,9 @@ def check_fit(head: nn.Module, name: str, loss: nn.Module) -> None:
             f"Write use_sigmoid={use_sigmoid} in the config of {where}: the head chooses the number of channels by it, "
             f"and {kind} is a loss with use_sigmoid={use_sigmoid}."
         )
+    weights, classes = getattr(loss, "class_factors", None), getattr(head, "num_classes", None)
+    if weights is not None and classes is not None and len(weights) != classes:
+        raise ValueError(f"{where} has {len(weights)} class weights, and the head {classes} classes.")
     if loss.family == "ranking" and _goes_by_level(type(head)):
         raise ValueError(
             f"{where} is called level by level, where {kind} would rank each level for itself: take RankingRetinaHead "

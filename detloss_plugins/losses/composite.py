@@ -152,6 +152,7 @@ class ConfidenceWeightedLoss(
         ValueError: if ``base`` is no classification loss, or ``use_sigmoid`` does not fit it.
     """
 
+    instead = "write it in the dict of its base"
     sigmoid_only = False
 
     def __init__(self, *, base: Mapping | None = None, use_sigmoid: bool | None = None, **settings):

@@ -437,7 +437,7 @@ def test_any_trainer_can_be_the_base():
 
     trainer = make_trainer(LOSSES, trainer=Mine)
     assert issubclass(trainer, Mine)
-    assert trainer.get_validator is WorldTrainer.get_validator
+    assert trainer.preprocess_batch is WorldTrainer.preprocess_batch
 
 
 @pytest.mark.parametrize("name", ["yolov8n", "yolo26n-seg", "yolov8n-pose", RTDETR_NAME, *TEXTS])

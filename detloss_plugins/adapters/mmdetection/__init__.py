@@ -1,6 +1,7 @@
 """MMDetection heads for losses that the stock heads cannot serve, named by their full path, without custom_imports."""
 
 from detloss_plugins.adapters.mmdetection import lite  # noqa: F401  # first: mmdet may need what it stands in for
+from detloss_plugins.adapters.mmdetection.counts import ClassCountsHook
 from detloss_plugins.adapters.mmdetection.gathered import GatheredATSSHead, GatheredGFLHead, GatheredRetinaHead
 from detloss_plugins.adapters.mmdetection.per_image import PerImageLossHook, image_losses
 from detloss_plugins.adapters.mmdetection.pixels import (
@@ -27,6 +28,7 @@ from detloss_plugins.adapters.mmdetection.uncertainty import (
 from detloss_plugins.adapters.mmdetection.yolo import PluginYOLOV3Head
 
 __all__ = [
+    "ClassCountsHook",
     "CornerBBoxCoder",
     "GatheredATSSHead",
     "GatheredGFLHead",

@@ -22,6 +22,7 @@ from detloss_plugins.adapters.ultralytics.criterion import (
     load_criterion_state,
     model_task,
 )
+from detloss_plugins.adapters.ultralytics.ignore import make_validator
 from detloss_plugins.adapters.ultralytics.model import install, trained_losses
 from detloss_plugins.adapters.ultralytics.trainer import TRAINERS, describe, make_trainer, tune
 
@@ -40,6 +41,7 @@ __all__ = [
     "load_criterion_state",
     "load_losses",
     "make_trainer",
+    "make_validator",
     "model_task",
     "trained_losses",
     "tune",

@@ -63,7 +63,7 @@ def assign(stock, scores, boxes, points, labels, objects, valid):
         Of each anchor the class ``(B, A)``, box and class scores ``(B, A, C)`` that it should predict, whether it is
         positive ``(B, A)``, the index of its object ``(B, A)``, and the score of its class, 0 if it is not positive.
     """
-    inside = stock.select_candidates_in_gts(points, objects, valid) & valid.bool()
+    inside = stock.select_candidates_in_gts(points, objects, valid).bool() & valid.bool()
     pairs = torch.broadcast_tensors(objects.unsqueeze(2), boxes.unsqueeze(1))
     overlaps = stock.iou_calculation(*(x.reshape(-1, x.shape[-1]) for x in pairs)).view_as(inside)
     overlaps = torch.where(inside, overlaps, 0)

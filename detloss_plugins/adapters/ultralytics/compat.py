@@ -3,6 +3,7 @@
 Version: what it changed, and what is here for the versions before it.
 
 - 8.3.196: ``unwrap_model`` in place of ``de_parallel``. The old one serves under the new name.
+- 8.3.200: validators prepare the objects of an image, masks included, one a row. Ignore regions are refused.
 - 8.4.0: criteria have a method ``loss`` beside ``__call__`` and a second ``tal_topk2`` for their assigner; those of all
   tasks take ``tal_topk``. :class:`DetectionCriterion` has both, and hands on what the stock constructor takes.
 - 8.4.0: the box criterion is given the image's size and the strides of the anchors. :func:`box_inputs` adds them.
@@ -14,7 +15,8 @@ Version: what it changed, and what is here for the versions before it.
 - 8.4.0: a head predicts a dict of boxes, scores and features, before it the features alone. Nothing here reads them.
 - 8.4.33: a run that resumes goes on with the schedule of ``E2ELoss``. Before it the schedule begins anew, with stock
   losses too, and stays so.
-- 8.4.37: class weights (``cls_pw``). :func:`class_weights` is None; the argument is refused.
+- 8.4.37: class weights (``cls_pw``). :func:`class_weights` is None; the argument is refused, and so is the counting of
+  objects, for which the trainer has no place.
 - 8.4.76: the tuner starts its trainings by a class, not by the command line. ``tune`` is refused.
 - 8.4.104: a criterion's items are a dict, before it a tensor. They are handed on as they are.
 - 8.4.140: the trainer is sent to the processes of a multi-GPU launch; before it, each imported it by its name, which a
@@ -40,7 +42,14 @@ SENDS_TRAINER = parse_version(__version__) >= (8, 4, 140)  # nothing but the ver
 # Feature -> whether this version has it, the version it came with, what it is and what to do without.
 FEATURES = {
     "cls_pw": ("cls_pw" in DEFAULT_CFG_DICT, "8.4.37", "Class weights (cls_pw)", "leave cls_pw out"),
+    "class_counts": (
+        "cls_pw" in DEFAULT_CFG_DICT,
+        "8.4.37",
+        'Counting objects for class_weight="effective"',
+        "give class_counts",
+    ),
     "tune": (hasattr(engine, "MultiTrainer"), "8.4.76", "Tuning with losses of ours", "train with each value yourself"),
+    "ignore": (parse_version(__version__) >= (8, 3, 200), "8.3.200", "Ignoring classes", "leave ignore out"),
     "devices": (SENDS_TRAINER, "8.4.140", "Training on several GPUs", "train on one device"),
 }
 

@@ -95,6 +95,8 @@ def load_losses(losses, task="detect"):
 
     Args:
         losses: ``{"cls": {"type": ...}, "box": {...}, "dfl": {...}}``, every slot optional, or a path to such a YAML.
+            Beside the slots, ``"ignore": {"classes": [...]}`` names classes, or has their indices, whose boxes are
+            neither objects nor background.
         task: "detect", "segment", "pose", "obb" or "rtdetr", whose slots are ``loss_class``, ``loss_bbox`` and
             ``loss_giou``.
 
@@ -112,11 +114,11 @@ def load_losses(losses, task="detect"):
         losses = yaml.safe_load(Path(losses).read_text(encoding="utf-8"))
     if not isinstance(losses, Mapping):
         raise TypeError(f"losses must be a dict such as {{'cls': {{'type': 'VarifocalLoss'}}}}, not {losses!r}.")
-    if unknown := [slot for slot in losses if slot not in SLOTS[task]]:
+    if unknown := [slot for slot in losses if slot not in (*SLOTS[task], "ignore")]:
         elsewhere = _tasks(lambda slots: unknown[0] in slots)
         hint = f" of task={task!r}; it is one of task={elsewhere}" if elsewhere else ""
         raise ValueError(f"There is no slot {unknown[0]!r}{hint}; the slots are {', '.join(SLOTS[task])}.")
-    return {slot: _checked(task, slot, cfg) for slot, cfg in losses.items()}
+    return {slot: (_checked_ignore if slot == "ignore" else _checked)(task, slot, cfg) for slot, cfg in losses.items()}
 
 
 def filled(cfg, **values):
@@ -140,6 +142,18 @@ def filled(cfg, **values):
     return {**lacks, **{name: filled(value, **values) for name, value in cfg.items()}}
 
 
+def counted(cfg, counts):
+    """A copy of a config in which every loss with ``class_weight="effective"`` has ``class_counts``.
+
+    >>> counted({"cls": {"type": "FocalLoss", "class_weight": "effective"}}, [3, 1])["cls"]["class_counts"]
+    [3, 1]
+    """
+    if isinstance(cfg, Mapping):
+        own = {"class_counts": counts} if cfg.get("class_weight") == "effective" else {}
+        return {**own, **{name: counted(value, counts) for name, value in cfg.items()}}
+    return [counted(part, counts) for part in cfg] if isinstance(cfg, list) else cfg
+
+
 def unlike(before, losses):
     """The slots whose losses differ between two checked dicts, and those that differ in more than their weight.
 
@@ -156,9 +170,9 @@ def unlike(before, losses):
 
 
 def _with_lists(cfg):
-    """A copy of a config with lists for its tuples, as a YAML file gives it back."""
+    """A copy of a config with lists for its tuples, as a YAML file gives it back, and without a data set's counts."""
     if isinstance(cfg, Mapping):
-        return {name: _with_lists(value) for name, value in cfg.items()}
+        return {name: _with_lists(value) for name, value in cfg.items() if name != "class_counts"}
     return [_with_lists(part) for part in cfg] if isinstance(cfg, list | tuple) else cfg
 
 
@@ -182,6 +196,16 @@ def _checked(task, slot, cfg):
     if getattr(loss, "activated", False):
         raise ValueError(f"YOLO hands logits to its loss; leave activated=True out of {type(loss).__name__}.")
     return {"loss_weight": 1.0 if task == "rtdetr" and of_classes else default_gain(loss), **cfg}
+
+
+def _checked_ignore(task, _, cfg):
+    cfg = filled(cfg)
+    classes = cfg["classes"] if isinstance(cfg, Mapping) and cfg.keys() == {"classes"} else None
+    if not classes or not isinstance(classes, list | tuple) or not all(type(x) in (str, int) for x in classes):
+        raise TypeError(f"ignore must be {{'classes': [...]}} with names or indices of classes, not {cfg!r}.")
+    if task == "rtdetr":
+        raise ValueError("RT-DETR matches queries, not anchors, so its losses cannot ignore regions: leave ignore out.")
+    return {"classes": list(classes)}
 
 
 def _tasks(fits):

@@ -23,8 +23,10 @@ from detloss_plugins.adapters.ultralytics.assigner import (
     padded,
 )
 from detloss_plugins.adapters.ultralytics.config import SLOTS, check_task, filled, load_losses
+from detloss_plugins.adapters.ultralytics.ignore import Regions, StockClassLoss, ignored_classes
 from detloss_plugins.loss import average_state
 from detloss_plugins.precision import float32, is_asynchronous, without_autocast
+from detloss_plugins.reduction import apply_weight
 from detloss_plugins.registry import build_loss
 
 
@@ -87,22 +89,27 @@ class _ClassSlot:
     """Stands in for the stock criterion's element-wise BCE; the criterion weights, sums and normalises the result.
 
     Where nothing weights the classes, the sum is all that it needs, and gets: faster, and in a fraction of the memory.
+    What the ``regions``, if there are any, leave out is a negative target, which every class loss ignores.
     """
 
-    def __init__(self, loss, of_elements):
-        self.loss = loss
+    def __init__(self, loss, of_elements, regions=None):
+        self.loss, self.regions = loss, regions
         self.of_elements = of_elements or loss.family == "ranking" or loss.facts.self_normalized
 
     def __call__(self, pred_scores, target_scores):
+        target = target_scores if self.regions is None else target_scores.masked_fill(self.regions.left_out(), -1)
         if not self.of_elements:
-            return self.loss(pred_scores, target_scores, reduction_override="sum")
-        target_scores = float32(target_scores)  # under autocast their sum would be rounded to half precision
+            return self.loss(pred_scores, target, reduction_override="sum")
+        # Under autocast the sum of the scores would be rounded to half precision.
+        target_scores, target = float32(target_scores), float32(target)
         with without_autocast(pred_scores.device):
-            rows = pred_scores.flatten(0, -2), target_scores.flatten(0, -2)
+            rows = pred_scores.flatten(0, -2), target.flatten(0, -2)
             seen = self.loss.observe(*rows, None)
-            elements, _ = self.loss.unweighted(*rows, seen)
+            elements, valid = self.loss.unweighted(*rows, seen)
         if self.loss.family == "ranking":
             elements = self.in_their_places(elements, target_scores)
+        elif valid is not None:
+            elements = apply_weight(elements, valid)
         if self.loss.facts.self_normalized:
             # The criterion divides the sum by the scores; a loss with a normaliser of its own keeps that.
             own = self.loss.normalizer(elements.numel(), seen)
@@ -214,11 +221,42 @@ def check_head(model, losses):
         )
 
 
+def check_class_weights(model, losses):
+    """Raise ``ValueError`` if a loss has weights for another number of classes than the model."""
+    classes = model.model[-1].nc
+    for loss in build_losses(losses, classes, "cpu").values():
+        for part in loss.modules():
+            weights = getattr(part, "class_factors", None)
+            if weights is not None and len(weights) != classes:
+                raise ValueError(
+                    f"{type(part).__name__} has {len(weights)} class weights, and the model {classes} classes."
+                )
+
+
+def check_ignored(model, losses):
+    """The indices of the classes that the losses ignore.
+
+    Raises:
+        ValueError: for a class that the model has not, or a model whose classes are texts.
+        RuntimeError: if this version of Ultralytics cannot leave them out of validation.
+    """
+    if "ignore" not in losses:
+        return []
+    compat.require("ignore")
+    if hasattr(model, "set_classes"):
+        raise ValueError(
+            "The classes of World and YOLOE are texts, which differ from image to image: leave ignore out."
+        )
+    return ignored_classes(losses, model.names)
+
+
 def build_losses(losses, num_classes, device):
     """The losses of a checked dict on a device; one that must know the number of classes is told."""
-    built = {slot: build_loss(filled(cfg, num_classes=num_classes)).to(device) for slot, cfg in losses.items()}
+    ignores = "ignore" in losses
+    slots = {slot: cfg for slot, cfg in losses.items() if slot != "ignore"}
+    built = {slot: build_loss(filled(cfg, num_classes=num_classes)).to(device) for slot, cfg in slots.items()}
     for part in (part for loss in built.values() for part in loss.modules()):
-        part.unchecked, part.may_ignore = 0, False  # what the criterion hands over needs no look, which would wait
+        part.unchecked, part.may_ignore = 0, ignores  # what the criterion hands over needs no look, which would wait
     return built
 
 
@@ -237,7 +275,7 @@ class PluginDetectionLoss(compat.DetectionCriterion):
         losses: see :func:`load_losses`; a slot that is absent keeps the stock loss.
 
     Raises:
-        ValueError: also if a loss does not suit the model; see :func:`check_head`.
+        ValueError: also if a loss does not suit the model; see :func:`check_head` and :func:`check_ignored`.
     """
 
     def __init__(self, model, tal_topk=10, tal_topk2=None, losses=None):
@@ -246,16 +284,22 @@ class PluginDetectionLoss(compat.DetectionCriterion):
         with training_args(model):
             super().__init__(model, tal_topk, tal_topk2)
         self.built = build_losses(self.losses, self.nc, self.device)
+        regions = None
+        if ignored := check_ignored(model, self.losses):
+            regions = Regions(self.assigner, ignored, self.nc, self.device)
+            self.bce = StockClassLoss(self.bce, regions)
         if "cls" in self.built:
-            self.bce = _ClassSlot(self.built["cls"], of_elements=compat.class_weights(self) is not None)
+            self.bce = _ClassSlot(self.built["cls"], compat.class_weights(self) is not None, regions)
         if self.built.keys() & {"box", "dfl"}:
             kind = _RotatedBoxCriterion if isinstance(self.bbox_loss, RotatedBboxLoss) else _BoxCriterion
             self.bbox_loss = kind(self.reg_max, self.built.get("box"), self.built.get("dfl")).to(self.device)
         self.scene, self.targets = Scene(), None
         compiled = any(loss.compiled for loss in self.built.values())
         if compiled and is_asynchronous(self.device) and can_replace(self.assigner):
-            self.targets = FastTargets(self.assigner, self.reg_max)
+            self.targets = FastTargets(self.assigner, self.reg_max) if regions is None else None
             self.assigner = FastAssigner(self.assigner)
+        if regions is not None:
+            regions.assigner, self.assigner = self.assigner, regions
 
     def get_assigned_targets_and_loss(self, preds, batch, **extra):
         """The stock method; where waits count, with all before the losses in fewer kernels."""
@@ -289,7 +333,9 @@ class PluginDetectionLoss(compat.DetectionCriterion):
             inputs = dist, boxes, scene.anchors, found.boxes / scene.strides, found.scores, total, found.positive
             loss_box, loss_dfl = self.bbox_loss(*inputs, scene.image_size, scene.strides)
             loss = torch.stack([loss_box, loss_cls / total, loss_dfl]) * gains
-        assigned = found.positive, found.index, found.boxes, scene.anchors, scene.strides
+        # The losses of a pose write into the boxes that they get, and the backward needs these.
+        targets = found.boxes if type(self) is PluginDetectionLoss else found.boxes.clone()
+        assigned = found.positive, found.index, targets, scene.anchors, scene.strides
         return assigned, loss, compat.named(self, loss.detach())
 
     def class_loss(self, scores, target_scores):

@@ -20,7 +20,9 @@ from detloss_plugins.adapters.ultralytics.config import load_losses
 from detloss_plugins.adapters.ultralytics.criterion import (
     PluginRTDETRLoss,
     branches,
+    check_class_weights,
     check_head,
+    check_ignored,
     criterion_class,
     criterion_state,
     load_criterion_state,
@@ -111,6 +113,8 @@ def install(model, losses, state=None):
 
     losses = load_losses(losses, model_task(model))
     check_head(model, losses)
+    check_ignored(model, losses)
+    check_class_weights(model, losses)
     setattr(model, RECORD, {"version": __version__, "losses": losses, "state": state or {}})
     _give_losses(model)
     model.criterion = None

@@ -15,13 +15,14 @@ from ultralytics.nn.tasks import yaml_model_load
 from ultralytics.utils import DEFAULT_CFG, LOGGER, RANK
 
 from detloss_plugins.adapters.ultralytics import compat
-from detloss_plugins.adapters.ultralytics.config import default_prior, filled, load_losses, unlike
+from detloss_plugins.adapters.ultralytics.config import counted, default_prior, filled, load_losses, unlike
 from detloss_plugins.adapters.ultralytics.criterion import (
     check_head,
     criterion_state,
     model_task,
     slot_gains,
 )
+from detloss_plugins.adapters.ultralytics.ignore import make_validator
 from detloss_plugins.adapters.ultralytics.model import RECORD, install, student
 from detloss_plugins.loss import Loss
 from detloss_plugins.registry import build_loss
@@ -31,8 +32,9 @@ LOSSES_HEAD = """\
 # The losses of this training. To resume it with them: YOLO("weights/last.pt").train(resume=True,
 # trainer=make_trainer("losses.yaml")); without that trainer Ultralytics goes on with its own losses.
 """
-# Settings that are not in a loss's description: said beside it, or the same in every slot.
-SAID_OTHERWISE = {"loss_weight", "compile", "reduction", "use_sigmoid"}
+# Settings that are not in a loss's description: said beside it, or the same in every slot; and if nobody has set them.
+SAID_OTHERWISE = {"loss_weight", "compile", "reduction", "use_sigmoid", "class_counts"}
+UNSAID = {"class_weight": None, "effective_beta": 0.999, "label_smoothing": 0.0}
 TRAINERS = {
     "detect": DetectionTrainer,
     "segment": SegmentationTrainer,
@@ -60,6 +62,13 @@ def start_at_prior(model, prior):
     LOGGER.info(f"detloss_plugins: class scores start at {prior:g}, unless weights are loaded")
 
 
+def class_counts(dataset, classes):
+    """How many objects of each class the labels of a data set of Ultralytics have, a list."""
+    labels = [label["cls"] for part in getattr(dataset, "datasets", [dataset]) for label in part.labels]
+    found = [torch.bincount(torch.as_tensor(of_image).long().view(-1), minlength=classes) for of_image in labels]
+    return sum(found).tolist()
+
+
 def describe(losses, args, task="detect"):
     """One line per slot: the active loss, its settings, its weight and the training's gain for the slot."""
     lines = []
@@ -70,13 +79,16 @@ def describe(losses, args, task="detect"):
             compiled = ", compiled" if loss.compiled and not loss.facts.counts_positives else ""
             line = f"{_in_words(loss)}{compiled}, weight {loss.loss_weight:g}"
         lines.append(f"{slot}: {line} x gain {gain:g}")
+    if "ignore" in losses:
+        classes = ", ".join(map(repr, losses["ignore"]["classes"]))
+        lines.append(f"ignore: boxes of {classes}, and what is detected in them")
     return lines
 
 
 def _in_words(loss):
     """A loss with all its settings, and with those and the weights of the losses it is made of."""
     own = [name for name in loss.rules if name not in SAID_OTHERWISE and hasattr(loss, name)]
-    values = {name: getattr(loss, name) for name in own}
+    values = {name: getattr(loss, name) for name in own if UNSAID.get(name, own) != getattr(loss, name)}
     words = [f"{name}={value!r}" for name, value in values.items() if not isinstance(value, torch.nn.Module)]
     for part in _parts(loss):
         words.append(f"{_in_words(part)}{'' if part.loss_weight == 1 else f' x {part.loss_weight:g}'}")
@@ -114,7 +126,8 @@ def make_trainer(losses, task="detect", trainer=None, compile=False):
 
     Args:
         losses: a dict ``{"cls": {"type": "VarifocalLoss"}, "box": {...}, "dfl": {...}}`` or the path of a YAML file
-            with one; absent slots keep the stock loss bit for bit.
+            with one; absent slots keep the stock loss bit for bit. ``"ignore": {"classes": ["crowd"]}`` beside them
+            leaves boxes of these classes, and what lies in them, out of training and validation.
         task: "detect", "segment", "pose", "obb" for oriented boxes, whose ``box`` slot takes losses of the rotated
             family, or "rtdetr", whose slots are ``loss_class``, ``loss_bbox`` and ``loss_giou``. The losses that a task
             has besides (masks, keypoints, angle) stay stock.
@@ -134,10 +147,11 @@ def make_trainer(losses, task="detect", trainer=None, compile=False):
     """
     losses = load_losses(losses, task)
     if compile:
-        losses = {slot: {**cfg, "compile": True} for slot, cfg in losses.items()}
+        losses = {slot: cfg if slot == "ignore" else {**cfg, "compile": True} for slot, cfg in losses.items()}
     base = trainer or TRAINERS[task]
     of_classes = losses.get("cls") or losses.get("loss_class")
     prior = default_prior(build_loss(of_classes)) if of_classes else None
+    waits_for_counts = counted(losses, []) != losses
 
     class PluginTrainer(base):
         plugin_losses = losses
@@ -148,7 +162,11 @@ def make_trainer(losses, task="detect", trainer=None, compile=False):
             if (given, task) != ("detect", "rtdetr"):  # to Ultralytics, RT-DETR detects
                 self.check_same_task(given)
             compat.check_arguments(overrides or {})
+            if waits_for_counts:
+                compat.require("class_counts")
             super().__init__(cfg, overrides, _callbacks)
+            if "ignore" in losses and (self.args.single_cls or self.args.classes is not None):
+                raise ValueError("single_cls and classes change the labels that ignore reads: leave one of them out.")
             if RANK in {-1, 0}:
                 text = LOSSES_HEAD + yaml.safe_dump(self.plugin_losses, sort_keys=False)
                 (self.save_dir / LOSSES_FILE).write_text(text, encoding="utf-8")
@@ -179,12 +197,18 @@ def make_trainer(losses, task="detect", trainer=None, compile=False):
             before, now = filled(record["losses"]), self.plugin_losses
             differ, others = unlike(before, now)
             for slot in differ:
-                was, is_ = (losses.get(slot, "the stock loss") for losses in (before, now))
-                LOGGER.warning(f"detloss_plugins: this run resumes with another {slot} loss: {is_}, not {was}.")
+                none, what = ("nothing", "ignore") if slot == "ignore" else ("the stock loss", f"{slot} loss")
+                was, is_ = (losses.get(slot, none) for losses in (before, now))
+                LOGGER.warning(f"detloss_plugins: this run resumes with another {what}: {is_}, not {was}.")
             return {
                 branch: {slot: state for slot, state in slots.items() if slot not in others}
                 for branch, slots in record["state"].items()
             }
+
+        def get_validator(self):
+            validator = super().get_validator()
+            validator.__class__ = make_validator(self.plugin_losses, task, type(validator))
+            return validator
 
         def set_model_attributes(self):
             super().set_model_attributes()
@@ -195,6 +219,11 @@ def make_trainer(losses, task="detect", trainer=None, compile=False):
 
         def set_class_weights(self):
             super().set_class_weights()
+            if waits_for_counts:
+                counts = class_counts(self.train_loader.dataset, self.data["nc"])
+                model = student(compat.unwrap_model(self.model))
+                install(model, counted(self.plugin_losses, counts), self.plugin_state)
+                LOGGER.info(f"detloss_plugins: class weights by the effective numbers of {counts} objects")
             if task == "rtdetr" and self.args.cls_pw:
                 LOGGER.warning(
                     "RT-DETR's criterion has no class weights, stock or with our losses: cls_pw does nothing."

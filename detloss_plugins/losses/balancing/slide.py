@@ -87,6 +87,8 @@ class SlideLoss(
         ValueError: if ``base`` is no sigmoid classification loss.
     """
 
+    instead = "write it in the dict of its base"
+
     def __init__(self, *, base: Mapping | None = None, decay: Share | None = None, tau: Positive = 2000.0, **settings):
         super().__init__(**settings)
         self.decay, self.tau = decay, tau

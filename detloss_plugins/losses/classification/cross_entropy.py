@@ -73,6 +73,7 @@ class CrossEntropyLoss(
     Args:
         class_weight: one factor a class. As in mmdet, "mean" still divides by the number of elements (torch divides by
             the sum of the weights), and in the sigmoid form it scales the positive term only (torch's ``pos_weight``).
+            "effective" is for the sigmoid form.
         ignore_index: a label that takes no part; None means -100. Negative labels never do.
         avg_non_ignore: let "mean" divide by the number of elements that take part, when no ``avg_factor`` is given.
         label_smoothing: epsilon; the target becomes ``(1 - epsilon) target + epsilon / C`` (sigmoid: ``/ 2``).
@@ -83,6 +84,8 @@ class CrossEntropyLoss(
         ValueError: for ``use_mask`` beside ``use_sigmoid`` or without classes, or if ``(N, C, H, W)`` and ``(..., C)``
             cannot be told apart.
     """
+
+    outside_kernel = Loss.outside_kernel
 
     def __init__(
         self,

@@ -181,6 +181,7 @@ class VarifocalLoss(
     row_wise=True,
     needs_mining=False,
     takes_quality=True,
+    marks_positives=True,
     upstream=(
         *alike(MMDET + "VarifocalLoss", {}, {"iou_weighted": False}),
         *alike("ultralytics.utils.loss.VarifocalLoss"),
@@ -287,6 +288,8 @@ class GeneralizedFocalLoss(
 
     def __init__(self, *, values: Annotated[tuple, two_increasing()] = (0.0, 1.0), **settings):
         super().__init__(values=tuple(values), **settings)
+        if self.label_smoothing and self.values != (0.0, 1.0):
+            raise ValueError("label_smoothing of GeneralizedFocalLoss is for the values (0.0, 1.0).")
 
     def prepare(self, pred, target):
         dense = isinstance(target, Tensor) and target.shape == pred.shape

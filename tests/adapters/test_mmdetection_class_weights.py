@@ -1,0 +1,55 @@
+"""Class weights and label smoothing in the heads of mmdet."""
+
+import pytest
+import torch
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+from support.mmdetection import DIGITS, backward, build, config, run, small
+
+from detloss_plugins.families import effective_weights
+
+WEIGHTS = [0.5, 2.0, 0.25, 1.0, 3.0, 0.25, 1.5, 1.0, 0.75, 4.0]
+
+
+def with_loss(**settings):
+    cfg = small(DIGITS)
+    cfg.model.bbox_head.loss_cls = {"type": "detloss_plugins.QualityFocalLoss", "use_sigmoid": True, **settings}
+    return cfg
+
+
+def test_a_head_weighs_its_classes(mmdet_scope, batch):
+    """A factor for all classes is a factor on the class loss; weights of their own change the gradient of the layer."""
+    found = []
+    for settings in ({}, {"class_weight": [2.0] * 10}, {"class_weight": WEIGHTS}, {"label_smoothing": 0.1}):
+        model = build(with_loss(**settings))
+        losses = backward(model, batch)
+        gradient = model.bbox_head.gfl_cls.weight.grad
+        found.append((losses["loss_cls"], gradient.view(-1, 10, *gradient.shape[1:]).sum(0).flatten(1).norm(dim=1)))
+    torch.testing.assert_close(found[1][0], 2 * found[0][0])
+    torch.testing.assert_close(found[2][1] / found[0][1], torch.tensor(WEIGHTS), rtol=1e-3, atol=0)
+    assert found[3][0] > found[0][0]
+
+
+def test_a_head_with_other_classes_is_refused(mmdet_scope):
+    with pytest.raises(ValueError, match="loss_cls of GFLHead has 2 class weights, and the head 10 classes"):
+        build(with_loss(class_weight=[1.0, 2.0]))
+
+
+class Look(Hook):
+    def after_train_iter(self, runner, *_, **__):
+        self.weights = runner.model.bbox_head.loss_cls.class_factors.tolist()
+
+
+def test_the_hook_counts_the_training_set(tmp_path, mmdet_scope):
+    look = Look()
+    loss = {"type": "detloss_plugins.QualityFocalLoss", "use_sigmoid": True, "class_weight": "effective"}
+    cfg = small(DIGITS)
+    cfg.model.bbox_head.loss_cls = loss
+    hooks = [{"type": "detloss_plugins.adapters.mmdetection.ClassCountsHook"}]
+    run(tmp_path, look, model=cfg.model, custom_hooks=hooks, train_cfg={**config(DIGITS).train_cfg, "max_epochs": 1})
+    options = {**config(DIGITS).train_dataloader}
+    dataset = Runner.build_dataloader({**options, "dataset": {**options["dataset"], "indices": 8}}, seed=0).dataset
+    labels = [instance["bbox_label"] for index in range(8) for instance in dataset.get_data_info(index)["instances"]]
+    expected = effective_weights([labels.count(index) for index in range(10)])
+    assert len(set(expected)) > 1
+    assert look.weights == pytest.approx(expected)
