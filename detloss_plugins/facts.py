@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
@@ -153,6 +154,12 @@ def two_increasing() -> Rule:
     return _each(_numbers("a number"), "two increasing numbers", lambda value: len(value) == 2 and value[0] < value[1])
 
 
+def increasing() -> Rule:
+    """Numbers of at least 0, each above the one before; there may be none."""
+    rule = at_least(0)
+    return _each(rule, "increasing numbers of at least 0", lambda value: all(a < b for a, b in pairwise(value)))
+
+
 # Types for the settings of a loss: what a keyword-only argument is annotated with is what it may be.
 Number = Annotated[float, _numbers("a number")]
 Positive = Annotated[float, above(0)]
@@ -161,6 +168,7 @@ Share = Annotated[float, between(0, 1)]
 Count = Annotated[int, Rule("a whole number above 0", lambda v: type(v) is int and v > 0, (int,))]
 NotWeighed = Annotated[None, Rule("None (which is torchvision's -1)", lambda value: value is None, (NoneType,))]
 PerClass = Annotated[list, _each(at_least(0), "a list of numbers of at least 0, one a class")]
+Increasing = Annotated[list, increasing()]
 SharePerClass = Annotated[list, _each(between(0, 1), "a list of numbers in [0, 1], one a class")]
 
 _OF_TYPES = {

@@ -24,6 +24,7 @@ from detloss_plugins.adapters.ultralytics.assigner import (
 )
 from detloss_plugins.adapters.ultralytics.config import SLOTS, check_task, filled, load_losses
 from detloss_plugins.loss import average_state
+from detloss_plugins.losses import ScheduledLoss, in_turn
 from detloss_plugins.precision import float32, is_asynchronous, without_autocast
 from detloss_plugins.registry import build_loss
 
@@ -89,11 +90,15 @@ class _ClassSlot:
     Where nothing weights the classes, the sum is all that it needs, and gets: faster, and in a fraction of the memory.
     """
 
-    def __init__(self, loss, of_elements):
+    def __init__(self, loss, weighs):
         self.loss = loss
-        self.of_elements = of_elements or loss.family == "ranking" or loss.facts.self_normalized
+        self.weighs = weighs  # whether the criterion weights the classes
+        self.of_elements = weighs or loss.family == "ranking" or loss.facts.self_normalized
 
     def __call__(self, pred_scores, target_scores):
+        if isinstance(self.loss, ScheduledLoss):
+            found = ((_ClassSlot(loss, self.weighs)(pred_scores, target_scores), x) for loss, x in in_turn(self.loss))
+            return sum(share * (values if self.weighs else values.sum()) for values, share in found)
         if not self.of_elements:
             return self.loss(pred_scores, target_scores, reduction_override="sum")
         target_scores = float32(target_scores)  # under autocast their sum would be rounded to half precision
@@ -247,7 +252,7 @@ class PluginDetectionLoss(compat.DetectionCriterion):
             super().__init__(model, tal_topk, tal_topk2)
         self.built = build_losses(self.losses, self.nc, self.device)
         if "cls" in self.built:
-            self.bce = _ClassSlot(self.built["cls"], of_elements=compat.class_weights(self) is not None)
+            self.bce = _ClassSlot(self.built["cls"], weighs=compat.class_weights(self) is not None)
         if self.built.keys() & {"box", "dfl"}:
             kind = _RotatedBoxCriterion if isinstance(self.bbox_loss, RotatedBboxLoss) else _BoxCriterion
             self.bbox_loss = kind(self.reg_max, self.built.get("box"), self.built.get("dfl")).to(self.device)
@@ -350,9 +355,11 @@ class PluginRTDETRLoss(RTDETRDetectionLoss):
     def _get_loss_class(self, pred_scores, targets, gt_scores, num_gts, postfix=""):
         if "loss_class" not in self.built:
             return super()._get_loss_class(pred_scores, targets, gt_scores, num_gts, postfix)
-        loss = self.built["loss_class"]
-        of_quality = loss.facts.takes_quality or loss.family == "ranking"
-        value = loss(pred_scores, (targets, gt_scores) if of_quality else targets, avg_factor=max(num_gts, 1))
+        value = 0
+        for loss, share in in_turn(self.built["loss_class"]):
+            of_quality = loss.facts.takes_quality or loss.family == "ranking"
+            target = (targets, gt_scores) if of_quality else targets
+            value = value + share * loss(pred_scores, target, avg_factor=max(num_gts, 1))
         return {f"loss_class{postfix}": self.loss_gain["class"] * value}
 
     def _get_loss_bbox(self, pred_bboxes, gt_bboxes, postfix=""):

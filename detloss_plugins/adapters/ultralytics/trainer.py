@@ -17,6 +17,7 @@ from ultralytics.utils import DEFAULT_CFG, LOGGER, RANK
 from detloss_plugins.adapters.ultralytics import compat
 from detloss_plugins.adapters.ultralytics.config import default_prior, filled, load_losses, unlike
 from detloss_plugins.adapters.ultralytics.criterion import (
+    branches,
     check_head,
     criterion_state,
     model_task,
@@ -24,6 +25,7 @@ from detloss_plugins.adapters.ultralytics.criterion import (
 )
 from detloss_plugins.adapters.ultralytics.model import RECORD, install, student
 from detloss_plugins.loss import Loss
+from detloss_plugins.losses import ScheduledLoss, set_progress
 from detloss_plugins.registry import build_loss
 
 LOSSES_FILE = "losses.yaml"  # in the folder of the run, beside args.yaml
@@ -109,6 +111,27 @@ def whole_files(trainer):
         shutil.rmtree(beside)
 
 
+def tell_epoch(trainer):
+    """Tell losses with a schedule the epoch that begins, and from which iteration on it counts."""
+    trainer.plugin_iteration = trainer.epoch * len(trainer.train_loader) - 1
+    tell(trainer, epoch=trainer.epoch, epochs=trainer.epochs)
+
+
+def tell_iteration(trainer):
+    """Tell losses with a schedule the iteration that begins."""
+    trainer.plugin_iteration += 1
+    tell(trainer, iteration=trainer.plugin_iteration)
+
+
+def tell(trainer, **progress):
+    """:func:`set_progress` of every loss of the model that is trained."""
+    model = student(compat.unwrap_model(trainer.model))
+    if model.criterion is None:
+        model.criterion = model.init_criterion()
+    for branch in branches(model.criterion).values():
+        set_progress(torch.nn.ModuleList(branch.built.values()), **progress)
+
+
 def make_trainer(losses, task="detect", trainer=None, compile=False):
     """A trainer class for ``YOLO(...).train(trainer=make_trainer(losses))``.
 
@@ -149,6 +172,9 @@ def make_trainer(losses, task="detect", trainer=None, compile=False):
                 self.check_same_task(given)
             compat.check_arguments(overrides or {})
             super().__init__(cfg, overrides, _callbacks)
+            if any(isinstance(build_loss(cfg), ScheduledLoss) for cfg in self.plugin_losses.values()):
+                self.add_callback("on_train_epoch_start", tell_epoch)
+                self.add_callback("on_train_batch_start", tell_iteration)
             if RANK in {-1, 0}:
                 text = LOSSES_HEAD + yaml.safe_dump(self.plugin_losses, sort_keys=False)
                 (self.save_dir / LOSSES_FILE).write_text(text, encoding="utf-8")
