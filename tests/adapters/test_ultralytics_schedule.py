@@ -8,6 +8,7 @@ from support.ultralytics import (
     Interrupted,
     called,
     detector,
+    known,
     model_file,
     ours,
     since,
@@ -40,7 +41,7 @@ def class_losses(model, batch, *losses):
     return [called(ours(model, {"cls": loss}), model, batch)[1]["cls_loss"] for loss in losses]
 
 
-@pytest.mark.parametrize("name", ["yolov8n", "yolo26n"])
+@pytest.mark.parametrize("name", known("yolov8n", "yolo26n"))
 def test_each_loss_is_what_it_would_be_alone(name, batches):
     """With its own weight for the slot and normaliser, and of a ranking loss its way through the criterion."""
     model, batch = detector(name), batches["detect"]
@@ -121,7 +122,9 @@ class Watch:
             self.val.setdefault(trainer.epoch, self.running(trainer.ema.ema.criterion))
 
 
-@pytest.mark.parametrize("name", ["yolov8n", pytest.param("yolo26n", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["yolov8n", *(pytest.param(name, marks=pytest.mark.slow) for name in known("yolo26n"))]
+)
 def test_training_goes_through_the_schedule_and_resumes_in_it(name, data, tmp_path):
     trainer = make_trainer({"cls": schedule(BCE, AP, GHM, at=[1, 2]), "box": {"type": "WIoULoss"}})
     yolo = YOLO(f"{name}.yaml")
