@@ -19,6 +19,7 @@ from detloss_plugins.adapters.ultralytics import install, load_losses, make_trai
 from detloss_plugins.adapters.ultralytics.criterion import branches
 from detloss_plugins.losses import set_progress
 
+END_TO_END = known("yolo26n")
 BCE, AP, GHM = {"type": "BinaryCrossEntropyLoss"}, {"type": "APLoss"}, {"type": "GHMC"}
 
 
