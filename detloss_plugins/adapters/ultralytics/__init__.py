@@ -23,11 +23,13 @@ from detloss_plugins.adapters.ultralytics.criterion import (
     model_task,
 )
 from detloss_plugins.adapters.ultralytics.model import install, trained_losses
+from detloss_plugins.adapters.ultralytics.per_image import LossesByImage, per_image
 from detloss_plugins.adapters.ultralytics.trainer import TRAINERS, describe, make_trainer, tune
 
 __all__ = [
     "SLOTS",
     "TRAINERS",
+    "LossesByImage",
     "PluginDetectionLoss",
     "PluginRTDETRLoss",
     "check_head",
@@ -41,6 +43,7 @@ __all__ = [
     "load_losses",
     "make_trainer",
     "model_task",
+    "per_image",
     "trained_losses",
     "tune",
 ]

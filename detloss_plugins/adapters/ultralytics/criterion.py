@@ -23,6 +23,7 @@ from detloss_plugins.adapters.ultralytics.assigner import (
     padded,
 )
 from detloss_plugins.adapters.ultralytics.config import SLOTS, check_task, filled, load_losses
+from detloss_plugins.adapters.ultralytics.per_image import per_image
 from detloss_plugins.loss import average_state
 from detloss_plugins.losses import ScheduledLoss, in_turn
 from detloss_plugins.precision import float32, is_asynchronous, without_autocast
@@ -245,6 +246,8 @@ class PluginDetectionLoss(compat.DetectionCriterion):
         ValueError: also if a loss does not suit the model; see :func:`check_head`.
     """
 
+    observed = False  # whether its parts are observed by per_image
+
     def __init__(self, model, tal_topk=10, tal_topk2=None, losses=None):
         self.losses = load_losses(losses or {}, model_task(model))
         check_head(model, self.losses)
@@ -266,7 +269,7 @@ class PluginDetectionLoss(compat.DetectionCriterion):
         """The stock method; where waits count, with all before the losses in fewer kernels."""
         stock = super().get_assigned_targets_and_loss
         of_task = stock.__func__ is not v8DetectionLoss.get_assigned_targets_and_loss
-        if of_task or extra or not is_asynchronous(self.device):
+        if of_task or extra or self.observed or not is_asynchronous(self.device):
             return stock(preds, batch, **extra)
         dist, scores = (preds[name].permute(0, 2, 1) for name in ("boxes", "scores"))
         own_boxes = self.built.keys() >= {"box", "dfl"}
@@ -316,6 +319,10 @@ class PluginDetectionLoss(compat.DetectionCriterion):
             box, wanted = self.built["box"], target
         in_strides = target / places[..., 2:]
         return self.bbox_loss.sums(box, pixels, wanted, dist, in_strides, places, weight, self.scene.image_size)
+
+    def per_image(self, preds, batch):
+        """The losses of each image and each object; see :func:`per_image`."""
+        return per_image(self, preds, batch)
 
     def loss(self, preds, batch):
         """The stock loss; the state of its losses is averaged over the ranks."""
