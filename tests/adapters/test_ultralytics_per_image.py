@@ -60,6 +60,8 @@ def test_images_add_up_to_the_batch(name, kind, batches):
         of_images = torch.zeros(len(batch["img"])).index_add(0, image, found.objects[slot])
         torch.testing.assert_close(of_images, found.images[slot], rtol=1e-4, atol=1e-6)
     assert found.objects["cls"].sum() < found.images["cls"].sum()
+    weights = sum(getattr(criterion, name, 1.0) for name in ("o2m", "o2o")) if len(branches(criterion)) == 2 else 1.0
+    assert 0 < found.weight.sum() <= weights + 1e-4
 
 
 @pytest.mark.parametrize("kind", ["stock", "ours"])
@@ -119,7 +121,7 @@ def test_nothing_moves_and_nothing_has_a_gradient(batches):
         for name, value in buffers.items():
             assert torch.equal(value, before["criterion"][slot][name])
     assert all(part.training for part in parts)
-    assert not any(x.requires_grad for part in found for x in part.values())
+    assert not any(x.requires_grad for part in found[:2] for x in part.values())
     again = criterion.per_image(model(batch["img"]), batch)
     torch.testing.assert_close(again.images, found.images)
     called(criterion, model, batch)
@@ -133,7 +135,7 @@ def test_predictions_in_evaluation_mode_and_the_way_of_a_gpu(batches, monkeypatc
     expected = per_image(criterion, model(batch["img"]), batch)
     monkeypatch.setenv("DETLOSS_ASYNC", "1")
     found = per_image(criterion, model(batch["img"]), batch)
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(found, expected, strict=True):  # dicts and a tensor
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 

@@ -246,7 +246,8 @@ class PluginDetectionLoss(compat.DetectionCriterion):
         ValueError: also if a loss does not suit the model; see :func:`check_head`.
     """
 
-    observed = False  # whether its parts are observed by per_image
+    observed = False  # whether its parts are observed, by per_image or curves
+    curves = None  # what looks at it in training
 
     def __init__(self, model, tal_topk=10, tal_topk2=None, losses=None):
         self.losses = load_losses(losses or {}, model_task(model))
@@ -327,7 +328,10 @@ class PluginDetectionLoss(compat.DetectionCriterion):
     def loss(self, preds, batch):
         """The stock loss; the state of its losses is averaged over the ranks."""
         found = super().loss(preds, batch)
-        average_states(self.built.values())
+        if not self.observed:
+            average_states(self.built.values())
+            if self.curves is not None and torch.is_grad_enabled():
+                self.curves.look(self, preds, batch)
         return found
 
 
@@ -345,6 +349,7 @@ class PluginRTDETRLoss(RTDETRDetectionLoss):
         losses: see :func:`load_losses`; a slot that is absent keeps the stock loss.
     """
 
+    curves = None  # which look at nothing here but the state
     image_size = None  # (height, width) of the batch, which the criterion is not given: set it before a call
 
     def __init__(self, model, losses=None):

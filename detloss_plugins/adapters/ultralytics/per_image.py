@@ -1,21 +1,28 @@
 """The loss of each image and of each object in it, to find hard images and bad labels."""
 
+import contextlib
 import copy
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from detloss_plugins.adapters.curves import still
 from detloss_plugins.adapters.ultralytics import compat
 
+SLOTS = ("box", "cls", "dfl")
 TARGET_SCORES = 4  # the place among the inputs of a box criterion
 
 
 class LossesByImage(NamedTuple):
-    """What :func:`per_image` gives: of each slot (``box``, ``cls``, ``dfl``), and under "loss" of all together."""
+    """What :func:`per_image` gives: of each slot (``box``, ``cls``, ``dfl``), and under "loss" of all together.
+
+    A loss over the weight beside it says how bad the worst is, be there many anchors or few.
+    """
 
     images: dict[str, Tensor]  # (B,)
     objects: dict[str, Tensor]  # (M,), in the order of the batch's labels
+    weight: Tensor  # (M,), the share of each object in the target scores of the batch
 
 
 def per_image(criterion, preds, batch):
@@ -38,49 +45,88 @@ def per_image(criterion, preds, batch):
     twin, found = copy.copy(criterion), []
     parts = ("one2many", "one2one") if isinstance(criterion, compat.E2ELoss) else ()
     for name in parts:
-        observer = _Observer(getattr(criterion, name), batch)
+        observer = _ByAnchor(getattr(criterion, name), batch)
         setattr(twin, name, observer.criterion)
         found.append((observer, getattr(criterion, {"one2many": "o2m", "one2one": "o2o"}[name], 1.0)))
     if not parts:
-        observer = _Observer(criterion, batch)
+        observer = _ByAnchor(criterion, batch)
         twin, found = observer.criterion, [(observer, 1.0)]
-    with torch.no_grad():
+    with torch.no_grad(), contextlib.ExitStack() as still:
+        for observer, _ in found:
+            still.enter_context(observer.still())
         twin(preds, batch)
-    return _added([(observer.losses(), weight) for observer, weight in found])
+    images, objects = zip(*(observer.losses() for observer, _ in found), strict=True)
+    weights = [weight for _, weight in found]
+    objects = _added(objects, weights)
+    return LossesByImage(_added(images, weights), objects, objects.pop("weight"))
 
 
-def _added(losses):
-    """The weighted sum of some :class:`LossesByImage`, with that of their slots."""
-    found = []
-    for of_branch in zip(*(parts for parts, _ in losses), strict=True):
-        weights = [weight for _, weight in losses]
-        total = {slot: sum(w * x[slot] for w, x in zip(weights, of_branch, strict=True)) for slot in of_branch[0]}
-        found.append({"loss": sum(total.values()), **total})
-    return LossesByImage(*found)
+def _added(losses, weights):
+    """The weighted sums of some dicts, with the sum of the slots."""
+    total = {name: sum(w * x[name] for w, x in zip(weights, losses, strict=True)) for name in losses[0]}
+    return {"loss": sum(total[slot] for slot in SLOTS), **total}
 
 
-class _Observer:
-    """A copy of a criterion whose assigner and losses note what each anchor costs."""
+class Observer:
+    """A copy of a criterion, ``criterion``, that tells what its assigner, class loss and box criterion are called with.
 
-    def __init__(self, criterion, batch):
-        self.stock, self.batch = criterion, batch
-        self.criterion = copy.copy(criterion)
+    Attributes:
+        scores: the target scores of the anchors, ``(B, A)``.
+        normalizer: their sum, by which the criterion divides.
+        positive: which anchors are, ``(B, A)``.
+        index: of the object of each, ``(B, A)``.
+    """
+
+    def __init__(self, stock):
+        self.stock, self.criterion = stock, copy.copy(stock)
         self.criterion.observed = True
         self.criterion.assigner, self.criterion.bce = self.assign, self.class_loss
-        self.criterion.bbox_loss = _BoxObserver(criterion.bbox_loss, self)
+        self.criterion.bbox_loss = _BoxObserver(stock.bbox_loss, self.box_loss)
+
+    def assign(self, *args, **kwargs):
+        found = self.stock.assigner(*args, **kwargs)
+        _, _, scores, self.positive, self.index = found
+        self.scores, self.normalizer = scores.sum(-1), scores.sum().clamp(min=1)
+        return found
+
+    def class_loss(self, pred, target):
+        """In place of the criterion's ``bce``."""
+        return self.stock.bce(pred, target)
+
+    def box_loss(self, *inputs):
+        """In place of the box criterion's ``forward``."""
+        return self.stock.bbox_loss(*inputs)
+
+    def still(self):
+        """While no state of a loss moves."""
+        return still(*getattr(self.stock, "built", {}).values())
+
+
+class _BoxObserver:
+    """Stands in for a box criterion; what a criterion of before Ultralytics 8.4.0 tells that is passed on."""
+
+    def __init__(self, stock, call):
+        vars(self).update(stock=stock, call=call)
+
+    def __setattr__(self, name, value):
+        setattr(self.stock, name, value)
+
+    def __call__(self, *inputs):
+        return self.call(*inputs)
+
+
+class _ByAnchor(Observer):
+    """What each anchor costs."""
+
+    def __init__(self, stock, batch):
+        super().__init__(stock)
+        self.batch, self.terms = batch, {}  # slot -> (B, A), before the gain
         self.preprocess, self.criterion.preprocess = self.criterion.preprocess, self.rows
-        self.terms = {}  # slot -> (B, A), before the gain
 
     def rows(self, targets, *args, **kwargs):
         """The stock method; it is not given every object, of oriented boxes."""
         self.kept = targets
         return self.preprocess(targets, *args, **kwargs)
-
-    def assign(self, *args, **kwargs):
-        found = self.stock.assigner(*args, **kwargs)
-        _, _, scores, self.positive, self.index = found
-        self.normalizer = scores.sum().clamp(min=1)
-        return found
 
     def class_loss(self, pred, target):
         stock = copy.copy(self.stock.bce)
@@ -90,12 +136,21 @@ class _Observer:
         self.terms["cls"] = (elements if weights is None else elements * weights).sum(-1) / self.normalizer
         return elements
 
+    def box_loss(self, *inputs):
+        with torch.enable_grad():
+            scores = inputs[TARGET_SCORES].detach().requires_grad_()
+            sums = super().box_loss(*inputs[:TARGET_SCORES], scores, *inputs[TARGET_SCORES + 1 :])
+            for slot, total in zip(("box", "dfl"), sums, strict=True):
+                self.terms[slot] = _shares(total, scores)
+        return tuple(total.detach() for total in sums)
+
     def losses(self):
         """The losses of images and objects."""
         nothing = torch.zeros_like(self.terms["cls"])
-        terms = {slot: getattr(self.stock.hyp, slot) * self.terms.get(slot, nothing) for slot in ("box", "cls", "dfl")}
+        terms = {slot: getattr(self.stock.hyp, slot) * self.terms.get(slot, nothing) for slot in SLOTS}
         images = {slot: of_anchors.sum(1).float() for slot, of_anchors in terms.items()}
-        return images, {slot: self.of_objects(of_anchors.float()) for slot, of_anchors in terms.items()}
+        terms["weight"] = self.scores / self.normalizer
+        return images, {name: self.of_objects(of_anchors.float()) for name, of_anchors in terms.items()}
 
     def of_objects(self, of_anchors):
         """Losses of anchors ``(B, A)`` added up over those of each object, in the order of the batch's labels."""
@@ -119,32 +174,6 @@ class _Observer:
                 places.append(place)
                 wanted = next(kept, None)
         return torch.tensor(places, dtype=torch.long, device=self.index.device)
-
-
-class _BoxObserver:
-    """Stands in for a box criterion and notes the share of each anchor in its sums, see :func:`_shares`."""
-
-    def __init__(self, stock, observer):
-        self.stock, self.observer = stock, observer
-
-    def __setattr__(self, name, value):
-        super().__setattr__(name, value)
-        if name not in ("stock", "observer"):  # what a criterion of before Ultralytics 8.4.0 tells its box criterion
-            setattr(self.stock, name, value)
-
-    def __call__(self, *inputs):
-        modes = [(part, part.training) for part in self.stock.modules()]
-        self.stock.eval()  # no state moves
-        try:
-            with torch.enable_grad():
-                scores = inputs[TARGET_SCORES].detach().requires_grad_()
-                sums = self.stock(*inputs[:TARGET_SCORES], scores, *inputs[TARGET_SCORES + 1 :])
-                for slot, total in zip(("box", "dfl"), sums, strict=True):
-                    self.observer.terms[slot] = _shares(total, scores)
-        finally:
-            for part, training in modes:
-                part.training = training
-        return tuple(total.detach() for total in sums)
 
 
 def _shares(total, scores):
