@@ -136,10 +136,15 @@ def test_tensorboard(data, tmp_path, monkeypatch):
     monkeypatch.setattr(tensorboard, "WRITER", Writer(), raising=False)
     yolo = YOLO("yolov8n.yaml")
     yolo.add_callback("on_fit_epoch_end", tensorboard.on_fit_epoch_end)
-    settings = {**SETTINGS, "project": str(tmp_path), "epochs": 1}
+    settings = {**SETTINGS, "project": str(tmp_path), "epochs": 3, "val": False}
     yolo.train(data=data, name="run", trainer=make_trainer({"box": {"type": "WIoULoss"}}, curves=True), **settings)
     assert 0 < written["losses/box/mean", 1] < 1
-    assert written["losses/positives", 1] > 0
+    assert written["losses/positives", 3] > 0
+    table = (tmp_path / "run" / "results.csv").read_text(encoding="utf-8")
+    assert "losses" not in table
+    assert len({line.count(",") for line in table.splitlines()}) == 1, (
+        "nor do metrics keep them where none is validated"
+    )
 
 
 @pytest.mark.slow

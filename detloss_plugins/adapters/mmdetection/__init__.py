@@ -1,6 +1,7 @@
 """MMDetection heads for losses that the stock heads cannot serve, named by their full path, without custom_imports."""
 
 from detloss_plugins.adapters.mmdetection import lite  # noqa: F401  # first: mmdet may need what it stands in for
+from detloss_plugins.adapters.mmdetection.curves import LossCurvesHook
 from detloss_plugins.adapters.mmdetection.pixels import (
     PixelBoxInstBboxHead,
     PixelCenterNetUpdateHead,
@@ -26,6 +27,7 @@ from detloss_plugins.adapters.mmdetection.yolo import PluginYOLOV3Head
 
 __all__ = [
     "CornerBBoxCoder",
+    "LossCurvesHook",
     "NotStockError",
     "PixelBoxInstBboxHead",
     "PixelCenterNetUpdateHead",
