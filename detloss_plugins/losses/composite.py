@@ -174,7 +174,7 @@ class ScheduledLoss(Loss, fn=scheduled_loss):
         self.check_parts()
         for loss in self.losses:
             loss.compiled = loss.compiled or self.compiled  # each has a kernel of its own, for all shares
-        self.use_sigmoid = getattr(self.losses[0], "use_sigmoid", True)
+        self.use_sigmoid = all(getattr(loss, "use_sigmoid", True) for loss in self.losses)
         check_use_sigmoid(self, use_sigmoid)
         self.told = self.warned = False
         self.register_buffer("progress", torch.tensor(-1.0))  # before the first iteration
@@ -196,7 +196,7 @@ class ScheduledLoss(Loss, fn=scheduled_loss):
             )
         if any(getattr(loss, "custom_cls_channels", False) for loss in self.losses):
             raise ValueError("losses of ScheduledLoss must not need channels of their own, as SeesawLoss does.")
-        if len({getattr(loss, "use_sigmoid", True) for loss in self.losses}) > 1:
+        if "classification" in families and len({loss.use_sigmoid for loss in self.losses}) > 1:
             raise ValueError("losses of ScheduledLoss must have one use_sigmoid, as a head keeps its channels.")
 
     def move(self, now: float) -> None:
