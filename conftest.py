@@ -20,6 +20,7 @@ IMPORTS = {
     "*/test_mm*": ["mmdet"],
     "*/test_mmrotate*": ["mmrotate"],
     "*/test_detr_quality.py": ["mmdet"],
+    "*/test_examples.py": ["ultralytics"],
     "*/test_ranks.py": ["mmdet", "ultralytics"],
     "*/test_tools.py": ["mmdet", "ultralytics"],
     "*/test_ultralytics*": ["ultralytics"],
