@@ -21,6 +21,7 @@ IMPORTS = {
     "*/test_mmrotate*": ["mmrotate"],
     "*/test_combinations.py": ["ultralytics"],
     "*/test_detr_quality.py": ["mmdet"],
+    "*/test_examples.py": ["ultralytics"],
     "*/test_ranks.py": ["mmdet", "ultralytics"],
     "*/test_tools.py": ["mmdet", "ultralytics"],
     "*/test_ultralytics*": ["ultralytics"],

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
@@ -154,10 +155,13 @@ def two_increasing() -> Rule:
     return _each(_numbers("a number"), "two increasing numbers", lambda value: len(value) == 2 and value[0] < value[1])
 
 
-def increasing() -> Rule:
-    """Two numbers or more, each greater than the one before."""
-    words = "increasing numbers, at least two"
-    return _each(_numbers("a number"), words, lambda value: len(value) > 1 and list(value) == sorted(set(value)))
+def increasing(low: float | None = None, count: int = 0) -> Rule:
+    """Numbers, each above the one before: at least ``count`` of them, the first at least ``low`` if that is given."""
+    words = (
+        "increasing numbers" + ("" if low is None else f" of at least {low}") + (f", {count} or more" if count else "")
+    )
+    rule = _numbers("a number") if low is None else at_least(low)
+    return _each(rule, words, lambda value: len(value) >= count and all(a < b for a, b in pairwise(value)))
 
 
 # Types for the settings of a loss: what a keyword-only argument is annotated with is what it may be.
@@ -168,6 +172,7 @@ Share = Annotated[float, between(0, 1)]
 Count = Annotated[int, Rule("a whole number above 0", lambda v: type(v) is int and v > 0, (int,))]
 NotWeighed = Annotated[None, Rule("None (which is torchvision's -1)", lambda value: value is None, (NoneType,))]
 PerClass = Annotated[list, _each(at_least(0), "a list of numbers of at least 0, one a class")]
+Increasing = Annotated[list, increasing(low=0)]
 SharePerClass = Annotated[list, _each(between(0, 1), "a list of numbers in [0, 1], one a class")]
 
 _OF_TYPES = {

@@ -9,12 +9,19 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from mmengine.logging import MessageHub
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import Registry
 from mmengine.utils import get_object_from_string
 
 SCOPE = "detloss_plugins"
 MODELS = Registry("model", parent=MMENGINE_MODELS, scope=SCOPE, locations=["detloss_plugins.losses"])
+
+
+def runner_progress(unit: str) -> tuple[float, float] | None:
+    """The ``unit``, "epoch" or "iter", in which mmengine's Runner is, and how many there are; None if none trains."""
+    hub = MessageHub.get_current_instance()
+    return (hub.get_info(unit), hub.get_info(f"max_{unit}s")) if hub.get_info("loop_stage") == "train" else None
 
 
 def registered_losses() -> dict[str, type]:

@@ -19,7 +19,7 @@ from typing import get_args
 
 import torch
 
-from detloss_plugins.losses import GHMC, GHMR, JointLoss, SeesawLoss
+from detloss_plugins.losses import GHMC, GHMR, JointLoss, ScheduledLoss, SeesawLoss, in_turn
 from detloss_plugins.nested import each_tensor
 from detloss_plugins.reduction import AVG_FACTOR_EPS
 from detloss_plugins.registry import registered_losses
@@ -93,6 +93,9 @@ def formula(loss, pred, target, weight, avg_factor, reduction):
     if isinstance(loss, JointLoss):
         parts = [formula(part, pred, target, weight, avg_factor, reduction) for part in loss.losses]
         return loss.loss_weight * sum(parts)
+    if isinstance(loss, ScheduledLoss):
+        turn = in_turn(loss)
+        return sum(share * formula(part, pred, target, weight, avg_factor, reduction) for part, share in turn)
     if loss.family == "multibox":  # the function of two other losses
         return loss(pred, target, weight, avg_factor, reduction)
     if loss.family == "ranking":

@@ -14,6 +14,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from detloss_plugins.families import has_bins
 from detloss_plugins.loss import Loss
+from detloss_plugins.losses import ScheduledLoss
 from detloss_plugins.precision import is_compiling
 
 _BOXES = ("box", "regression", "rotated", "uncertainty")
@@ -41,9 +42,16 @@ FAMILIES = {
 _KNOWN = {family for families in FAMILIES.values() for family in families}
 
 
-def check_fit(head: nn.Module, name: str, loss: nn.Module) -> None:
-    """Raise ``ValueError`` if a loss of ours does not fit the attribute ``name`` of a head based on mmdet's."""
+def check_fit(head: nn.Module, name: str, loss: nn.Module, whole: nn.Module | None = None) -> None:
+    """Raise ``ValueError`` if a loss of ours does not fit the attribute ``name`` of a head based on mmdet's.
+
+    Of a ScheduledLoss, the ``whole``, each must.
+    """
     if not isinstance(loss, Loss) or not _of_mmdet(head):
+        return
+    if isinstance(loss, ScheduledLoss):
+        for part in loss.losses:
+            check_fit(head, name, part, loss)
         return
     where, kind = f"{name} of {type(head).__name__}", type(loss).__name__
     families = FAMILIES.get(name, ())
@@ -61,7 +69,7 @@ def check_fit(head: nn.Module, name: str, loss: nn.Module) -> None:
     if None not in (use_sigmoid, written := getattr(head, "use_sigmoid_cls", None)) and bool(written) != use_sigmoid:
         raise ValueError(
             f"Write use_sigmoid={use_sigmoid} in the config of {where}: the head chooses the number of channels by it, "
-            f"and {kind} is a loss with use_sigmoid={use_sigmoid}."
+            f"and {type(whole or loss).__name__} is a loss with use_sigmoid={use_sigmoid}."
         )
     weights, classes = getattr(loss, "class_factors", None), getattr(head, "num_classes", None)
     if weights is not None and classes is not None and len(weights) != classes:

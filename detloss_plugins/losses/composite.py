@@ -1,20 +1,26 @@
 """Losses made of other losses."""
 
+import warnings
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from detloss_plugins.facts import NonNegative
+from detloss_plugins.facts import Facts, Increasing, NonNegative
 from detloss_plugins.families import ClassificationLoss
 from detloss_plugins.loss import Loss, check_use_sigmoid
 from detloss_plugins.losses.classification import confidence_weight
 from detloss_plugins.losses.classification.common import over_base
 from detloss_plugins.precision import float32, without_autocast
 from detloss_plugins.reduction import apply_weight, check_reduction, times
-from detloss_plugins.registry import MODELS, build_loss
+from detloss_plugins.registry import MODELS, build_loss, runner_progress
 
-__all__ = ["ConfidenceWeightedLoss", "JointLoss", "confidence_weighted_loss", "joint_loss"]
+__all__ = [
+    "ConfidenceWeightedLoss", "JointLoss", "ScheduledLoss", "confidence_weighted_loss", "in_turn", "joint_loss",
+    "scheduled_loss", "set_progress",
+]  # fmt: skip
 
 
 def joint_loss(pred: Tensor, target: Tensor, *, losses: Sequence[Loss]) -> Tensor:
@@ -25,6 +31,24 @@ def joint_loss(pred: Tensor, target: Tensor, *, losses: Sequence[Loss]) -> Tenso
     tensor([8.])
     """
     return sum(loss(pred, target, reduction_override="none") for loss in losses)
+
+
+def facts_of_sum(losses: Sequence[Loss]) -> Facts:
+    """What is known of the sum of some losses."""
+    facts = [loss.facts for loss in losses]
+    return facts[0].but(
+        row_wise=all(f.row_wise for f in facts),
+        one_per_row=all(f.one_per_row for f in facts),
+        keeps_little=all(f.keeps_little for f in facts),
+        counts_positives=any(f.counts_positives for f in facts),
+        true_gradient=all(f.true_gradient for f in facts),
+        needs_mining=any(f.needs_mining for f in facts),
+        takes_quality=any(f.takes_quality for f in facts),
+        self_normalized=False,
+        paper="",
+        upstream=(),
+        filled=("losses",),
+    )
 
 
 @MODELS.register_module()
@@ -51,20 +75,7 @@ class JointLoss(Loss, fn=joint_loss):
         families = {loss.family for loss in self.losses}
         if len(families) != 1:
             raise ValueError("losses of JointLoss must be one or more config dicts of losses of one family.")
-        facts = [loss.facts for loss in self.losses]
-        self.facts = facts[0].but(
-            row_wise=all(f.row_wise for f in facts),
-            one_per_row=all(f.one_per_row for f in facts),
-            keeps_little=all(f.keeps_little for f in facts),
-            counts_positives=any(f.counts_positives for f in facts),
-            true_gradient=all(f.true_gradient for f in facts),
-            needs_mining=any(f.needs_mining for f in facts),
-            takes_quality=any(f.takes_quality for f in facts),
-            self_normalized=False,
-            paper="",
-            upstream=(),
-            filled=self.facts.filled,
-        )
+        self.facts = facts_of_sum(self.losses)
         self.use_sigmoid = all(getattr(loss, "use_sigmoid", True) for loss in self.losses)
         check_use_sigmoid(self, use_sigmoid)
 
@@ -107,6 +118,180 @@ class JointLoss(Loss, fn=joint_loss):
             for loss, of_loss in zip(self.losses, seen.values(), strict=True)
         ]
         return sum(factor * loss for factor, loss, _ in parts), parts[0][2]
+
+
+def scheduled_loss(pred: Tensor, target: Tensor, *, losses: Sequence[Loss], shares: Sequence[Tensor | float]) -> Tensor:
+    """The sum of several losses (modules) of the same input, each times its share, per element.
+
+    >>> from detloss_plugins.losses import L1Loss, SmoothL1Loss
+    >>> both = [L1Loss(), SmoothL1Loss(loss_weight=2.0)]  # a quarter of the way from 3 to 2 * 2.5
+    >>> scheduled_loss(torch.tensor([3.0]), torch.tensor([0.0]), losses=both, shares=[0.75, 0.25])
+    tensor([3.5000])
+    """
+    found = (loss(pred, target, reduction_override="none") for loss in losses)
+    return sum(times(of_loss, share) for of_loss, share in zip(found, shares, strict=True))
+
+
+@MODELS.register_module()
+class ScheduledLoss(Loss, fn=scheduled_loss):
+    """One loss after the other on the same input, such as BCE for some epochs and then a ranking loss.
+
+    Its facts are those of the losses that count now. How far training is, it is told: by our trainer in Ultralytics, by
+    what mmengine's Runner keeps for everybody in MMDetection, and in a loop of your own by :func:`set_progress` at the
+    start of every epoch; a warning says so if nobody tells. Iterations that nobody tells it counts by itself, one for
+    each call in training. The place is a buffer, so a training that resumes goes on where it was.
+
+    Args:
+        losses: config dicts of losses of one family, or of classification and ranking losses.
+        at: when each loss but the first begins, counted from 0.
+        by_epoch: whether ``at`` and ``fade`` count epochs; else they count iterations (batches).
+        fade: for how long from there on a loss takes over: its share rises linearly from 0 to 1, as that of the one
+            before falls, and both are worked out. Two of one type and another ``loss_weight`` are a weight that moves.
+        use_sigmoid: may be given because mmdet's heads read it from the config; it must fit the parts.
+
+    Raises:
+        ValueError: if there is not one ``at`` for each loss but the first, ``fade`` is longer than a loss lasts, or the
+            losses do not fit one head.
+    """
+
+    facts = ClassificationLoss.facts.but(  # of the example
+        row_wise=True,
+        filled=("losses", "shares"),
+        example={"losses": [{"type": "SlideLoss"}, {"type": "FocalLoss", "loss_weight": 2.0}], "at": [1]},
+    )
+
+    def __init__(
+        self,
+        *,
+        losses: Sequence[Mapping] = (),
+        at: Increasing = (),
+        by_epoch: bool = True,
+        fade: NonNegative = 0.0,
+        use_sigmoid: bool | None = None,
+        **settings,
+    ):
+        super().__init__(**settings)
+        self.losses = torch.nn.ModuleList(build_loss(cfg) for cfg in losses)
+        self.at, self.by_epoch, self.fade = list(at), by_epoch, fade
+        self.check_parts()
+        for loss in self.losses:
+            loss.compiled = loss.compiled or self.compiled  # each has a kernel of its own, for all shares
+        self.use_sigmoid = all(getattr(loss, "use_sigmoid", True) for loss in self.losses)
+        check_use_sigmoid(self, use_sigmoid)
+        self.told = self.warned = False
+        self.register_buffer("progress", torch.tensor(-1.0))  # before the first iteration
+        self.move(-1)
+
+    def check_parts(self):
+        """Raise ``ValueError`` if the settings do not fit one another."""
+        if not self.losses or len(self.at) != len(self.losses) - 1:
+            raise ValueError(
+                f"at of ScheduledLoss must say when each loss but the first begins: {len(self.losses)} losses do not "
+                f"go with at={self.at}."
+            )
+        if any(later - earlier < self.fade for earlier, later in pairwise(self.at)):
+            raise ValueError(f"fade of ScheduledLoss must not be longer than the losses last, which begin {self.at}.")
+        families = {loss.family for loss in self.losses}
+        if len(families) > 1 and families != {"classification", "ranking"}:
+            raise ValueError(
+                f"losses of ScheduledLoss must be of one family, or classification and ranking losses, not {families}."
+            )
+        if any(getattr(loss, "custom_cls_channels", False) for loss in self.losses):
+            raise ValueError("losses of ScheduledLoss must not need channels of their own, as SeesawLoss does.")
+        if "classification" in families and len({loss.use_sigmoid for loss in self.losses}) > 1:
+            raise ValueError("losses of ScheduledLoss must have one use_sigmoid, as a head keeps its channels.")
+
+    def move(self, now: float) -> None:
+        """Go to an epoch or iteration."""
+        self.progress.fill_(now)
+        self.now = now
+        last = bisect_right(self.at, now)
+        first = last - 1 if last and now < self.at[last - 1] + self.fade else last
+        self.running = tuple(range(first, last + 1))
+        losses = [self.losses[i] for i in self.running]
+        facts = facts_of_sum(losses) if len(losses) > 1 else losses[0].facts.but(paper="", upstream=())
+        self.facts = facts.but(family="ranking" if "ranking" in {loss.family for loss in losses} else facts.family)
+
+    def tell(self, now: float | None, end: float | None = None) -> None:
+        """Take the epoch or iteration, and say if training ends before the last loss begins."""
+        if now is not None and now != self.now:
+            self.move(now)
+        if end is not None and not self.warned and self.at and self.at[-1] >= end:
+            unit = "epoch" if self.by_epoch else "iteration"
+            self.warn(f"The last loss of a ScheduledLoss begins at {unit} {self.at[-1]:g}, and training has {end:g}.")
+
+    def warn(self, sentence: str) -> None:
+        """Warn once."""
+        self.warned = True
+        warnings.warn(sentence, stacklevel=2)
+
+    @torch.compiler.disable  # it changes from call to call
+    def advance(self) -> None:
+        """Ask mmengine's Runner if one is training, else count a call."""
+        if (found := runner_progress("epoch" if self.by_epoch else "iter")) is not None:
+            self.tell(*found)
+        elif not self.by_epoch:
+            self.move(self.now + 1)
+        elif not self.warned:
+            self.warn(
+                f"Nobody tells a ScheduledLoss the epoch, so it stays at {max(self.now, 0):g}: call "
+                "detloss_plugins.losses.set_progress(model, epoch=epoch) at the start of each, or let it count "
+                "iterations, by_epoch=False."
+            )
+
+    def in_turn(self) -> list[tuple[Loss, Tensor | float]]:
+        """The losses that count in this call, and the share of each; in training, a call moves on what is counted."""
+        if self.learning and not self.told:
+            self.advance()
+        last = self.losses[self.running[-1]]
+        if len(self.running) == 1:
+            return [(last, 1.0)]
+        share = ((self.progress - self.at[self.running[0]]) / self.fade).clamp(0, 1)
+        return [(self.losses[self.running[0]], 1 - share), (last, share)]
+
+    def reduced(self, pred, target, weight, avg_factor, reduction, factor):
+        """The sum of the losses in turn, each called with the same arguments."""
+        reduction = self.reduction if reduction is None else reduction
+        parts = self.in_turn()
+        pred = pred if len(parts) == 1 else float32(pred)  # so that half-precision gradients are not added up
+        found = (times(loss(pred, target, weight, avg_factor, reduction), share) for loss, share in parts)
+        return times(sum(found), factor)
+
+    def observe(self, pred, target, weight):
+        raise TypeError("A ScheduledLoss is no part of another loss: let its losses be those others.")
+
+    def _load_from_state_dict(self, *args):
+        super()._load_from_state_dict(*args)
+        self.move(self.progress.item())
+
+
+def in_turn(loss: Loss) -> list[tuple[Loss, Tensor | float]]:
+    """The losses that a call would use, and the share of each: those of a :class:`ScheduledLoss`, or the loss itself.
+
+    The ``loss_weight`` of the ScheduledLoss is in the shares.
+    """
+    if type(loss) is not ScheduledLoss:
+        return [(loss, 1.0)]
+    return [(part, share * loss.loss_weight) for part, share in loss.in_turn()]
+
+
+def set_progress(
+    module: torch.nn.Module, *, epoch: float | None = None, iteration: float | None = None, epochs: float | None = None
+) -> None:
+    """Tell every :class:`ScheduledLoss` in a module the epoch, the iteration or both, counted from 0.
+
+    Told how many ``epochs`` there are, one whose last loss begins later warns.
+
+    >>> loss = ScheduledLoss(losses=[{"type": "L1Loss"}, {"type": "MSELoss"}], at=[5])
+    >>> set_progress(loss, epoch=5)
+    >>> loss(torch.tensor([3.0]), torch.tensor([0.0]))  # squared now
+    tensor(9.)
+    """
+    for part in module.modules():
+        if type(part) is ScheduledLoss:
+            now, end = (epoch, epochs) if part.by_epoch else (iteration, None)
+            part.told = part.told or now is not None
+            part.tell(now, end)
 
 
 def confidence_weighted_loss(

@@ -17,7 +17,7 @@ __all__ = [
     "distribution_focal_loss", "fgl_bins",
 ]  # fmt: skip
 
-Bins = Annotated[tuple, increasing()]
+Bins = Annotated[tuple, increasing(count=2)]
 
 
 def fgl_bins(reg_max: int = 32, up: float = 0.5, reg_scale: float = 4.0) -> list[float]:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from detloss_plugins.facts import NonNegative
 from detloss_plugins.loss import Loss
+from detloss_plugins.losses.composite import ScheduledLoss
 from detloss_plugins.precision import float32, without_autocast
 from detloss_plugins.reduction import check_reduction, fit_weight
 from detloss_plugins.registry import MODELS, build_loss
@@ -107,6 +108,12 @@ def mining_ratio(neg_pos_ratio: Any, loss_cls: Callable, loss_bbox: Callable, au
         ValueError: if one of the losses has no place in a multibox loss, the ratio is negative or no number, or a loss
             that ranks all negatives would get a few of them.
     """
+    if isinstance(loss_cls, ScheduledLoss):
+        needs_mining = any(part.facts.needs_mining for part in loss_cls.losses)
+        given = neg_pos_ratio if neg_pos_ratio != "auto" else auto if needs_mining else None
+        for part in loss_cls.losses:
+            given = mining_ratio(given, part, loss_bbox)
+        return given
     for slot, loss, families in (
         ("loss_cls", loss_cls, ("classification", "ranking")),
         ("loss_bbox", loss_bbox, ("regression", "box")),

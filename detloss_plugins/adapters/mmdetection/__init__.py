@@ -2,6 +2,7 @@
 
 from detloss_plugins.adapters.mmdetection import lite  # noqa: F401  # first: mmdet may need what it stands in for
 from detloss_plugins.adapters.mmdetection.counts import ClassCountsHook
+from detloss_plugins.adapters.mmdetection.curves import LossCurvesHook
 from detloss_plugins.adapters.mmdetection.gathered import GatheredATSSHead, GatheredGFLHead, GatheredRetinaHead
 from detloss_plugins.adapters.mmdetection.per_image import PerImageLossHook, image_losses
 from detloss_plugins.adapters.mmdetection.pixels import (
@@ -33,6 +34,7 @@ __all__ = [
     "GatheredATSSHead",
     "GatheredGFLHead",
     "GatheredRetinaHead",
+    "LossCurvesHook",
     "NotStockError",
     "PerImageLossHook",
     "PixelBoxInstBboxHead",

@@ -16,7 +16,7 @@ from mmdet.structures.bbox import bbox_overlaps, get_box_tensor
 
 from detloss_plugins.adapters.mmdetection.levels import GathersLevels
 from detloss_plugins.families import RankingLoss
-from detloss_plugins.losses import ALRPLoss, RankSortLoss
+from detloss_plugins.losses import ALRPLoss, RankSortLoss, ScheduledLoss
 
 FIRST_BALANCE = 50.0  # aLRP's factor on the box loss until it has a history
 EPS = 1e-6
@@ -31,6 +31,8 @@ class _Ranking(GathersLevels):
       with positives, then ``(mean box + mean class loss) / mean box loss`` of those, renewed after as many again.
     - RankSortLoss: the quality of a positive is the IoU of its predicted box. The box loss is the mean of ``loss_bbox``
       weighted by the largest class probability of each positive, scaled to the value of the class loss in every step.
+    - ScheduledLoss of these, and of classification losses: as the loss in turn has it. A classification loss is over
+      ``avg_factor``, as in the stock head.
 
     Either way it is multiplied by the ``loss_weight`` of ``loss_bbox``. The class loss is over the number of positives.
 
@@ -44,12 +46,18 @@ class _Ranking(GathersLevels):
 
     def __init__(self, *args, self_balance_period=3665, **kwargs):
         super().__init__(*args, **kwargs)
-        head, loss = type(self).__name__, type(self.loss_cls).__name__
-        if not isinstance(self.loss_cls, RankingLoss):
-            raise ValueError(f"{head} is for APLoss, ALRPLoss, RankSortLoss and DRLoss as loss_cls, not {loss}.")
-        if isinstance(self.loss_cls, (ALRPLoss, RankSortLoss)) and not self.reg_decoded_bbox:
-            raise ValueError(f"{loss} reads how well boxes fit: set reg_decoded_bbox=True in {head}.")
-        if isinstance(self.loss_cls, ALRPLoss):
+        for loss in self.loss_cls.losses if isinstance(self.loss_cls, ScheduledLoss) else [self.loss_cls]:
+            self.take(loss, self_balance_period)
+
+    def take(self, loss, self_balance_period):
+        """Check a class loss, and make what it needs."""
+        head, name = type(self).__name__, type(loss).__name__
+        scheduled = loss is not self.loss_cls and loss.family == "classification"
+        if not (scheduled or isinstance(loss, RankingLoss)):
+            raise ValueError(f"{head} is for APLoss, ALRPLoss, RankSortLoss and DRLoss as loss_cls, not {name}.")
+        if isinstance(loss, (ALRPLoss, RankSortLoss)) and not self.reg_decoded_bbox:
+            raise ValueError(f"{name} reads how well boxes fit: set reg_decoded_bbox=True in {head}.")
+        if isinstance(loss, ALRPLoss):
             self.self_balance_period = self_balance_period
             self.register_buffer("box_balance", torch.tensor(FIRST_BALANCE))
             self.register_buffer("balance_history", torch.zeros(3))  # sums of box and class losses, steps
@@ -68,23 +76,32 @@ class _Ranking(GathersLevels):
     def positive(self, labels):
         return (labels >= 0) & (labels < self.num_classes)
 
-    def losses(self, scores, labels, label_weights, boxes, targets, avg_factor):
-        if isinstance(self.loss_cls, ALRPLoss):
+    def losses(self, *inputs):
+        if not isinstance(self.loss_cls, ScheduledLoss):
+            return self.losses_of(self.loss_cls, *inputs)
+        found = [(self.losses_of(loss, *inputs), share) for loss, share in self.loss_cls.in_turn()]
+        total = {name: sum(share * losses[name] for losses, share in found) for name in found[0][0]}
+        return {**total, "loss_cls": self.loss_cls.loss_weight * total["loss_cls"]}
+
+    def losses_of(self, ranking, scores, labels, label_weights, boxes, targets, avg_factor):
+        """The losses of the batch with one class loss."""
+        if isinstance(ranking, ALRPLoss):
             errors = self.box_errors(boxes, targets)
-            loss_cls, loss_bbox = self.loss_cls(scores, labels, label_weights, loc_error=errors)
+            loss_cls, loss_bbox = ranking(scores, labels, label_weights, loc_error=errors)
             balance = self.self_balance(loss_bbox, loss_cls) if len(errors) else self.box_balance
             loss_bbox = loss_bbox * balance * self.loss_bbox.loss_weight
-        elif isinstance(self.loss_cls, RankSortLoss):
+        elif isinstance(ranking, RankSortLoss):
             positive = self.positive(labels)
             quality = torch.zeros(labels.shape, device=labels.device)
             quality[positive] = bbox_overlaps(boxes.detach().float(), targets.float(), is_aligned=True)
-            loss_cls = self.loss_cls(scores, (labels, quality), label_weights)
+            loss_cls = ranking(scores, (labels, quality), label_weights)
             sure = scores.detach()[positive].sigmoid().amax(1)
             loss_bbox = (sure * self.box_errors(boxes, targets)).sum() / sure.sum().clamp(min=EPS)
             balance = loss_cls.detach() / loss_bbox.detach().clamp(min=EPS)
             loss_bbox = loss_bbox * balance * self.loss_bbox.loss_weight
         else:
-            loss_cls = self.loss_cls(scores, labels, label_weights)
+            normalizer = {} if ranking.family == "ranking" else {"avg_factor": avg_factor}
+            loss_cls = ranking(scores, labels, label_weights, **normalizer)
             loss_bbox = self.loss_bbox(boxes, targets, avg_factor=avg_factor)
         return dict(loss_cls=loss_cls, loss_bbox=loss_bbox)
 

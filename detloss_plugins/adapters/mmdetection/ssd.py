@@ -16,7 +16,6 @@ from mmdet.structures.bbox import get_box_tensor
 from mmengine.model import bias_init_with_prob
 
 from detloss_plugins.adapters.mmdetection.levels import GathersLevels
-from detloss_plugins.families import BoxLoss
 from detloss_plugins.losses import mining_ratio, multibox_loss
 
 
@@ -47,7 +46,7 @@ class PluginSSDHead(GathersLevels, SSDHead):
         self.neg_pos_ratio = mining_ratio(neg_pos_ratio, loss_cls, loss_bbox, auto=stock_ratio)
         self.use_sigmoid_cls = getattr(loss_cls, "use_sigmoid", False)
         self.loss_cls, self.loss_bbox = loss_cls, loss_bbox
-        if isinstance(self.loss_bbox, BoxLoss) and not self.reg_decoded_bbox:
+        if getattr(self.loss_bbox, "family", "") == "box" and not self.reg_decoded_bbox:
             name = type(self.loss_bbox).__name__
             raise ValueError(f"{name} takes boxes, not encoded offsets: set reg_decoded_bbox=True in PluginSSDHead.")
         if not 0 < prior_prob < 1:

@@ -24,11 +24,13 @@ from detloss_plugins.adapters.ultralytics.criterion import (
 )
 from detloss_plugins.adapters.ultralytics.ignore import make_validator
 from detloss_plugins.adapters.ultralytics.model import install, trained_losses
+from detloss_plugins.adapters.ultralytics.per_image import LossesByImage, per_image
 from detloss_plugins.adapters.ultralytics.trainer import TRAINERS, describe, make_trainer, tune
 
 __all__ = [
     "SLOTS",
     "TRAINERS",
+    "LossesByImage",
     "PluginDetectionLoss",
     "PluginRTDETRLoss",
     "check_head",
@@ -43,6 +45,7 @@ __all__ = [
     "make_trainer",
     "make_validator",
     "model_task",
+    "per_image",
     "trained_losses",
     "tune",
 ]

@@ -9,7 +9,7 @@ import yaml
 
 from detloss_plugins.families import has_bins
 from detloss_plugins.loss import Loss
-from detloss_plugins.losses import JointLoss
+from detloss_plugins.losses import JointLoss, ScheduledLoss
 from detloss_plugins.registry import MODELS, build_loss, loss_class
 
 YOLO_SLOTS = {
@@ -70,10 +70,10 @@ def default_gain(loss: Loss | type[Loss]) -> float:
 def default_prior(loss: Loss | type[Loss]) -> float | None:
     """The class score that a new head should start with; None for the stock one.
 
-    It is the ``yolo_prior`` of a loss or its class, or that of the nearest class known; of a joint loss, its first
-    part's.
+    It is the ``yolo_prior`` of a loss or its class, or that of the nearest class known; of a joint or scheduled loss,
+    its first part's.
     """
-    of_parts = default_prior(loss.losses[0]) if isinstance(loss, JointLoss) else None
+    of_parts = default_prior(loss.losses[0]) if isinstance(loss, JointLoss | ScheduledLoss) else None
     return _stated(loss, "yolo_prior", PRIORS, of_parts)
 
 
@@ -101,9 +101,9 @@ def load_losses(losses, task="detect"):
             ``loss_giou``.
 
     Returns:
-        A new dict of plain Python values. ``loss_weight``, where absent, is that of :func:`default_gain`, but 1 for
-        RT-DETR's class loss, whose stock is a varifocal loss of that weight; ``image_size``, where a loss takes one and
-        has none, is "batch", the size of the network's input.
+        A new dict of plain Python values. ``loss_weight``, where absent, is that of :func:`default_gain`, also of each
+        loss of a ScheduledLoss, but 1 for RT-DETR's class loss, whose stock is a varifocal loss of that weight;
+        ``image_size``, where a loss takes one and has none, is "batch", the size of the network's input.
 
     Raises:
         TypeError: if it is not a dict of dicts, or a hyper-parameter is unknown.
@@ -179,6 +179,8 @@ def _with_lists(cfg):
 def _checked(task, slot, cfg):
     cfg = filled(cfg, image_size="batch")
     loss = build_loss(cfg)  # raises for an unknown loss or hyper-parameter
+    if isinstance(loss, ScheduledLoss):
+        cfg["losses"] = [_checked(task, slot, part) for part in cfg["losses"]]
     if loss.family not in SLOTS[task][slot]:
         raise ValueError(_wrong_family(task, slot, loss))
     of_classes = "classification" in SLOTS[task][slot]

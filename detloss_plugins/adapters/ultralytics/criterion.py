@@ -24,7 +24,9 @@ from detloss_plugins.adapters.ultralytics.assigner import (
 )
 from detloss_plugins.adapters.ultralytics.config import SLOTS, check_task, filled, load_losses
 from detloss_plugins.adapters.ultralytics.ignore import Regions, StockClassLoss, ignored_classes
+from detloss_plugins.adapters.ultralytics.per_image import per_image
 from detloss_plugins.loss import average_state
+from detloss_plugins.losses import ScheduledLoss, in_turn
 from detloss_plugins.precision import float32, is_asynchronous, without_autocast
 from detloss_plugins.reduction import apply_weight
 from detloss_plugins.registry import build_loss
@@ -92,11 +94,16 @@ class _ClassSlot:
     What the ``regions``, if there are any, leave out is a negative target, which every class loss ignores.
     """
 
-    def __init__(self, loss, of_elements, regions=None):
+    def __init__(self, loss, weighs, regions=None):
         self.loss, self.regions = loss, regions
-        self.of_elements = of_elements or loss.family == "ranking" or loss.facts.self_normalized
+        self.weighs = weighs  # whether the criterion weights the classes
+        self.of_elements = weighs or loss.family == "ranking" or loss.facts.self_normalized
 
     def __call__(self, pred_scores, target_scores):
+        if isinstance(self.loss, ScheduledLoss):
+            slots = ((_ClassSlot(loss, self.weighs, self.regions), share) for loss, share in in_turn(self.loss))
+            found = ((slot(pred_scores, target_scores), share) for slot, share in slots)
+            return sum(share * (values if self.weighs else values.sum()) for values, share in found)
         target = target_scores if self.regions is None else target_scores.masked_fill(self.regions.left_out(), -1)
         if not self.of_elements:
             return self.loss(pred_scores, target, reduction_override="sum")
@@ -278,6 +285,9 @@ class PluginDetectionLoss(compat.DetectionCriterion):
         ValueError: also if a loss does not suit the model; see :func:`check_head` and :func:`check_ignored`.
     """
 
+    observed = False  # whether its parts are observed, by per_image or curves
+    curves = None  # what looks at it in training
+
     def __init__(self, model, tal_topk=10, tal_topk2=None, losses=None):
         self.losses = load_losses(losses or {}, model_task(model))
         check_head(model, self.losses)
@@ -305,7 +315,7 @@ class PluginDetectionLoss(compat.DetectionCriterion):
         """The stock method; where waits count, with all before the losses in fewer kernels."""
         stock = super().get_assigned_targets_and_loss
         of_task = stock.__func__ is not v8DetectionLoss.get_assigned_targets_and_loss
-        if of_task or extra or not is_asynchronous(self.device):
+        if of_task or extra or self.observed or not is_asynchronous(self.device):
             return stock(preds, batch, **extra)
         dist, scores = (preds[name].permute(0, 2, 1) for name in ("boxes", "scores"))
         own_boxes = self.built.keys() >= {"box", "dfl"}
@@ -358,10 +368,17 @@ class PluginDetectionLoss(compat.DetectionCriterion):
         in_strides = target / places[..., 2:]
         return self.bbox_loss.sums(box, pixels, wanted, dist, in_strides, places, weight, self.scene.image_size)
 
+    def per_image(self, preds, batch):
+        """The losses of each image and each object; see :func:`per_image`."""
+        return per_image(self, preds, batch)
+
     def loss(self, preds, batch):
         """The stock loss; the state of its losses is averaged over the ranks."""
         found = super().loss(preds, batch)
-        average_states(self.built.values())
+        if not self.observed:
+            average_states(self.built.values())
+            if self.curves is not None and torch.is_grad_enabled():
+                self.curves.look(self, preds, batch)
         return found
 
 
@@ -379,6 +396,7 @@ class PluginRTDETRLoss(RTDETRDetectionLoss):
         losses: see :func:`load_losses`; a slot that is absent keeps the stock loss.
     """
 
+    curves = None  # which look at nothing here but the state
     image_size = None  # (height, width) of the batch, which the criterion is not given: set it before a call
 
     def __init__(self, model, losses=None):
@@ -396,9 +414,11 @@ class PluginRTDETRLoss(RTDETRDetectionLoss):
     def _get_loss_class(self, pred_scores, targets, gt_scores, num_gts, postfix=""):
         if "loss_class" not in self.built:
             return super()._get_loss_class(pred_scores, targets, gt_scores, num_gts, postfix)
-        loss = self.built["loss_class"]
-        of_quality = loss.facts.takes_quality or loss.family == "ranking"
-        value = loss(pred_scores, (targets, gt_scores) if of_quality else targets, avg_factor=max(num_gts, 1))
+        value = 0
+        for loss, share in in_turn(self.built["loss_class"]):
+            of_quality = loss.facts.takes_quality or loss.family == "ranking"
+            target = (targets, gt_scores) if of_quality else targets
+            value = value + share * loss(pred_scores, target, avg_factor=max(num_gts, 1))
         return {f"loss_class{postfix}": self.loss_gain["class"] * value}
 
     def _get_loss_bbox(self, pred_bboxes, gt_bboxes, postfix=""):

@@ -17,17 +17,21 @@ from ultralytics.utils import DEFAULT_CFG, LOGGER, RANK
 from detloss_plugins.adapters.ultralytics import compat
 from detloss_plugins.adapters.ultralytics.config import counted, default_prior, filled, load_losses, unlike
 from detloss_plugins.adapters.ultralytics.criterion import (
+    branches,
     check_head,
     criterion_state,
     model_task,
     slot_gains,
 )
+from detloss_plugins.adapters.ultralytics.curves import EVERY, Curves, append, scalars
 from detloss_plugins.adapters.ultralytics.ignore import make_validator
 from detloss_plugins.adapters.ultralytics.model import RECORD, install, student
 from detloss_plugins.loss import Loss
+from detloss_plugins.losses import ScheduledLoss, set_progress
 from detloss_plugins.registry import build_loss
 
 LOSSES_FILE = "losses.yaml"  # in the folder of the run, beside args.yaml
+CURVES_FILE = "losses.csv"  # beside results.csv
 LOSSES_HEAD = """\
 # The losses of this training. To resume it with them: YOLO("weights/last.pt").train(resume=True,
 # trainer=make_trainer("losses.yaml")); without that trainer Ultralytics goes on with its own losses.
@@ -121,7 +125,39 @@ def whole_files(trainer):
         shutil.rmtree(beside)
 
 
-def make_trainer(losses, task="detect", trainer=None, compile=False):
+def tell_epoch(trainer):
+    """Tell losses with a schedule the epoch that begins, and from which iteration on it counts."""
+    trainer.plugin_iteration = trainer.epoch * len(trainer.train_loader) - 1
+    tell(trainer, epoch=trainer.epoch, epochs=trainer.epochs)
+
+
+def tell_iteration(trainer):
+    """Tell losses with a schedule the iteration that begins."""
+    trainer.plugin_iteration += 1
+    tell(trainer, iteration=trainer.plugin_iteration)
+
+
+def tell(trainer, **progress):
+    """:func:`set_progress` of every loss of the model that is trained."""
+    for branch in branches(criterion_of(trainer)).values():
+        set_progress(torch.nn.ModuleList(branch.built.values()), **progress)
+
+
+def criterion_of(trainer):
+    """The criterion of the model that is trained."""
+    model = student(compat.unwrap_model(trainer.model))
+    if model.criterion is None:
+        model.criterion = model.init_criterion()
+    return model.criterion
+
+
+def add_curves(trainer, every):
+    """Have the losses of the model that is trained looked at in every so many steps."""
+    for branch in branches(criterion_of(trainer)).values():
+        branch.curves = branch.curves or Curves(every)
+
+
+def make_trainer(losses, task="detect", trainer=None, compile=False, curves=False):
     """A trainer class for ``YOLO(...).train(trainer=make_trainer(losses))``.
 
     Args:
@@ -134,6 +170,11 @@ def make_trainer(losses, task="detect", trainer=None, compile=False):
         trainer: the class to start from, if not Ultralytics' own for the task: ``WorldTrainer``, a ``YOLOETrainer``, or
             a subclass of yours.
         compile: compile all of the losses, as ``compile=True`` in the dict of each does.
+        curves: give every logger of Ultralytics that is on, and ``losses.csv`` in the folder of the run, the state of
+            the losses at the end of each epoch and, as the means of a look in every 50th step (or so many as the number
+            that is given), how many anchors are positive, the norm of each slot's gradient at the head's outputs, and
+            the parts of a JointLoss or ScheduledLoss. A look costs another call of the criterion and its backward.
+            RT-DETR has the state alone. The columns of ``results.csv`` stay.
 
     Returns:
         A subclass of that trainer. It is made here so that multi-GPU workers, which receive it pickled by value,
@@ -145,7 +186,7 @@ def make_trainer(losses, task="detect", trainer=None, compile=False):
             suit it, before any data is read. The trainer raises ``ValueError`` for a model of another task, and
             ``RuntimeError`` for training arguments that need a newer Ultralytics.
     """
-    losses = load_losses(losses, task)
+    losses, every = load_losses(losses, task), EVERY if curves is True else int(curves)
     if compile:
         losses = {slot: cfg if slot == "ignore" else {**cfg, "compile": True} for slot, cfg in losses.items()}
     base = trainer or TRAINERS[task]
@@ -155,7 +196,7 @@ def make_trainer(losses, task="detect", trainer=None, compile=False):
 
     class PluginTrainer(base):
         plugin_losses = losses
-        plugin_state = None
+        plugin_state = plugin_epoch = None
 
         def __init__(self, cfg=DEFAULT_CFG, overrides=None, _callbacks=None):
             given = (overrides or {}).get("task", task)
@@ -167,7 +208,12 @@ def make_trainer(losses, task="detect", trainer=None, compile=False):
             super().__init__(cfg, overrides, _callbacks)
             if "ignore" in losses and (self.args.single_cls or self.args.classes is not None):
                 raise ValueError("single_cls and classes change the labels that ignore reads: leave one of them out.")
+            if any(isinstance(build_loss(cfg), ScheduledLoss) for slot, cfg in losses.items() if slot != "ignore"):
+                self.add_callback("on_train_epoch_start", tell_epoch)
+                self.add_callback("on_train_batch_start", tell_iteration)
             if RANK in {-1, 0}:
+                if every:
+                    self.add_callback("on_train_epoch_start", lambda trainer: add_curves(trainer, every))
                 text = LOSSES_HEAD + yaml.safe_dump(self.plugin_losses, sort_keys=False)
                 (self.save_dir / LOSSES_FILE).write_text(text, encoding="utf-8")
 
@@ -228,6 +274,21 @@ def make_trainer(losses, task="detect", trainer=None, compile=False):
                 LOGGER.warning(
                     "RT-DETR's criterion has no class weights, stock or with our losses: cls_pw does nothing."
                 )
+
+        def run_callbacks(self, event):
+            """Loggers read the metrics of an epoch when it ends; they have the curves then, and results.csv has not."""
+            if event == "on_train_epoch_end" and every and RANK in {-1, 0}:
+                self.plugin_epoch = self.epoch
+            if event != "on_fit_epoch_end" or self.plugin_epoch is None:  # it comes once more when all is over
+                return super().run_callbacks(event)
+            self.plugin_epoch, metrics = None, self.metrics
+            found = scalars(criterion_of(self))
+            append(self.save_dir / CURVES_FILE, self.epoch + 1, found)
+            self.metrics = {**metrics, **found}
+            try:
+                return super().run_callbacks(event)
+            finally:
+                self.metrics = metrics
 
         def validate(self):
             self.hand_state_to_ema()

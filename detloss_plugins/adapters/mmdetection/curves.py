@@ -1,0 +1,97 @@
+"""Curves of the losses of a training with mmengine's Runner, for its log and every visualizer that is on."""
+
+import inspect
+
+import torch
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+
+from detloss_plugins.adapters.curves import part_names, part_values, state_scalars, still
+from detloss_plugins.loss import Loss
+
+SQUARES = "squares of the gradient"
+
+
+class LossCurvesHook(Hook):
+    """Writes scalars of each loss of ours into the message hub, where LoggerHook and all visualizers find them.
+
+    In every so many iterations, under ``train/curves/``, the loss's place in the model and a name: ``gradient``, the
+    norm of the gradient of the training loss for what the loss is called with (logits, boxes or deltas), and
+    ``positives``, the rows with an object, both over all calls of the iteration (levels, layers, images); the value of
+    each part of a JointLoss or ScheduledLoss; and the state. It costs a wait for the device and, of a loss made of
+    parts, another call of these::
+
+        custom_hooks = [dict(type="detloss_plugins.adapters.mmdetection.LossCurvesHook", interval=50)]
+
+    Args:
+        interval: number of iterations from one look to the next, best that of LoggerHook or a divisor of it.
+    """
+
+    priority = "NORMAL"  # before LoggerHook
+
+    def __init__(self, interval=50):
+        self.interval = interval
+        self.hooks, self.seen = [], {}
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        """Have the calls of this iteration noted, if it is one of those."""
+        if not self.every_n_train_iters(runner, self.interval):
+            return
+        self.seen = {}
+        for name, loss in losses_of(runner.model):
+            self.hooks.append(loss.register_forward_hook(self.noting(name), with_kwargs=True))
+
+    def noting(self, name):
+        """What is run after each call of the loss of that name."""
+        seen = self.seen.setdefault(name, {})
+
+        def note(loss, args, kwargs, _):
+            given = inspect.signature(loss.forward).bind(*args, **kwargs).arguments
+            pred = given["pred"]
+            found = {"positives": positives(loss, pred, given["target"], given.get("weight"))}
+            with still(loss):
+                found.update(zip(part_names(loss), part_values(loss, **given), strict=True))
+            for key, value in found.items():
+                seen[key] = seen.get(key, 0) + value
+            if isinstance(pred, torch.Tensor) and pred.requires_grad:
+                pred.register_hook(lambda slope: seen.update({SQUARES: seen.get(SQUARES, 0) + slope.square().sum()}))
+
+        return note
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        """Write down what was noted, and the state."""
+        if not self.hooks:
+            return
+        while self.hooks:
+            self.hooks.pop().remove()
+        for name, loss in losses_of(runner.model):
+            found = {**self.seen[name], **state_scalars(loss)}
+            found["gradient"] = found.pop(SQUARES, torch.zeros(())).sqrt()
+            for key, value in found.items():
+                runner.message_hub.update_scalar(f"train/curves/{name}/{key}", float(value))
+
+
+def losses_of(model):
+    """The losses of ours in a model that are no part of another, by their places without "loss_"."""
+    # LoggerHook takes the mean of the last values of what has "loss" in its name.
+    model = model.module if is_model_wrapper(model) else model
+    return _outermost(model, "")
+
+
+def _outermost(module, place):
+    for name, child in module.named_children():
+        where = f"{place}.{name.removeprefix('loss_')}".removeprefix(".")
+        yield from [(where, child)] if isinstance(child, Loss) else _outermost(child, where)
+
+
+def positives(loss, pred, target, weight):
+    """How many rows of a call have an object: a class above the background, or of other losses a weight above 0."""
+    if loss.family in ("classification", "ranking"):
+        label = target[0] if isinstance(target, (tuple, list)) else target
+        if label.shape == pred.shape:
+            return (label > 0).any(-1).sum()
+        background = pred.shape[-1] - (not loss.use_sigmoid)
+        return ((label >= 0) & (label < background)).sum()
+    if weight is None:
+        return len(pred)
+    return (weight > 0).reshape(len(weight), -1).any(1).sum()

@@ -1,0 +1,124 @@
+"""Curves of the losses of an Ultralytics training, for its loggers and ``losses.csv``."""
+
+import csv
+
+import torch
+
+from detloss_plugins.adapters.curves import part_names, part_values, state_scalars
+from detloss_plugins.adapters.ultralytics import compat
+from detloss_plugins.adapters.ultralytics.criterion import branches
+from detloss_plugins.adapters.ultralytics.per_image import SLOTS, Observer
+from detloss_plugins.nested import flatten
+
+EVERY = 50  # steps between two looks
+
+
+class Curves:
+    """Looks at a criterion in every so many steps, by a second call that changes nothing, and keeps what it sees."""
+
+    def __init__(self, every):
+        self.every, self.steps, self.seen = every, 0, []
+
+    def look(self, criterion, preds, batch):
+        """To be called in every step of training."""
+        self.steps += 1
+        if self.steps % self.every == 1 % self.every:
+            observer, preds = _Slots(criterion), as_leaves(preds)
+            with observer.still():
+                observer.criterion.loss(preds, batch)
+                self.seen.append(observer.scalars([x for x in flatten(preds)[0] if x.requires_grad]))
+
+    def means(self):
+        """The means of what was seen since the last time, as numbers by name."""
+        seen, self.seen, self.steps = self.seen, [], 0
+        values = [torch.stack([value.detach().float() for value in of_look.values()]) for of_look in seen]
+        return dict(zip(seen[0], torch.stack(values).mean(0).tolist(), strict=True)) if seen else {}
+
+
+def as_leaves(value):
+    """The tensors of nested dicts, lists and tuples as leaves of a graph of their own; all else as it is."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().requires_grad_(value.is_floating_point())
+    if isinstance(value, dict):
+        return {name: as_leaves(part) for name, part in value.items()}
+    return type(value)(map(as_leaves, value)) if isinstance(value, list | tuple) else value
+
+
+class _Slots(Observer):
+    """What the slots cost, with the graph, and what their losses are called with."""
+
+    def __init__(self, stock):
+        super().__init__(stock)
+        self.values, self.inputs = {}, {}
+
+    def class_loss(self, pred, target):
+        found, weights = super().class_loss(pred, target), compat.class_weights(self.stock)
+        self.values["cls"] = (found if weights is None else found * weights).sum() / self.normalizer
+        self.inputs["cls"] = pred.flatten(0, 1), target.flatten(0, 1)
+        return found
+
+    def box_loss(self, *inputs):
+        own = [(slot, self.stock.built[slot]) for slot in ("box", "dfl") if slot in self.stock.built]
+        hooks = [
+            loss.register_forward_pre_hook(lambda _, args, slot=slot: self.inputs.update({slot: args}))
+            for slot, loss in own
+        ]
+        try:
+            self.values["box"], self.values["dfl"] = found = super().box_loss(*inputs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found
+
+    def scalars(self, outputs):
+        """By name; ``outputs`` are those of the head."""
+        found = {"positives": self.positive.sum()}
+        for slot in SLOTS:
+            value = getattr(self.stock.hyp, slot) * self.values.get(slot, torch.zeros_like(self.normalizer))
+            found[f"{slot}/gradient"] = gradient_norm(len(self.positive) * value, outputs)
+            if slot in self.stock.built:
+                found.update({f"{slot}/{name}": part for name, part in self.parts(slot, value.detach())})
+        return found
+
+    def parts(self, slot, value):
+        """The parts of what a slot costs, by the shares of those of its loss."""
+        loss, inputs = self.stock.built[slot], self.inputs.get(slot)
+        names = part_names(loss)
+        if inputs is None:  # without positives
+            return [(name, 0 * value) for name in names]
+        parts = part_values(loss, *inputs, reduction_override="sum")
+        return [(name, (value * part / sum(parts)).nan_to_num()) for name, part in zip(names, parts, strict=True)]
+
+
+def named_branches(criterion):
+    """The branches of a criterion, each with the beginning of its scalars' names."""
+    found = branches(criterion)
+    return {f"losses/{name}/" if len(found) > 1 else "losses/": branch for name, branch in found.items()}
+
+
+def scalars(criterion):
+    """What the curves of a criterion have seen, and the state of its losses, as numbers by name."""
+    found = {}
+    for start, branch in named_branches(criterion).items():
+        found.update({start + name: value for name, value in branch.curves.means().items()})
+        for slot, loss in branch.built.items():
+            found.update({f"{start}{slot}/{name}": value.item() for name, value in state_scalars(loss).items()})
+    return found
+
+
+def append(file, epoch, values):
+    """Add a row to a CSV file whose columns are those of its first row."""
+    new = not file.exists()
+    with file.open("a", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream)
+        if new:
+            writer.writerow(["epoch", *values])
+        writer.writerow([epoch, *(f"{value:.6g}" for value in values.values())])
+
+
+def gradient_norm(value, outputs):
+    """The norm of the gradient of a value for all outputs together."""
+    if not value.requires_grad:
+        return torch.zeros_like(value)
+    found = torch.autograd.grad(value, outputs, retain_graph=True, allow_unused=True)
+    return torch.stack([x.float().square().sum() for x in found if x is not None]).sum().sqrt()

@@ -1,0 +1,87 @@
+"""The curves of a training with mmengine's Runner, as its visualizers have them."""
+
+import pytest
+import torch
+from digits import build_digits
+from mmengine.hooks import Hook
+from support.mmdetection import DIGITS, run, small
+
+pytestmark = pytest.mark.usefixtures("mmdet_scope")
+
+HOOK = dict(type="detloss_plugins.adapters.mmdetection.LossCurvesHook", interval=1)
+JOINT = dict(type="detloss_plugins.JointLoss", losses=[dict(type="WIoULoss"), dict(type="GIoULoss", loss_weight=2.0)])
+QFL = dict(type="QualityFocalLoss", use_sigmoid=True)
+SCHEDULE = dict(type="detloss_plugins.ScheduledLoss", losses=[QFL, QFL], at=[1], use_sigmoid=True)
+
+
+class Watch(Hook):
+    """Of each iteration what LoggerHook hands to the visualizers, the gradient's norm at the class scores, from the
+    backward itself, and what the box loss gave."""
+
+    priority = "LOWEST"
+
+    def __init__(self):
+        self.rows, self.norms, self.boxes = [], [], []
+        self.squares, self.values = [], []  # of this iteration
+
+    def before_train(self, runner):
+        stock = runner.model.bbox_head.loss_by_feat
+
+        def noted(cls_scores, *args, **kwargs):
+            for scores in cls_scores:
+                scores.register_hook(lambda slope: self.squares.append(slope.square().sum()))
+            return stock(cls_scores, *args, **kwargs)
+
+        runner.model.bbox_head.loss_by_feat = noted
+        runner.model.bbox_head.loss_bbox.register_forward_hook(lambda *call: self.values.append(call[-1].item()))
+
+    def after_train_iter(self, runner, batch_idx, *_, **__):
+        self.rows.append(runner.log_processor.get_log_after_iter(runner, batch_idx, "train")[0])
+        self.norms.append(torch.stack(self.squares).sum().sqrt().item())
+        self.boxes.append(sum(self.values))
+        self.squares, self.values = [], []
+
+
+def train(tmp_path, **options):
+    build_digits()
+    cfg = small(DIGITS)
+    cfg.model.bbox_head.loss_bbox, cfg.model.bbox_head.loss_cls = JOINT, SCHEDULE
+    watch = Watch()
+    return run(tmp_path, watch, model=cfg.model, **options), watch
+
+
+def test_what_the_visualizers_get(tmp_path):
+    runner, watch = train(tmp_path, custom_hooks=[HOOK])
+    assert len(watch.rows) == 4
+    for number, row in enumerate(watch.rows):
+        cls, box = (
+            {name: row[f"curves/bbox_head.{slot}/{name}"] for name in names}
+            for slot, names in (
+                ("cls", ("positives", "gradient", "progress", "0_QualityFocalLoss", "1_QualityFocalLoss")),
+                ("bbox", ("positives", "gradient", "losses.0.mean", "0_WIoULoss", "1_GIoULoss")),
+            )
+        )
+        assert box["gradient"] > 0
+        assert cls["gradient"] == pytest.approx(watch.norms[number], rel=1e-4)
+        assert cls["positives"] == box["positives"] > 10
+        assert row["curves/bbox_head.dfl/positives"] == 4 * box["positives"]
+        epoch = number // 2
+        assert cls["progress"] == epoch
+        assert (cls["0_QualityFocalLoss"] > 0) == (epoch == 0)
+        assert (cls["1_QualityFocalLoss"] > 0) == (epoch == 1)
+        assert 0 < box["losses.0.mean"] < 1
+        parts = box["0_WIoULoss"] + box["1_GIoULoss"]
+        assert parts == pytest.approx(watch.boxes[number], rel=1e-4)
+    assert len(runner.model.bbox_head.loss_bbox._forward_hooks) == 1, "that of Watch"
+
+
+def test_every_so_many_iterations_and_without_an_influence(tmp_path):
+    rows, plain = (
+        train(tmp_path / name, custom_hooks=hooks)[1].rows
+        for name, hooks in (("with", [{**HOOK, "interval": 3}]), ("without", []))
+    )
+    assert ["curves/bbox_head.bbox/gradient" in row for row in rows] == [False, False, True, True]
+    assert not any(name.startswith("curves") for row in plain for name in row)
+    for row, other in zip(rows, plain, strict=True):
+        assert row["loss"] == other["loss"]
+        assert row["loss_bbox"] == other["loss_bbox"]

@@ -1,0 +1,161 @@
+"""The curves of an Ultralytics training: what is in them, who gets them, and that they change nothing."""
+
+import csv
+
+import pytest
+import torch
+from support.ultralytics import SETTINGS, branches, detector, known, ours
+from ultralytics import YOLO
+
+from detloss_plugins.adapters.ultralytics import criterion_state, make_trainer
+from detloss_plugins.adapters.ultralytics.curves import Curves, scalars
+
+LOSSES = {
+    "cls": {"type": "ScheduledLoss", "losses": [{"type": "BinaryCrossEntropyLoss"}, {"type": "GHMC"}], "at": [1]},
+    "box": {"type": "JointLoss", "losses": [{"type": "WIoULoss"}, {"type": "NWDLoss", "loss_weight": 2.0}]},
+}
+STATE = {"losses/box/losses.0.mean", "losses/cls/progress"}
+LOOKS = {
+    "losses/positives",
+    *(f"losses/{slot}/gradient" for slot in ("box", "cls", "dfl")),
+    "losses/cls/0_BinaryCrossEntropyLoss",
+    "losses/cls/1_GHMC",
+    "losses/box/0_WIoULoss",
+    "losses/box/1_NWDLoss",
+}
+
+
+def looked_at(model, criterion, batch, every=1):
+    for branch in branches(criterion):
+        branch.curves = Curves(every)
+    preds = model(batch["img"])
+    return preds, criterion(preds, batch)
+
+
+@pytest.mark.parametrize("name", known("yolov8n", "yolo26n"))
+def test_what_is_seen(name, batches):
+    """Gradients are those of the step's own backward, parts add up to the slot's item, and the state is the loss's."""
+    model, batch = detector(name), batches["detect"]
+    criterion = ours(model, LOSSES)
+    _, (_, items) = looked_at(model, criterion, batch)
+    seen = scalars(criterion)
+    several = len(branches(criterion)) == 2
+    wanted = {"losses/one2one/", "losses/one2many/"} if several else {"losses/"}
+    assert seen.keys() == {key.replace("losses/", start, 1) for start in wanted for key in LOOKS | STATE}
+    start = "losses/one2one/" if several else "losses/"  # whose items those of an end-to-end head are
+    items = items if isinstance(items, dict) else dict(zip(("box_loss", "cls_loss", "dfl_loss"), items, strict=True))
+    box = seen[f"{start}box/0_WIoULoss"] + seen[f"{start}box/1_NWDLoss"]
+    assert box == pytest.approx(items["box_loss"].item(), rel=1e-4)
+    assert seen[f"{start}cls/0_BinaryCrossEntropyLoss"] == pytest.approx(items["cls_loss"].item(), rel=1e-4)
+    assert seen[f"{start}cls/1_GHMC"] == 0
+    last = branches(criterion)[-1]
+    assert seen[f"{start}box/losses.0.mean"] == pytest.approx(last.built["box"].losses[0].mean.item())
+    assert seen[f"{start}positives"] > 10
+
+
+def test_gradients_are_those_of_the_backward(batches):
+    """With all slots' together and the class slot's alone, whose part of the outputs nothing else reaches."""
+    model, batch = detector("yolov8n"), batches["detect"]
+    criterion = ours(model, LOSSES)
+    preds, (loss, _) = looked_at(model, criterion, batch)
+    tensors = [x for x in (preds.values() if isinstance(preds, dict) else preds) if isinstance(x, torch.Tensor)]
+    tensors = [x for x in tensors if x.requires_grad]
+    if loss.dim() == 0:
+        pytest.skip("this version of Ultralytics gives the sum of the slots alone")
+    seen = scalars(criterion)
+    for place, slot in enumerate(("box", "cls", "dfl")):
+        found = torch.autograd.grad(loss[place], tensors, retain_graph=True, allow_unused=True)
+        norm = sum(x.square().sum() for x in found if x is not None).sqrt().item()
+        assert seen[f"losses/{slot}/gradient"] == pytest.approx(norm, rel=1e-3)
+
+
+def test_looking_changes_nothing_and_is_done_in_every_so_many_steps(batches, monkeypatch):
+    model, batch = detector("yolov8n"), batches["detect"]
+    plain, watched = ours(model, LOSSES), ours(model, LOSSES)
+    watched.curves = Curves(3)
+    looks = []
+    monkeypatch.setattr("detloss_plugins.adapters.ultralytics.curves._Slots.scalars", lambda *_: looks.append(1) or {})
+    for step in range(7):
+        values = [criterion(model(batch["img"]), batch)[0].sum() for criterion in (plain, watched)]
+        assert torch.equal(*values), step
+        assert len(looks) == step // 3 + 1
+    for slot, buffers in criterion_state(plain)["criterion"].items():
+        for name, value in buffers.items():
+            assert torch.equal(value, criterion_state(watched)["criterion"][slot][name])
+    with torch.no_grad():
+        watched(model(batch["img"]), batch)
+    assert watched.curves.steps == 7
+
+
+@pytest.fixture
+def data(datasets):
+    return datasets["detect"]
+
+
+def test_every_logger_gets_them_and_results_csv_does_not(data, tmp_path):
+    """As TensorBoard, W&B, ClearML and the rest read them, from the metrics at the end of an epoch."""
+    logged = []
+    yolo = YOLO("yolov8n.yaml")
+    yolo.add_callback("on_fit_epoch_end", lambda trainer: logged.append(dict(trainer.metrics)))
+    settings = {**SETTINGS, "project": str(tmp_path), "epochs": 2}
+    yolo.train(data=data, name="with", trainer=make_trainer(LOSSES, curves=1), **settings)
+    YOLO("yolov8n.yaml").train(data=data, name="without", trainer=make_trainer(LOSSES), **settings)
+    for epoch in range(2):
+        assert logged[epoch].keys() >= LOOKS | STATE
+        assert "metrics/mAP50(B)" in logged[epoch]
+        assert logged[epoch]["losses/cls/progress"] == epoch
+        idle, running = "0_BinaryCrossEntropyLoss", "1_GHMC"
+        for name, runs in ((idle, epoch == 0), (running, epoch == 1)):
+            assert (logged[epoch][f"losses/cls/{name}"] > 0) == runs
+    assert not any(key.startswith("losses/") for key in yolo.trainer.metrics)
+    tables = []
+    for name in ("with", "without"):
+        text = (tmp_path / name / "results.csv").read_text(encoding="utf-8")
+        rows = [[word.strip() for word in line.split(",")] for line in text.splitlines()]
+        timed = rows[0].index("time") if "time" in rows[0] else None
+        tables.append([[word for place, word in enumerate(row) if place != timed] for row in rows])
+    assert tables[0] == tables[1]
+    with (tmp_path / "with" / "losses.csv").open(encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert rows[0].keys() == {"epoch", *LOOKS, *STATE}
+    assert float(rows[1]["losses/cls/progress"]) == 1
+    assert not (tmp_path / "without" / "losses.csv").exists()
+
+
+def test_tensorboard(data, tmp_path, monkeypatch):
+    """Ultralytics' own callback, with a writer in the place of TensorBoard's."""
+    from ultralytics.utils.callbacks import tensorboard
+
+    written = {}
+
+    class Writer:
+        def add_scalar(self, name, value, step):
+            written[name, step] = value
+
+    monkeypatch.setattr(tensorboard, "WRITER", Writer(), raising=False)
+    yolo = YOLO("yolov8n.yaml")
+    yolo.add_callback("on_fit_epoch_end", tensorboard.on_fit_epoch_end)
+    settings = {**SETTINGS, "project": str(tmp_path), "epochs": 3, "val": False}
+    yolo.train(data=data, name="run", trainer=make_trainer({"box": {"type": "WIoULoss"}}, curves=True), **settings)
+    assert 0 < written["losses/box/mean", 1] < 1
+    assert written["losses/positives", 3] > 0
+    table = (tmp_path / "run" / "results.csv").read_text(encoding="utf-8")
+    assert "losses" not in table
+    assert len({line.count(",") for line in table.splitlines()}) == 1, (
+        "nor do metrics keep them where none is validated"
+    )
+
+
+@pytest.mark.slow
+def test_rtdetr_has_the_state_of_its_losses(datasets, tmp_path):
+    from support.ultralytics import model_file
+    from ultralytics import RTDETR
+
+    yolo = RTDETR(model_file("yolov8n-rtdetr", tmp_path))
+    logged = []
+    yolo.add_callback("on_fit_epoch_end", lambda trainer: logged.append(dict(trainer.metrics)))
+    trainer = make_trainer({"loss_giou": {"type": "WIoULoss"}}, "rtdetr", curves=True)
+    settings = {**SETTINGS, "project": str(tmp_path), "epochs": 1}
+    yolo.train(data=datasets["rtdetr"], name="run", trainer=trainer, **settings)
+    assert 0 < logged[0]["losses/loss_giou/mean"] < 2
