@@ -61,8 +61,7 @@ def test_each_channel_is_multiplied_by_its_weight(cls, form):
     """Value and gradient, whether the loss sums over the classes or not."""
     pred, target, _ = inputs(form)
     plain, weighted = cls.make(reduction="sum").eval(), cls.make(reduction="sum", class_weight=WEIGHTS).eval()
-    with torch.no_grad():
-        seen = plain.observe(pred, target, None)
+    seen = plain.observe(pred, target, None)
     elements, valid = plain.unweighted(pred, target, seen)
     assert elements.shape == pred.shape
     valid = (
@@ -204,4 +203,5 @@ def test_a_kernel_serves_all_weights(cls, traced):
         values = [cls.make(compile=compiled, **given).eval()(pred, target) for compiled in (False, True)]
         torch.testing.assert_close(*values)
         torch.testing.assert_close(*(gradient(value, pred) for value in values), rtol=1e-4, atol=1e-6)
-    assert len(engine._kernels) == (2 if "class_weight" in cls.hyper else 1)
+    kernels = 2 if "class_weight" in cls.hyper else 1
+    assert len(engine._kernels) == (kernels if cls.make().compiles(pred.device) else 0)

@@ -71,9 +71,10 @@ class AdaptiveThresholdFocalLoss(
         return super().reduced(pred if self.detach_gamma else float32(pred), *args)
 
     def observe(self, pred, target, weight):
+        seen = super().observe(pred, target, weight)
         if self.detach_gamma or not torch.is_grad_enabled():
-            return super().observe(pred, target, weight)
-        return self.summarise(self.statistics(*self.prepare(float32(pred), target), weight))
+            return seen
+        return {**seen, **self.summarise(self.statistics(*self.prepare(float32(pred), target), weight))}
 
     def statistics(self, pred, target, valid, weight):
         counted = counts(pred, valid, weight)

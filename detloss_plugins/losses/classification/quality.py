@@ -39,6 +39,7 @@ class MALoss(
     row_wise=True,
     needs_mining=False,
     takes_quality=True,
+    marks_positives=True,
     true_gradient=False,
     upstream=(
         Upstream(
@@ -85,6 +86,7 @@ class IABCELoss(
     row_wise=True,
     needs_mining=False,
     takes_quality=True,
+    marks_positives=True,
     true_gradient=False,
     upstream=(Upstream(MMDET + "VarifocalLoss", {"alpha": 0.0}, {"alpha": 1.0, "iou_weighted": False}),),
 ):
