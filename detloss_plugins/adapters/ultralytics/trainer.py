@@ -131,6 +131,9 @@ def tell(trainer, **progress):
         set_progress(torch.nn.ModuleList(branch.built.values()), **progress)
 
 
+TELLS = {"on_train_epoch_start": tell_epoch, "on_train_batch_start": tell_iteration}
+
+
 def criterion_of(trainer):
     """The criterion of the model that is trained."""
     model = student(compat.unwrap_model(trainer.model))
@@ -177,6 +180,7 @@ def make_trainer(losses, task="detect", trainer=None, compile=False, curves=Fals
     if compile:
         losses = {slot: {**cfg, "compile": True} for slot, cfg in losses.items()}
     base = trainer or TRAINERS[task]
+    scheduled = any(isinstance(build_loss(cfg), ScheduledLoss) for cfg in losses.values())
     of_classes = losses.get("cls") or losses.get("loss_class")
     prior = default_prior(build_loss(of_classes)) if of_classes else None
 
@@ -190,12 +194,7 @@ def make_trainer(losses, task="detect", trainer=None, compile=False, curves=Fals
                 self.check_same_task(given)
             compat.check_arguments(overrides or {})
             super().__init__(cfg, overrides, _callbacks)
-            if any(isinstance(build_loss(cfg), ScheduledLoss) for cfg in self.plugin_losses.values()):
-                self.add_callback("on_train_epoch_start", tell_epoch)
-                self.add_callback("on_train_batch_start", tell_iteration)
             if RANK in {-1, 0}:
-                if every:
-                    self.add_callback("on_train_epoch_start", lambda trainer: add_curves(trainer, every))
                 text = LOSSES_HEAD + yaml.safe_dump(self.plugin_losses, sort_keys=False)
                 (self.save_dir / LOSSES_FILE).write_text(text, encoding="utf-8")
 
@@ -247,9 +246,17 @@ def make_trainer(losses, task="detect", trainer=None, compile=False, curves=Fals
                 )
 
         def run_callbacks(self, event):
-            """Loggers read the metrics of an epoch when it ends; they have the curves then, and results.csv has not."""
-            if event == "on_train_epoch_end" and every and RANK in {-1, 0}:
-                self.plugin_epoch = self.epoch
+            """What a loss or its curves must know comes first; as callbacks, workers would be handed them twice.
+
+            Loggers read the metrics of an epoch when it ends: they have the curves then, and results.csv has not.
+            """
+            if scheduled and event in TELLS:
+                TELLS[event](self)
+            if every and RANK in {-1, 0}:
+                if event == "on_train_epoch_start":
+                    add_curves(self, every)
+                if event == "on_train_epoch_end":
+                    self.plugin_epoch = self.epoch
             if event != "on_fit_epoch_end" or self.plugin_epoch is None:  # it comes once more when all is over
                 return super().run_callbacks(event)
             self.plugin_epoch, metrics = None, self.metrics
