@@ -14,6 +14,7 @@ from support.ultralytics import (
     since,
 )
 from ultralytics import RTDETR, YOLO
+from ultralytics.models.yolo.detect import DetectionTrainer
 
 from detloss_plugins.adapters.ultralytics import install, load_losses, make_trainer, trained_losses
 from detloss_plugins.adapters.ultralytics.criterion import branches
@@ -145,6 +146,17 @@ def test_training_goes_through_the_schedule_and_resumes_in_it(name, data, tmp_pa
     yolo.train(resume=True, trainer=trainer)
     assert after.train == {2: [(2,)] * count}
     assert after.val[2] == [(2,)] * count
+
+
+def test_no_callback_is_added(data, tmp_path):
+    """A worker of a multi-GPU launch is handed those of its launcher, and would count each iteration twice."""
+    overrides = {**SETTINGS, "data": data, "model": "yolov8n.yaml", "project": str(tmp_path)}
+    losses = {"cls": schedule(BCE, AP, at=[1], by_epoch=False)}
+    kinds = DetectionTrainer, make_trainer(losses, curves=True)
+    stock, ours = (
+        {event: len(found) for event, found in kind(overrides=overrides).callbacks.items()} for kind in kinds
+    )
+    assert ours == stock
 
 
 @pytest.mark.slow

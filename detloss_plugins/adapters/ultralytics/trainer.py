@@ -143,6 +143,9 @@ def tell(trainer, **progress):
         set_progress(torch.nn.ModuleList(branch.built.values()), **progress)
 
 
+TELLS = {"on_train_epoch_start": tell_epoch, "on_train_batch_start": tell_iteration}
+
+
 def criterion_of(trainer):
     """The criterion of the model that is trained."""
     model = student(compat.unwrap_model(trainer.model))
@@ -190,6 +193,7 @@ def make_trainer(losses, task="detect", trainer=None, compile=False, curves=Fals
     if compile:
         losses = {slot: cfg if slot == "ignore" else {**cfg, "compile": True} for slot, cfg in losses.items()}
     base = trainer or TRAINERS[task]
+    scheduled = any(isinstance(build_loss(cfg), ScheduledLoss) for slot, cfg in losses.items() if slot != "ignore")
     of_classes = losses.get("cls") or losses.get("loss_class")
     prior = default_prior(build_loss(of_classes)) if of_classes else None
     waits_for_counts = counted(losses, []) != losses
@@ -208,12 +212,7 @@ def make_trainer(losses, task="detect", trainer=None, compile=False, curves=Fals
             super().__init__(cfg, overrides, _callbacks)
             if "ignore" in losses and (self.args.single_cls or self.args.classes is not None):
                 raise ValueError("single_cls and classes change the labels that ignore reads: leave one of them out.")
-            if any(isinstance(build_loss(cfg), ScheduledLoss) for slot, cfg in losses.items() if slot != "ignore"):
-                self.add_callback("on_train_epoch_start", tell_epoch)
-                self.add_callback("on_train_batch_start", tell_iteration)
             if RANK in {-1, 0}:
-                if every:
-                    self.add_callback("on_train_epoch_start", lambda trainer: add_curves(trainer, every))
                 text = LOSSES_HEAD + yaml.safe_dump(self.plugin_losses, sort_keys=False)
                 (self.save_dir / LOSSES_FILE).write_text(text, encoding="utf-8")
 
@@ -276,9 +275,17 @@ def make_trainer(losses, task="detect", trainer=None, compile=False, curves=Fals
                 )
 
         def run_callbacks(self, event):
-            """Loggers read the metrics of an epoch when it ends; they have the curves then, and results.csv has not."""
-            if event == "on_train_epoch_end" and every and RANK in {-1, 0}:
-                self.plugin_epoch = self.epoch
+            """What a loss or its curves must know comes first; as callbacks, workers would be handed them twice.
+
+            Loggers read the metrics of an epoch when it ends: they have the curves then, and results.csv has not.
+            """
+            if scheduled and event in TELLS:
+                TELLS[event](self)
+            if every and RANK in {-1, 0}:
+                if event == "on_train_epoch_start":
+                    add_curves(self, every)
+                if event == "on_train_epoch_end":
+                    self.plugin_epoch = self.epoch
             if event != "on_fit_epoch_end" or self.plugin_epoch is None:  # it comes once more when all is over
                 return super().run_callbacks(event)
             self.plugin_epoch, metrics = None, self.metrics
