@@ -109,8 +109,8 @@ class _GradientInForward(torch.autograd.Function):
         if gradient.dtype == pred.dtype:
             return gradient * outer
         found = torch.empty_like(pred)
-        for part, chunk in Call(torch.mul, (gradient,), (outer,)).chunks():
-            found[part] = chunk.losses()
+        for part, _ in Call(torch.mul, (gradient,)).chunks():
+            torch.mul(gradient[part], outer, out=found[part])
         return found
 
     @staticmethod

@@ -42,8 +42,8 @@ LOSSES = {"stock": (None, False)} | {
     for name, losses in (("BCE + CIoU + DFL", STOCK), ("VFL + EIoU + DFL", OTHERS))
     for mode in ("eager", "compiled")
 }
-# Name here: attributes of the criterion, of which the first that it has is timed.
-PARTS = {"assigner": ("targets", "assigner"), "class": ("bce",), "boxes": ("bbox_loss.sums", "bbox_loss.forward")}
+# Name here: attributes of the criterion, of which those that it has are timed; none calls another.
+PARTS = {"assigner": ("targets", "assigner"), "class": ("bce",), "boxes": ("own_box_losses", "bbox_loss.forward")}
 FIGURES = ("step", "forward", *PARTS, "backward")
 
 
@@ -104,7 +104,6 @@ def parts_watched(criterion, watch):
                     if part is not None:
                         setattr(owner, attribute, watch.watched(name, part))
                         undo.callback(setattr, owner, attribute, part)
-                        break
         yield
 
 

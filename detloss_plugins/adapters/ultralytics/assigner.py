@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from ultralytics.utils.tal import TaskAlignedAssigner, make_anchors
+from ultralytics.utils.tal import TaskAlignedAssigner, bbox2dist, make_anchors
 
 from detloss_plugins.adapters.ultralytics import compat
 from detloss_plugins.loss import Loss
@@ -144,34 +144,46 @@ def decode(bins, dist, places):
     return torch.cat([points - before, points + after], -1) * stride
 
 
-class Decoded(Loss):
-    """A box loss of what the head predicts, ``(..., 4 * bins)``; the target is a tuple of boxes in pixels and places.
+def boxes_of(bins, dist, target, places, weight):
+    """What a box loss compares, and its weight; see :class:`OfHead`."""
+    return decode(bins, dist, places), target, weight
 
-    The boxes and their gradient are then a part of its kernel.
+
+def sides_of(bins, dist, target, places, weight):
+    """What a distribution loss compares, side by side, and its weight: a box counts as the mean of its four sides."""
+    points, stride = places.split((2, 1), -1)
+    distances = bbox2dist(points, target / stride, bins - 1)
+    return dist.unflatten(-1, (4, bins)), distances, (weight / 4).unsqueeze(-1).expand_as(distances)
+
+
+class OfHead(Loss):
+    """A loss on what the head predicts, ``(..., 4 * bins)``; the target is a tuple of boxes in pixels and places.
+
+    What it compares, as ``inputs`` (:func:`boxes_of` or :func:`sides_of`) gives it, is worked out in its kernel.
     """
 
-    def __init__(self, base, bins):
+    def __init__(self, base, bins, inputs):
         super().__init__()
-        self.base, self.bins, self.facts = base, bins, base.facts
+        self.base, self.bins, self.inputs, self.facts = base, bins, inputs, base.facts
         self.loss_weight, self.compiled, self.unchecked = base.loss_weight, base.compiled, 0
 
     def observe(self, pred, target, weight):
         if any(part.observes for part in self.base.modules() if isinstance(part, Loss)):
-            pred = decode(self.bins, pred.detach(), target[1])
+            return self.base.observe(*self.inputs(self.bins, pred.detach(), *target, weight))
         return self.base.observe(pred, target[0], weight)
 
     def weighted(self, pred, target, weight, seen):
-        return self.base.weighted(decode(self.bins, pred, target[1]), target[0], weight, seen)
+        return self.base.weighted(*self.inputs(self.bins, pred, *target, weight), seen)
 
     def blueprint(self):
-        return type(self), self.bins, self.base.blueprint()
+        return type(self), self.inputs, self.bins, self.base.blueprint()
 
 
-def decoded(box, bins, dist, target, places):
-    """A box loss on what the head predicts: the loss to call, its pred and its target."""
-    if type(box).reduced is Loss.reduced:
-        return Decoded(box, bins), dist, (target, places)
-    return box, decode(bins, dist, places), target
+def sum_of_head(loss, inputs, bins, dist, target, places, weight):
+    """The sum of a loss on what the head predicts; see :class:`OfHead`."""
+    if type(loss).reduced is Loss.reduced:
+        return OfHead(loss, bins, inputs)(dist, (target, places), weight, reduction_override="sum")
+    return loss(*inputs(bins, dist, target, places, weight), reduction_override="sum")
 
 
 class Scene:
@@ -180,25 +192,31 @@ class Scene:
     Attributes:
         anchors: anchor points ``(A, 2)`` in stride units.
         strides: those of the anchors, ``(A, 1)``.
-        places: both, ``(A, 3)``, in float32.
+        places: both, ``(A, 3)``, in float32; :meth:`places_of` has them for each image.
         image_size: ``(height, width)`` in pixels.
     """
 
     def __init__(self):
-        self.sizes = self.batch = None
+        self.sizes = self.batch = self.repeated = None
         self.constants = {}
 
     def resize(self, features, strides):
         """Take the size of an image from its feature maps; ``strides`` is the head's."""
         sizes = features[0].dtype, features[0].device, *(x.shape[2:] for x in features)
         if sizes != self.sizes:
-            self.sizes, self.batch = sizes, None
+            self.sizes, self.batch, self.repeated = sizes, None, None
             self.anchors, self.strides = make_anchors(features, strides, 0.5)
             self.points = self.anchors * self.strides
             self.places = torch.cat([self.anchors, self.strides], 1).float()
             self.image_size = torch.tensor(features[0].shape[2:], device=strides.device) * strides[0]
             height, width = self.image_size.tolist()
             self.to_pixels = torch.tensor([1, width, height, width / 2, height / 2], device=strides.device)
+
+    def places_of(self, images):
+        """The places of a batch, ``(B, A, 3)``, made once."""
+        if self.repeated is None or len(self.repeated) != images:
+            self.repeated = self.places.repeat(images, 1, 1)
+        return self.repeated
 
     def constant(self, *numbers):
         """Numbers as a tensor on the device, made once."""

@@ -18,9 +18,11 @@ from detloss_plugins.adapters.ultralytics.assigner import (
     FastTargets,
     Scene,
     Targets,
+    boxes_of,
     can_replace,
-    decoded,
     padded,
+    sides_of,
+    sum_of_head,
 )
 from detloss_plugins.adapters.ultralytics.config import SLOTS, check_task, filled, load_losses
 from detloss_plugins.adapters.ultralytics.ignore import Regions, StockClassLoss, ignored_classes
@@ -150,7 +152,7 @@ class _BoxCriterion(BboxLoss):
         places = torch.cat([anchors, stride], -1).expand(len(dist), -1, -1)
         dist, boxes, target, scores, places = self.rows_of(positive, dist, boxes, target, scores, places)
         pixels = _in_pixels(boxes, places[..., 2:]), _in_pixels(target, places[..., 2:])
-        found = self.sums(self.box, *pixels, dist, target, places, scores.sum(-1), imgsz)
+        found = self.sums(*pixels, dist, target, places, scores.sum(-1), imgsz)
         return tuple(of_stock if own is None else own / scores_sum for own, of_stock in zip(found, stock, strict=True))
 
     def takes_all_anchors(self, device):
@@ -165,11 +167,11 @@ class _BoxCriterion(BboxLoss):
         index = positive.nonzero(as_tuple=True)
         return tuple(x[index] for x in tensors)
 
-    def sums(self, box, pred_boxes, target_boxes, dist, target, places, weight, imgsz):
+    def sums(self, boxes, target_boxes, dist, target, places, weight, imgsz):
         """The summed losses of the two slots; None for a stock one.
 
         Args:
-            box: the box loss, or one in its place that takes ``pred_boxes`` and ``target_boxes``.
+            boxes, target_boxes: in pixels, ``(..., 4 or 5)``.
             dist: what the head predicts, ``(..., 4 * bins)``.
             target: boxes ``(..., 4 or 5)`` in stride units.
             places: anchors and strides ``(..., 3)``.
@@ -177,14 +179,24 @@ class _BoxCriterion(BboxLoss):
             imgsz: as in the stock criterion.
         """
         loss_box = loss_dfl = None
-        if box is not None:
-            tell_image_size(box, float32(imgsz))
-            loss_box = box(pred_boxes, target_boxes, weight, reduction_override="sum")
+        if self.box is not None:
+            tell_image_size(self.box, float32(imgsz))
+            loss_box = self.box(boxes, target_boxes, weight, reduction_override="sum")
         if self.dfl is not None:
             # One loss a side; a box counts as the mean of its four.
             each = (weight / 4).unsqueeze(-1).expand(*weight.shape, 4)
             loss_dfl = self.dfl(*self.sides(dist, target, places, imgsz), each, reduction_override="sum")
         return loss_box, loss_dfl
+
+    def sums_of_head(self, dist, target, places, weight, imgsz):
+        """The same of both slots, of boxes in pixels and what the head predicts, in a kernel each."""
+        tell_image_size(self.box, imgsz)
+        loss_box = sum_of_head(self.box, boxes_of, self.reg_max, dist, target, places, weight)
+        if self.reg_max > 1:
+            return loss_box, sum_of_head(self.dfl, sides_of, self.reg_max, dist, target, places, weight)
+        each = (weight / 4).unsqueeze(-1).expand(*weight.shape, 4)
+        of_sides = self.sides(dist, target / places[..., 2:], places, imgsz)
+        return loss_box, self.dfl(*of_sides, each, reduction_override="sum")
 
     def sides(self, dist, target, places, imgsz):
         """What the head predicts for the four sides of a box, and the distances it should predict."""
@@ -356,17 +368,13 @@ class PluginDetectionLoss(compat.DetectionCriterion):
 
     def own_box_losses(self, dist, pixels, found):
         """The summed losses of both slots; of boxes in pixels, or where these are None of what the head predicts."""
-        places, rows_of = self.scene.places.expand(len(dist), -1, -1), self.bbox_loss.rows_of
+        places, criterion = self.scene.places_of(len(dist)), self.bbox_loss
         if pixels is None:
-            rows = rows_of(found.positive, dist, found.boxes, found.weight, places)
-            dist, target, weight, places = rows
-            box, pixels, wanted = decoded(self.built["box"], self.reg_max, dist, target, places)
-        else:
-            rows = rows_of(found.positive, dist, found.boxes, found.weight, places, pixels)
-            dist, target, weight, places, pixels = rows
-            box, wanted = self.built["box"], target
-        in_strides = target / places[..., 2:]
-        return self.bbox_loss.sums(box, pixels, wanted, dist, in_strides, places, weight, self.scene.image_size)
+            rows = criterion.rows_of(found.positive, dist, found.boxes, places, found.weight)
+            return criterion.sums_of_head(*rows, self.scene.image_size)
+        rows = criterion.rows_of(found.positive, dist, found.boxes, places, found.weight, pixels)
+        dist, target, places, weight, pixels = rows
+        return criterion.sums(pixels, target, dist, target / places[..., 2:], places, weight, self.scene.image_size)
 
     def per_image(self, preds, batch):
         """The losses of each image and each object; see :func:`per_image`."""
