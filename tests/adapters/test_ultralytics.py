@@ -304,7 +304,7 @@ def test_third_slot_suits_the_head():
         install(detector("yolo26n"), {"dfl": {"type": "DistributionFocalLoss"}})
     with pytest.raises(ValueError, match="16 bins"):
         install(detector("yolov8n"), {"dfl": {"type": "SmoothL1Loss"}})
-    install(detector("yolo26n"), {"dfl": {"type": "SmoothL1Loss", "beta": 0.01}})
+    install(copy.deepcopy(detector("yolo26n")), {"dfl": {"type": "SmoothL1Loss", "beta": 0.01}})
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """A loss that changes in the course of an Ultralytics training: what counts in which epoch, in every branch."""
 
+import copy
+
 import pytest
 import torch
 from support.ultralytics import (
@@ -65,7 +67,7 @@ def test_with_class_weights(batches, monkeypatch):
 
 def test_in_the_slots_of_rtdetr(batches):
     """A loss that takes a quality gets one, and one that does not gets none, in whatever stage."""
-    model, batch = detector("yolov8n-rtdetr"), batches["rtdetr"]
+    model, batch = copy.deepcopy(detector("yolov8n-rtdetr")), batches["rtdetr"]  # others get it without losses
     values = {}
     for name, losses in {
         "bce": {**FOR_RTDETR, "loss_class": BCE},

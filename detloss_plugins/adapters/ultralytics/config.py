@@ -48,6 +48,8 @@ GAINS = {
     "RankSortLoss": 20.0,
     "DRLoss": 20.0,
     "BoundedIoULoss": 0.25,  # a box counts as the mean of its four, as in the dfl slot
+    "GCDLoss": 2.0,
+    "MGIoULoss": 3.0,
     "GWDLoss": 0.5,
     "KLDLoss": 0.25,
     "KFIoULoss": 0.5,
