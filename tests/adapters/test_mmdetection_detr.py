@@ -223,6 +223,7 @@ def still():
     return model
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed(tmp_path):
     """Two epochs; the checkpoint loads without this package, and fits the detector with mmdet's losses."""
     build_digits()
@@ -264,6 +265,7 @@ def script(tmp_path, code):
     return python(path, tmp_path)
 
 
+@pytest.mark.slow
 def test_recognised_whatever_the_way(tmp_path):
     """By mmdet, once it is loaded: however a loss is built, loaded or copied. Otherwise it stays what it was."""
     script(
