@@ -6,7 +6,7 @@ Importing this needs torch and mmengine only; mmdet and ultralytics are imported
 from detloss_plugins import losses  # registers every loss
 from detloss_plugins.registry import MODELS, build_loss
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["MODELS", "build_loss", "losses"]
 
 # Of a loss that mmdet asks whether it takes a quality: mmdet itself may be imported before this package or after it.

@@ -16,6 +16,7 @@ ALLOWED = {
     "reduction": set(),
     "facts": set(),
     "registry": set(),
+    "configs": set(),
     "geometry": {"precision"},
     "engine": {"precision"},
     "loss": {"engine", "facts", "nested", "precision", "reduction"},

@@ -9,6 +9,7 @@ import logging
 import os
 import pickle
 import time
+from pathlib import Path
 
 import bench
 import cases
@@ -26,6 +27,7 @@ from PIL import Image
 from support.commands import ROOT
 
 from detloss_plugins.adapters.ultralytics import compat
+from detloss_plugins.configs import find
 from detloss_plugins.facts import Upstream
 from detloss_plugins.losses import FocalLoss, GIoULoss, ap_loss
 from detloss_plugins.registry import registered_losses
@@ -54,6 +56,16 @@ def test_train_refuses_in_one_sentence(capsys, tmp_path, monkeypatch):
     assert "no-such-model.yaml" in refused(capsys, "model=no-such-model.yaml", status=2)
     assert "reg_max=1" in refused(capsys, "model=yolo26n.yaml", status=2), "the default third slot needs bins"
     assert "'no_such_argument' is not a valid YOLO argument" in refused(capsys, "no_such_argument=1", status=2)
+
+
+def test_train_takes_a_config_by_its_name(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("qfl", "retinanet_r18_fpn_digits"):
+        assert train.parse([name, "epochs=1"]).config == find(name)
+    assert "did you mean retinanet_r18_fpn_digits" in refused(capsys, "retinanet_r18_digits", status=2)
+    (tmp_path / "qfl.yaml").touch()
+    assert train.parse(["qfl.yaml"]).config == Path("qfl.yaml")
+    assert "there is no configs/qfl.yaml" in refused(capsys, "configs/qfl.yaml", status=2)
 
 
 @pytest.mark.parametrize("module", train.INSTALL)

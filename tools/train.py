@@ -3,6 +3,7 @@
   tools/train.py                                    VFL + EIoU + DFL on the embedded digits set with yolov8n
   tools/train.py configs/ultralytics/qfl.yaml       a .yaml of losses goes to Ultralytics
   tools/train.py configs/mmdetection/NAME.py        a .py config goes to mmengine's Runner
+  tools/train.py retinanet_r18_fpn_digits           a config of this package, by its name
   tools/train.py --data data.yaml model=yolo11n.yaml epochs=50 cls.loss_weight=2
   tools/train.py configs/ultralytics/obb.yaml model=yolov8n-obb.yaml      oriented boxes, here of turned digits
   tools/train.py resume=runs/x/weights/last.pt      goes on with the losses of that run; with others: --new-losses
@@ -61,7 +62,7 @@ def parse(argv):
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("words", nargs="*", metavar="CONFIG, KEY=VALUE", help="a config file and overrides")
+    parser.add_argument("words", nargs="*", metavar="CONFIG, KEY=VALUE", help="a config's file or name, and overrides")
     parser.add_argument("--data", type=Path, help="your data set: a data.yaml, or for mmengine a folder in COCO layout")
     parser.add_argument("--work-dir", type=Path, help="where checkpoints and logs go")
     parser.add_argument(
@@ -72,7 +73,10 @@ def parse(argv):
     configs = [word for word in args.words if "=" not in word]
     if len(configs) > 1:
         parser.error(f"give one CONFIG, not {' and '.join(configs)}")
-    args.config = Path(configs[0]) if configs else DEFAULT_CONFIG
+    try:
+        args.config = config_path(configs[0]) if configs else DEFAULT_CONFIG
+    except ValueError as error:
+        parser.error(error)
     args.config_given = bool(configs)
     args.overrides = dict(word.split("=", 1) for word in args.words if "=" in word)
     if args.config.suffix not in {".yaml", ".yml", ".py"}:
@@ -85,6 +89,15 @@ def parse(argv):
         if not path.exists():
             parser.error(f"there is no {path}")
     return args
+
+
+def config_path(word):
+    """The file that a CONFIG means: itself, or the package's config of this name; ``ValueError`` if there is none."""
+    if Path(word).suffix or len(Path(word).parts) > 1:
+        return Path(word)
+    from detloss_plugins.configs import find
+
+    return find(word)
 
 
 def yaml_of(text, where):

@@ -1,0 +1,57 @@
+"""The configs that come with the package, found by name.
+
+>>> find("retinanet_r18_fpn_digits").name
+'retinanet_r18_fpn_digits.py'
+
+They are the files of the repository's folder ``configs``, which a wheel has in this one.
+"""
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+
+__all__ = ["FRAMEWORKS", "find", "names"]
+
+FRAMEWORKS = ("mmdetection", "mmrotate", "ultralytics")
+_HERE = Path(__file__).parent
+_FOLDER = _HERE if (_HERE / FRAMEWORKS[0]).is_dir() else _HERE.parents[1] / "configs"
+
+
+def names(framework: str | None = None) -> list[str]:
+    """Names of the configs, sorted: files without their suffix.
+
+    Args:
+        framework: one of ``FRAMEWORKS``, or None for all.
+
+    Raises:
+        ValueError: for another framework.
+
+    >>> names("ultralytics")[:3]
+    ['alrp', 'ap', 'atfl']
+    """
+    if framework not in (None, *FRAMEWORKS):
+        raise ValueError(f"There are configs for {', '.join(FRAMEWORKS)}, and none for {framework!r}.")
+    return sorted(_paths(FRAMEWORKS if framework is None else (framework,)))
+
+
+def find(name: str) -> Path:
+    """Path of a config: a ``.py`` for mmengine, or a ``.yaml`` of losses for Ultralytics.
+
+    Args:
+        name: its file's name without the suffix.
+
+    Raises:
+        ValueError: for an unknown name; the message gives the nearest ones.
+    """
+    paths = _paths(FRAMEWORKS)
+    if name not in paths:
+        nearest = difflib.get_close_matches(name, paths, n=3)
+        hint = f"did you mean {', '.join(nearest)}?" if nearest else "detloss_plugins.configs.names() lists them."
+        raise ValueError(f"There is no config named {name!r}; {hint}")
+    return paths[name]
+
+
+def _paths(frameworks: Iterable[str]) -> dict[str, Path]:
+    """``{name: path}``; what is in ``_base_`` is a part of others, and no config."""
+    files = (path for framework in frameworks for path in (_FOLDER / framework).iterdir())
+    return {path.stem: path for path in files if path.suffix in {".py", ".yaml"}}
