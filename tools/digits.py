@@ -10,11 +10,11 @@ Run it to build the set and print its folder.
 
 import argparse
 import json
-import os
 import tempfile
 from pathlib import Path
 
 import numpy as np
+from command import cache_folder, put
 from PIL import Image
 from scipy.spatial import ConvexHull
 from sklearn.datasets import load_digits
@@ -28,8 +28,7 @@ PREFIXES = {"detect": "", "obb": "oriented-", "segment": "segment-", "pose": "po
 
 def digits_dir(task="detect"):
     """The folder of the set, in ``$DETLOSS_PLUGINS_CACHE`` or ``~/.cache/detloss_plugins``; it may not exist yet."""
-    cache = os.environ.get("DETLOSS_PLUGINS_CACHE") or Path.home() / ".cache" / "detloss_plugins"
-    return Path(cache) / f"{PREFIXES[task]}digits-v{VERSION}"
+    return cache_folder() / f"{PREFIXES[task]}digits-v{VERSION}"
 
 
 def background(rng):
@@ -167,11 +166,7 @@ def build_digits(task="detect"):
         (new / "digits.yaml").write_text(
             f"path: {root}\ntrain: images/train\nval: images/val\n{keypoints}names:\n{names}", encoding="utf-8"
         )
-        try:
-            new.rename(root)  # whole or not at all, also when two processes build it at once
-        except OSError:
-            if not root.exists():
-                raise
+        put(new, root)
     return root
 
 
@@ -192,11 +187,7 @@ def build_dota():
             corners = [" ".join(f"{float(share) * SIZE:.4f}" for share in shares) for _, *shares in objects]
             lines = [f"{four} {NAMES[int(words[0])]} 0\n" for four, words in zip(corners, objects, strict=True)]
             new.write_text("".join(lines), encoding="utf-8")
-        try:
-            Path(folder, "annfiles").rename(root / "annfiles")  # see build_digits
-        except OSError:
-            if not (root / "annfiles").exists():
-                raise
+        put(Path(folder, "annfiles"), root / "annfiles")
     return root
 
 
