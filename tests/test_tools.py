@@ -56,6 +56,15 @@ def test_train_refuses_in_one_sentence(capsys, tmp_path, monkeypatch):
     assert "'no_such_argument' is not a valid YOLO argument" in refused(capsys, "no_such_argument=1", status=2)
 
 
+def test_a_scenario_is_trained_as_the_digits_set_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("DETLOSS_PLUGINS_CACHE", str(tmp_path / "cache"))
+    for folder in (tmp_path / "cache" / "small-digits-v1", tmp_path / "mine"):
+        folder.mkdir(parents=True)
+        (folder / "digits.yaml").touch()
+        wanted = train.DIGITS_ARGS if folder.parent.name == "cache" else {}
+        assert train.yolo_data(folder, "detect") == (folder / "digits.yaml", wanted)
+
+
 @pytest.mark.parametrize("module", train.INSTALL)
 def test_train_says_what_is_missing(module, capsys, monkeypatch):
     def import_it(_):
