@@ -1,6 +1,7 @@
 """The embedded data set: the same everywhere, disjoint glyphs, two layouts that say the same."""
 
 import hashlib
+import itertools
 import json
 
 import digits
@@ -32,6 +33,123 @@ def test_deterministic(small):
 
 def test_nothing_half_written(small):
     assert [path.name for path in small[0].parent.iterdir()] == [f"digits-v{digits.VERSION}"]
+
+
+def test_the_plain_set_is_what_it_was(small):
+    """Its labels depend on every number that was drawn before them. Otherwise VERSION must be raised."""
+    labels = "".join((small[0] / "labels" / "train" / f"{i:04d}.txt").read_text(encoding="utf-8") for i in range(12))
+    assert hashlib.sha256(labels.encode()).hexdigest()[:16] == "49394ad3d26df8d0"
+
+
+@pytest.fixture(scope="module")
+def scenarios(tmp_path_factory):
+    """The folder of each scenario of a small set."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(digits, "IMAGES", {"train": 70, "val": 10})
+        patch.setenv("DETLOSS_PLUGINS_CACHE", str(tmp_path_factory.mktemp("scenarios")))
+        return {scenario: digits.build_digits(scenario=scenario) for scenario in digits.SCENARIOS}
+
+
+def objects(root, split="train"):
+    """Image, class and box of each object of a split, from the COCO file, ``(n, 6)``."""
+    annotations = json.loads((root / "annotations" / f"{split}.json").read_text(encoding="utf-8"))["annotations"]
+    return np.array([[a["image_id"], a["category_id"], *a["bbox"]] for a in annotations])
+
+
+def counts(root, split="train"):
+    """How many objects an image has."""
+    return np.bincount(objects(root, split)[:, 0].astype(int))
+
+
+def images(root, split):
+    return {file.name: file.read_bytes() for file in (root / "images" / split).iterdir()}
+
+
+def test_scenarios_have_folders_of_their_own(scenarios):
+    assert len({root.name for root in scenarios.values()}) == 5
+    assert scenarios["plain"].name == f"digits-v{digits.VERSION}"
+    with pytest.raises(ValueError, match="for detection"):
+        digits.build_digits("obb", "small")
+
+
+@pytest.mark.parametrize("scenario", digits.SCENARIOS)
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_layouts_of_scenarios_agree(scenarios, scenario, split):
+    root = scenarios[scenario]
+    ours = objects(root, split)
+    assert len(images(root, split)) == {"train": 70, "val": 10}[split] == len(counts(root, split))
+    for number in range(len(counts(root, split))):
+        lines = np.loadtxt(root / "labels" / split / f"{number:04d}.txt", ndmin=2)
+        own = ours[ours[:, 0] == number]
+        np.testing.assert_array_equal(lines[:, 0], own[:, 1])
+        np.testing.assert_allclose(digits.SIZE * lines[:, 3:], own[:, 4:], atol=1e-3)
+        np.testing.assert_allclose(digits.SIZE * (lines[:, 1:3] - lines[:, 3:] / 2), own[:, 2:4], atol=1e-3)
+    assert (ours[:, 2:4] >= 0).all()
+    assert (ours[:, 4:] >= 1).all()
+    assert (ours[:, 2:4] + ours[:, 4:] <= digits.SIZE).all()
+
+
+def test_long_tail(scenarios):
+    """A hundred of the first class for one of the last in training; validation is the plain one."""
+    classes = np.arange(10).repeat(3)
+    drawn = digits.drawn(np.random.default_rng(0), classes, digits.SCENARIOS["long-tail"].tail)
+    numbers = [next(drawn) for _ in range(2500)]
+    of_class = np.bincount(classes[numbers])
+    assert (of_class[0], of_class[9]) == (1000, 10)
+    np.testing.assert_allclose(of_class[1:] / of_class[:-1], 0.01 ** (1 / 9), atol=0.1)
+    assert len(set(numbers)) == 30, "and all glyphs of a class"
+    of_class = np.bincount(objects(scenarios["long-tail"])[:, 1].astype(int), minlength=10)
+    assert (np.diff(of_class) < 0).all()
+    assert of_class[0] / of_class.sum() == pytest.approx(0.4, abs=0.05)
+    assert 1 <= of_class[9] <= 2, "of 280 objects"
+    assert images(scenarios["long-tail"], "val") == images(scenarios["plain"], "val")
+    np.testing.assert_array_equal(objects(scenarios["long-tail"], "val"), objects(scenarios["plain"], "val"))
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_small(scenarios, split):
+    sizes = objects(scenarios["small"], split)[:, 4:]
+    assert sizes.min() >= 5
+    assert sizes.max() <= 16
+    assert np.median(objects(scenarios["plain"], split)[:, 5]) > 2 * np.median(sizes[:, 1])
+    assert counts(scenarios["small"], split).mean() == pytest.approx(4, abs=1)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_crowded(scenarios, split):
+    crowded, plain = counts(scenarios["crowded"], split), counts(scenarios["plain"], split)
+    assert crowded.min() > plain.max() == 6
+    assert crowded.max() <= 20
+    assert crowded.mean() > 3.5 * plain.mean()
+
+    def mean_overlaps(root):
+        """With how many others an object shares a tenth of the smaller box or more."""
+        ours = objects(root, split)
+        by_image = [ours[ours[:, 0] == image, 2:] for image in np.unique(ours[:, 0])]
+        shares = [digits.overlap(a, [b]) for own in by_image for a, b in itertools.combinations(own, 2)]
+        assert max(shares) < 0.35
+        return 2 * np.mean(np.array(shares) > 0.1) * len(shares) / len(ours)
+
+    assert mean_overlaps(scenarios["crowded"]) > 1.5 * mean_overlaps(scenarios["plain"])
+
+
+def test_noisy(scenarios):
+    """A fifth of the classes is another, no side is further off than it may be; validation and images are plain."""
+    noisy, plain = objects(scenarios["noisy"]), objects(scenarios["plain"])
+    assert np.mean(noisy[:, 1] != plain[:, 1]) == pytest.approx(0.2, abs=0.05)
+    off = [np.hstack([box[:, 2:4], box[:, 2:4] + box[:, 4:]]) for box in (noisy, plain)]
+    off = np.abs(off[0] - off[1])
+    assert (off <= 0.2 * np.tile(plain[:, 4:], 2) + 0.5).all(), "rounded to whole pixels"
+    assert np.mean(off > 0.1 * np.tile(plain[:, 4:], 2)) == pytest.approx(0.5, abs=0.1)
+    for split in ("train", "val"):
+        assert images(scenarios["noisy"], split) == images(scenarios["plain"], split)
+    np.testing.assert_array_equal(objects(scenarios["noisy"], "val"), objects(scenarios["plain"], "val"))
+
+
+def test_a_flipped_class_is_any_other():
+    rng, always = np.random.default_rng(0), digits.Scenario(flipped=1.0)
+    classes = {digits.spoiled(rng, 3, 10, 20, 30, 40, always) for _ in range(200)}
+    assert classes == {(digit, 10, 20, 30, 40) for digit in range(10) if digit != 3}
 
 
 def test_yolo_and_coco_agree(small):

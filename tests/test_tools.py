@@ -68,6 +68,15 @@ def test_train_takes_a_config_by_its_name(capsys, tmp_path, monkeypatch):
     assert "there is no configs/qfl.yaml" in refused(capsys, "configs/qfl.yaml", status=2)
 
 
+def test_a_scenario_is_trained_as_the_digits_set_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("DETLOSS_PLUGINS_CACHE", str(tmp_path / "cache"))
+    for folder in (tmp_path / "cache" / "small-digits-v1", tmp_path / "mine"):
+        folder.mkdir(parents=True)
+        (folder / "digits.yaml").touch()
+        wanted = train.DIGITS_ARGS if folder.parent.name == "cache" else {}
+        assert train.yolo_data(folder, "detect") == (folder / "digits.yaml", wanted)
+
+
 @pytest.mark.parametrize("module", train.INSTALL)
 def test_train_says_what_is_missing(module, capsys, monkeypatch):
     def import_it(_):

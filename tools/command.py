@@ -55,6 +55,20 @@ def check_folder(path):
         raise UsageError(f"cannot write {path}: {there} is no folder that you may write in")
 
 
+def cache_folder():
+    """The folder of the data sets that the tools build, ``$DETLOSS_PLUGINS_CACHE`` or ``~/.cache/detloss_plugins``."""
+    return Path(os.environ.get("DETLOSS_PLUGINS_CACHE") or Path.home() / ".cache" / "detloss_plugins")
+
+
+def put(new, place):
+    """Rename a finished folder to ``place``, whole or not at all, also when two processes build it at once."""
+    try:
+        new.rename(place)
+    except OSError:
+        if not place.exists():
+            raise
+
+
 def check_device(parser, name):
     """Stop with a sentence if torch has no device of that name here."""
     import torch

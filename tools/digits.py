@@ -5,16 +5,26 @@ training and the validation images are disjoint, and the same files come out on 
 tasks it has turned digits with labels of four corners (obb), outlines of the ink (segment) and the ink's outermost
 points as keypoints (pose). For MMRotate the turned digits have labels in DOTA's form too.
 
+Detection has four scenarios more, to try what a loss claims to be for:
+
+  long-tail  the training set has 100 times as many objects of class 0 as of class 9, the others in between; the
+             validation set is the plain one
+  small      digits of 8 to 16 pixels' height
+  crowded    12 to 20 digits of 12 to 40 pixels, where there is place; boxes that share up to 0.35 of the smaller one
+  noisy      the plain images; of the training labels, a fifth has another class, and every box has each of its sides
+             moved by up to a fifth of its width or height; the labels of validation stay clean
+
 Run it to build the set and print its folder.
 """
 
 import argparse
 import json
-import os
 import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from command import cache_folder, put
 from PIL import Image
 from scipy.spatial import ConvexHull
 from sklearn.datasets import load_digits
@@ -26,10 +36,36 @@ NAMES = [str(digit) for digit in range(10)]
 PREFIXES = {"detect": "", "obb": "oriented-", "segment": "segment-", "pose": "pose-"}  # of a task's folder
 
 
-def digits_dir(task="detect"):
+@dataclass(frozen=True)
+class Scenario:
+    """How images are drawn, and what is wrong with the labels. The defaults are the plain set."""
+
+    objects: tuple = (2, 6)  # in an image, the fewest and the most; fewer where there is no place for one
+    heights: tuple = (16, 64)  # of the glyphs, in pixels, as are the widths
+    widths: tuple = (8, 64)
+    shared: float = 0.25  # a box shares less than this with another, of the smaller of the two
+    tail: int = 1  # as many times more objects of the first class than of the last
+    moved: float = 0.0  # each side of each box by up to this share of the box's width or height
+    flipped: float = 0.0  # the chance of an object to be labelled as another class
+
+    def of(self, split):
+        """The scenario as it is in a split: the tail and the faults of labels are for training alone."""
+        return self if split == "train" else replace(self, tail=1, moved=0.0, flipped=0.0)
+
+
+SCENARIOS = {
+    "plain": Scenario(),
+    "long-tail": Scenario(tail=100),
+    "small": Scenario(heights=(8, 16), widths=(5, 16)),
+    "crowded": Scenario(objects=(12, 20), heights=(12, 40), shared=0.35),
+    "noisy": Scenario(moved=0.2, flipped=0.2),
+}
+
+
+def digits_dir(task="detect", scenario="plain"):
     """The folder of the set, in ``$DETLOSS_PLUGINS_CACHE`` or ``~/.cache/detloss_plugins``; it may not exist yet."""
-    cache = os.environ.get("DETLOSS_PLUGINS_CACHE") or Path.home() / ".cache" / "detloss_plugins"
-    return Path(cache) / f"{PREFIXES[task]}digits-v{VERSION}"
+    prefix = PREFIXES[task] if scenario == "plain" else f"{scenario}-"
+    return cache_folder() / f"{prefix}digits-v{VERSION}"
 
 
 def background(rng):
@@ -80,13 +116,32 @@ def outermost(outline):
     return outline[[y.argmin(), x.argmax(), y.argmax(), x.argmin()]]
 
 
-def draw_image(rng, glyphs, digits, task="detect"):
-    """One image, its objects as ``(class, x, y, w, h)`` in pixels, and the points ``(n, 2)`` of each."""
+def drawn(rng, digits, tail):
+    """Numbers of glyphs without end: each as likely as any other, or with a long tail of classes.
+
+    With a tail, they come in shuffled decks that hold ``tail`` of the first class, 1 of the last, and of each class in
+    between the same share of the one before.
+    """
+    counts = np.rint(np.geomspace(tail, 1, len(NAMES))).astype(int)
+    while True:
+        if tail == 1:
+            yield rng.integers(len(digits))
+        else:
+            for digit in rng.permutation(np.repeat(np.arange(len(NAMES)), counts)):
+                yield rng.choice(np.flatnonzero(digits == digit))
+
+
+def draw_image(rng, glyphs, digits, indices, task="detect", scenario=SCENARIOS["plain"]):
+    """One image, its objects as ``(class, x, y, w, h)`` in pixels, and the points ``(n, 2)`` of each.
+
+    The glyphs are those whose numbers ``indices`` yields.
+    """
     image, objects, points = background(rng), [], []
-    for _ in range(rng.integers(2, 7)):
-        index = rng.integers(len(glyphs))
-        height = int(np.exp(rng.uniform(np.log(16), np.log(64))))
-        width = int(np.clip(height * np.exp(rng.uniform(-0.7, 0.3)), 8, 64))
+    fewest, most = scenario.objects
+    for _ in range(rng.integers(fewest, most + 1)):
+        index = next(indices)
+        height = int(np.exp(rng.uniform(*np.log(scenario.heights))))
+        width = int(np.clip(height * np.exp(rng.uniform(-0.7, 0.3)), *scenario.widths))
         mask = glyph_mask(glyphs[index], width, height)
         if task == "obb":
             mask, own = turned(mask, rng.uniform(-85, 85))  # upside down, a 6 is a 9
@@ -95,7 +150,7 @@ def draw_image(rng, glyphs, digits, task="detect"):
             own = ink(mask)
         for _ in range(20):
             x, y = int(rng.integers(0, SIZE - width + 1)), int(rng.integers(0, SIZE - height + 1))
-            if overlap((x, y, width, height), [o[1:] for o in objects]) < 0.25:
+            if overlap((x, y, width, height), [o[1:] for o in objects]) < scenario.shared:
                 break
         else:
             continue
@@ -120,13 +175,26 @@ def label(task, digit, box, points):
     return " ".join([str(digit), *words])
 
 
-def write_split(root, split, rng, glyphs, digits, task):
-    """Images and labels of one split: YOLO's and, of the plain set, the COCO annotation file."""
+def spoiled(rng, digit, x, y, w, h, scenario):
+    """An object with the faults that a scenario has in its labels; its box stays in the image, whole pixels."""
+    if rng.random() < scenario.flipped:
+        digit = (digit + int(rng.integers(1, len(NAMES)))) % len(NAMES)
+    sides = np.array([x, y, x + w, y + h]) + rng.uniform(-scenario.moved, scenario.moved, 4) * [w, h, w, h]
+    x1, y1, x2, y2 = np.clip(np.rint(sides), 0, SIZE).astype(int).tolist()
+    return digit, x1, y1, x2 - x1, y2 - y1
+
+
+def write_split(root, split, rng, glyphs, digits, task, scenario):
+    """Images and labels of one split: YOLO's and, for detection, the COCO annotation file."""
     images, annotations = [], []
+    faults = np.random.default_rng(2)  # of its own, as the images must not depend on what is wrong with the labels
+    indices = drawn(rng, digits, scenario.tail)
     for folder in ("images", "labels"):
         (root / folder / split).mkdir(parents=True)
     for number in range(IMAGES[split]):
-        image, objects, points = draw_image(rng, glyphs, digits, task)
+        image, objects, points = draw_image(rng, glyphs, digits, indices, task, scenario)
+        if scenario.moved or scenario.flipped:
+            objects = [spoiled(faults, *object_, scenario) for object_ in objects]
         image.save(root / "images" / split / f"{number:04d}.png")
         lines = [label(task, c, box, own) for (c, *box), own in zip(objects, points, strict=True)]
         (root / "labels" / split / f"{number:04d}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -146,13 +214,17 @@ def write_split(root, split, rng, glyphs, digits, task):
     (root / "annotations" / f"{split}.json").write_text(json.dumps(coco), encoding="utf-8")
 
 
-def build_digits(task="detect"):
+def build_digits(task="detect", scenario="plain"):
     """Write the set for a task of Ultralytics into the cache unless it is there; return its folder.
+
+    ``scenario`` is a key of ``SCENARIOS``; those but the plain one are for detection (or ``ValueError``).
 
     The folder holds ``digits.yaml`` (for Ultralytics), ``images/{train,val}``, ``labels/{train,val}`` and, for
     "detect", ``annotations/{train,val}.json`` (COCO).
     """
-    root = digits_dir(task)
+    if scenario != "plain" and task != "detect":
+        raise ValueError(f"The scenario {scenario} is for detection, not for the task {task}.")
+    root = digits_dir(task, scenario)
     if root.exists():
         return root
     root.parent.mkdir(parents=True, exist_ok=True)
@@ -161,17 +233,14 @@ def build_digits(task="detect"):
     with tempfile.TemporaryDirectory(dir=root.parent) as folder:
         new = Path(folder) / "digits"
         for seed, (split, chosen) in enumerate({"train": ~is_val, "val": is_val}.items()):
-            write_split(new, split, np.random.default_rng(seed), data.images[chosen], data.target[chosen], task)
+            rng, how = np.random.default_rng(seed), SCENARIOS[scenario].of(split)
+            write_split(new, split, rng, data.images[chosen], data.target[chosen], task, how)
         names = "".join(f"  {i}: '{name}'\n" for i, name in enumerate(NAMES))
         keypoints = "kpt_shape: [4, 3]\nflip_idx: [0, 3, 2, 1]\n" if task == "pose" else ""
         (new / "digits.yaml").write_text(
             f"path: {root}\ntrain: images/train\nval: images/val\n{keypoints}names:\n{names}", encoding="utf-8"
         )
-        try:
-            new.rename(root)  # whole or not at all, also when two processes build it at once
-        except OSError:
-            if not root.exists():
-                raise
+        put(new, root)
     return root
 
 
@@ -192,15 +261,16 @@ def build_dota():
             corners = [" ".join(f"{float(share) * SIZE:.4f}" for share in shares) for _, *shares in objects]
             lines = [f"{four} {NAMES[int(words[0])]} 0\n" for four, words in zip(corners, objects, strict=True)]
             new.write_text("".join(lines), encoding="utf-8")
-        try:
-            Path(folder, "annfiles").rename(root / "annfiles")  # see build_digits
-        except OSError:
-            if not (root / "annfiles").exists():
-                raise
+        put(Path(folder, "annfiles"), root / "annfiles")
     return root
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=PREFIXES, default="detect", help="the task of Ultralytics that it is for")
-    print(build_digits(parser.parse_args().task))
+    parser.add_argument("--scenario", choices=SCENARIOS, default="plain", help="for detection, one of those above")
+    args = parser.parse_args()
+    try:
+        print(build_digits(args.task, args.scenario))
+    except ValueError as error:
+        parser.error(str(error))

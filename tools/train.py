@@ -5,6 +5,8 @@
   tools/train.py configs/mmdetection/NAME.py        a .py config goes to mmengine's Runner
   tools/train.py retinanet_r18_fpn_digits           a config of this package, by its name
   tools/train.py --data data.yaml model=yolo11n.yaml epochs=50 cls.loss_weight=2
+  tools/train.py --data $(python tools/digits.py --scenario long-tail)
+  tools/train.py --data $(python tools/trees.py) imgsz=256
   tools/train.py configs/ultralytics/obb.yaml model=yolov8n-obb.yaml      oriented boxes, here of turned digits
   tools/train.py resume=runs/x/weights/last.pt      goes on with the losses of that run; with others: --new-losses
 
@@ -24,7 +26,7 @@ import sys
 from pathlib import Path
 
 import yaml
-from command import RunError, UsageError, check_folder, finish
+from command import RunError, UsageError, cache_folder, check_folder, finish
 from digits import build_digits, build_dota, digits_dir
 
 DEFAULT_CONFIG = Path(__file__).parents[1] / "configs" / "ultralytics" / "vfl_eiou_dfl.yaml"
@@ -200,7 +202,8 @@ def yolo_data(data, task):
         if len(found) != 1:
             raise UsageError(f"{data} must hold exactly one data YAML, but holds {len(found)}; give its path.")
         data = found[0]
-    return data, {}
+    of_digits = data.name == "digits.yaml" and data.resolve().parents[1] == cache_folder().resolve()  # their scenarios
+    return data, DIGITS_ARGS if of_digits else {}
 
 
 def train_yolo(args):

@@ -19,7 +19,7 @@ model = dict(
     neck=dict(in_channels=[16, 32, 64, 128], out_channels=64, num_outs=3),
 )
 
-# No resize (all images are 128 x 128) and no flip: a mirrored digit is not a digit.
+# No resize (all images of the set have one size) and no flip: a mirrored digit is not a digit.
 train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations", with_bbox=True),
@@ -28,7 +28,7 @@ train_pipeline = [
 test_pipeline = [
     dict(type="LoadImageFromFile"),
     # The identity; it only writes the scale_factor that detectors read to map boxes back.
-    dict(type="Resize", scale=(128, 128)),
+    dict(type="Resize", scale_factor=1.0),
     dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),
 ]
 metainfo = dict(classes=tuple("0123456789"))
