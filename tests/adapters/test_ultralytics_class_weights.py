@@ -79,10 +79,12 @@ def test_another_number_of_classes_is_refused(name):
 
 
 def test_counts_are_no_difference_between_two_dicts():
-    losses = load_losses({"cls": {"type": "JointLoss", "losses": [{"type": "FocalLoss", "class_weight": "effective"}]}})
-    with_counts = counted(losses, [3] * 10)
-    assert with_counts["cls"]["losses"][0]["class_counts"] == [3] * 10
-    assert unlike(with_counts, losses) == ([], [])
+    for kind in (list, tuple):
+        parts = kind([{"type": "FocalLoss", "class_weight": "effective"}])
+        losses = load_losses({"cls": {"type": "JointLoss", "losses": parts}})
+        with_counts = counted(losses, [3] * 10)
+        assert with_counts["cls"]["losses"][0]["class_counts"] == [3] * 10
+        assert unlike(with_counts, losses) == ([], [])
     assert counted(load_losses(LOSSES), [3]) == load_losses(LOSSES)
 
 

@@ -153,7 +153,7 @@ def counted(cfg, counts):
     if isinstance(cfg, Mapping):
         own = {"class_counts": counts} if cfg.get("class_weight") == "effective" else {}
         return {**own, **{name: counted(value, counts) for name, value in cfg.items()}}
-    return [counted(part, counts) for part in cfg] if isinstance(cfg, list) else cfg
+    return type(cfg)(counted(part, counts) for part in cfg) if isinstance(cfg, list | tuple) else cfg
 
 
 def unlike(before, losses):
