@@ -98,8 +98,10 @@ def labels(data):
 
 @pytest.mark.parametrize("name", ["yolov8n", *(pytest.param(x, marks=pytest.mark.slow) for x in ("yolo26n-obb",))])
 def test_effective_weights_of_a_training_are_those_of_its_labels(name, datasets, tmp_path, caplog):
+    """Without those of a class that is ignored."""
     data, seen = datasets[task_of(name)], []
     losses = {"cls": {"type": "QualityFocalLoss", "class_weight": "effective", "effective_beta": 0.9}}
+    losses["ignore"] = {"classes": [3]}
     trainer = make_trainer(losses, task_of(name))
 
     def look(trainer):
@@ -111,12 +113,14 @@ def test_effective_weights_of_a_training_are_those_of_its_labels(name, datasets,
     yolo.add_callback("on_fit_epoch_end", interrupt)
     with pytest.raises(Interrupted):
         yolo.train(data=data, epochs=2, project=str(tmp_path), name="run", trainer=trainer, **SETTINGS)
-    expected = effective_weights(labels(data), 0.9)
+    assert labels(data)[3] > 0
+    counts = [0 if index == 3 else count for index, count in enumerate(labels(data))]
+    expected = effective_weights(counts, 0.9)
     assert sum(expected) == pytest.approx(10)
     assert len(set(expected)) > 1
     assert len(seen) == (4 if "26" in name else 2)
     assert all(weights == pytest.approx(expected) for weights in seen)
-    assert trained_losses(tmp_path / "run" / "weights" / "last.pt")["losses"]["cls"]["class_counts"] == labels(data)
+    assert trained_losses(tmp_path / "run" / "weights" / "last.pt")["losses"]["cls"]["class_counts"] == counts
     caplog.clear()
     yolo = YOLO(str(tmp_path / "run" / "weights" / "last.pt"))
     yolo.train(resume=True, trainer=make_trainer(tmp_path / "run" / "losses.yaml", task_of(name)))

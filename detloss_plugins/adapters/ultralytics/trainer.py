@@ -24,7 +24,7 @@ from detloss_plugins.adapters.ultralytics.criterion import (
     slot_gains,
 )
 from detloss_plugins.adapters.ultralytics.curves import EVERY, Curves, append, scalars
-from detloss_plugins.adapters.ultralytics.ignore import make_validator
+from detloss_plugins.adapters.ultralytics.ignore import ignored_classes, make_validator
 from detloss_plugins.adapters.ultralytics.model import RECORD, install, student
 from detloss_plugins.loss import Loss
 from detloss_plugins.losses import ScheduledLoss, set_progress
@@ -66,11 +66,11 @@ def start_at_prior(model, prior):
     LOGGER.info(f"detloss_plugins: class scores start at {prior:g}, unless weights are loaded")
 
 
-def class_counts(dataset, classes):
-    """How many objects of each class the labels of a data set of Ultralytics have, a list."""
+def class_counts(dataset, classes, ignored=()):
+    """How many objects of each class the labels of a data set of Ultralytics have, a list; 0 of an ignored class."""
     labels = [label["cls"] for part in getattr(dataset, "datasets", [dataset]) for label in part.labels]
     found = [torch.bincount(torch.as_tensor(of_image).long().view(-1), minlength=classes) for of_image in labels]
-    return sum(found).tolist()
+    return [0 if index in ignored else count for index, count in enumerate(sum(found).tolist())]
 
 
 def describe(losses, args, task="detect"):
@@ -265,8 +265,9 @@ def make_trainer(losses, task="detect", trainer=None, compile=False, curves=Fals
         def set_class_weights(self):
             super().set_class_weights()
             if waits_for_counts:
-                counts = class_counts(self.train_loader.dataset, self.data["nc"])
                 model = student(compat.unwrap_model(self.model))
+                ignored = ignored_classes(self.plugin_losses, model.names)
+                counts = class_counts(self.train_loader.dataset, self.data["nc"], ignored)
                 install(model, counted(self.plugin_losses, counts), self.plugin_state)
                 LOGGER.info(f"detloss_plugins: class weights by the effective numbers of {counts} objects")
             if task == "rtdetr" and self.args.cls_pw:
