@@ -322,6 +322,11 @@ def test_third_slot_suits_the_head():
         ),
         ({"cls": {"type": "FocalLoss", "use_sigmoid": False}}, ValueError, "use_sigmoid=True"),
         ({"cls": {"type": "FocalLoss", "activated": True}}, ValueError, "logits"),
+        (
+            {"cls": {"type": "SlideLoss", "base": {"type": "FocalLoss", "activated": True}}},
+            ValueError,
+            "out of FocalLoss",
+        ),
         ({"box": "GIoULoss"}, TypeError, "'type'"),
         ("nothing.yaml", FileNotFoundError, "nothing.yaml"),
     ],

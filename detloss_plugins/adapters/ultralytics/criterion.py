@@ -25,9 +25,10 @@ from detloss_plugins.adapters.ultralytics.assigner import (
     sides_of,
     sum_of_head,
 )
-from detloss_plugins.adapters.ultralytics.config import SLOTS, check_task, filled, load_losses
+from detloss_plugins.adapters.ultralytics.config import SLOTS, check_task, counted, filled, load_losses
 from detloss_plugins.adapters.ultralytics.ignore import Regions, StockClassLoss, ignored_classes
 from detloss_plugins.adapters.ultralytics.per_image import per_image
+from detloss_plugins.families import ClassificationLoss
 from detloss_plugins.loss import average_state
 from detloss_plugins.losses import ScheduledLoss, in_turn
 from detloss_plugins.precision import float32, is_asynchronous, without_autocast
@@ -256,8 +257,9 @@ def check_head(model, losses):
 
 
 def check_class_weights(model, losses):
-    """Raise ``ValueError`` if a loss has weights for another number of classes than the model."""
+    """Raise ``ValueError`` if a loss has weights, or another setting, for another number of classes than the model."""
     classes = model.model[-1].nc
+    losses = counted(losses, [1] * classes)  # which may not be known yet
     for loss in build_losses(losses, classes, "cpu").values():
         for part in loss.modules():
             weights = getattr(part, "class_factors", None)
@@ -265,6 +267,8 @@ def check_class_weights(model, losses):
                 raise ValueError(
                     f"{type(part).__name__} has {len(weights)} class weights, and the model {classes} classes."
                 )
+            if isinstance(part, ClassificationLoss):
+                part.eval()(torch.zeros(1, classes), torch.zeros(1, classes))  # it says itself what does not fit
 
 
 def check_ignored(model, losses):
