@@ -152,6 +152,13 @@ def test_what_does_not_fit_is_refused_when_built(settings, words):
         scheduled(**settings)
 
 
+@pytest.mark.parametrize("name", ["ScheduledLoss", "JointLoss"])
+@pytest.mark.parametrize("losses", [BCE, 3])
+def test_losses_that_are_no_list(name, losses):
+    with pytest.raises(TypeError, match=f"losses of {name} must be a list of config dicts of losses, not"):
+        build_loss({"type": name, "losses": losses})
+
+
 @pytest.mark.parametrize(
     "whole", [{"type": "JointLoss"}, {"type": "SlideLoss"}, {"type": "ConfidenceWeightedLoss"}, {"type": "WIoULoss"}]
 )

@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from detloss_plugins.facts import Facts, Increasing, NonNegative
+from detloss_plugins.facts import Facts, Increasing, NonNegative, Parts
 from detloss_plugins.families import ClassificationLoss
 from detloss_plugins.loss import Loss, check_use_sigmoid
 from detloss_plugins.losses.classification import confidence_weight
@@ -46,6 +46,7 @@ def facts_of_sum(losses: Sequence[Loss]) -> Facts:
     return facts[0].but(
         row_wise=all(f.row_wise for f in facts),
         one_per_row=all(f.one_per_row for f in facts),
+        mean_of_rows=len({f.one_per_row or f.sums_classes for f in facts}) == 1 and all(f.mean_of_rows for f in facts),
         keeps_little=all(f.keeps_little for f in facts),
         counts_positives=any(f.counts_positives for f in facts),
         true_gradient=all(f.true_gradient for f in facts),
@@ -76,7 +77,7 @@ class JointLoss(Loss, fn=joint_loss):
         example={"losses": [{"type": "BinaryCrossEntropyLoss"}, {"type": "FocalLoss", "loss_weight": 2.0}]},
     )
 
-    def __init__(self, *, losses: Sequence[Mapping] = (), use_sigmoid: bool | None = None, **settings):
+    def __init__(self, *, losses: Parts = (), use_sigmoid: bool | None = None, **settings):
         super().__init__(**settings)
         self.losses = torch.nn.ModuleList(build_part(cfg) for cfg in losses)
         families = {loss.family for loss in self.losses}
@@ -179,7 +180,7 @@ class ScheduledLoss(Loss, fn=scheduled_loss):
     def __init__(
         self,
         *,
-        losses: Sequence[Mapping] = (),
+        losses: Parts = (),
         at: Increasing = (),
         by_epoch: bool = True,
         fade: NonNegative = 0.0,
