@@ -12,7 +12,11 @@ from detloss_plugins.adapters.ultralytics.curves import Curves, scalars
 from detloss_plugins.losses import set_progress
 
 LOSSES = {
-    "cls": {"type": "ScheduledLoss", "losses": [{"type": "BinaryCrossEntropyLoss"}, {"type": "GHMC"}], "at": [1]},
+    "cls": {
+        "type": "ScheduledLoss",
+        "losses": [{"type": "BinaryCrossEntropyLoss", "class_weight": [1.0, 2.0] * 5}, {"type": "GHMC"}],
+        "at": [1],
+    },
     "box": {"type": "JointLoss", "losses": [{"type": "WIoULoss"}, {"type": "NWDLoss", "loss_weight": 2.0}]},
 }
 STATE = {"losses/box/losses.0.mean", "losses/cls/progress"}
