@@ -112,6 +112,12 @@ def test_looking_changes_nothing_and_is_done_in_every_so_many_steps(batches, mon
     assert watched.curves.steps == 7
 
 
+@pytest.mark.parametrize(("curves", "error"), [("often", TypeError), (-1, ValueError), (2.5, TypeError)])
+def test_how_often_to_look(curves, error):
+    with pytest.raises(error, match="curves of make_trainer must be True, False or a number of steps, not"):
+        make_trainer(LOSSES, curves=curves)
+
+
 @pytest.fixture
 def data(datasets):
     return datasets["detect"]

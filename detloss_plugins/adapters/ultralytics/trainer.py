@@ -26,12 +26,14 @@ from detloss_plugins.adapters.ultralytics.criterion import (
 from detloss_plugins.adapters.ultralytics.curves import EVERY, Curves, append, scalars
 from detloss_plugins.adapters.ultralytics.ignore import ignored_classes, make_validator
 from detloss_plugins.adapters.ultralytics.model import RECORD, install, student
+from detloss_plugins.facts import Rule, checked
 from detloss_plugins.loss import Loss
 from detloss_plugins.losses import ScheduledLoss, set_progress
 from detloss_plugins.registry import build_loss
 
 LOSSES_FILE = "losses.yaml"  # in the folder of the run, beside args.yaml
 CURVES_FILE = "losses.csv"  # beside results.csv
+HOW_OFTEN = Rule("True, False or a number of steps", lambda value: type(value) in (bool, int) and value >= 0, (int,))
 LOSSES_HEAD = """\
 # The losses of this training. To resume it with them: YOLO("weights/last.pt").train(resume=True,
 # trainer=make_trainer("losses.yaml")); without that trainer Ultralytics goes on with its own losses.
@@ -189,7 +191,8 @@ def make_trainer(losses, task="detect", trainer=None, compile=False, curves=Fals
             suit it, before any data is read. The trainer raises ``ValueError`` for a model of another task, and
             ``RuntimeError`` for training arguments that need a newer Ultralytics.
     """
-    losses, every = load_losses(losses, task), EVERY if curves is True else int(curves)
+    losses, curves = load_losses(losses, task), checked("make_trainer", "curves", curves, HOW_OFTEN)
+    every = EVERY if curves is True else int(curves)
     if compile:
         losses = {slot: cfg if slot == "ignore" else {**cfg, "compile": True} for slot, cfg in losses.items()}
     base = trainer or TRAINERS[task]
