@@ -173,6 +173,7 @@ Count = Annotated[int, Rule("a whole number above 0", lambda v: type(v) is int a
 NotWeighed = Annotated[None, Rule("None (which is torchvision's -1)", lambda value: value is None, (NoneType,))]
 PerClass = Annotated[list, _each(at_least(0), "a list of numbers of at least 0, one a class")]
 Increasing = Annotated[list, increasing(low=0)]
+Parts = Annotated[list, Rule("a list of config dicts of losses", lambda v: isinstance(v, list | tuple), (list, tuple))]
 SharePerClass = Annotated[list, _each(between(0, 1), "a list of numbers in [0, 1], one a class")]
 
 _OF_TYPES = {

@@ -165,6 +165,9 @@ class ClassificationLoss(Loss, family="classification", every_rank=True, needs_m
         elif weights:
             self.class_factors = torch.tensor(weights, dtype=torch.float32)
 
+    def blueprint(self):
+        return *super().blueprint(), self.may_ignore
+
     def observe(self, pred, target, weight):
         if self.class_weight == "effective" and self.class_counts is None:
             raise ValueError(f'class_weight="effective" of {type(self).__name__} needs class_counts, one a class.')

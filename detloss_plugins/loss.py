@@ -64,6 +64,7 @@ class Loss(nn.Module, metaclass=_Checked):
     hyper: ClassVar[tuple[str, ...]] = ()  # the settings that fn takes
     rules: ClassVar[Mapping[str, Rule | None]] = {}  # of all settings
     outside_kernel: ClassVar[frozenset] = frozenset({"reduction", "loss_weight", "compile"})  # settings that it has not
+    can_be_part: ClassVar[bool] = True  # of a loss that is made of others
     seen_as: ClassVar[Callable | None] = None  # of a loss's type, the class that isinstance is told: set by adapters
 
     def __init_subclass__(cls, *, fn: Callable | None = None, **facts: Any) -> None:

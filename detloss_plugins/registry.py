@@ -73,3 +73,15 @@ def build_loss(cfg: Mapping) -> Any:
     options = dict(cfg)
     options.pop("_scope_", None)  # mmengine writes it into a base config of a package
     return loss_class(options.pop("type"))(**options)
+
+
+def build_part(cfg: Mapping) -> Any:
+    """Build a loss that another one is made of, as :func:`build_loss`.
+
+    Raises:
+        TypeError: also for a ScheduledLoss.
+    """
+    loss = build_loss(cfg)
+    if not loss.can_be_part:
+        raise TypeError(f"A {type(loss).__name__} is no part of another loss: let its losses be those others.")
+    return loss

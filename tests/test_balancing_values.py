@@ -249,6 +249,12 @@ def test_joint():
     weight = torch.rand(20)
     expected = 3 * sum(build_loss(part)(pred, target, weight, 5.0) for part in parts)
     torch.testing.assert_close(joint(pred, target, weight, 5.0), expected)
+    nested = build_loss({"type": "JointLoss", "losses": [{"type": "JointLoss", "losses": parts}, {"type": "GHMC"}]})
+    for way, factor in (("mean", 5.0), ("sum", None), ("none", None)):
+        inputs = pred, target, weight, factor, way
+        each = (build_loss(part)(*inputs) for part in (*parts, {"type": "GHMC"}))
+        expected = sum(x.sum(-1) if x.dim() == 2 else x for x in each)  # QFL's is one a row
+        torch.testing.assert_close(nested(*inputs), expected)
     boxes = build_loss({"type": "JointLoss", "losses": [{"type": "CIoULoss"}, {"type": "IoULoss"}]})
     assert boxes.family == "box"
     for bad in ([], [{"type": "CIoULoss"}, {"type": "FocalLoss"}]):

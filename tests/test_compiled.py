@@ -42,6 +42,16 @@ def test_a_setting_of_a_part(device, traced):
     assert counted_graphs() == 2
 
 
+def test_a_loss_that_is_told_that_nothing_is_ignored(device, traced):
+    """Its kernel is not that of an equal loss which has to look, as in another training of the process."""
+    pred, target = torch.randn(8, 3, device=device), torch.rand(8, 3, device=device).round()
+    told, looks = FocalLoss(compile=True), FocalLoss(compile=True)
+    told.may_ignore = False
+    told(pred, target)
+    target[:4] = -1
+    torch.testing.assert_close(looks(pred, target), FocalLoss()(pred, target))
+
+
 def test_what_a_batch_tells_is_no_setting(device, traced):
     """The size of the images changes from batch to batch, and nothing is compiled again."""
     pred, target = sample_for(CIoULoss(), device)

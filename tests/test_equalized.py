@@ -86,10 +86,11 @@ def test_worked_numbers():
     close(eqfl(pred, quality, ratio=RATIO), expected)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("cls", [EqualizedFocalLoss, EqualizedQualityFocalLoss])
-def test_the_state_follows_the_gradient_of_soft_targets(cls):
-    """Of this loss, as autograd has it; ignored elements have none."""
-    loss = cls(num_classes=5, reduction="sum").double()  # more room than there are classes
+def test_the_state_follows_the_gradient_of_soft_targets(cls, smoothing):
+    """Of this loss, as autograd has it; ignored elements have none, and a smoothed negative stays one."""
+    loss = cls(num_classes=5, label_smoothing=smoothing, reduction="sum").double()  # more room than there are classes
     pred = torch.randn(40, CLASSES, dtype=torch.float64, requires_grad=True)
     target = torch.rand(40, CLASSES, dtype=torch.float64) * (torch.rand(40, CLASSES) < 0.5)
     target[::7, 0] = -1

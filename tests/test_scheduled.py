@@ -8,7 +8,7 @@ import torch
 from support import counted_graphs, gradient, needs_compiler, sample_for
 
 from detloss_plugins import build_loss
-from detloss_plugins.losses import JointLoss, ScheduledLoss, set_progress
+from detloss_plugins.losses import set_progress
 from detloss_plugins.testing import sample
 
 BCE, FOCAL, AP = {"type": "BinaryCrossEntropyLoss"}, {"type": "FocalLoss", "loss_weight": 4.0}, {"type": "APLoss"}
@@ -152,10 +152,20 @@ def test_what_does_not_fit_is_refused_when_built(settings, words):
         scheduled(**settings)
 
 
-def test_it_is_no_part_of_another_loss():
+@pytest.mark.parametrize("name", ["ScheduledLoss", "JointLoss"])
+@pytest.mark.parametrize("losses", [BCE, 3])
+def test_losses_that_are_no_list(name, losses):
+    with pytest.raises(TypeError, match=f"losses of {name} must be a list of config dicts of losses, not"):
+        build_loss({"type": name, "losses": losses})
+
+
+@pytest.mark.parametrize(
+    "whole", [{"type": "JointLoss"}, {"type": "SlideLoss"}, {"type": "ConfidenceWeightedLoss"}, {"type": "WIoULoss"}]
+)
+def test_it_is_no_part_of_another_loss(whole):
     part = {**AT_TWO, "losses": [BCE, FOCAL]}
-    with pytest.raises(TypeError, match="no part of another loss"):
-        JointLoss(losses=[part, BCE])(*sample(ScheduledLoss, 20))
+    with pytest.raises(TypeError, match="A ScheduledLoss is no part of another loss"):
+        build_loss({**whole, **({"losses": [part, BCE]} if whole["type"] == "JointLoss" else {"base": part})})
 
 
 def test_hard_negatives_of_a_schedule_are_those_of_its_losses():

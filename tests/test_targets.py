@@ -464,6 +464,8 @@ def test_what_is_negative_is_ignored_beside_probabilities(name, logits):
 def test_negatives_between_other_values_are_numbers():
     loss = GeneralizedFocalLoss(values=(-1.0, 1.0), reduction="none")
     assert loss(torch.zeros(1), torch.tensor([-0.5])) > 0
+    loss = GeneralizedFocalLoss(values=(0.0, 2.0), reduction="none")  # between these none is, and one is ignored
+    assert (loss(torch.zeros(2), torch.tensor([-1.0, 0.5])) != 0).tolist() == [False, True]
 
 
 @pytest.mark.parametrize("cfg", CLASS_LOSSES.values(), ids=CLASS_LOSSES)

@@ -19,8 +19,10 @@ def state_scalars(loss: Loss) -> dict[str, Tensor]:
     >>> state_scalars(WIoULoss())
     {'mean': tensor(1.)}
     """
-    found = {}
+    found, state = {}, loss.state_dict()
     for name, buffer in loss.named_buffers():
+        if name not in state:  # it is of the settings, as the weights of classes are
+            continue
         values = buffer.detach().double().flatten()
         if values.numel() == 1:
             found[name] = buffer.detach().reshape(())

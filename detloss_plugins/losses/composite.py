@@ -8,14 +8,14 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from detloss_plugins.facts import Facts, Increasing, NonNegative
+from detloss_plugins.facts import Facts, Increasing, NonNegative, Parts
 from detloss_plugins.families import ClassificationLoss
 from detloss_plugins.loss import Loss, check_use_sigmoid
 from detloss_plugins.losses.classification import confidence_weight
 from detloss_plugins.losses.classification.common import over_base
 from detloss_plugins.precision import float32, without_autocast
 from detloss_plugins.reduction import apply_weight, check_reduction, times
-from detloss_plugins.registry import MODELS, build_loss, runner_progress
+from detloss_plugins.registry import MODELS, build_loss, build_part, runner_progress
 
 __all__ = [
     "ConfidenceWeightedLoss", "JointLoss", "ScheduledLoss", "confidence_weighted_loss", "in_turn", "joint_loss",
@@ -30,7 +30,14 @@ def joint_loss(pred: Tensor, target: Tensor, *, losses: Sequence[Loss]) -> Tenso
     >>> joint_loss(torch.tensor([3.0]), torch.tensor([0.0]), losses=[L1Loss(), SmoothL1Loss(loss_weight=2.0)])
     tensor([8.])
     """
-    return sum(loss(pred, target, reduction_override="none") for loss in losses)
+    return _added(loss(pred, target, reduction_override="none") for loss in losses)
+
+
+def _added(parts):
+    """The sum of losses; beside some with one a row, those with one a class are summed over the classes."""
+    parts = list(parts)
+    fewest = min(part.dim() for part in parts)
+    return sum(part if part.dim() == fewest else part.sum(-1) for part in parts)
 
 
 def facts_of_sum(losses: Sequence[Loss]) -> Facts:
@@ -39,6 +46,7 @@ def facts_of_sum(losses: Sequence[Loss]) -> Facts:
     return facts[0].but(
         row_wise=all(f.row_wise for f in facts),
         one_per_row=all(f.one_per_row for f in facts),
+        mean_of_rows=len({f.one_per_row or f.sums_classes for f in facts}) == 1 and all(f.mean_of_rows for f in facts),
         keeps_little=all(f.keeps_little for f in facts),
         counts_positives=any(f.counts_positives for f in facts),
         true_gradient=all(f.true_gradient for f in facts),
@@ -69,9 +77,9 @@ class JointLoss(Loss, fn=joint_loss):
         example={"losses": [{"type": "BinaryCrossEntropyLoss"}, {"type": "FocalLoss", "loss_weight": 2.0}]},
     )
 
-    def __init__(self, *, losses: Sequence[Mapping] = (), use_sigmoid: bool | None = None, **settings):
+    def __init__(self, *, losses: Parts = (), use_sigmoid: bool | None = None, **settings):
         super().__init__(**settings)
-        self.losses = torch.nn.ModuleList(build_loss(cfg) for cfg in losses)
+        self.losses = torch.nn.ModuleList(build_part(cfg) for cfg in losses)
         families = {loss.family for loss in self.losses}
         if len(families) != 1:
             raise ValueError("losses of JointLoss must be one or more config dicts of losses of one family.")
@@ -85,16 +93,24 @@ class JointLoss(Loss, fn=joint_loss):
         if reduction == "none" or not self.facts.row_wise:
             pred = float32(pred)  # once, so that half-precision gradients are not added up in half precision
             parts = (loss(pred, target, weight, avg_factor, reduction) for loss in self.losses)
-            return times(sum(parts), factor)
+            return times(_added(parts), factor)
         self.look(pred, target)
         with without_autocast(pred.device):
             pred, target, weight = self.as_rows(pred, target, weight)
             seen = self.observe(pred, target, weight)
-            one = float32(pred.new_ones(()))
-            for loss, of_loss in zip(self.losses, seen.values(), strict=True):
-                of_loss["scale"] = loss.normalized(one, pred, of_loss, avg_factor, reduction, loss.loss_weight)
+            self.add_scales(seen, pred, avg_factor, reduction)
             total = self.summed(pred, target, weight, seen)
         return times(total, factor)
+
+    def add_scales(self, seen, pred, avg_factor, reduction):
+        """Put beside what each part has seen what its sum is multiplied by."""
+        one = float32(pred.new_ones(()))
+        for loss, of_loss in zip(self.losses, seen.values(), strict=True):
+            if isinstance(loss, JointLoss):  # its parts have each a normaliser
+                loss.add_scales(of_loss, pred, avg_factor, reduction)
+                of_loss["scale"] = times(one, loss.loss_weight)
+            else:
+                of_loss["scale"] = loss.normalized(one, pred, of_loss, avg_factor, reduction, loss.loss_weight)
 
     def look(self, pred, target):
         for loss in self.losses:
@@ -129,7 +145,7 @@ def scheduled_loss(pred: Tensor, target: Tensor, *, losses: Sequence[Loss], shar
     tensor([3.5000])
     """
     found = (loss(pred, target, reduction_override="none") for loss in losses)
-    return sum(times(of_loss, share) for of_loss, share in zip(found, shares, strict=True))
+    return _added(times(of_loss, share) for of_loss, share in zip(found, shares, strict=True))
 
 
 @MODELS.register_module()
@@ -154,6 +170,7 @@ class ScheduledLoss(Loss, fn=scheduled_loss):
             losses do not fit one head.
     """
 
+    can_be_part = False
     facts = ClassificationLoss.facts.but(  # of the example
         row_wise=True,
         filled=("losses", "shares"),
@@ -163,7 +180,7 @@ class ScheduledLoss(Loss, fn=scheduled_loss):
     def __init__(
         self,
         *,
-        losses: Sequence[Mapping] = (),
+        losses: Parts = (),
         at: Increasing = (),
         by_epoch: bool = True,
         fade: NonNegative = 0.0,
@@ -255,10 +272,7 @@ class ScheduledLoss(Loss, fn=scheduled_loss):
         parts = self.in_turn()
         pred = pred if len(parts) == 1 else float32(pred)  # so that half-precision gradients are not added up
         found = (times(loss(pred, target, weight, avg_factor, reduction), share) for loss, share in parts)
-        return times(sum(found), factor)
-
-    def observe(self, pred, target, weight):
-        raise TypeError("A ScheduledLoss is no part of another loss: let its losses be those others.")
+        return times(_added(found), factor)
 
     def _load_from_state_dict(self, *args):
         super()._load_from_state_dict(*args)
@@ -341,7 +355,7 @@ class ConfidenceWeightedLoss(
     sigmoid_only = False
 
     def __init__(self, *, base: Mapping | None = None, use_sigmoid: bool | None = None, **settings):
-        base = build_loss({"type": "BinaryCrossEntropyLoss"} if base is None else base)
+        base = build_part({"type": "BinaryCrossEntropyLoss"} if base is None else base)
         if base.family != "classification":
             raise ValueError(f"base of ConfidenceWeightedLoss must be a classification loss, not {base}.")
         super().__init__(use_sigmoid=base.use_sigmoid, **settings)

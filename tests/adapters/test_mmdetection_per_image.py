@@ -14,6 +14,7 @@ from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.registry import DATASETS
 from mmengine.runner import Runner, set_random_seed
+from support import mmdetection_detr
 from support.mmdetection import CONFIG_DIR, DIGITS, Interrupt, build, run, small
 
 from detloss_plugins.adapters.mmdetection import image_losses, per_image
@@ -85,6 +86,16 @@ def test_losses_are_those_of_training(name, dataset):
         truth = dataset.get_data_info(index)["instances"][1]
         assert boxes[1]["class"] == str(truth["bbox_label"])
         assert list(map(float, boxes[1]["box"].split())) == truth["bbox"]
+
+
+def test_a_loss_that_is_called_with_several_factors(dataset):
+    """DINO's are divided by the number of objects, and for the denoising queries by that of these."""
+    model = mmdetection_detr.detector(mmdetection_detr.DINO)
+    image, _ = next(image_losses(model, dataset))
+    alone = per_image._for_losses(model)
+    with per_image._random_numbers_of(0):
+        data = alone.data_preprocessor(pseudo_collate([dataset[0]]), True)
+    assert image["loss"] == pytest.approx(per_image._loss(alone, data, 0)[0], rel=1e-5)
 
 
 def test_dropout_and_sampling_are_alike_and_random_numbers_go_on(dataset):

@@ -322,6 +322,11 @@ def test_third_slot_suits_the_head():
         ),
         ({"cls": {"type": "FocalLoss", "use_sigmoid": False}}, ValueError, "use_sigmoid=True"),
         ({"cls": {"type": "FocalLoss", "activated": True}}, ValueError, "logits"),
+        (
+            {"cls": {"type": "SlideLoss", "base": {"type": "FocalLoss", "activated": True}}},
+            ValueError,
+            "out of FocalLoss",
+        ),
         ({"box": "GIoULoss"}, TypeError, "'type'"),
         ("nothing.yaml", FileNotFoundError, "nothing.yaml"),
     ],
@@ -405,6 +410,9 @@ def test_description_of_the_parts_of_a_loss():
     of_slide = f"SlideLoss(authors_code=False, decay=None, tau=2000.0, {of_base}) x 3"
     line = describe(load_losses({"cls": joint}), get_cfg())[0]
     assert line == f"cls: JointLoss({of_slide}, GHMC(bins=10, momentum=0.5)), weight 2 x gain 0.5"
+    for given in ({}, {"num_classes": 10}):  # without it, it is the model's
+        line = describe(load_losses({"cls": {"type": "EQLV2Loss", **given}}), get_cfg())[0]
+        assert ("num_classes=10" in line, "1203" in line) == (bool(given), False)
 
 
 OTHER_TASKS = ("yolov10n", "yolov8n-obb", "yolo26n-seg", "yolo26n-pose", "yolov8n-rtdetr")

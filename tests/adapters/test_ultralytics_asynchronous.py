@@ -20,6 +20,7 @@ from ultralytics.utils.tal import RotatedTaskAlignedAssigner, TaskAlignedAssigne
 from detloss_plugins.adapters.ultralytics import assigner as before
 from detloss_plugins.adapters.ultralytics import criterion as module
 from detloss_plugins.adapters.ultralytics.assigner import FastAssigner, assign, padded
+from detloss_plugins.losses import CIoULoss
 from detloss_plugins.registry import registered_losses
 
 pytestmark = since("8.4.0", "its criteria have no method to take the place of")
@@ -227,6 +228,22 @@ def test_all_anchors_give_what_the_positive_ones_give(cls, batches, asynchronous
         state.append(list(criterion.built["box"].state_dict().values()))
     assert_near(found[1], found[0])
     torch.testing.assert_close(state[1], state[0])
+
+
+class Doubled(CIoULoss, row_wise=True):
+    """A loss of somebody's own, with a way of its own to sum up."""
+
+    def forward(self, *args, **settings):
+        return 2 * super().forward(*args, **settings)
+
+
+def test_a_loss_with_a_forward_of_its_own(batches, asynchronous, traced):
+    model, found = detector("yolov8n"), []
+    preds = model(batches["detect"]["img"])
+    for cls in (Doubled, CIoULoss):
+        criterion = ours(model, {**stock_equivalents("yolov8n"), "box": {"type": cls, "compile": True}})
+        found.append(criterion(preds, batches["detect"])[0].detach())
+    torch.testing.assert_close(found[0][0], 2 * found[1][0])
 
 
 @pytest.mark.slow

@@ -71,18 +71,32 @@ def test_smoothing_reaches_every_anchor(batches):
 
 
 @pytest.mark.parametrize("name", ["yolov8n", "yolov8n-rtdetr"])
-def test_another_number_of_classes_is_refused(name):
+@pytest.mark.parametrize(
+    ("cls", "words"),
+    [
+        (
+            {"type": "QualityFocalLoss", "class_weight": [1.0, 2.0]},
+            "QualityFocalLoss has 2 class weights, and the model 10 classes",
+        ),
+        ({"type": "EqualizedFocalLoss", "num_classes": 3}, "with num_classes=3 takes no more logits than that, not 10"),
+        ({"type": "FocalLoss", "alpha": [0.2, 0.3]}, "2 values were given for 10 classes"),
+    ],
+)
+def test_another_number_of_classes_is_refused(name, cls, words):
+    """When the losses are given to the model, before a batch is read; also of a loss that is not in turn yet."""
     slot, losses = ("loss_class", FOR_RTDETR) if name.endswith("rtdetr") else ("cls", LOSSES)
-    weighted = {**losses, slot: {"type": "QualityFocalLoss", "class_weight": [1.0, 2.0]}}
-    with pytest.raises(ValueError, match="QualityFocalLoss has 2 class weights, and the model 10 classes"):
-        install(detector(name), weighted)
+    for loss in (cls, {"type": "ScheduledLoss", "losses": [{"type": "FocalLoss"}, cls], "at": [1]}):
+        with pytest.raises(ValueError, match=words):
+            install(detector(name), {**losses, slot: loss})
 
 
 def test_counts_are_no_difference_between_two_dicts():
-    losses = load_losses({"cls": {"type": "JointLoss", "losses": [{"type": "FocalLoss", "class_weight": "effective"}]}})
-    with_counts = counted(losses, [3] * 10)
-    assert with_counts["cls"]["losses"][0]["class_counts"] == [3] * 10
-    assert unlike(with_counts, losses) == ([], [])
+    for kind in (list, tuple):
+        parts = kind([{"type": "FocalLoss", "class_weight": "effective"}])
+        losses = load_losses({"cls": {"type": "JointLoss", "losses": parts}})
+        with_counts = counted(losses, [3] * 10)
+        assert with_counts["cls"]["losses"][0]["class_counts"] == [3] * 10
+        assert unlike(with_counts, losses) == ([], [])
     assert counted(load_losses(LOSSES), [3]) == load_losses(LOSSES)
 
 
@@ -96,25 +110,30 @@ def labels(data):
 
 @pytest.mark.parametrize("name", ["yolov8n", *(pytest.param(x, marks=pytest.mark.slow) for x in ("yolo26n-obb",))])
 def test_effective_weights_of_a_training_are_those_of_its_labels(name, datasets, tmp_path, caplog):
+    """Without those of a class that is ignored."""
     data, seen = datasets[task_of(name)], []
-    losses = {"cls": {"type": "QualityFocalLoss", "class_weight": "effective", "effective_beta": 0.9}}
+    base = {"type": "QualityFocalLoss", "class_weight": "effective", "effective_beta": 0.9}
+    losses = {"cls": {"type": "SlideLoss", "base": base}}
+    losses["ignore"] = {"classes": [3]}
     trainer = make_trainer(losses, task_of(name))
 
     def look(trainer):
         criteria = branches(trainer.model.criterion) + branches(trainer.ema.ema.criterion)
-        seen.extend(part.built["cls"].class_factors.tolist() for part in criteria)
+        seen.extend(part.built["cls"].base.class_factors.tolist() for part in criteria)
 
     yolo = YOLO(f"{name}.yaml")
     yolo.add_callback("on_fit_epoch_end", look)
     yolo.add_callback("on_fit_epoch_end", interrupt)
     with pytest.raises(Interrupted):
         yolo.train(data=data, epochs=2, project=str(tmp_path), name="run", trainer=trainer, **SETTINGS)
-    expected = effective_weights(labels(data), 0.9)
+    assert labels(data)[3] > 0
+    counts = [0 if index == 3 else count for index, count in enumerate(labels(data))]
+    expected = effective_weights(counts, 0.9)
     assert sum(expected) == pytest.approx(10)
     assert len(set(expected)) > 1
     assert len(seen) == (4 if "26" in name else 2)
     assert all(weights == pytest.approx(expected) for weights in seen)
-    assert trained_losses(tmp_path / "run" / "weights" / "last.pt")["losses"]["cls"]["class_counts"] == labels(data)
+    assert trained_losses(tmp_path / "run" / "weights" / "last.pt")["losses"]["cls"]["base"]["class_counts"] == counts
     caplog.clear()
     yolo = YOLO(str(tmp_path / "run" / "weights" / "last.pt"))
     yolo.train(resume=True, trainer=make_trainer(tmp_path / "run" / "losses.yaml", task_of(name)))

@@ -4,14 +4,19 @@ import csv
 
 import pytest
 import torch
-from support.ultralytics import SETTINGS, branches, detector, known, ours
+from support.ultralytics import SETTINGS, branches, called, detector, known, older, ours
 from ultralytics import YOLO
 
 from detloss_plugins.adapters.ultralytics import criterion_state, make_trainer
 from detloss_plugins.adapters.ultralytics.curves import Curves, scalars
+from detloss_plugins.losses import set_progress
 
 LOSSES = {
-    "cls": {"type": "ScheduledLoss", "losses": [{"type": "BinaryCrossEntropyLoss"}, {"type": "GHMC"}], "at": [1]},
+    "cls": {
+        "type": "ScheduledLoss",
+        "losses": [{"type": "BinaryCrossEntropyLoss", "class_weight": [1.0, 2.0] * 5}, {"type": "GHMC"}],
+        "at": [1],
+    },
     "box": {"type": "JointLoss", "losses": [{"type": "WIoULoss"}, {"type": "NWDLoss", "loss_weight": 2.0}]},
 }
 STATE = {"losses/box/losses.0.mean", "losses/cls/progress"}
@@ -53,6 +58,26 @@ def test_what_is_seen(name, batches):
     assert seen[f"{start}positives"] > 10
 
 
+@pytest.mark.parametrize("kind", ["JointLoss", "ScheduledLoss"])
+def test_parts_are_what_each_has_in_the_slot(kind, batches):
+    """Without what is ignored; half of each where one loss takes over from the other, as the slot normalises it."""
+    model, batch = detector("yolov8n"), batches["detect"]
+    parts = [{"type": "BinaryCrossEntropyLoss"}, {"type": "FocalLoss", "loss_weight": 9.0}]
+    whole, share = {"type": kind, "losses": parts}, 1.0
+    if kind == "ScheduledLoss":
+        parts[1:] = [{"type": "APLoss", "loss_weight": 2.0}]
+        whole, share = {**whole, "at": [0], "fade": 2}, 0.5
+    ignore = {"ignore": {"classes": [0, 4, 7]}} if not older("8.3.200") else {}
+    criterion = ours(model, {"cls": whole, **ignore})
+    set_progress(criterion.built["cls"], epoch=1)
+    looked_at(model, criterion, batch)
+    seen = scalars(criterion)
+    for number, part in enumerate(parts):
+        items = called(ours(model, {"cls": part, **ignore}), model, batch)[1]
+        found = seen[f"losses/cls/{number}_{part['type']}"]
+        assert found == pytest.approx(share * items["cls_loss"].item(), rel=1e-4)
+
+
 def test_gradients_are_those_of_the_backward(batches):
     """With all slots' together and the class slot's alone, whose part of the outputs nothing else reaches."""
     model, batch = detector("yolov8n"), batches["detect"]
@@ -85,6 +110,12 @@ def test_looking_changes_nothing_and_is_done_in_every_so_many_steps(batches, mon
     with torch.no_grad():
         watched(model(batch["img"]), batch)
     assert watched.curves.steps == 7
+
+
+@pytest.mark.parametrize(("curves", "error"), [("often", TypeError), (-1, ValueError), (2.5, TypeError)])
+def test_how_often_to_look(curves, error):
+    with pytest.raises(error, match="curves of make_trainer must be True, False or a number of steps, not"):
+        make_trainer(LOSSES, curves=curves)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """The loss of each image of a data set and of each of its boxes, worst first, to find bad labels with MMDetection."""
 
+import collections
 import contextlib
 import copy
 import csv
@@ -79,9 +80,10 @@ def image_losses(model: torch.nn.Module, dataset, boxes: bool = False) -> Iterat
         dataset: gives what its data loader collates.
         boxes: whether to look at boxes.
     """
-    model, factors = _for_losses(model), {}
+    model, factors, calls = _for_losses(model), {}, collections.Counter()
+    model.register_forward_pre_hook(lambda *_: calls.clear())
     for module in model.modules():
-        module.register_forward_pre_hook(functools.partial(_same_factor, factors), with_kwargs=True)
+        module.register_forward_pre_hook(functools.partial(_same_factor, factors, calls), with_kwargs=True)
     classes = dataset.metainfo.get("classes", ())
     for index in range(len(dataset)):
         with _random_numbers_of(index):
@@ -113,10 +115,14 @@ def _for_losses(model):
     return model
 
 
-def _same_factor(factors, module, args, kwargs):
-    """What an image's losses are divided by stays when a box is left out: else the others would count for more."""
+def _same_factor(factors, calls, module, args, kwargs):
+    """What an image's losses are divided by stays when a box is left out: else the others would count for more.
+
+    A loss may be called more than once with factors of their own, as DINO's are for the denoising queries.
+    """
     if kwargs.get("avg_factor") is not None:
-        kwargs["avg_factor"] = factors.setdefault(module, kwargs["avg_factor"])
+        calls[module] += 1
+        kwargs["avg_factor"] = factors.setdefault((module, calls[module]), kwargs["avg_factor"])
     return args, kwargs
 
 

@@ -180,8 +180,8 @@ class OfHead(Loss):
 
 
 def sum_of_head(loss, inputs, bins, dist, target, places, weight):
-    """The sum of a loss on what the head predicts; see :class:`OfHead`."""
-    if type(loss).reduced is Loss.reduced:
+    """The sum of a loss on what the head predicts; see :class:`OfHead`, which does not call what sums up a loss."""
+    if all(getattr(type(loss), name) is getattr(Loss, name) for name in ("forward", "reduced", "summed", "normalized")):
         return OfHead(loss, bins, inputs)(dist, (target, places), weight, reduction_override="sum")
     return loss(*inputs(bins, dist, target, places, weight), reduction_override="sum")
 

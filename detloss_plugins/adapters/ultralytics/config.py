@@ -153,7 +153,7 @@ def counted(cfg, counts):
     if isinstance(cfg, Mapping):
         own = {"class_counts": counts} if cfg.get("class_weight") == "effective" else {}
         return {**own, **{name: counted(value, counts) for name, value in cfg.items()}}
-    return [counted(part, counts) for part in cfg] if isinstance(cfg, list) else cfg
+    return type(cfg)(counted(part, counts) for part in cfg) if isinstance(cfg, list | tuple) else cfg
 
 
 def unlike(before, losses):
@@ -197,8 +197,8 @@ def _checked(task, slot, cfg):
         )
     if has_bins(loss):
         raise ValueError("The heads of YOLO decode by bins 0, 1, 2 and so on; leave bins out of DistributionFocalLoss.")
-    if getattr(loss, "activated", False):
-        raise ValueError(f"YOLO hands logits to its loss; leave activated=True out of {type(loss).__name__}.")
+    if activated := [type(part).__name__ for part in loss.modules() if getattr(part, "activated", False)]:
+        raise ValueError(f"YOLO hands logits to its loss; leave activated=True out of {activated[0]}.")
     return {"loss_weight": 1.0 if task == "rtdetr" and of_classes else default_gain(loss), **cfg}
 
 

@@ -12,6 +12,7 @@ from ultralytics.utils.loss import BboxLoss, RotatedBboxLoss, v8DetectionLoss
 from ultralytics.utils.ops import xywh2xyxy
 from ultralytics.utils.tal import bbox2dist
 
+from detloss_plugins.adapters.curves import part_values
 from detloss_plugins.adapters.ultralytics import compat
 from detloss_plugins.adapters.ultralytics.assigner import (
     FastAssigner,
@@ -24,9 +25,10 @@ from detloss_plugins.adapters.ultralytics.assigner import (
     sides_of,
     sum_of_head,
 )
-from detloss_plugins.adapters.ultralytics.config import SLOTS, check_task, filled, load_losses
+from detloss_plugins.adapters.ultralytics.config import SLOTS, check_task, counted, filled, load_losses
 from detloss_plugins.adapters.ultralytics.ignore import Regions, StockClassLoss, ignored_classes
 from detloss_plugins.adapters.ultralytics.per_image import per_image
+from detloss_plugins.families import ClassificationLoss
 from detloss_plugins.loss import average_state
 from detloss_plugins.losses import ScheduledLoss, in_turn
 from detloss_plugins.precision import float32, is_asynchronous, without_autocast
@@ -103,10 +105,9 @@ class _ClassSlot:
 
     def __call__(self, pred_scores, target_scores):
         if isinstance(self.loss, ScheduledLoss):
-            slots = ((_ClassSlot(loss, self.weighs, self.regions), share) for loss, share in in_turn(self.loss))
-            found = ((slot(pred_scores, target_scores), share) for slot, share in slots)
+            found = ((slot(pred_scores, target_scores), share) for slot, share in self.in_turn())
             return sum(share * (values if self.weighs else values.sum()) for values, share in found)
-        target = target_scores if self.regions is None else target_scores.masked_fill(self.regions.left_out(), -1)
+        target = self.wanted(target_scores)
         if not self.of_elements:
             return self.loss(pred_scores, target, reduction_override="sum")
         # Under autocast the sum of the scores would be rounded to half precision.
@@ -124,6 +125,21 @@ class _ClassSlot:
             own = self.loss.normalizer(elements.numel(), seen)
             elements = elements * (target_scores.sum().clamp(min=1) / own)
         return self.loss.loss_weight * elements.view_as(pred_scores)
+
+    def in_turn(self):
+        """Of a ScheduledLoss, the losses that count now, each in such a slot, and the share of each."""
+        return [(_ClassSlot(loss, self.weighs, self.regions), share) for loss, share in in_turn(self.loss)]
+
+    def wanted(self, target_scores):
+        """The targets, negative in what is left out."""
+        return target_scores if self.regions is None else target_scores.masked_fill(self.regions.left_out(), -1)
+
+    def parts(self, pred_scores, target_scores):
+        """What each loss that the slot's is made of has in the sum."""
+        if not isinstance(self.loss, ScheduledLoss):
+            return part_values(self.loss, pred_scores, self.wanted(target_scores), reduction_override="sum")
+        values = {slot.loss: share * slot(pred_scores, target_scores).sum() for slot, share in self.in_turn()}
+        return [values.get(part, torch.zeros(())) for part in self.loss.losses]
 
     @staticmethod
     def in_their_places(losses, target_scores):
@@ -241,8 +257,9 @@ def check_head(model, losses):
 
 
 def check_class_weights(model, losses):
-    """Raise ``ValueError`` if a loss has weights for another number of classes than the model."""
+    """Raise ``ValueError`` if a loss has weights, or another setting, for another number of classes than the model."""
     classes = model.model[-1].nc
+    losses = counted(losses, [1] * classes)  # which may not be known yet
     for loss in build_losses(losses, classes, "cpu").values():
         for part in loss.modules():
             weights = getattr(part, "class_factors", None)
@@ -250,6 +267,8 @@ def check_class_weights(model, losses):
                 raise ValueError(
                     f"{type(part).__name__} has {len(weights)} class weights, and the model {classes} classes."
                 )
+            if isinstance(part, ClassificationLoss):
+                part.eval()(torch.zeros(1, classes), torch.zeros(1, classes))  # it says itself what does not fit
 
 
 def check_ignored(model, losses):

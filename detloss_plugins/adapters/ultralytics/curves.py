@@ -54,7 +54,7 @@ class _Slots(Observer):
     def class_loss(self, pred, target):
         found, weights = super().class_loss(pred, target), compat.class_weights(self.stock)
         self.values["cls"] = (found if weights is None else found * weights).sum() / self.normalizer
-        self.inputs["cls"] = pred.flatten(0, 1), target.flatten(0, 1)
+        self.inputs["cls"] = pred, target
         return found
 
     def box_loss(self, *inputs):
@@ -86,7 +86,10 @@ class _Slots(Observer):
         names = part_names(loss)
         if inputs is None:  # without positives
             return [(name, 0 * value) for name in names]
-        parts = part_values(loss, *inputs, reduction_override="sum")
+        if slot == "cls":
+            parts = self.stock.bce.parts(*inputs)
+        else:
+            parts = part_values(loss, *inputs, reduction_override="sum")
         return [(name, (value * part / sum(parts)).nan_to_num()) for name, part in zip(names, parts, strict=True)]
 
 

@@ -24,21 +24,23 @@ from detloss_plugins.adapters.ultralytics.criterion import (
     slot_gains,
 )
 from detloss_plugins.adapters.ultralytics.curves import EVERY, Curves, append, scalars
-from detloss_plugins.adapters.ultralytics.ignore import make_validator
+from detloss_plugins.adapters.ultralytics.ignore import ignored_classes, make_validator
 from detloss_plugins.adapters.ultralytics.model import RECORD, install, student
+from detloss_plugins.facts import Rule, checked
 from detloss_plugins.loss import Loss
 from detloss_plugins.losses import ScheduledLoss, set_progress
 from detloss_plugins.registry import build_loss
 
 LOSSES_FILE = "losses.yaml"  # in the folder of the run, beside args.yaml
 CURVES_FILE = "losses.csv"  # beside results.csv
+HOW_OFTEN = Rule("True, False or a number of steps", lambda value: type(value) in (bool, int) and value >= 0, (int,))
 LOSSES_HEAD = """\
 # The losses of this training. To resume it with them: YOLO("weights/last.pt").train(resume=True,
 # trainer=make_trainer("losses.yaml")); without that trainer Ultralytics goes on with its own losses.
 """
 # Settings that are not in a loss's description: said beside it, or the same in every slot; and if nobody has set them.
 SAID_OTHERWISE = {"loss_weight", "compile", "reduction", "use_sigmoid", "class_counts"}
-UNSAID = {"class_weight": None, "effective_beta": 0.999, "label_smoothing": 0.0}
+UNSAID = {"class_weight": None, "effective_beta": 0.999, "label_smoothing": 0.0, "num_classes": 1203}
 TRAINERS = {
     "detect": DetectionTrainer,
     "segment": SegmentationTrainer,
@@ -66,11 +68,11 @@ def start_at_prior(model, prior):
     LOGGER.info(f"detloss_plugins: class scores start at {prior:g}, unless weights are loaded")
 
 
-def class_counts(dataset, classes):
-    """How many objects of each class the labels of a data set of Ultralytics have, a list."""
+def class_counts(dataset, classes, ignored=()):
+    """How many objects of each class the labels of a data set of Ultralytics have, a list; 0 of an ignored class."""
     labels = [label["cls"] for part in getattr(dataset, "datasets", [dataset]) for label in part.labels]
     found = [torch.bincount(torch.as_tensor(of_image).long().view(-1), minlength=classes) for of_image in labels]
-    return sum(found).tolist()
+    return [0 if index in ignored else count for index, count in enumerate(sum(found).tolist())]
 
 
 def describe(losses, args, task="detect"):
@@ -189,7 +191,8 @@ def make_trainer(losses, task="detect", trainer=None, compile=False, curves=Fals
             suit it, before any data is read. The trainer raises ``ValueError`` for a model of another task, and
             ``RuntimeError`` for training arguments that need a newer Ultralytics.
     """
-    losses, every = load_losses(losses, task), EVERY if curves is True else int(curves)
+    losses, curves = load_losses(losses, task), checked("make_trainer", "curves", curves, HOW_OFTEN)
+    every = EVERY if curves is True else int(curves)
     if compile:
         losses = {slot: cfg if slot == "ignore" else {**cfg, "compile": True} for slot, cfg in losses.items()}
     base = trainer or TRAINERS[task]
@@ -265,8 +268,9 @@ def make_trainer(losses, task="detect", trainer=None, compile=False, curves=Fals
         def set_class_weights(self):
             super().set_class_weights()
             if waits_for_counts:
-                counts = class_counts(self.train_loader.dataset, self.data["nc"])
                 model = student(compat.unwrap_model(self.model))
+                ignored = ignored_classes(self.plugin_losses, model.names)
+                counts = class_counts(self.train_loader.dataset, self.data["nc"], ignored)
                 install(model, counted(self.plugin_losses, counts), self.plugin_state)
                 LOGGER.info(f"detloss_plugins: class weights by the effective numbers of {counts} objects")
             if task == "rtdetr" and self.args.cls_pw:

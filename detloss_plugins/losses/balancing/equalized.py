@@ -88,7 +88,8 @@ class _Equalized(ClassificationLoss):
         size = focus * power(gap, focus - 1) * slope * bce(pred, target) + power(gap, focus) * (pred.sigmoid() - target)
         size = (focus / self.gamma * balance(getattr(self, "alpha", None), target) * size).abs()
         size = apply_weight(apply_weight(size, weight), valid)
-        parts = {"positive": torch.where(target > 0, size, 0.0), "negative": torch.where(target > 0, 0.0, size)}
+        positive = target > self.label_smoothing / 2  # what a target of 0 is after smoothing
+        parts = {"positive": torch.where(positive, size, 0.0), "negative": torch.where(positive, 0.0, size)}
         return {name: part.flatten(0, -2).nansum(0) for name, part in parts.items()}
 
     def summarise(self, sums):

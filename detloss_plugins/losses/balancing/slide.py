@@ -10,7 +10,7 @@ from detloss_plugins.families import ClassificationLoss, of_one_type
 from detloss_plugins.loss import rank_mean
 from detloss_plugins.losses.classification.common import bce, over_base
 from detloss_plugins.precision import float32
-from detloss_plugins.registry import MODELS, build_loss
+from detloss_plugins.registry import MODELS, build_part
 
 __all__ = ["SlideLoss", "slide_loss", "slide_weight"]
 
@@ -92,7 +92,7 @@ class SlideLoss(
     def __init__(self, *, base: Mapping | None = None, decay: Share | None = None, tau: Positive = 2000.0, **settings):
         super().__init__(**settings)
         self.decay, self.tau = decay, tau
-        self.base = build_loss({"type": "BinaryCrossEntropyLoss"} if base is None else base)
+        self.base = build_part({"type": "BinaryCrossEntropyLoss"} if base is None else base)
         if self.base.family != "classification" or not self.base.use_sigmoid:
             raise ValueError(f"base of SlideLoss must be a sigmoid classification loss, not {base['type']}.")
         self.facts = over_base(self.facts, self.base)

@@ -11,7 +11,7 @@ from detloss_plugins.families import BoxLoss, of_one_type
 from detloss_plugins.geometry import Pair, resized
 from detloss_plugins.losses.box.iou import ciou_loss
 from detloss_plugins.reduction import counts
-from detloss_plugins.registry import MODELS, build_loss
+from detloss_plugins.registry import MODELS, build_part
 
 __all__ = [
     "FocalerIoULoss", "InnerIoULoss", "InterpIoULoss", "WIoULoss", "focaler_iou_loss", "inner_iou_loss",
@@ -66,7 +66,7 @@ class _OverABase(BoxLoss, true_gradient=False, attracts=True, filled=("base",)):
 
     def __init__(self, *, base: Mapping | None = CIOU, **settings):
         super().__init__(**settings)
-        self.base = None if base is None else build_loss(base)
+        self.base = None if base is None else build_part(base)
         if self.base is None:
             return
         of_base = self.base.facts

@@ -298,7 +298,8 @@ class GeneralizedFocalLoss(
                 f"GeneralizedFocalLoss between the values {self.values} takes targets of the shape of pred, "
                 f"{tuple(pred.shape)}; class indices and qualities have a meaning for the values (0.0, 1.0) only."
             )
-        return super().prepare(pred, target) if self.values == (0.0, 1.0) else Loss.prepare(self, pred, target)
+        # Only between values of which one is negative can a target be, and is not ignored.
+        return super().prepare(pred, target) if self.values[0] >= 0 else Loss.prepare(self, pred, target)
 
 
 def gaussian_focal_loss(
