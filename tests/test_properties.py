@@ -35,7 +35,7 @@ def test_no_fact_of_a_box_loss_claims_too_little(loss_cls, device):
 def test_every_setting_states_what_it_may_be():
     """But for configs of other losses, which those check."""
     free = {name for cls in registered_losses().values() for name, rule in cls.rules.items() if rule is None}
-    assert free == {"base", "losses", "loss_cls", "loss_bbox"}
+    assert free == {"base", "loss_cls", "loss_bbox"}
 
 
 REFUSED = [

@@ -58,7 +58,9 @@ def read(root, split):
     yolos, cocos = {}, {}
     for image in coco["images"]:
         name = image["file_name"]
-        lines = np.array((root / "labels" / split / name).with_suffix(".txt").read_text().split(), dtype=float)
+        lines = np.array(
+            (root / "labels" / split / name).with_suffix(".txt").read_text(encoding="utf-8").split(), dtype=float
+        )
         classes, centres, sizes = np.split(lines.reshape(-1, 5), [1, 3], axis=1)
         assert (classes == 0).all()
         yolos[name] = trees.SIZE * np.hstack([centres - sizes / 2, centres + sizes / 2])
