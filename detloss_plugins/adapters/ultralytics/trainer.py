@@ -40,7 +40,7 @@ LOSSES_HEAD = """\
 """
 # Settings that are not in a loss's description: said beside it, or the same in every slot; and if nobody has set them.
 SAID_OTHERWISE = {"loss_weight", "compile", "reduction", "use_sigmoid", "class_counts"}
-UNSAID = {"class_weight": None, "effective_beta": 0.999, "label_smoothing": 0.0, "num_classes": 1203}
+UNSAID = {"bins": None, "class_weight": None, "effective_beta": 0.999, "label_smoothing": 0.0, "num_classes": 1203}
 TRAINERS = {
     "detect": DetectionTrainer,
     "segment": SegmentationTrainer,
