@@ -46,8 +46,8 @@ SPLITS = {
     "val": {"YELL-541000": "2019_YELL_2_541000_4977000_image_crop"},
     "test": {"OSBS": "OSBS_029", "SOAP": "SOAP_061"},
 }
-SOURCE = f"""The tiles in this folder are cut from photographs and boxes in the folder deepforest/data of the Python
-package {PACKAGE} (https://pypi.org/project/deepforest/2.1.0/), which has this licence:
+SOURCE = f"""The tiles in this folder are cut from photographs and boxes in the folder deepforest/data of
+{PACKAGE} of the Python Package Index, which has this licence:
 
 """
 

@@ -20,13 +20,7 @@ from detloss_plugins.precision import is_compiling
 _BOXES = ("box", "regression", "rotated", "uncertainty")
 # The families that an attribute of a head takes.
 FAMILIES = {
-    "loss_cls": (
-        "classification",
-        "ranking",
-        "heatmap",
-        "soft label",
-        "regression",
-    ),  # YOLOv3's head takes the last two
+    "loss_cls": ("classification", "ranking", "heatmap", "soft label", "regression"),  # YOLOv3's takes the last two
     "loss_bbox": _BOXES,
     "loss_bbox_init": _BOXES,
     "loss_bbox_refine": _BOXES,
