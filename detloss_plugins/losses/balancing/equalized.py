@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from detloss_plugins.facts import MMDET, Count, NonNegative, NotWeighed, Positive, Share, Upstream
-from detloss_plugins.families import ClassificationLoss, of_one_type
-from detloss_plugins.loss import rank_mean
+from detloss_plugins.facts import MMDET, NonNegative, NotWeighed, Positive, Share, Upstream
+from detloss_plugins.families import of_one_type
+from detloss_plugins.losses.balancing.long_tail import GradientRatio
 from detloss_plugins.losses.classification.common import KeepsPositives, bce, power
 from detloss_plugins.losses.classification.focal import balance, focal_loss, miss, quality_focal_loss
 from detloss_plugins.reduction import apply_weight
@@ -60,15 +60,10 @@ def equalized_quality_focal_loss(
     return focus / gamma * quality_focal_loss(pred, target, beta=focus)
 
 
-class _Equalized(ClassificationLoss):
-    """The state of both: the gradient that the positives and the negatives of each class have had so far."""
+class _Equalized(GradientRatio):
+    """What both take from their state: its ratio is at most 1."""
 
-    def __init__(self, *, num_classes: Count = 1203, **settings):
-        super().__init__(**settings)
-        self.num_classes = num_classes
-        self.register_buffer("pos_grad", torch.zeros(num_classes))
-        self.register_buffer("neg_grad", torch.zeros(num_classes))
-        self.register_buffer("pos_neg", torch.ones(num_classes))
+    start = largest = 1.0
 
     def prepare(self, pred, target):
         if pred.shape[-1] > self.num_classes:
@@ -77,10 +72,6 @@ class _Equalized(ClassificationLoss):
                 f"not {pred.shape[-1]}."
             )
         return super().prepare(pred, target)
-
-    @property
-    def observes(self):
-        return self.learning
 
     def statistics(self, pred, target, valid, weight):
         focus, (gap, slope) = _focus(pred, self.gamma, self.scale, self.pos_neg), self.gap(pred, target)
@@ -91,17 +82,6 @@ class _Equalized(ClassificationLoss):
         positive = target > self.label_smoothing / 2  # what a target of 0 is after smoothing
         parts = {"positive": torch.where(positive, size, 0.0), "negative": torch.where(positive, 0.0, size)}
         return {name: part.flatten(0, -2).nansum(0) for name, part in parts.items()}
-
-    def summarise(self, sums):
-        ratio = self.pos_neg.clone()
-        if sums:
-            for buffer, name in ((self.pos_grad, "positive"), (self.neg_grad, "negative")):
-                found = rank_mean(sums[name].to(buffer.dtype))
-                buffer[: len(found)].add_(found)
-            seen = self.pos_grad + self.neg_grad > 0
-            found = (self.pos_grad / (self.neg_grad + 1e-10)).clamp(max=1)
-            self.pos_neg.copy_(torch.where(seen, found, self.pos_neg))
-        return {"ratio": ratio}
 
 
 _EXAMPLE = {"num_classes": 10}

@@ -1,7 +1,7 @@
 """Losses for data sets in which some classes are rare: the weights follow what has been seen of each."""
 
 import math
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -199,9 +199,39 @@ def eqlv2_weight(target: Tensor, ratio: Tensor, gamma: float, mu: float, alpha: 
     return torch.lerp(negative, 1 + alpha * (1 - negative), target)
 
 
+class GradientRatio(ClassificationLoss):
+    """A state: the gradient that the positives and the negatives of each class have had so far, and their ratio."""
+
+    start: ClassVar[float]  # the ratio of a class that has had none
+    largest: ClassVar[float | None] = None  # what the ratio is cut at
+
+    def __init__(self, *, num_classes: Count = 1203, **settings):
+        super().__init__(**settings)
+        self.num_classes = num_classes
+        self.register_buffer("pos_grad", torch.zeros(num_classes))
+        self.register_buffer("neg_grad", torch.zeros(num_classes))
+        self.register_buffer("pos_neg", torch.full((num_classes,), self.start))
+
+    @property
+    def observes(self):
+        return self.learning
+
+    def summarise(self, sums):
+        ratio = self.pos_neg.clone()
+        if sums:
+            for buffer, name in ((self.pos_grad, "positive"), (self.neg_grad, "negative")):
+                found = rank_mean(sums[name].to(buffer.dtype))
+                buffer[: len(found)].add_(found)
+            seen = self.pos_grad + self.neg_grad > 0
+            found = self.pos_grad / (self.neg_grad + 1e-10)
+            found = found if self.largest is None else found.clamp(max=self.largest)
+            self.pos_neg.copy_(torch.where(seen, found, self.pos_neg))
+        return {"ratio": ratio}
+
+
 @MODELS.register_module()
 class EQLV2Loss(
-    ClassificationLoss,
+    GradientRatio,
     fn=eqlv2_loss,
     paper="https://arxiv.org/abs/2012.08548",
     row_wise=True,
@@ -221,13 +251,7 @@ class EQLV2Loss(
         gamma, mu, alpha: see :func:`eqlv2_loss`.
     """
 
-    def __init__(self, *, num_classes: Count = 1203, **settings):
-        super().__init__(**settings)
-        self.num_classes = num_classes
-        # The ratio starts so high that every weight is 1.
-        self.register_buffer("pos_grad", torch.zeros(num_classes))
-        self.register_buffer("neg_grad", torch.zeros(num_classes))
-        self.register_buffer("pos_neg", torch.full((num_classes,), 100.0))
+    start = 100.0  # so high that every weight is 1
 
     def prepare(self, pred, target):
         if pred.shape[-1] not in (self.num_classes, self.num_classes + 1):
@@ -237,24 +261,11 @@ class EQLV2Loss(
             )
         return super().prepare(pred, target)
 
-    @property
-    def observes(self):
-        return self.learning
-
     def statistics(self, pred, target, valid, weight):
         size = (pred.sigmoid() - target).abs() * eqlv2_weight(target, self.pos_neg, **self.settings)
         size = apply_weight(size, valid)[..., : self.num_classes].flatten(0, -2)
         positive = size * target[..., : self.num_classes].flatten(0, -2)
         return {"positive": positive.nansum(0), "negative": (size - positive).nansum(0)}
-
-    def summarise(self, sums):
-        ratio = self.pos_neg.clone()
-        if sums:
-            for buffer, name in ((self.pos_grad, "positive"), (self.neg_grad, "negative")):
-                buffer.add_(rank_mean(sums[name].to(buffer.dtype)))
-            seen = self.pos_grad + self.neg_grad > 0
-            self.pos_neg.copy_(torch.where(seen, self.pos_grad / (self.neg_grad + 1e-10), self.pos_neg))
-        return {"ratio": ratio}
 
     def get_activation(self, cls_score):
         """Scores from logits ``(N, C + 1)``: class times not-background; the background last."""
