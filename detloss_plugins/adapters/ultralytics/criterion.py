@@ -199,9 +199,7 @@ class _BoxCriterion(BboxLoss):
             tell_image_size(self.box, float32(imgsz))
             loss_box = self.box(boxes, target_boxes, weight, reduction_override="sum")
         if self.dfl is not None:
-            # One loss a side; a box counts as the mean of its four.
-            each = (weight / 4).unsqueeze(-1).expand(*weight.shape, 4)
-            loss_dfl = self.dfl(*self.sides(dist, target, places, imgsz), each, reduction_override="sum")
+            loss_dfl = self.sum_of_sides(dist, target, places, weight, imgsz)
         return loss_box, loss_dfl
 
     def sums_of_head(self, dist, target, places, weight, imgsz):
@@ -210,9 +208,12 @@ class _BoxCriterion(BboxLoss):
         loss_box = sum_of_head(self.box, boxes_of, self.reg_max, dist, target, places, weight)
         if self.reg_max > 1:
             return loss_box, sum_of_head(self.dfl, sides_of, self.reg_max, dist, target, places, weight)
+        return loss_box, self.sum_of_sides(dist, target / places[..., 2:], places, weight, imgsz)
+
+    def sum_of_sides(self, dist, target, places, weight, imgsz):
+        """The summed loss of the ``dfl`` slot; a box counts as the mean of its four sides."""
         each = (weight / 4).unsqueeze(-1).expand(*weight.shape, 4)
-        of_sides = self.sides(dist, target / places[..., 2:], places, imgsz)
-        return loss_box, self.dfl(*of_sides, each, reduction_override="sum")
+        return self.dfl(*self.sides(dist, target, places, imgsz), each, reduction_override="sum")
 
     def sides(self, dist, target, places, imgsz):
         """What the head predicts for the four sides of a box, and the distances it should predict."""
