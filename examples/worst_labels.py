@@ -19,21 +19,10 @@ from detloss_plugins.adapters.ultralytics import make_trainer, per_image
 
 sys.path.append(str(Path(__file__).parents[1] / "tools"))
 from digits import build_digits
+from train import DIGITS_ARGS
 
 LOSSES = {"cls": {"type": "BinaryCrossEntropyLoss"}, "box": {"type": "CIoULoss"}}
 BROKEN = {"0017": (0, "class"), "0203": (1, "box")}  # image -> which of its lines, and what is wrong with it
-SETTINGS = {
-    "imgsz": 128,
-    "batch": 16,
-    "nbs": 16,
-    "optimizer": "AdamW",
-    "lr0": 0.002,
-    "warmup_epochs": 1,
-    "mosaic": 0.0,
-    "fliplr": 0.0,
-    "plots": False,
-    "workers": 0,
-}
 
 
 def break_labels(root):
@@ -78,9 +67,8 @@ def main(argv=None):
         config.write_text(config.read_text(encoding="utf-8").replace(str(stock), str(root)), encoding="utf-8")
         break_labels(root)
         yolo = YOLO("yolov8n.yaml")
-        yolo.train(
-            data=str(config), epochs=args.epochs, project=folder, trainer=make_trainer(LOSSES), seed=0, **SETTINGS
-        )
+        settings = {**DIGITS_ARGS, "epochs": args.epochs, "workers": 0}
+        yolo.train(data=str(config), project=folder, trainer=make_trainer(LOSSES), seed=0, **settings)
         worst = sorted(costs_of_labels(yolo.trainer), reverse=True)[:10]
     for cost, file, line, label in worst:
         wrong = f"   its {BROKEN[file.stem][1]} is wrong" if BROKEN.get(file.stem, (None,))[0] == line else ""
