@@ -4,10 +4,11 @@ import hashlib
 import itertools
 import json
 
-import digits
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
+
+from detloss_plugins.testing import digits
 
 
 @pytest.fixture(scope="module")

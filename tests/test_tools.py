@@ -21,12 +21,12 @@ import table
 import timing
 import torch
 import train
-from command import UsageError
 from mmengine.config import ConfigDict
 from PIL import Image
 from support.commands import ROOT
 
 from detloss_plugins.adapters.ultralytics import compat
+from detloss_plugins.cli._common import UsageError
 from detloss_plugins.configs import find
 from detloss_plugins.facts import Upstream
 from detloss_plugins.losses import FocalLoss, GIoULoss, ap_loss

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import train
 import trees
-from command import RunError, UsageError, cache_folder
 from PIL import Image
+
+from detloss_plugins.cli._common import RunError, UsageError
+from detloss_plugins.testing.digits import cache_folder
 
 ROOT = Path(__file__).parents[1]
 # Of a photograph of 600 x 300 pixels, and where they are to be found: (tile's column, box).

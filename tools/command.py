@@ -1,30 +1,15 @@
-"""What the commands share: errors in one sentence, and files that can be written before anything is measured."""
+"""What the tools with argparse share: files and devices are looked at before anything is measured."""
 
-import os
-import sys
-from pathlib import Path
-
-
-class UsageError(Exception):
-    """Something the user can put right; its message is a sentence or some, a line each."""
-
-    status = 2
-
-
-class RunError(UsageError):
-    """What went wrong while the command was at work, in a sentence."""
-
-    status = 1
+from detloss_plugins.cli._common import UsageError
 
 
 def finish(work, *args):
-    """Run a command's work and return its exit status; an error of the classes above is printed, not traced."""
+    """Run a tool's work and return its exit status; a :class:`UsageError` is printed, not traced."""
     try:
         return work(*args) or 0
     except UsageError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        return error.status
+        error.show()
+        return error.exit_code
 
 
 def check_files(parser, *paths):
@@ -45,28 +30,6 @@ def check_picture(parser, path):
     formats = Figure().canvas.get_supported_filetypes()
     if path and path.suffix[1:] not in formats:
         parser.error(f"the picture's name must end in one of .{', .'.join(sorted(formats))}, not {path}")
-
-
-def check_folder(path):
-    """Raise :class:`UsageError` if a folder is not there and cannot be made; makes nothing."""
-    path = Path(path).absolute()
-    there = next(folder for folder in (path, *path.parents) if folder.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise UsageError(f"cannot write {path}: {there} is no folder that you may write in")
-
-
-def cache_folder():
-    """The folder of the data sets that the tools build, ``$DETLOSS_PLUGINS_CACHE`` or ``~/.cache/detloss_plugins``."""
-    return Path(os.environ.get("DETLOSS_PLUGINS_CACHE") or Path.home() / ".cache" / "detloss_plugins")
-
-
-def put(new, place):
-    """Rename a finished folder to ``place``, whole or not at all, also when two processes build it at once."""
-    try:
-        new.rename(place)
-    except OSError:
-        if not place.exists():
-            raise
 
 
 def check_device(parser, name):

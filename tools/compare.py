@@ -10,11 +10,12 @@ import json
 import sys
 from pathlib import Path
 
-from command import RunError, check_files, finish
+from command import check_files, finish
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from detloss_plugins.cli._common import RunError
 from detloss_plugins.registry import loss_class, registered_losses
 from detloss_plugins.testing import parity
 from detloss_plugins.testing.twins import in_words, load
@@ -90,7 +91,7 @@ def compare(names, args):
     for host in ("mmdet", "ultralytics"):  # whose trainings the tensors are of
         if importlib.util.find_spec(host) is None:
             raise RunError(f"{host} is not installed: uv run --all-groups tools/compare.py ...")
-    from training_tensors import training_tensors
+    from detloss_plugins.testing.training_tensors import training_tensors
 
     found = rows(names, training_tensors(), progress=track)
     print_table(found)

@@ -21,14 +21,16 @@ from pathlib import Path
 
 import torch
 from bench import machine
-from command import UsageError, check_device, check_files, finish
-from digits import build_digits
+from command import check_device, check_files, finish
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from timing import kernels_and_waits, named_loops, spread, synchronize
-from train import DIGITS_ARGS
-from training_tensors import quiet
+
+from detloss_plugins.cli._common import UsageError
+from detloss_plugins.cli.train import DIGITS_ARGS
+from detloss_plugins.testing.digits import build_digits
+from detloss_plugins.testing.training_tensors import quiet
 
 STOCK = {
     "cls": {"type": "BinaryCrossEntropyLoss"},

@@ -28,8 +28,11 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
-from command import RunError, UsageError, cache_folder, check_folder, finish, put
+from command import finish
 from PIL import Image
+
+from detloss_plugins.cli._common import RunError, UsageError, check_folder
+from detloss_plugins.testing.digits import cache_folder, put
 
 VERSION = 1  # part of the folder's name: raise it when a line below changes the tiles
 SIZE = 256

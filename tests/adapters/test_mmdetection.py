@@ -9,7 +9,6 @@ import time
 
 import pytest
 import torch
-from digits import build_digits
 from mmdet.registry import MODELS as MMDET_MODELS
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
@@ -39,6 +38,7 @@ from support.mmdetection import (
 from detloss_plugins.families import BoxLoss
 from detloss_plugins.loss import Loss
 from detloss_plugins.registry import MODELS, loss_class
+from detloss_plugins.testing.digits import build_digits
 
 pytestmark = pytest.mark.usefixtures("mmdet_scope")
 

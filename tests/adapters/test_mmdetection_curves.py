@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from digits import build_digits
 from mmengine.hooks import Hook
 from support.mmdetection import DIGITS, run, small
+
+from detloss_plugins.testing.digits import build_digits
 
 pytestmark = pytest.mark.usefixtures("mmdet_scope")
 

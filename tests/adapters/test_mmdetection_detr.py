@@ -5,7 +5,6 @@ import textwrap
 
 import pytest
 import torch
-from digits import build_digits
 from mmdet.registry import MODELS as MMDET_MODELS
 from mmdet.structures.bbox import bbox_cxcywh_to_xyxy, bbox_overlaps
 from mmengine.structures import InstanceData
@@ -27,6 +26,7 @@ from support.mmdetection_detr import DEFORMABLE, DINO, MORE, QUALITY, WITH_STATE
 
 from detloss_plugins.losses import NWDLoss, QualityFocalLoss
 from detloss_plugins.registry import loss_class
+from detloss_plugins.testing.digits import build_digits
 
 pytestmark = pytest.mark.usefixtures("mmdet_scope")
 

@@ -7,7 +7,6 @@ import itertools
 
 import pytest
 import torch
-from digits import build_digits
 from mmdet.registry import MODELS as MMDET_MODELS
 from mmdet.structures.bbox import HorizontalBoxes
 from mmengine.config import ConfigDict
@@ -17,6 +16,7 @@ from support.mmdetection_features import CLASSES, SCENES, STRIDES, features, gra
 from timing import kernels_and_waits
 
 from detloss_plugins.adapters.mmdetection import stock_config
+from detloss_plugins.testing.digits import build_digits
 
 pytestmark = pytest.mark.usefixtures("mmdet_scope")
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from digits import build_digits
 from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.registry import DATASETS
@@ -18,6 +17,7 @@ from support import mmdetection_detr
 from support.mmdetection import CONFIG_DIR, DIGITS, Interrupt, build, run, small
 
 from detloss_plugins.adapters.mmdetection import image_losses, per_image
+from detloss_plugins.testing.digits import build_digits
 
 pytestmark = pytest.mark.usefixtures("mmdet_scope")
 

@@ -5,7 +5,6 @@ Heads only, on random features, but for the run that is stopped and resumed.
 
 import pytest
 import torch
-from digits import build_digits
 from mmdet.registry import MODELS as MMDET_MODELS
 from mmdet.structures.bbox import bbox_overlaps
 from mmengine.config import ConfigDict
@@ -15,6 +14,7 @@ from support.mmdetection import CONFIG_DIR, Interrupt, run, small
 from support.mmdetection_features import CLASSES, SCENES, STRIDES, features, grads, samples
 
 from detloss_plugins.losses import ALRPLoss, APLoss, DRLoss, GIoULoss, RankSortLoss, rank_sort_errors
+from detloss_plugins.testing.digits import build_digits
 
 pytestmark = pytest.mark.usefixtures("mmdet_scope")
 

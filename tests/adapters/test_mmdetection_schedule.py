@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from digits import build_digits
 from mmdet.registry import MODELS as MMDET_MODELS
 from mmengine.hooks import Hook
 from mmengine.runner import set_random_seed
@@ -10,6 +9,7 @@ from support.mmdetection import DIGITS, run, small
 from support.mmdetection_features import CLASSES, STRIDES, features, samples
 
 from detloss_plugins.losses import set_progress
+from detloss_plugins.testing.digits import build_digits
 
 pytestmark = pytest.mark.usefixtures("mmdet_scope")
 

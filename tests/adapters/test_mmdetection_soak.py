@@ -8,7 +8,6 @@ import time
 
 import pytest
 import torch
-from digits import build_digits
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.dist import all_reduce_params
@@ -20,6 +19,7 @@ from support.ranks import two_ranks
 from torch.nn.parallel import DistributedDataParallel
 
 from detloss_plugins.registry import registered_losses
+from detloss_plugins.testing.digits import build_digits
 
 RETINANET, FASTER_RCNN = (CONFIG_DIR / f"{name}_r50_fpn_1x_coco.py" for name in ("retinanet", "faster-rcnn"))
 MOMENTUM = {"GHMC": {"momentum": 0.75}, "GHMR": {"momentum": 0.7}, "SlideLoss": {"decay": 0.999}}

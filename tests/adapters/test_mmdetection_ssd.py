@@ -8,7 +8,6 @@ import time
 import mmdet.models
 import pytest
 import torch
-from digits import build_digits
 from mmdet.registry import MODELS as MMDET_MODELS
 from mmengine.config import ConfigDict
 from mmengine.optim import build_optim_wrapper
@@ -35,6 +34,7 @@ from support.mmdetection_features import CLASSES, features, grads, samples
 from detloss_plugins.loss import Loss
 from detloss_plugins.losses import MultiBoxLoss
 from detloss_plugins.registry import loss_class
+from detloss_plugins.testing.digits import build_digits
 
 pytestmark = pytest.mark.usefixtures("mmdet_scope")
 

@@ -5,7 +5,6 @@ import copy
 import numpy as np
 import pytest
 import torch
-from digits import build_digits
 from mmdet.apis import inference_detector, init_detector
 from mmengine.config import Config
 from mmengine.hub import get_config
@@ -14,6 +13,7 @@ from support.commands import python
 from support.mmdetection import CONFIG_DIR, DIGITS, Interrupt, build, run, shrink, small
 
 from detloss_plugins.adapters.mmdetection import NotStockError, StockConfigHook, stock_config
+from detloss_plugins.testing.digits import build_digits
 
 pytestmark = pytest.mark.usefixtures("mmdet_scope")
 

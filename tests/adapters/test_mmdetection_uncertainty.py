@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-from digits import build_digits
 from mmdet.registry import MODELS as MMDET_MODELS
 from mmdet.registry import TASK_UTILS
 from mmdet.structures.bbox import bbox_overlaps
@@ -29,6 +28,7 @@ from support.mmdetection_uncertainty import (
 )
 
 from detloss_plugins.adapters.mmdetection import CornerBBoxCoder
+from detloss_plugins.testing.digits import build_digits
 
 pytestmark = pytest.mark.usefixtures("mmdet_scope")
 

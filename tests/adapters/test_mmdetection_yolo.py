@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from digits import build_digits
 from mmdet.registry import MODELS as MMDET_MODELS
 from mmengine.config import Config
 from mmengine.structures import InstanceData
@@ -24,6 +23,7 @@ from support.mmdetection import (
 )
 
 from detloss_plugins.registry import loss_class
+from detloss_plugins.testing.digits import build_digits
 
 pytestmark = pytest.mark.usefixtures("mmdet_scope")
 

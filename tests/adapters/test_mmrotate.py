@@ -5,7 +5,6 @@ import re
 
 import pytest
 import torch
-from digits import build_dota
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmengine.runner import Runner, set_random_seed
@@ -14,6 +13,7 @@ from support.commands import ROOT, train
 from detloss_plugins import build_loss
 from detloss_plugins.losses.rotated import GWDLoss
 from detloss_plugins.testing import sample
+from detloss_plugins.testing.digits import build_dota
 
 pytest.importorskip("mmrotate", reason="mmrotate is not installed: it needs onedl-mmcv, which takes mmcv's place")
 

@@ -4,7 +4,6 @@ import warnings
 
 import pytest
 import torch
-from digits import build_digits
 from mmdet.structures import DetDataSample
 from mmengine.dist import all_reduce_params
 from mmengine.registry import DefaultScope
@@ -16,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from detloss_plugins.adapters import heads
 from detloss_plugins.adapters.ultralytics import install
+from detloss_plugins.testing.digits import build_digits
 
 STEPS = 2
 WARNING = 'write custom_hooks=[dict(type="SyncBuffersHook")]'

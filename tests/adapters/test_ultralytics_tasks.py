@@ -7,7 +7,6 @@ import math
 import sys
 from types import SimpleNamespace
 
-import digits
 import pytest
 import torch
 from support.ultralytics import (
@@ -68,6 +67,7 @@ from detloss_plugins.adapters.ultralytics import (
 )
 from detloss_plugins.adapters.ultralytics.trainer import class_biases, start_at_prior
 from detloss_plugins.registry import registered_losses
+from detloss_plugins.testing import digits
 
 RTDETR_NAME = "yolov8n-rtdetr"
 

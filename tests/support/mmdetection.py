@@ -10,7 +10,6 @@ from pathlib import Path
 import mmdet.models
 import pytest
 import torch
-from digits import build_digits
 from mmdet.registry import MODELS as MMDET_MODELS
 from mmdet.structures.mask import BitmapMasks
 from mmengine.config import Config
@@ -18,6 +17,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner, set_random_seed
 
 from detloss_plugins.registry import MODELS, loss_class, registered_losses
+from detloss_plugins.testing.digits import build_digits
 
 CONFIG_DIR = Path(__file__).parents[2] / "configs" / "mmdetection"
 DIGITS = CONFIG_DIR / "gfl_r18_fpn_digits.py"

@@ -3,7 +3,6 @@
 import functools
 import inspect
 
-import digits
 import pytest
 import torch
 import yaml
@@ -22,6 +21,7 @@ from ultralytics.utils.checks import parse_version
 
 from detloss_plugins.adapters.ultralytics import TRAINERS, install, model_task
 from detloss_plugins.adapters.ultralytics.compat import E2ELoss
+from detloss_plugins.testing import digits
 
 # Of the models below, those that this version of Ultralytics has.
 FILES = {path.stem for path in (ROOT / "cfg" / "models").rglob("*.yaml")}

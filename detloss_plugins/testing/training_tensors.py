@@ -9,7 +9,8 @@ from contextlib import contextmanager, redirect_stdout, suppress
 
 import numpy as np
 import torch
-from digits import NAMES, build_digits
+
+from detloss_plugins.testing.digits import NAMES, build_digits
 
 STEPS = 3  # optimiser steps before the capture, so that the tensors are not those of an untouched initialisation
 

@@ -1,0 +1,460 @@
+"""The subcommand that trains a detector with losses of ours."""
+
+import copy
+import json
+import os
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import yaml
+
+from ..configs import find
+from ._common import INSTALL, RunError, UsageError, check_folder, first_line
+
+DEFAULT_CONFIG = "vfl_eiou_dfl"
+# Small images, few of them, glyphs that must not be mirrored: enough for a detector that works after 12 epochs.
+DIGITS_ARGS = {
+    "imgsz": 128,
+    "epochs": 12,
+    "batch": 16,
+    "nbs": 16,
+    "optimizer": "AdamW",
+    "lr0": 0.002,
+    "warmup_epochs": 1,
+    "mosaic": 0.0,
+    "fliplr": 0.0,
+    "plots": False,
+}
+UNREADABLE = (EOFError, RuntimeError, pickle.UnpicklingError)  # what torch makes of a file that is no checkpoint
+SCHEDULE_KEYS = {"begin", "end", "milestones", "step_size", "T_max"}  # of mmengine's schedulers, in epochs
+LOAD_ALL = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"  # torch's own switch, from 2.6 on
+
+
+def config_path(word):
+    """The file that a CONFIG means: itself, or the package's config of this name; ``ValueError`` if there is none."""
+    if Path(word).suffix or len(Path(word).parts) > 1:
+        return Path(word)
+    return find(word)
+
+
+def yaml_of(text, where):
+    """The content of some YAML; ``UsageError`` says where it comes from."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"{where} is no YAML: {' '.join(str(error).split())}") from error
+
+
+def yolo_losses(losses, overrides):
+    """A dict of losses, or that of a YAML file, with ``slot.key`` overrides taken out of ``overrides``."""
+    from ..adapters.ultralytics import SLOTS
+
+    if not isinstance(losses, dict):
+        path, losses = losses, yaml_of(losses.read_text(encoding="utf-8"), losses) or {}
+        if not isinstance(losses, dict):
+            raise UsageError(f"{path} must hold a dict of losses such as {{cls: {{type: VarifocalLoss}}}}.")
+    losses = dict(losses)
+    slots = {"ignore", *(slot for of_task in SLOTS.values() for slot in of_task)}
+    for key in [key for key in overrides if key.split(".")[0] in slots and "." in key]:
+        slot, name = key.split(".", 1)
+        value = overrides.pop(key)
+        losses[slot] = {"type": value} if name == "type" else {**(losses.get(slot) or {}), name: value}
+    return losses
+
+
+def yolo_checkpoint(args, overrides):
+    """The checkpoint that ``resume`` names, which is taken out of ``overrides``; None for a new training."""
+    resume = overrides.pop("resume", None)
+    if not resume:
+        return None
+    if resume is True and args.work_dir is None:
+        raise UsageError("resume=true needs --work-dir, or name the checkpoint: resume=runs/x/weights/last.pt.")
+    last = args.work_dir / "weights" / "last.pt" if resume is True else Path(str(resume))
+    if last.suffix != ".pt" or not last.is_file():
+        raise UsageError(f"There is no checkpoint {last} to resume.")
+    if args.work_dir is not None and not last.resolve().is_relative_to(args.work_dir.resolve()):
+        raise UsageError(f"A run that resumes goes on in its own folder, {last.parents[1]}: leave --work-dir out.")
+    if "model" in overrides:
+        raise UsageError(f"A run that resumes keeps its model: leave model={overrides['model']} out.")
+    return last
+
+
+def losses_to_resume_with(args, overrides, last, task):
+    """The losses of a run that resumes: those of its record, unless other ones are asked for."""
+    from ..adapters.ultralytics import load_losses, trained_losses
+    from ..adapters.ultralytics.config import unlike
+
+    before = load_losses((trained_losses(last) or {"losses": {}})["losses"], task)
+    losses = load_losses(yolo_losses(args.config if args.config_given else before, overrides), task)
+    differ, _ = unlike(before, losses)
+    if differ and not args.new_losses:
+        were = "; ".join(f"{slot}: {before.get(slot, 'the stock loss')}" for slot in differ)
+        raise UsageError(f"{last} was trained with other losses ({were}): to resume it with yours, give --new-losses.")
+    if not losses and not args.new_losses:
+        raise UsageError(f"{last} was trained with stock losses only: give a CONFIG and --new-losses to resume it.")
+    return losses
+
+
+def resuming_with(settings, trainer):
+    """A trainer that refuses those settings which Ultralytics, on a resume, leaves as the run was started with."""
+
+    class Resuming(trainer):
+        def check_resume(self, overrides):
+            super().check_resume(overrides)
+            for key, value in settings.items():
+                if (kept := getattr(self.args, key)) != value:
+                    raise UsageError(f"A run that resumes keeps its {key}={kept}: leave {key}={value} out.")
+
+    return Resuming
+
+
+def check_yolo(settings):
+    """Raise ``UsageError`` if Ultralytics would refuse the training arguments or the data YAML."""
+    from ultralytics.cfg import get_cfg
+    from ultralytics.data.utils import check_det_dataset
+
+    try:
+        get_cfg(overrides=settings)
+    except (SyntaxError, TypeError, ValueError) as error:
+        raise UsageError(first_line(error)) from error
+    try:
+        check_det_dataset(settings["data"])
+    except Exception as error:  # of the user's own file
+        raise UsageError(f"{settings['data']} is no data set: {first_line(error)}") from error
+
+
+def yolo_data(data, task):
+    """Path of the data YAML and the training arguments that go with it."""
+    from ..testing.digits import build_digits, cache_folder
+
+    if data is None:
+        return build_digits("detect" if task == "rtdetr" else task) / "digits.yaml", DIGITS_ARGS
+    if data.is_dir():
+        found = sorted([*data.glob("*.yaml"), *data.glob("*.yml")])
+        if len(found) != 1:
+            raise UsageError(f"{data} must hold exactly one data YAML, but holds {len(found)}; give its path.")
+        data = found[0]
+    of_digits = data.name == "digits.yaml" and data.resolve().parents[1] == cache_folder().resolve()  # their scenarios
+    return data, DIGITS_ARGS if of_digits else {}
+
+
+def train_yolo(args):
+    """Train with Ultralytics and print what came out."""
+    from ultralytics import RTDETR, YOLO
+
+    from ..adapters.ultralytics import check_head, describe, make_trainer, model_task
+    from ..adapters.ultralytics.compat import TooOldError
+    from ..adapters.ultralytics.ignore import UnknownClassError
+
+    overrides = {key: yaml_of(value, f"{key}={value}") for key, value in args.overrides.items()}
+    last = yolo_checkpoint(args, overrides)
+    model = str(last or overrides.pop("model", "yolov8n.yaml"))
+    try:
+        yolo = (RTDETR if "rtdetr" in Path(model).stem else YOLO)(model)  # YOLO knows a checkpoint's, not a YAML's
+        task = model_task(yolo.model)
+        losses = losses_to_resume_with(args, overrides, last, task) if last else yolo_losses(args.config, overrides)
+        trainer = make_trainer(losses, task)
+        check_head(yolo.model, trainer.plugin_losses)
+    except (OSError, TypeError, ValueError, *UNREADABLE) as error:
+        raise UsageError(error) from error
+    place = args.work_dir or Path("runs") / args.config.stem
+    if last is None:
+        data, defaults = yolo_data(args.data, task)
+        settings = {
+            "data": str(data),
+            "pretrained": False,
+            "project": str(place.parent.resolve()),
+            "name": place.name,
+            "exist_ok": args.work_dir is not None,
+            **defaults,
+            **overrides,
+        }
+        check_folder(place)
+        check_yolo(settings)
+    elif yolo.ckpt.get("epoch", -1) < 0:
+        raise UsageError(f"The training of {last} has ended: start a new one with model={last}.")
+    else:
+        data = {} if args.data is None else {"data": str(yolo_data(args.data, task)[0])}
+        trainer = resuming_with({**data, **overrides}, trainer)
+        settings = {"resume": True, **data, **overrides}
+    try:
+        metrics = yolo.train(trainer=trainer, **settings)
+    except (TooOldError, UnknownClassError) as error:
+        raise UsageError(error) from error
+    except SyntaxError as error:  # how Ultralytics refuses an unknown argument
+        raise UsageError(first_line(error)) from error
+    except RuntimeError as error:  # how it refuses labels and images, or runs out of memory
+        raise RunError(f"{type(error).__name__}: {first_line(error)}") from error
+    active = describe(yolo.trainer.plugin_losses, yolo.trainer.args, task)
+    report(metrics.box.map50, metrics.box.map, yolo.trainer.best, active)
+
+
+def coco_content(path):
+    """The content of an annotation file in COCO's form; ``UsageError`` if it is none, or empty, or at odds."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        used = {annotation["category_id"] for annotation in content["annotations"]}
+        known = {category["id"]: category["name"] for category in content["categories"]}
+        named = [image["file_name"] for image in content["images"]]
+    except (ValueError, KeyError, TypeError) as error:  # a broken file is a ValueError
+        raise UsageError(
+            f"{path} is no annotation file of COCO: {type(error).__name__}: {first_line(error)}"
+        ) from error
+    if not named or not known:
+        raise UsageError(f"{path} lists no {'categories' if named else 'images'}.")
+    if strange := sorted(used - known.keys()):
+        raise UsageError(f"{path} has objects of category {strange[0]}, which is none of its categories.")
+    return content
+
+
+def coco_split(folder, split):
+    """Annotation file and image folder (both relative to ``folder``) of "train" or "val" in a COCO layout."""
+    files = sorted(f for f in (folder / "annotations").glob("*.json") if split in f.stem)
+    if len(files) != 1:
+        raise UsageError(f"{folder}/annotations must hold exactly one {split} .json, but holds {len(files)}.")
+    first = coco_content(files[0])["images"][0]["file_name"]
+    for image in sorted(folder.rglob(Path(first).name)):
+        if image.as_posix().endswith(first):
+            prefix = image.relative_to(folder).as_posix()[: -len(first)]
+            if split in prefix or len({*folder.rglob(Path(first).name)}) == 1:
+                return files[0].relative_to(folder).as_posix(), prefix
+    raise UsageError(f"{first} of {files[0]} is nowhere below {folder}.")
+
+
+def point_at(cfg, folder):
+    """Make a detection config train and validate on a folder in COCO layout, with its classes."""
+    folder = folder.resolve()
+    splits = {split: coco_split(folder, split) for split in ("train", "val")}
+    annotations = coco_content(folder / splits["train"][0])
+    classes = [category["name"] for category in annotations["categories"]]  # CocoDataset numbers them in this order
+    for loader, split in (("train_dataloader", "train"), ("val_dataloader", "val"), ("test_dataloader", "val")):
+        dataset = cfg[loader].dataset
+        while "dataset" in dataset:  # RepeatDataset and its like
+            dataset = dataset.dataset
+        ann_file, prefix = splits[split]
+        dataset.update(
+            type="CocoDataset",
+            data_root=f"{folder}/",
+            ann_file=ann_file,
+            data_prefix={"img": prefix},
+            metainfo={"classes": tuple(classes)},
+        )
+    evaluators = cfg.val_evaluator, cfg.test_evaluator
+    for evaluator in (part for parts in evaluators for part in (parts if isinstance(parts, list) else [parts])):
+        evaluator.ann_file = str(folder / splits["val"][0])
+
+    def set_classes(node):
+        for value in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
+            set_classes(value)
+        if isinstance(node, dict) and "num_classes" in node:
+            node["num_classes"] = len(classes)
+
+    set_classes(cfg.model)
+
+
+def scale_schedule(cfg, stock):
+    """Stretch the learning rate's schedule to a number of epochs that is not the ``stock`` config's; says so.
+
+    What it counts in iterations, such as a warm-up, stays.
+    """
+    old, new = (config.get("train_cfg", {}).get("max_epochs") for config in (stock, cfg))
+    schedule = cfg.get("param_scheduler") or []
+    by_epoch = [part for part in (schedule if isinstance(schedule, list) else [schedule]) if part.get("by_epoch", True)]
+    if old in (None, new) or not by_epoch:
+        return []
+    if not isinstance(new, int) or new < 1:
+        raise UsageError(f"train_cfg.max_epochs must be a whole number above 0, not {new!r}.")
+
+    def scaled(epoch):
+        return max(1, round(epoch * new / old)) if epoch else 0
+
+    for part in by_epoch:
+        for key in SCHEDULE_KEYS & part.keys():
+            part[key] = [*map(scaled, part[key])] if isinstance(part[key], list) else scaled(part[key])
+        part["end"] = max(part.get("end", new), part.get("begin", 0) + 1)
+    return [f"the schedule of the learning rate is scaled from {old} to {new} epochs: {cfg.param_scheduler}"]
+
+
+def read_config(path):
+    """The config of a file; ``UsageError`` if it is none, or none of a training."""
+    from mmengine.config import Config
+
+    try:
+        cfg = Config.fromfile(path)
+    except Exception as error:  # of the user's own file, which is run
+        if isinstance(error, ModuleNotFoundError) and error.name in INSTALL:
+            raise
+        raise UsageError(f"{path} is no config: {type(error).__name__}: {first_line(error)}") from error
+    if missing := [key for key in ("model", "train_dataloader", "train_cfg", "optim_wrapper") if not cfg.get(key)]:
+        raise UsageError(f"{path} is no config of a training: it has no {' and no '.join(missing)}.")
+    return cfg
+
+
+def parsed(overrides):
+    """The values of overrides of a config."""
+    from mmengine.config import DictAction
+
+    try:
+        return {key: DictAction._parse_iterable(value) for key, value in overrides.items()}
+    except AssertionError as error:
+        raise UsageError(f"{' '.join(f'{k}={v}' for k, v in overrides.items())}: {first_line(error)}") from error
+
+
+def refuse(problems):
+    """Raise ``UsageError`` if there are any, a line each."""
+    if problems:
+        raise UsageError("\n".join(problems))
+
+
+def train_mmdet(args):
+    """Train with mmengine's Runner and print what came out."""
+    import mmengine
+    import torch
+    from mmengine.runner import Runner
+
+    from .. import build_loss
+    from ..testing.digits import build_digits, build_dota, digits_dir
+
+    if args.lite:
+        os.environ["DETLOSS_LITE"] = "1"
+    try:
+        from ..adapters.mmdetection.check import check_config, our_losses, unknown_keys
+        from ..adapters.mmdetection.counts import ClassCountsHook
+        from ..adapters.mmdetection.lite import MissingOperatorError
+        from ..adapters.mmdetection.stock import StockConfigHook
+    except AssertionError as error:  # how mmdet refuses a version of mmcv or mmengine
+        raise RunError(error) from error
+
+    cfg = read_config(args.config)
+    if args.data is not None:
+        point_at(cfg, args.data)
+    elif Path(cfg.get("data_root", "")) == digits_dir():
+        build_digits()
+    elif Path(cfg.get("data_root", "")) == digits_dir("obb"):
+        build_dota()
+    stock, overrides = copy.deepcopy(cfg), parsed(args.overrides)
+    refuse(unknown_keys(cfg, overrides))
+    cfg.merge_from_dict(overrides)
+    cfg.work_dir = str(args.work_dir or Path("work_dirs") / args.config.stem)
+    check_folder(cfg.work_dir)
+    refuse(check_config(cfg, stock, overrides))
+    active = [f"{key}: {build_loss(loss)}" for key, loss in our_losses(cfg.model)]
+    notes = [] if any(key.startswith("param_scheduler") for key in overrides) else scale_schedule(cfg, stock)
+    work_dir = Path(cfg.work_dir).resolve()
+    # What a training of ours has written there holds more than tensors.
+    if cfg.get("resume") and Path(cfg.get("load_from") or work_dir).resolve().is_relative_to(work_dir):
+        os.environ.setdefault(LOAD_ALL, "1")
+    runner = Runner.from_cfg(cfg)
+    runner.register_hook(StockConfigHook())
+    runner.register_hook(ClassCountsHook())
+    for line in [*active, *notes]:
+        runner.logger.info(f"detloss_plugins: {line}")
+    try:
+        runner.train()
+    except MissingOperatorError as error:
+        raise RunError(error) from error
+    except pickle.UnpicklingError as error:
+        if "eights only" not in str(error):
+            raise
+        raise RunError(
+            f"torch {torch.__version__} with mmengine {mmengine.__version__} does not load {cfg.load_from}, as it has "
+            f"more than tensors: install onedl-mmengine in place of mmengine or, if you trust it, set {LOAD_ALL}=1."
+        ) from error
+    logged = runner.message_hub.log_scalars
+    if "val/dota/AP50" in logged:  # DOTAMetric's mAP is of the IoUs that the config lists
+        map50, map_ = logged["val/dota/AP50"].current(), None
+    else:  # CocoMetric logs nothing when nothing was detected.
+        map50, map_ = (
+            logged[key].current() if (key := f"val/coco/{name}") in logged else 0.0
+            for name in ("bbox_mAP_50", "bbox_mAP")
+        )
+    checkpoint = Path(cfg.work_dir, "last_checkpoint").read_text(encoding="utf-8")
+    report(map50, map_, checkpoint, active)
+
+
+def report(map50, map_, checkpoint, active):
+    """The three things a training is asked for; ``map_`` is None if it was not measured."""
+    print(f"\nmAP50 {map50:.3f}" + ("" if map_ is None else f"   mAP50-95 {map_:.3f}"))
+    print(f"checkpoint: {checkpoint}")
+    print("active losses:")
+    for line in active:
+        print(f"  {line}")
+
+
+@dataclass
+class Arguments:
+    """What the command was given."""
+
+    config: Path
+    config_given: bool
+    overrides: dict  # of strings
+    data: Path | None = None
+    work_dir: Path | None = None
+    new_losses: bool = False
+    lite: bool = False
+
+
+def parsed_words(words):
+    """The config's file, whether it was given, and the overrides, of ``CONFIG`` and ``KEY=VALUE`` in any order."""
+    configs = [word for word in words if "=" not in word]
+    if len(configs) > 1:
+        raise UsageError(f"give one CONFIG, not {' and '.join(configs)}")
+    try:
+        config = config_path(configs[0] if configs else DEFAULT_CONFIG)
+    except ValueError as error:
+        raise UsageError(error) from error
+    if config.suffix not in {".yaml", ".yml", ".py"}:
+        raise UsageError(f"CONFIG must be a .yaml of losses for Ultralytics or a .py for MMDetection, not {config}")
+    return config, bool(configs), dict(word.split("=", 1) for word in words if "=" in word)
+
+
+def check(args):
+    """Raise ``UsageError`` for options that do not go together, or a file that is not there."""
+    if args.lite and args.config.suffix != ".py":
+        raise UsageError("--lite is for MMDetection, so for a .py config")
+    if args.new_losses and (args.config.suffix == ".py" or "resume" not in args.overrides):
+        raise UsageError("--new-losses is for a run of Ultralytics that resumes: resume=runs/x/weights/last.pt")
+    for path in filter(None, (args.config, args.data)):
+        if not path.exists():
+            raise UsageError(f"there is no {path}")
+
+
+def train(args):
+    """Train with the framework that the config is for."""
+    try:
+        (train_mmdet if args.config.suffix == ".py" else train_yolo)(args)
+    except ModuleNotFoundError as error:
+        if error.name not in INSTALL:
+            raise
+        raise RunError(INSTALL[error.name]) from error
+
+
+@click.command()
+@click.argument("words", nargs=-1, metavar="[CONFIG] [KEY=VALUE ...]")
+@click.option("--data", type=Path, metavar="PATH", help="Your data: a data.yaml; for mmengine a folder in COCO layout.")
+@click.option("--work-dir", type=Path, metavar="DIR", help="Where checkpoints and logs go.")
+@click.option("--new-losses", is_flag=True, help="Resume with other losses than the run was started with.")
+@click.option("--lite", is_flag=True, help="torchvision's operators where mmcv has no compiled ones.")
+def command(words, data, work_dir, new_losses, lite):
+    """Train a detector with the losses of CONFIG.
+
+    \b
+      detloss train                                    the default losses on the embedded digits set with yolov8n
+      detloss train my_losses.yaml                     a .yaml of losses goes to Ultralytics
+      detloss train my_config.py                       a .py config goes to mmengine's Runner
+      detloss train retinanet_r18_fpn_digits           a config of this package, by its name
+      detloss train --data data.yaml model=yolo11n.yaml epochs=50 cls.loss_weight=2
+      detloss train obb model=yolov8n-obb.yaml         oriented boxes, here of turned digits
+      detloss train resume=runs/x/weights/last.pt      goes on with the losses of that run; others: --new-losses
+
+    KEY=VALUE overrides: for Ultralytics a training argument (epochs=3) or a setting of a slot's loss
+    (box.type=CIoULoss); for mmengine a dotted key that the config has (train_cfg.max_epochs=2, which stretches the
+    schedule of the learning rate too).
+
+    --lite (or DETLOSS_LITE=1 in the environment) trains MMDetection with mmcv-lite: torchvision's operators for mmcv's.
+    """
+    args = Arguments(*parsed_words(words), data, work_dir, new_losses, lite)
+    check(args)
+    train(args)
