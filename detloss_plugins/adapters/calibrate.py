@@ -17,6 +17,7 @@ from detloss_plugins.loss import Loss
 
 LOOKS = 4  # at a training, at equal distances, the last at its end
 STOCK = None  # in the place of a candidate's label
+FACTORS = (0.5, 1.0, 2.0, 4.0)  # of a weight, in trainings that verify it
 
 
 @dataclass(frozen=True)
@@ -147,3 +148,75 @@ def _share(of_steps):
     """The share of the positives, over all steps."""
     total, positive = sum(of_steps.values(), torch.zeros(2)).tolist()
     return positive / total if total else None
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What short trainings with a weight, and with others around it, say.
+
+    Attributes:
+        suggestion: whose weight it is.
+        epochs: of each training.
+        map50: factor of the weight -> the mAP50 of each seed, the same seeds for each factor, two or more.
+    """
+
+    suggestion: Suggestion
+    epochs: int
+    map50: Mapping[float, Sequence[float]]
+
+    @property
+    def means(self) -> dict[float, float]:
+        """The mean of each factor."""
+        return {factor: statistics.fmean(values) for factor, values in self.map50.items()}
+
+    @property
+    def best(self) -> float:
+        """The factor with the largest mean; of equal ones the nearest to 1."""
+        return max(self.means, key=lambda factor: (self.means[factor], -abs(math.log(factor))))
+
+    @property
+    def noise(self) -> float:
+        """Twice the standard error of the difference of two factors' means, from the spread of seeds around each mean.
+
+        >>> suggestion = Suggestion("FocalLoss", "cls", 16.0, {}, 15.0, {25: 15.0}, 1.0, 0.8)
+        >>> Verified(suggestion, 6, {1.0: [0.50, 0.54], 2.0: [0.60, 0.64]}).noise  # 2 * sqrt(2 / 2 * 0.0008)
+        0.0565685424949238
+        """
+        seeds = min(map(len, self.map50.values()))
+        return 2 * math.sqrt(2 / seeds * statistics.fmean(map(statistics.variance, self.map50.values())))
+
+    @property
+    def gain(self) -> float:
+        """By how much the best factor is better than the weight itself; if that is the best, than the next best."""
+        means = self.means
+        other = means[1.0] if self.best != 1.0 else max(mean for factor, mean in means.items() if factor != 1.0)
+        return means[self.best] - other
+
+    def in_words(self) -> str:
+        """What came out, in some lines."""
+        suggestion, seeds = self.suggestion, min(map(len, self.map50.values()))
+        lines = [f"{suggestion.label}, mAP50 after {self.epochs} epochs, mean of {seeds} seeds:"]
+        for factor, values in self.map50.items():
+            each = ", ".join(f"{value:.3f}" for value in values)
+            lines.append(
+                f"  weight {suggestion.weight * factor:.3g} (x {factor:g}): {self.means[factor]:.3f}  ({each})"
+            )
+        beside = "the calibrated weight" if self.best != 1.0 else "the next best"
+        verdict = "more than" if self.gain > self.noise else "no more than"
+        best = f"{suggestion.weight * self.best:.3g} (x {self.best:g})"
+        lines.append(f"  best: {best}, {self.gain:.3f} above {beside}: {verdict} the noise of seeds, {self.noise:.3f}")
+        return "\n".join(lines)
+
+    def as_dict(self) -> dict:
+        """What there is to store, as plain data."""
+        return {
+            "label": self.suggestion.label,
+            "slot": self.suggestion.slot,
+            "weight": self.suggestion.weight,
+            "epochs": self.epochs,
+            "mAP50": {f"{factor:g}": list(values) for factor, values in self.map50.items()},
+            "best": self.best,
+            "gain": self.gain,
+            "noise": self.noise,
+            "more_than_noise": self.gain > self.noise,
+        }

@@ -7,16 +7,30 @@ import tempfile
 import torch
 from ultralytics import YOLO
 
-from detloss_plugins.adapters.calibrate import LOOKS, STOCK, Candidate, Gradients, amounts, has_state, look_steps
+from detloss_plugins.adapters.calibrate import (
+    FACTORS,
+    LOOKS,
+    STOCK,
+    Candidate,
+    Gradients,
+    Verified,
+    amounts,
+    has_state,
+    look_steps,
+)
+from detloss_plugins.adapters.curves import gradients
 from detloss_plugins.adapters.ultralytics import compat
 from detloss_plugins.adapters.ultralytics.config import SLOTS, counted, filled, load_losses
 from detloss_plugins.adapters.ultralytics.criterion import branches, check_head, model_task
-from detloss_plugins.adapters.ultralytics.curves import Slots, as_leaves, gradients
+from detloss_plugins.adapters.ultralytics.curves import Slots, as_leaves
 from detloss_plugins.adapters.ultralytics.per_image import branch_weight
 from detloss_plugins.adapters.ultralytics.trainer import class_counts, criterion_of, make_trainer
 from detloss_plugins.losses import ScheduledLoss
 from detloss_plugins.precision import without_autocast
 from detloss_plugins.registry import build_loss, registered_losses
+
+# Training arguments of trainings of which nothing is kept.
+QUICK = {"val": False, "save": False, "plots": False, "exist_ok": True, "name": "run"}
 
 
 class Finished(Exception):
@@ -112,7 +126,7 @@ def candidate(loss, task="detect", slot=None, label=None):
         loss: the name of a loss, or a config; its ``loss_weight`` is left out.
         task: see :func:`load_losses`.
         slot: where it is to stand; by default the first that takes its family.
-        label: its name; by default that of its class, with the settings that differ from the defaults.
+        label: its name; by default the type that is given.
 
     Raises:
         ValueError, TypeError: as :func:`load_losses`, and for a ScheduledLoss, which has a weight a part.
@@ -125,12 +139,7 @@ def candidate(loss, task="detect", slot=None, label=None):
     slot = slot or next(iter(fits), next(iter(SLOTS[task])))
     default = load_losses({slot: cfg}, task)[slot]["loss_weight"]
     cfg = load_losses({slot: {**cfg, "loss_weight": 1.0}}, task)[slot]
-    return Candidate(label or (loss if isinstance(loss, str) else in_words(built)), slot, cfg, default)
-
-
-def in_words(loss):
-    """A loss as it is printed, in a line."""
-    return " ".join(repr(loss).split()).replace("()", "")
+    return Candidate(label or cfg["type"], slot, cfg, default)
 
 
 def fitting(slot, task="detect"):
@@ -160,6 +169,14 @@ def _first_that_fits(name, cls, slot, task):
     return None
 
 
+def check_model(model):
+    """Raise ``ValueError`` for a model whose losses cannot be calibrated."""
+    if model_task(model) == "rtdetr":
+        raise ValueError(
+            "RT-DETR calls its losses layer by layer on what it has matched, and cannot be calibrated: write weights."
+        )
+
+
 def calibrate(candidates, model="yolov8n.yaml", steps=100, looks=LOOKS, told=None, ignore=None, **settings):
     """The weights that suit some losses, by a short training with stock losses.
 
@@ -181,8 +198,7 @@ def calibrate(candidates, model="yolov8n.yaml", steps=100, looks=LOOKS, told=Non
     yolo = None if isinstance(model, torch.nn.Module) else YOLO(model)
     given = yolo.model if yolo else model
     task = model_task(given)
-    if task == "rtdetr":
-        raise ValueError("RT-DETR's losses are called layer by layer and cannot be calibrated: write their weights.")
+    check_model(given)
     for each in candidates:
         check_head(given, {each.slot: each.cfg})
     found, at = Gradients(), look_steps(steps, looks)
@@ -212,9 +228,8 @@ def calibrate(candidates, model="yolov8n.yaml", steps=100, looks=LOOKS, told=Non
                 weight = (lambda name=name: branch_weight(criterion, name)) if name != "criterion" else lambda: 1.0
                 branch.curves = Look(trained, branch, ready, found, at, weight)
 
-    quick = {"val": False, "save": False, "plots": False, "exist_ok": True, "name": "calibrate"}
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Finished):
-        settings = {**settings, **quick, "project": folder}
+        settings = {**settings, **QUICK, "project": folder}
         if yolo:
             yolo.train(trainer=Calibrating, **settings)
         else:
@@ -222,3 +237,31 @@ def calibrate(candidates, model="yolov8n.yaml", steps=100, looks=LOOKS, told=Non
             trainer.model = copy.deepcopy(model)
             trainer.train()
     return found.suggestions(candidates)
+
+
+def verify(suggestion, model="yolov8n.yaml", seeds=2, factors=FACTORS, told=None, **settings):
+    """Train with a suggested weight, and with others around it.
+
+    Args:
+        suggestion: of :func:`calibrate`.
+        model: a YAML file or checkpoint of Ultralytics.
+        seeds: how many trainings there are with each weight, at least 2.
+        factors: of the weight, 1 among them.
+        told: a function that is called after each training.
+        settings: training arguments, ``data`` and ``epochs`` among them.
+
+    Returns:
+        A :class:`~detloss_plugins.adapters.calibrate.Verified`.
+    """
+    found = {factor: [] for factor in factors}
+    for seed in range(seeds):
+        for factor, values in found.items():
+            ((slot, cfg),) = suggestion.losses.items()
+            yolo = YOLO(model)
+            trainer = make_trainer({slot: {**cfg, "loss_weight": cfg["loss_weight"] * factor}}, model_task(yolo.model))
+            with tempfile.TemporaryDirectory() as folder:
+                quick = {**QUICK, "save": True, "project": folder, "seed": seed}
+                values.append(float(yolo.train(trainer=trainer, **{**settings, **quick}).box.map50))
+            if told:
+                told()
+    return Verified(suggestion, yolo.trainer.epochs, found)

@@ -4,7 +4,7 @@ import csv
 
 import torch
 
-from detloss_plugins.adapters.curves import part_names, part_values, state_scalars
+from detloss_plugins.adapters.curves import gradients, part_names, part_values, state_scalars
 from detloss_plugins.adapters.ultralytics import compat
 from detloss_plugins.adapters.ultralytics.criterion import branches
 from detloss_plugins.adapters.ultralytics.per_image import SLOTS, Observer
@@ -122,14 +122,6 @@ def append(file, epoch, values):
         if new:
             writer.writerow(["epoch", *values])
         writer.writerow([epoch, *(f"{value:.6g}" for value in values.values())])
-
-
-def gradients(value, outputs):
-    """The gradients of a value for those of the outputs that it depends on; the graph stays."""
-    if not value.requires_grad:
-        return []
-    found = torch.autograd.grad(value, outputs, retain_graph=True, allow_unused=True)
-    return [x.float() for x in found if x is not None]
 
 
 def gradient_norm(value, outputs):
