@@ -22,17 +22,17 @@ def found(stock, own):
 
 def test_the_weight_is_the_median_of_the_ratios():
     gradients = found(
-        {1: [60.0, 30.0], 2: [40.0, 30.0], 3: [30.0, 30.0]}, {1: [2.0, 1.0], 2: [4.0, 4.0], 3: [1.0, 1.0]}
+        {1: [60.0, 30.0], 2: [40.0, 30.0], 3: [20.0, 30.0]}, {1: [2.0, 1.0], 2: [4.0, 4.0], 3: [1.0, 1.0]}
     )
     suggestion = gradients.suggestion(CANDIDATE)
-    assert suggestion.ratios == {1: 30.0, 2: 10.0, 3: 30.0}
-    assert suggestion.weight == 30.0
+    assert suggestion.ratios == {1: 30.0, 2: 10.0, 3: 20.0}
+    assert suggestion.weight == 20.0
     assert suggestion.range == (10.0, 30.0)
     assert suggestion.positives == pytest.approx(6 / 7)
-    assert suggestion.stock_positives == pytest.approx(90 / 130)
-    assert suggestion.losses == {"cls": {"type": "FocalLoss", "gamma": 1.5, "loss_weight": 30.0}}
+    assert suggestion.stock_positives == pytest.approx(90 / 120)
+    assert suggestion.losses == {"cls": {"type": "FocalLoss", "gamma": 1.5, "loss_weight": 20.0}}
     stored = suggestion.as_dict()
-    assert (stored["default"], stored["ratios"]) == (16.0, {"1": 30.0, "2": 10.0, "3": 30.0})
+    assert (stored["default"], stored["ratios"]) == (16.0, {"1": 30.0, "2": 10.0, "3": 20.0})
 
 
 def test_branches_and_levels_are_added_up():

@@ -10,7 +10,15 @@ from mmdet.registry import MODELS
 from mmengine.hooks import Hook
 from support.mmdetection import CONFIG_DIR, DIGITS, run, small
 
-from detloss_plugins.adapters.mmdetection.calibrate import build_head, calibrate, candidate, fitting
+from detloss_plugins.adapters.calibrate import STOCK
+from detloss_plugins.adapters.mmdetection.calibrate import (
+    CalibrationHook,
+    Finished,
+    build_head,
+    calibrate,
+    candidate,
+    fitting,
+)
 from detloss_plugins.cli import main
 from detloss_plugins.testing.digits import build_digits
 
@@ -62,18 +70,21 @@ def test_the_losses_of_the_config_have_their_own_weights(path):
     assert cls.losses["loss_cls"]["use_sigmoid"] is True
 
 
-def test_the_ratio_is_that_of_a_training_with_the_loss(tmp_path):
+def test_the_gradients_are_those_of_a_training_with_the_loss(tmp_path):
     """At class scores and box outputs of the first step, where both trainings have the same predictions."""
     losses = {"loss_cls": dict(type="detloss_plugins.VarifocalLoss", use_sigmoid=True)}
     losses["loss_bbox"] = dict(type="detloss_plugins.NWDLoss")
+    cfg = config(RETINANET)
     stock, swapped = Outputs(), Outputs()
-    silent = dict(type="detloss_plugins.DistributionFocalLoss", loss_weight=0.0)  # it reaches the box outputs too
-    run(tmp_path / "stock", stock, model=config(loss_dfl=silent).model)
-    run(tmp_path / "swapped", swapped, model=config(loss_dfl=silent, **copy.deepcopy(losses)).model)
-    cfg = config()
-    found = calibrate(cfg, [candidate(loss, build_head(cfg), slot) for slot, loss in losses.items()], steps=1)
-    for kind, each in enumerate(found):
-        assert each.ratios[1] == pytest.approx(stock.norm(kind) / swapped.norm(kind), rel=1e-3)
+    run(tmp_path / "stock", stock, model=cfg.model)
+    run(tmp_path / "swapped", swapped, model=config(RETINANET, **copy.deepcopy(losses)).model)
+    looks = CalibrationHook([candidate(loss, build_head(cfg), slot) for slot, loss in losses.items()], steps=1)
+    with pytest.raises(Finished):
+        run(tmp_path / "looked", looks, model=cfg.model)
+    for kind, (slot, loss) in enumerate(losses.items()):
+        for label, training in ((STOCK, stock), (loss["type"].partition(".")[2], swapped)):
+            total, _ = looks.found.found[slot, label][1].tolist()
+            assert total == pytest.approx(training.norm(kind), rel=1e-4)
 
 
 def test_what_fits():

@@ -153,6 +153,7 @@ def test_the_places_that_wait_for_a_weight():
     schedule = {"type": "ScheduledLoss", "at": [1], "losses": [DFL, {**DFL, "loss_weight": "auto"}]}
     losses = load_losses({**AUTO, "dfl": schedule}, auto=True)
     assert waiting(losses) == [("cls",), ("dfl", 1)]
+    assert waiting(with_weights(losses, {("cls",): 4.0})) == [("dfl", 1)]
     full = with_weights(losses, {("cls",): 4.0, ("dfl", 1): 2.0})
     assert full["cls"]["loss_weight"] == 4.0
     assert [part["loss_weight"] for part in full["dfl"]["losses"]] == [1.0, 2.0]
