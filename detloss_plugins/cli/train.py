@@ -148,6 +148,7 @@ def train_yolo(args):
     from ..adapters.ultralytics import check_head, describe, make_trainer, model_task
     from ..adapters.ultralytics.compat import TooOldError
     from ..adapters.ultralytics.ignore import UnknownClassError
+    from ..adapters.ultralytics.trainer import NoWeightError
 
     overrides = {key: yaml_of(value, f"{key}={value}") for key, value in args.overrides.items()}
     last = yolo_checkpoint(args, overrides)
@@ -182,7 +183,7 @@ def train_yolo(args):
         settings = {"resume": True, **data, **overrides}
     try:
         metrics = yolo.train(trainer=trainer, **settings)
-    except (TooOldError, UnknownClassError) as error:
+    except (NoWeightError, TooOldError, UnknownClassError) as error:
         raise UsageError(error) from error
     except SyntaxError as error:  # how Ultralytics refuses an unknown argument
         raise UsageError(first_line(error)) from error
