@@ -220,8 +220,6 @@ def make_trainer(losses, task="detect", trainer=None, compile=False, curves=Fals
         losses = {slot: cfg if slot == "ignore" else {**cfg, "compile": True} for slot, cfg in losses.items()}
     base = trainer or TRAINERS[task]
     asked, places = losses, waiting(losses)  # for what, and where, weights are to be found
-    if places and task == "rtdetr":
-        raise ValueError('RT-DETR\'s losses cannot be calibrated: write a number in place of loss_weight "auto".')
     losses = with_weights(losses, default_weights(losses))  # until they are
     scheduled = any(isinstance(build_loss(cfg), ScheduledLoss) for slot, cfg in losses.items() if slot != "ignore")
     of_classes = losses.get("cls") or losses.get("loss_class")
