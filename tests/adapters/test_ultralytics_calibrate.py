@@ -20,10 +20,18 @@ from support.ultralytics import (
     third,
 )
 from ultralytics import RTDETR, YOLO
+from ultralytics.cfg import get_cfg
 
 from detloss_plugins.adapters.calibrate import STOCK, Gradients
 from detloss_plugins.adapters.ultralytics import calibrate as module
-from detloss_plugins.adapters.ultralytics import criterion_state, install, load_losses, make_trainer, trained_losses
+from detloss_plugins.adapters.ultralytics import (
+    criterion_state,
+    describe,
+    install,
+    load_losses,
+    make_trainer,
+    trained_losses,
+)
 from detloss_plugins.adapters.ultralytics.calibrate import Look, RTDETRLook, calibrate, candidate, fitting
 from detloss_plugins.adapters.ultralytics.config import waiting, weights_of, with_weights
 from detloss_plugins.cli import main
@@ -210,6 +218,13 @@ def test_the_places_that_wait_for_a_weight():
     assert weights_of(losses, full) == {("cls",): 4.0, ("dfl", 1): 2.0}
     other = load_losses({"cls": {"type": "FocalLoss", "loss_weight": 9.0}})
     assert weights_of(losses, other) == {}
+
+
+def test_losses_that_wait_are_described():
+    cls, box, _ = describe(load_losses(AUTO, auto=True), get_cfg())
+    assert cls.startswith("cls: VarifocalLoss(")
+    assert cls.endswith("weight auto x gain 0.5")
+    assert "weight 1 x" in box
 
 
 @pytest.mark.parametrize(

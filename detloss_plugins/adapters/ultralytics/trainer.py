@@ -39,7 +39,7 @@ from detloss_plugins.adapters.ultralytics.curves import EVERY, Curves, append, s
 from detloss_plugins.adapters.ultralytics.ignore import ignored_classes, make_validator
 from detloss_plugins.adapters.ultralytics.model import RECORD, install, student
 from detloss_plugins.facts import Rule, checked
-from detloss_plugins.loss import Loss
+from detloss_plugins.loss import AUTO, Loss
 from detloss_plugins.losses import ScheduledLoss, set_progress
 from detloss_plugins.registry import build_loss
 
@@ -98,13 +98,15 @@ def default_weights(losses):
 
 def describe(losses, args, task="detect"):
     """One line per slot: the active loss, its settings, its weight and the training's gain for the slot."""
-    lines = []
+    lines, asked = [], waiting(losses)
+    losses = with_weights(losses, default_weights(losses))
     for slot, gain in slot_gains(args, task).items():
         line = "stock loss"
         if slot in losses:
             loss = build_loss(losses[slot])
             compiled = ", compiled" if loss.compiled and not loss.facts.counts_positives else ""
-            line = f"{_in_words(loss)}{compiled}, weight {loss.loss_weight:g}"
+            weight = AUTO if (slot,) in asked else f"{loss.loss_weight:g}"
+            line = f"{_in_words(loss)}{compiled}, weight {weight}"
         lines.append(f"{slot}: {line} x gain {gain:g}")
     if "ignore" in losses:
         classes = ", ".join(map(repr, losses["ignore"]["classes"]))
