@@ -23,17 +23,20 @@ class Bar:
     def __init__(self, study, runs, every: float = 60.0):
         columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} epochs")]
         self.study, self.runs, self.every, self.said = study, runs, every, time.monotonic()
-        self.progress = Progress(*columns, TimeElapsedColumn(), TimeLeft())
-        self.before = {run.name: study.epochs_done(run) for run in runs}
+        self.left = TimeLeft()
+        self.progress = Progress(*columns, TimeElapsedColumn(), self.left)
         self.task = self.progress.add_task("", total=sum(run.epochs for run in runs))
 
     def __enter__(self):
         if self.progress.console.is_terminal:
             self.progress.start()
+        else:
+            self.progress.start_task(self.task)
         return self
 
     def __exit__(self, *_):
-        self.progress.stop()
+        if self.progress.console.is_terminal:
+            self.progress.stop()
 
     def tick(self, running) -> None:
         """Show what is done, and what is trained at the moment."""
@@ -41,4 +44,6 @@ class Bar:
         self.progress.update(self.task, completed=done, description=", ".join(run.name for run in running))
         if not self.progress.console.is_terminal and time.monotonic() - self.said >= self.every:
             self.said = time.monotonic()
-            self.progress.console.print(*(column(self.progress.tasks[0]) for column in self.progress.columns))
+            task = self.progress.tasks[0]
+            left = self.left.render(task)
+            print(f"{int(task.completed)}/{int(task.total)} epochs, {left}; {task.description}", flush=True)

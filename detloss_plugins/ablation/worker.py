@@ -14,7 +14,7 @@ from pathlib import Path
 from detloss_plugins.ablation.files import read_json, write_json, write_text
 from detloss_plugins.ablation.grid import Run
 
-PACKAGES = ("torch", "ultralytics", "mmdet")
+PACKAGES = ("torch", "ultralytics")
 
 
 def versions() -> dict[str, str]:

@@ -74,11 +74,11 @@ def train(study, runs, jobs):
 
 
 def finish(study):
-    """Write the results and say what failed."""
-    from detloss_plugins.ablation.files import write_json
+    """Write the report and say what failed."""
+    from detloss_plugins.ablation.report import write_report
 
     results = study.results()
-    write_json(study.folder / "results.json", results)
-    click.echo(f"results: {study.folder / 'results.json'}")
+    write_report([results], study.folder)
+    click.echo(f"report: {study.folder / 'report.md'} and report.html")
     if results["failed"]:
         raise RunError("\n".join(f"{failed['run']}: {failed['error']}" for failed in results["failed"]))
