@@ -26,6 +26,8 @@ ALLOWED["losses"] = {*ALLOWED, "losses"}
 ALLOWED["adapters"] = {*ALLOWED, "adapters", ""}  # of the package itself the version
 ALLOWED["testing"] = {*ALLOWED, "testing"} - {"adapters"}
 ALLOWED["cli"] = {*ALLOWED, "cli", ""}
+ALLOWED["ablation"] = {*ALLOWED, "ablation"}
+ALLOWED["cli"].add("ablation")
 ALLOWED["__init__"] = {"losses", "registry", "adapters"}
 FRAMEWORKS = {"mmdet", "mmcv", "ultralytics", "torchvision"}
 WITH_FRAMEWORKS = {PACKAGE / "adapters" / name for name in ("mmdetection", "ultralytics")}
