@@ -5,7 +5,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 from detloss_plugins.ablation import mmdetection, yolo
@@ -14,6 +13,7 @@ from detloss_plugins.ablation.grid import Run, contradiction
 from detloss_plugins.ablation.worker import count_cores, count_gpus
 
 POLL = 0.5  # seconds
+RESUME_AFTER = 600.0  # seconds
 
 
 class Study:
@@ -60,7 +60,13 @@ class Study:
             return run.epochs
         return (mmdetection if mmdetection.is_config(run.model) else yolo).epochs_done(self.of(run))
 
-    def train(self, runs: Sequence[Run], jobs: int, tick: Callable[[list[Run]], None] = lambda running: None) -> None:
+    def train(
+        self,
+        runs: Sequence[Run],
+        jobs: int,
+        tick: Callable[[list[Run]], None] = lambda running: None,
+        resume_after: float = RESUME_AFTER,
+    ) -> None:
         """Train those of the runs that have not finished, so many side by side, each in a process of its own.
 
         Args:
@@ -68,15 +74,16 @@ class Study:
             jobs: number of processes, which share the cores. A training is the same, bit for bit, only with the same
                 number of threads, so with the same number of jobs.
             tick: called twice a second with the runs that are trained at the moment.
+            resume_after: seconds: a training that was cut off before begins again; later, it goes on from its last
+                checkpoint, which does not give quite the same numbers.
         """
         waiting = [run for run in runs if not self.is_done(run)]
-        self._read_labels(waiting)
         places, running = Places(jobs), {}
         try:
             while waiting or running:
-                while waiting and len(running) < jobs:
+                while waiting and places.free:
                     run, place = waiting.pop(0), places.take()
-                    running[run.name] = (run, place, start(self.of(run), places.environment(place)))
+                    running[run.name] = run, place, start(self.of(run), places.environment(place), resume_after)
                 for name, (run, place, process) in list(running.items()):
                     if process.poll() is not None:
                         process.stdin.close()
@@ -90,13 +97,6 @@ class Study:
             for _, _, process in running.values():
                 process.kill()
                 process.wait()
-
-    def _read_labels(self, runs):
-        """Of each data set once, for Ultralytics."""
-        if runs := [run for run in runs if not mmdetection.is_config(run.model)]:
-            with quiet():
-                for run in {run.data: run for run in runs}.values():
-                    yolo.read_labels(run)
 
     def failed(self) -> dict[str, str]:
         """Name -> the last line of the error of runs that failed."""
@@ -153,11 +153,11 @@ def default_jobs() -> int:
     return count_gpus() or count_cores()
 
 
-def start(folder: Path, environment: dict) -> subprocess.Popen:
+def start(folder: Path, environment: dict, resume_after: float) -> subprocess.Popen:
     """Start the training of a folder; it ends when this process does, as that closes the pipe to it."""
     (folder / "error.txt").unlink(missing_ok=True)
     with (folder / "train.log").open("ab") as log:
-        command = [sys.executable, "-m", "detloss_plugins.ablation.worker", str(folder)]
+        command = [sys.executable, "-m", "detloss_plugins.ablation.worker", str(folder), str(resume_after)]
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=environment)
 
 
@@ -166,19 +166,6 @@ def note_end(folder: Path, status: int) -> None:
     if status and not (folder / "error.txt").exists():
         how = f"it was ended by signal {-status}" if status < 0 else f"its process ended with exit status {status}"
         (folder / "error.txt").write_text(f"{how}; see train.log\n", encoding="utf-8")
-
-
-@contextmanager
-def quiet():
-    """Without what Ultralytics says about labels."""
-    from ultralytics.utils import LOGGER
-
-    level = LOGGER.level
-    LOGGER.setLevel("ERROR")
-    try:
-        yield
-    finally:
-        LOGGER.setLevel(level)
 
 
 def joined(versions: Sequence[dict]) -> dict[str, str]:

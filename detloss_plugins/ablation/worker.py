@@ -1,6 +1,7 @@
-"""One training in a process of its own: ``python -m detloss_plugins.ablation.worker FOLDER``.
+"""One training in a process of its own: ``python -m detloss_plugins.ablation.worker FOLDER SECONDS``.
 
-The folder has ``run.json``; it gets ``metrics.json``, or ``error.txt`` with the reason why there is none.
+A training that was cut off goes on if it has been at it for so many seconds, else it begins again. The folder has
+``run.json``; it gets ``metrics.json``, or ``error.txt`` with the reason why there is none.
 """
 
 import os
@@ -8,12 +9,10 @@ import platform
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from detloss_plugins.ablation.files import read_json, write_json, write_text
+from detloss_plugins.ablation.files import locked, read_json, write_json, write_text
 from detloss_plugins.ablation.grid import Run
 from detloss_plugins.ablation.mmdetection import is_config
 
@@ -62,30 +61,17 @@ def end_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """While no other process trains in a folder: wait until such a one has ended."""
-    try:
-        import fcntl
-    except ImportError:  # there is none on Windows
-        yield
-        return
-    with (folder / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def work(folder: Path) -> None:
-    """Train what ``run.json`` says and write ``metrics.json``, unless it is there."""
-    with alone(folder):
+def work(folder: Path, resume_after: float) -> None:
+    """Train what ``run.json`` says and write ``metrics.json``, unless it is there; no two processes do at once."""
+    with locked(folder / ".lock"):
         if (folder / "metrics.json").exists():
             return
         run = Run(**read_json(folder / "run.json"))
-        found = train(run, folder)
+        found = train(run, folder, resume_after)
         write_json(folder / "metrics.json", {**found, "versions": versions(run.model), "machine": machine()})
 
 
-def train(run: Run, folder: Path) -> dict:
+def train(run: Run, folder: Path, resume_after: float) -> dict:
     """Train with the run's framework."""
     import torch
 
@@ -93,7 +79,7 @@ def train(run: Run, folder: Path) -> dict:
 
     if threads := os.environ.get("OMP_NUM_THREADS"):
         torch.set_num_threads(int(threads))
-    return (mmdetection if mmdetection.is_config(run.model) else yolo).train(run, folder)
+    return (mmdetection if mmdetection.is_config(run.model) else yolo).train(run, folder, resume_after)
 
 
 def last_line(error: BaseException) -> str:
@@ -107,7 +93,7 @@ def main() -> None:
     if not sys.stdin.isatty():
         end_with_parent()
     try:
-        work(folder)
+        work(folder, float(sys.argv[2]))
     except Exception as error:
         traceback.print_exc()
         write_text(folder / "error.txt", last_line(error) + "\n")

@@ -1,12 +1,17 @@
 """The subcommand that trains with losses beside the stock ones."""
 
+import importlib.util
 from pathlib import Path
 
 import click
 
-from detloss_plugins.cli._common import RunError, UsageError, check_folder
+from detloss_plugins.cli._common import RunError, UsageError, check_folder, first_line
 
 DEFAULT_MODEL = "yolov8n.yaml"
+INSTALL = {
+    "pycocotools": "pip install 'detloss_plugins[tools]'",
+    "ray": "pip install 'detloss_plugins[ray]', on every node",
+}
 
 
 @click.command()
@@ -19,7 +24,19 @@ DEFAULT_MODEL = "yolov8n.yaml"
 @click.option("--epochs", type=click.IntRange(1), help="epochs of each training  [default: 12]")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/ablation"), show_default=True, help="folder")
 @click.option("--jobs", type=click.IntRange(1), help="trainings side by side  [default: one a GPU, or one a core]")
-def command(losses, models, data, seeds, epochs, out, jobs):
+@click.option(
+    "--ray", metavar="ADDRESS", help="train on a Ray cluster, auto for this machine's own; DIR must be shared"
+)
+@click.option("--cores", type=click.IntRange(1), default=1, show_default=True, help="of a training on Ray")
+@click.option(
+    "--resume-after",
+    type=click.FloatRange(0),
+    default=10.0,
+    show_default=True,
+    metavar="MINUTES",
+    help="a training that was cut off before begins again, later it goes on",
+)
+def command(losses, models, data, seeds, epochs, out, jobs, ray, cores, resume_after):
     """Train a grid of losses x models x data sets x seeds, the stock losses always among them, and report.
 
     Each of LOSSES is the name of a loss, maybe with its weight (VarifocalLoss:4.2), for the slot that it fits; a YAML
@@ -34,13 +51,16 @@ def command(losses, models, data, seeds, epochs, out, jobs):
     models and data sets may be added.
     """
     try:
-        run(losses, {"models": list(models), "data": list(data), "seeds": seeds, "epochs": epochs}, out, jobs)
+        study, runs = prepare(losses, {"models": [*models], "data": [*data], "seeds": seeds, "epochs": epochs}, out)
+        train(study, runs, jobs, (ray, cores), 60 * resume_after)
     except (TypeError, ValueError) as error:
         raise UsageError(error) from error
+    finish(study)
 
 
-def run(words, options, out, jobs):
-    """What the command does; ``ValueError`` for what the user can put right."""
+def prepare(words, options, out):
+    """The study's folder and the trainings of a grid; ``ValueError`` for what the user can put right."""
+    from detloss_plugins.ablation import Study
     from detloss_plugins.ablation.grid import EPOCHS, check_grid, parse_words, plan
 
     grid, losses, args = parse_words(words)
@@ -52,30 +72,36 @@ def run(words, options, out, jobs):
     if not grid["losses"]:
         raise ValueError("Give at least one loss beside the stock ones, such as VarifocalLoss.")
     check_folder(out)
-    runs = plan(**grid)
-    study = open_study(out, runs)
-    train(study, runs, jobs)
-    finish(study)
-
-
-def open_study(out, runs):
-    """The folder with these runs in it."""
-    from detloss_plugins.ablation import Study
-
-    study = Study(out)
+    check_installed("pycocotools")
+    runs, study = plan(**grid), Study(out)
     study.add(runs)
-    return study
+    return study, runs
 
 
-def train(study, runs, jobs):
-    """Train with a progress bar."""
+def check_installed(name):
+    """Raise ``RunError`` if a package is missing that is needed only after hours, or elsewhere."""
+    if importlib.util.find_spec(name) is None:
+        raise RunError(f"{name} is not installed: {INSTALL[name]}.")
+
+
+def train(study, runs, jobs, cluster, resume_after):
+    """Train with a progress bar, here or on a cluster: its address and the cores of a training there."""
     from detloss_plugins.ablation.progress import Bar
     from detloss_plugins.ablation.study import default_jobs
 
-    todo = [run for run in runs if not study.is_done(run)]
+    todo, (address, cores) = [run for run in runs if not study.is_done(run)], cluster
     click.echo(f"{len(runs)} trainings, {len(runs) - len(todo)} of them finished before; {study.folder}")
     with Bar(study, todo) as bar:
-        study.train(todo, jobs or default_jobs(), bar.tick)
+        if address is None:
+            study.train(todo, jobs or default_jobs(), bar.tick, resume_after)
+            return
+        check_installed("ray")
+        from detloss_plugins.ablation.cluster import train as train_there
+
+        try:
+            train_there(study, todo, address, cores, bar.tick, resume_after)
+        except ConnectionError as error:
+            raise RunError(f"There is no Ray cluster at {address}: {first_line(error)}") from error
 
 
 def finish(study):
