@@ -19,6 +19,7 @@ from click.testing import CliRunner
 from detloss_plugins.ablation import Run, Study, mmdetection, plan, study
 from detloss_plugins.ablation.grid import check_grid, contradiction, losses_of_word, parse_words, seeds_of
 from detloss_plugins.ablation.measure import evaluate
+from detloss_plugins.ablation.progress import Bar
 from detloss_plugins.cli import main
 
 RUN = Run(
@@ -180,7 +181,7 @@ def test_a_failure_does_not_stop_the_others_and_what_has_finished_is_kept(tmp_pa
     assert [(run["label"], run["seed"]) for run in results["runs"]] == [
         ("stock", 0), ("stock", 1), ("stock", 2), ("vfl", 0), ("vfl", 1),
     ]  # fmt: skip
-    assert len(results["failed"]) == 2
+    assert (len(results["failed"]), results["unfinished"]) == (2, [])
     first = results["runs"][3]
     expected = {"label": "vfl", "slot": "cls", "losses": RUN.losses, "model": "yolov8n.yaml", "data": "digits"}
     expected |= {"epochs": 2, "seed": 0, "metrics": {"AP50": 0.0}, "per_class": {}, "curve": {}}
@@ -193,9 +194,24 @@ def test_results_of_another_grid_are_refused_and_what_has_not_finished_may_chang
     ours.add([RUN])
     ours.add([replace(RUN, epochs=5)])
     assert ours.runs() == [replace(RUN, epochs=5)]
+    assert ours.results()["unfinished"] == [RUN.name]
     ours.train(ours.runs(), 1)
     with pytest.raises(ValueError, match=r"results of another grid: .* epochs 5, not 2, or take another folder"):
         ours.add([RUN])
+
+
+def test_the_bar_counts_epochs(tmp_path, capsys):
+    """Where there is no terminal, a line now and then; the time left is that of the epochs so far."""
+    ours, runs = Study(tmp_path), [RUN, replace(RUN, seed=1)]
+    ours.add(runs)
+    bar = Bar(ours, runs, every=0)
+    with bar:
+        bar.tick(runs[:1])
+        assert "0/4 epochs, time left: not known yet; vfl-yolov8n-digits-0" in capsys.readouterr().out
+        (ours.of(RUN) / "results.csv").write_text("epoch,time\n1,5\n", encoding="utf-8")
+        bar.progress.tasks[0].start_time -= 100
+        bar.tick(runs)
+        assert "1/4 epochs, 0:05:00 left; vfl-yolov8n-digits-0, vfl-yolov8n-digits-1" in capsys.readouterr().out
 
 
 def test_ap_by_size_and_calibration_by_hand():

@@ -10,7 +10,7 @@ from pathlib import Path
 from detloss_plugins.ablation import mmdetection, yolo
 from detloss_plugins.ablation.files import read_json, write_json
 from detloss_plugins.ablation.grid import Run, contradiction
-from detloss_plugins.ablation.worker import count_cores, count_gpus
+from detloss_plugins.ablation.worker import count_cores, count_gpus, machine
 
 POLL = 0.5  # seconds
 RESUME_AFTER = 600.0  # seconds
@@ -109,16 +109,18 @@ class Study:
 
     def results(self, name: str | None = None) -> dict:
         """All that has finished, as plain data: the content of ``results.json``."""
-        done = [(run, read_json(self.of(run) / "metrics.json")) for run in self.runs() if self.is_done(run)]
+        runs, failed = self.runs(), self.failed()
+        done = [(run, read_json(self.of(run) / "metrics.json")) for run in runs if self.is_done(run)]
         done.sort(key=lambda pair: (pair[0].data, pair[0].model, pair[0].label != "stock", pair[0].label, pair[0].seed))
         return {
             "name": name or self.folder.absolute().name,
             "data": ", ".join(dict.fromkeys(run.data for run, _ in done)),
             "epochs": max((run.epochs for run, _ in done), default=None),
             "versions": joined([found.get("versions", {}) for _, found in done]),
-            "machine": "; ".join(dict.fromkeys(found.get("machine", "?") for _, found in done)),
+            "machine": "; ".join(dict.fromkeys(found.get("machine") or machine() for _, found in done)),
             "runs": [as_result(run, found) for run, found in done],
-            "failed": [{"run": run, "error": error} for run, error in self.failed().items()],
+            "failed": [{"run": run, "error": error} for run, error in failed.items()],
+            "unfinished": [run.name for run in runs if not self.is_done(run) and run.name not in failed],
         }
 
 

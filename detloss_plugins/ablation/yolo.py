@@ -5,7 +5,8 @@ import math
 import shutil
 import statistics
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from detloss_plugins.ablation.data import digits_folder
@@ -64,7 +65,8 @@ def check_arguments(path: str, args: Mapping) -> None:
     from ultralytics.data.utils import check_det_dataset
 
     try:
-        get_cfg(overrides=dict(args))
+        with quiet():
+            get_cfg(overrides=dict(args))
     except (SyntaxError, TypeError, ValueError) as error:
         raise ValueError(str(error).strip().splitlines()[0]) from error
     if not path:
@@ -75,6 +77,19 @@ def check_arguments(path: str, args: Mapping) -> None:
         check_det_dataset(path)
     except Exception as error:  # of the user's own file
         raise ValueError(f"{path} is no data set: {error}") from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the pages on its command that Ultralytics prints for an unknown argument."""
+    from ultralytics.utils import LOGGER
+
+    level = LOGGER.level
+    LOGGER.setLevel("ERROR")
+    try:
+        yield
+    finally:
+        LOGGER.setLevel(level)
 
 
 def data_yaml(run: Run) -> str:
