@@ -302,6 +302,9 @@ def test_losses_go_to_their_places_in_a_config():
         assert mmdetection.slots_of({slot: focal}, mmdet_model()) == found
     both = mmdetection.slots_of({"cls": focal, "box": {"type": "GIoULoss"}}, mmdet_model())
     assert both["bbox_head.loss_bbox"] == {"type": "detloss_plugins.GIoULoss"}
+    detr = {"bbox_head": {**mmdet_model()["bbox_head"], "loss_iou": {"type": "GIoULoss"}}}
+    assert list(mmdetection.slots_of({"type": "CIoULoss"}, detr)) == ["bbox_head.loss_iou"]
+    assert list(mmdetection.slots_of({"type": "SmoothL1Loss"}, detr)) == ["bbox_head.loss_bbox"]
     two_stage = {"rpn_head": mmdet_model()["bbox_head"], "roi_head": {"bbox_head": mmdet_model()["bbox_head"]}}
     with pytest.raises(ValueError, match=r"several of them for 'cls': name one of rpn_head\.loss_cls"):
         mmdetection.slots_of(focal, two_stage)
