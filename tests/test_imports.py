@@ -29,7 +29,7 @@ ALLOWED["cli"] = {*ALLOWED, "cli", ""}
 ALLOWED["__init__"] = {"losses", "registry", "adapters"}
 FRAMEWORKS = {"mmdet", "mmcv", "ultralytics", "torchvision"}
 # What a part that is used without them imports in its functions only; it may use frameworks there.
-HEAVY = {*FRAMEWORKS, "mmengine", "matplotlib", "scipy", "sklearn", "torch"}
+HEAVY = {*FRAMEWORKS, "mmengine", "matplotlib", "scipy", "sklearn"}
 LAZY = {"cli": HEAVY, "testing": {*FRAMEWORKS, "mmengine"}}
 WITH_FRAMEWORKS = {PACKAGE / "adapters" / name for name in ("mmdetection", "ultralytics")}
 WITH_MMENGINE = {"registry", "adapters"}

@@ -3,7 +3,6 @@
 import copy
 import functools
 import gc
-import importlib.util
 import json
 import logging
 import os
@@ -13,7 +12,6 @@ from pathlib import Path
 
 import bench
 import cases
-import compare
 import pytest
 import speed_page
 import step
@@ -31,7 +29,7 @@ from detloss_plugins.configs import find
 from detloss_plugins.facts import Upstream
 from detloss_plugins.losses import FocalLoss, GIoULoss, ap_loss
 from detloss_plugins.registry import registered_losses
-from detloss_plugins.testing import parity, sample, training_tensors, twins
+from detloss_plugins.testing import parity, sample, twins
 
 
 def refused(capsys, *argv, status):
@@ -249,7 +247,7 @@ def stopped(capsys, command, *argv):
 def test_the_other_commands_refuse_before_they_measure(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("{}", encoding="utf-8")
-    for command in (bench.main, compare.main, step.main):
+    for command in (bench.main, step.main):
         assert "cannot write file/rows.json: " in stopped(capsys, command, "--json", "file/rows.json")
     assert "no size has nosuch in its name; there are 1k" in stopped(
         capsys, bench.main, "--loss", "GIoULoss", "--case", "nosuch"
@@ -306,27 +304,6 @@ def test_point_an_mmdet_config_at_ones_own_data(tmp_path):
     coco(tmp_path, "more_train.json", "train2017", "2.jpg")
     with pytest.raises(UsageError, match="exactly one train"):
         train.point_at(cfg, tmp_path)
-
-
-def test_compare_command(tmp_path, capsys, monkeypatch):
-    """The whole command, on random tensors; a wrong formula makes its exit status 1."""
-    monkeypatch.setattr(training_tensors, "training_tensors", dict)
-    file = tmp_path / "rows.json"
-    assert compare.main(["--loss", "GIoULoss", "--loss", "EIoULoss", "--json", str(file)]) == 0
-    rows = json.loads(file.read_text(encoding="utf-8"))
-    assert {row["loss"] for row in rows} == {"GIoULoss", "EfficientIoULoss"}
-    assert {row["verdict"] for row in rows} == {"PASS", "DIFFERS"}
-    right = GIoULoss.fn
-    monkeypatch.setattr(GIoULoss, "fn", staticmethod(lambda p, t, **hyper: right(p, t, **hyper) * 1.001))
-    assert compare.main(["--loss", "GIoULoss"]) == 1
-    assert "FAIL" in capsys.readouterr().out
-
-
-def test_compare_needs_both_hosts(capsys, monkeypatch):
-    stock = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "mmdet" else stock(name))
-    assert compare.main(["--loss", "GIoULoss"]) == 1
-    assert "mmdet is not installed: uv run --all-groups" in capsys.readouterr().err
 
 
 def test_a_documented_difference_that_is_none_fails():
