@@ -26,6 +26,7 @@ ALLOWED["losses"] = {*ALLOWED, "losses"}
 ALLOWED["adapters"] = {*ALLOWED, "adapters", ""}  # of the package itself the version
 ALLOWED["testing"] = {*ALLOWED, "testing"} - {"adapters"}
 ALLOWED["cli"] = {*ALLOWED, "cli", ""}
+ALLOWED["__main__"] = {"cli"}
 ALLOWED["__init__"] = {"losses", "registry", "adapters"}
 FRAMEWORKS = {"mmdet", "mmcv", "ultralytics", "torchvision"}
 # What a part that is used without them imports in its functions only; it may use frameworks there.
