@@ -27,6 +27,8 @@ ALLOWED["adapters"] = {*ALLOWED, "adapters", ""}  # of the package itself the ve
 ALLOWED["testing"] = {*ALLOWED, "testing"} - {"adapters"}
 ALLOWED["cli"] = {*ALLOWED, "cli", ""}
 ALLOWED["__main__"] = {"cli"}
+ALLOWED["ablation"] = {*ALLOWED, "ablation"}
+ALLOWED["cli"].add("ablation")
 ALLOWED["__init__"] = {"losses", "registry", "adapters"}
 FRAMEWORKS = {"mmdet", "mmcv", "ultralytics", "torchvision"}
 # What a part that is used without them imports in its functions only; it may use frameworks there.
