@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detloss_plugins.cli._common import RunError
 from detloss_plugins.loss import Loss
 from detloss_plugins.losses import SeesawLoss, set_progress
 from detloss_plugins.testing.samples import sample
@@ -95,8 +94,12 @@ def class_curves(loss: Loss) -> list[Curve]:
     run = curve
     if looks_at_the_batch(loss):
         x, run = x[::3], partial(curve_in_a_batch, others=dense_batch())
-    targets = (1.0, 0.7, 0.3, 0.0)
-    return [run(loss, f"target {t:g}", x, lambda x, t=t: (x[:, None], torch.full_like(x, t)[:, None])) for t in targets]
+    activated = getattr(loss, "activated", False)  # what it takes is a probability
+
+    def rows(x, t):
+        return (x.sigmoid() if activated else x)[:, None], torch.full_like(x, t)[:, None]
+
+    return [run(loss, f"target {t:g}", x, partial(rows, t=t)) for t in (1.0, 0.7, 0.3, 0.0)]
 
 
 def dense_batch(count: int = 400) -> tuple[Tensor, Tensor]:
@@ -313,7 +316,14 @@ def lines(axes, curves: Sequence[Curve], which: str, title: str, x: str) -> None
     """The values or the slopes of curves over x, with a legend if there are several."""
     for i, (label, at, value, slope) in enumerate(curves):
         style = "-" if i < len(COLOURS) else "--"
-        axes.plot(at, value if which == "value" else slope, style, color=COLOURS[i % 5], label=label, linewidth=1.4)
+        axes.plot(
+            at.numpy(),
+            (value if which == "value" else slope).numpy(),
+            style,
+            color=COLOURS[i % 5],
+            label=label,
+            linewidth=1.4,
+        )
     tidy(axes, title, x)
     if len(curves) > 1 and which == "value":
         axes.legend(fontsize=7, labelcolor=GREY, frameon=False)
@@ -338,9 +348,11 @@ def value_and_slope(curves: Callable[[Loss], list[Curve]], x: str, of: str) -> l
 def field(axes, loss: Loss, make: Callable, span: tuple[float, float], columns: list[int], title: str) -> None:
     """The loss as contours over two numbers of a box, and arrows down its gradient on them."""
     loss = ready(loss)
-    fine, coarse = torch.linspace(*span, 33), torch.linspace(*span, 11)[1:-1]
+    fine, coarse = torch.linspace(*span, 25), torch.linspace(*span, 11)[1:-1]
     value, _ = box_losses(loss, plane(fine, fine, make))
-    axes.contour(fine, fine, value.reshape(33, 33), levels=9, cmap=_colours_of_levels(), linewidths=0.9)
+    axes.contour(
+        fine.numpy(), fine.numpy(), value.reshape(25, 25).numpy(), levels=9, cmap=_colours_of_levels(), linewidths=0.9
+    )
     _, gradient = box_losses(loss, plane(coarse, coarse, make))
     down = -gradient[:, columns]
     length = down.norm(dim=-1, keepdim=True)
@@ -356,7 +368,7 @@ def arrows(axes, middle: Tensor, along: Tensor) -> None:
     tip, across = middle + along / 2, along.flip(-1) * torch.tensor([-1.0, 1.0])
     barbs = (tip - 0.35 * along + 0.25 * across, tip, tip - 0.35 * along - 0.25 * across)
     path = torch.stack([middle - along / 2, tip, *barbs, torch.full_like(tip, math.nan)], 1).flatten(0, 1)
-    axes.plot(*path.T, color=COLOURS[1], linewidth=1, solid_joinstyle="miter")
+    axes.plot(*path.T.numpy(), color=COLOURS[1], linewidth=1, solid_joinstyle="miter")
 
 
 def _colours_of_levels():
@@ -384,8 +396,10 @@ def sliding(axes, loss):
     shape = torch.tensor([0.0, TARGET[1], *TARGET[2:]]).expand(len(x), 4).double()
     boxes = torch.cat([TARGET[0] + x[:, None].double(), shape[:, 1:]], -1)
     value, gradient = box_losses(ready(loss), boxes)
-    axes.plot(x, value, color=COLOURS[0], label="loss", linewidth=1.4)
-    axes.plot(x, 60 * gradient[:, 0], color=COLOURS[1], label="gradient, per width of the box", linewidth=1.4)
+    axes.plot(x.numpy(), value.numpy(), color=COLOURS[0], label="loss", linewidth=1.4)
+    axes.plot(
+        x.numpy(), 60 * gradient[:, 0].numpy(), color=COLOURS[1], label="gradient, per width of the box", linewidth=1.4
+    )
     axes.legend(fontsize=7, labelcolor=GREY, frameon=False, loc="lower right")
     tidy(axes, "a box of the right shape moves along x", "x, pixels")
 
@@ -406,7 +420,7 @@ def distribution_push(axes, loss):
     """What a step down the gradient adds to the logit of each bin, from equal logits."""
     logits = torch.zeros(1, 16, dtype=torch.float64, requires_grad=True)
     (gradient,) = torch.autograd.grad(loss(logits, torch.tensor([6.3], dtype=torch.float64)), logits)
-    axes.bar(range(16), -gradient[0], color=COLOURS[0])
+    axes.bar(range(16), (-gradient[0]).tolist(), color=COLOURS[0])
     tidy(axes, "push on each logit, target 6.3, from equal logits", "bin")
 
 
@@ -426,7 +440,7 @@ def mask_push(axes, loss):
     pred = (0.5 * masks(zero + 4, ten)).requires_grad_()
     (gradient,) = torch.autograd.grad(loss(pred, (masks(zero, ten) > 0).double()), pred)
     push, top = -gradient[0], gradient.abs().max()
-    axes.imshow(push, cmap="RdBu", vmin=-top, vmax=top, interpolation="nearest")
+    axes.imshow(push.numpy(), cmap="RdBu", vmin=float(-top), vmax=float(top), interpolation="nearest")
     tidy(axes, "push on each pixel (blue up, red down); 4 pixels off")
     axes.grid(False)
 
@@ -435,13 +449,14 @@ def ranked(axes, loss):
     """The scores of an example, and what a step down the gradient does to each."""
     scores, target = ranking_example()
     push, rows = pushes(loss, scores, target), torch.arange(len(scores)).flip(0)
-    scale = 0.9 / push.abs().max().clamp(min=1e-12)
-    for score, quality, change, row in zip(scores.flatten(), target.flatten(), push, rows, strict=True):
+    scale = 0.9 / float(push.abs().max().clamp(min=1e-12))
+    for score, quality, change, row in zip(*(x.flatten().tolist() for x in (scores, target, push, rows)), strict=True):
         colour = COLOURS[0] if quality > 0 else COLOURS[1]
         axes.plot(score, row, "o", color=colour, markersize=5)
         if abs(change * scale) > 1e-3:
-            end = (float(score + change * scale), float(row))
-            axes.annotate("", end, (float(score), float(row)), arrowprops={"arrowstyle": "->", "color": colour})
+            axes.annotate(
+                "", (score + change * scale, row), (score, row), arrowprops={"arrowstyle": "->", "color": colour}
+            )
     names = [f"positive, {q:g}" for _, q in POSITIVES] + ["negative"] * len(NEGATIVES)
     axes.set_yticks(rows.tolist(), names)
     axes.set_xlim(-3, 3)
@@ -457,7 +472,7 @@ def ranked_in_time(axes, loss, steps=60):
         path.append(scores.flatten())
     for column, quality in zip(torch.stack(path).T, target.flatten(), strict=True):
         colour, width = (COLOURS[0], 0.8 + quality.item()) if quality > 0 else (COLOURS[1], 0.8)
-        axes.plot(column, color=colour, linewidth=width)
+        axes.plot(column.numpy(), color=colour, linewidth=width)
     tidy(axes, f"the scores in {steps} steps: positives blue, by quality", "step", "score")
 
 
@@ -470,7 +485,7 @@ def mined(axes, loss):
     size, label = gradient[image, :, :-4].norm(dim=-1), target[image, :, 0]
     order = torch.argsort(size + 100 * ((label >= 0) & (label < 3)), descending=True)
     colours = [COLOURS[0] if 0 <= label[i] < 3 else COLOURS[1] for i in order]
-    axes.bar(range(len(order)), size[order], color=colours)
+    axes.bar(range(len(order)), size[order].tolist(), color=colours)
     tidy(axes, "gradient on an anchor's logits; positives blue", "anchor, the hardest first")
 
 
@@ -506,26 +521,33 @@ def panels_of(loss: Loss) -> list[Panel]:
     """The panels of a loss's family.
 
     Raises:
-        RunError: if its family is none of ours.
+        ValueError: if its family is none of ours.
     """
     if loss.family not in PANELS:
-        raise RunError(f"There is no picture for the family {loss.family!r} of {type(loss).__name__}.")
+        raise ValueError(f"There is no picture of a {type(loss).__name__}, as its family is {loss.family!r}.")
     return PANELS[loss.family]
 
 
-def picture(loss: Loss, *more: Panel) -> Any:
-    """A matplotlib figure of a loss: the panels of its family, and more of them."""
-    return _figure(loss, [*panels_of(loss), *more], columns=2, size=(3.6, 2.7))
+def figure(loss: Loss, title: str = "", more: Sequence[Panel] = ()) -> Any:
+    """A matplotlib figure of a loss: the panels of its family, and more of them.
+
+    Raises:
+        ValueError: if its family is none of ours.
+    """
+    found = _figure(loss, [*panels_of(loss), *more], columns=2, size=(3.6, 2.7))
+    if title:
+        found.suptitle(title, color=GREY)
+    return found
 
 
 def thumbnail(loss: Loss) -> Any:
     """The first panel alone, small and without words."""
-    figure = _figure(loss, panels_of(loss)[:1], columns=1, size=(1.9, 1.4))
-    for axes in figure.axes:
+    found = _figure(loss, panels_of(loss)[:1], columns=1, size=(1.9, 1.4))
+    for axes in found.axes:
         axes.set(title="", xlabel="", ylabel="", xticks=[], yticks=[])
         if axes.get_legend():
             axes.get_legend().remove()
-    return figure
+    return found
 
 
 def _figure(loss, panels, columns, size):
@@ -534,32 +556,29 @@ def _figure(loss, panels, columns, size):
 
     rows = math.ceil(len(panels) / columns)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained", facecolor="none")
-        grid = figure.subplots(rows, columns, squeeze=False).flatten()
+        found = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained", facecolor="none")
+        grid = found.subplots(rows, columns, squeeze=False).flatten()
         for axes, panel in zip(grid, panels, strict=False):
             panel(axes, loss)
         for axes in grid[len(panels) :]:
             axes.set_axis_off()
-    return figure
+    return found
 
 
-def save(figure: Any, path: Path) -> None:
+def save(drawn: Any, path: Path) -> None:
     """Write a figure as SVG (small, and equal for equal figures) or whatever the suffix says.
 
     Raises:
-        RunError: for a suffix that matplotlib does not know.
+        ValueError: for a suffix that matplotlib does not know.
     """
     import matplotlib
 
     path = Path(path)
     with matplotlib.rc_context(STYLE):
         if path.suffix != ".svg":
-            try:
-                figure.savefig(path, dpi=150)
-            except ValueError as error:
-                raise RunError(f"{path}: {error}") from None
+            drawn.savefig(path, dpi=150)
             return
-        figure.savefig(path, metadata={"Date": None})
+        drawn.savefig(path, metadata={"Date": None})
     path.write_text(_smaller(path.read_text(encoding="utf-8")), encoding="utf-8")
 
 
@@ -567,6 +586,7 @@ def _smaller(svg):
     """An SVG of matplotlib's at half its size: a tenth of a point is enough, and it needs no comments and names."""
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<!DOCTYPE.*?>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"\d+\.\d{2,}", lambda n: f"{float(n[0]):.1f}".removesuffix(".0"), svg)
+    svg = re.sub(r'd="[^"C]*"', lambda path: re.sub(r"\s*L ", " ", path[0]), svg)  # lines follow a move unnamed
     used = set(re.findall(r"#([\w-]+)", svg))
     svg = re.sub(r' id="([\w-]+)"', lambda name: name[0] if name[1] in used else "", svg)
     return re.sub(r"\s*\n\s*", lambda gap: "\n" if svg[gap.start() - 1] == ">" else " ", svg)
