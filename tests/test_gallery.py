@@ -57,7 +57,8 @@ def test_a_formula_is_drawn(name):
         assert "\\" not in converter.convert(gallery.as_drawn(line))  # no command that it does not know
 
 
-def test_pages_of_a_few(tmp_path):
+def test_pages_of_a_few(tmp_path, monkeypatch):
+    monkeypatch.setattr(gallery.playground, "write", lambda path: None)
     gallery.write(tmp_path, A_FEW)
     for name in A_FEW:
         check_page(tmp_path / "gallery", name, registered_losses()[name])

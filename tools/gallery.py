@@ -13,6 +13,7 @@ import re
 import sys
 from pathlib import Path
 
+import playground
 import simulate
 import torch
 import yaml
@@ -159,7 +160,7 @@ def page(name: str, cls: type) -> str:
         use(name, cls),
         "## Elsewhere",
         elsewhere(cls),
-        "[All losses](index.md)",
+        "[All losses](index.md)" + ("; [try it on two boxes](../playground/index.md)" * (cls.facts.family == "box")),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -204,7 +205,7 @@ def draw(name: str, cls: type, folder: Path) -> None:
 
 
 def write(docs: Path, names: list[str] | None = None) -> None:
-    """Write the pages and pictures into ``docs/gallery``; all, or of some losses."""
+    """Write the pages and pictures into ``docs/gallery``, and what the playground computes with; all, or of some."""
     folder = Path(docs) / "gallery" / "img"
     folder.mkdir(parents=True, exist_ok=True)
     sources = [*(ROOT / SCOPE).rglob("*.py"), *map(Path, (__file__, simulate.__file__))]
@@ -219,6 +220,7 @@ def write(docs: Path, names: list[str] | None = None) -> None:
                 draw(name, cls, folder)
             (folder.parent / f"{name}.md").write_text(page(name, cls), encoding="utf-8")
         (folder.parent / "index.md").write_text(index(), encoding="utf-8")
+        playground.write(Path(docs) / "playground" / "losses.js")
     finally:
         torch.set_num_threads(threads)
 
