@@ -1,5 +1,5 @@
-"""Write the tables of the README, of losses from the registry and of detectors from the configs, and that of
-docs/combinations.md from the YAML file beside it, or check them (--check)."""
+"""Write what is generated of README and docs, or check it (--check): tables of the losses from the registry, of the
+detectors from the configs and of combinations from a YAML file, and where upstream packages differ."""
 
 import argparse
 import functools
@@ -8,6 +8,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import differences
 import yaml
 from mmengine.config import Config
 from ultralytics.nn.tasks import yaml_model_load
@@ -17,9 +18,31 @@ from detloss_plugins import MODELS
 from detloss_plugins.adapters.ultralytics import SLOTS, default_gain, model_task
 from detloss_plugins.registry import registered_losses
 
-README = Path(__file__).parents[1] / "README.md"
-COMBINATIONS = Path(__file__).parents[1] / "docs" / "combinations.md"
-CONFIGS = Path(__file__).parents[1] / "configs" / "mmdetection"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+COMBINATIONS = DOCS / "combinations.md"
+CONFIGS = ROOT / "configs" / "mmdetection"
+PAGES = {  # and what is generated in them
+    ROOT / "README.md": ("names",),
+    ROOT / "README.zh-CN.md": ("names-zh",),
+    DOCS / "losses.md": ("losses",),
+    DOCS / "detectors.md": ("detectors",),
+    COMBINATIONS: ("combinations",),
+    DOCS / "differences.md": ("differences", "agreement"),
+}
+CHINESE = {
+    "box": "边界框",
+    "classification": "分类",
+    "distribution": "分布",
+    "heatmap": "热图",
+    "multibox": "多框（SSD）",
+    "ranking": "排序",
+    "region": "区域（掩码）",
+    "regression": "回归",
+    "rotated": "旋转框",
+    "soft label": "软标签（蒸馏）",
+    "uncertainty": "不确定性",
+}
 SHARED = {"compile", "reduction", "loss_weight"}
 OF_CLASSES = {"class_weight", "class_counts", "effective_beta", "label_smoothing"}  # that every class loss has
 
@@ -124,8 +147,22 @@ def combination_rows():
     return ((f"`{row['name']}`", row["slot"], f"`{as_dict(row['loss'])}`") for row in combinations())
 
 
+def families():
+    """``{family: names of its losses}``, other names too."""
+    found = {}
+    for name, cls in MODELS.module_dict.items():
+        found.setdefault(cls.facts.family, []).append(name)
+    return dict(sorted(found.items()))
+
+
 # Name -> header and rows.
 TABLES = {
+    "names": (("family", "losses"), lambda: ((family, in_words(names)) for family, names in families().items())),
+    "names-zh": (
+        ("类别", "损失"),
+        lambda: ((CHINESE[family], in_words(names)) for family, names in families().items()),
+    ),
+    "agreement": (("here", "the same as", "with, here", "with, there"), differences.agreement_rows),
     "losses": (
         ("type", "family", "hyper-parameters", "what it is", "equal to", "weight in YOLO's slot"),
         loss_rows,
@@ -134,9 +171,13 @@ TABLES = {
     "combinations": (("elsewhere", "slot", "here"), combination_rows),
 }
 
+TEXTS = {"differences": differences.sections}
+
 
 def table(name):
-    """A table in Markdown."""
+    """A table, or what else is generated, in Markdown."""
+    if name in TEXTS:
+        return TEXTS[name]()
     header, rows = TABLES[name]
     lines = [header, ["---"] * len(header), *rows()]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -159,7 +200,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore", message="pkg_resources")  # mmengine's, once a config
     outdated = []
-    for path, names in {README: ("losses", "detectors"), COMBINATIONS: ("combinations",)}.items():
+    for path, names in PAGES.items():
         page = path.read_text(encoding="utf-8")
         if (new := updated(page, names)) != page:
             outdated.append(path.name)
