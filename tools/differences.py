@@ -171,7 +171,7 @@ CASES = [
 
 
 def findings() -> list[Finding]:
-    """Every difference, in the order of the registry.
+    """Every difference, family by family.
 
     ``ModuleNotFoundError`` where a package is missing, ``AssertionError`` where a difference is none.
     """
@@ -185,7 +185,7 @@ def findings() -> list[Finding]:
         found.append(Finding(type(loss).__name__, path, given, theirs, ours, why))
     for finding in found:
         assert finding.theirs != finding.ours, f"{finding.path}, given {finding.given}: both give {finding.ours}"
-    order = list(registered_losses())
+    order = sorted(registered_losses(), key=lambda name: registered_losses()[name].facts.family)
     return sorted(found, key=lambda finding: (order.index(finding.loss), finding.path.partition(".")[0]))
 
 
