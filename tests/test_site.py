@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import types
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,20 @@ def test_a_formula_becomes_mathml():
     assert "arithmatex" not in drawn
     drawn = site_hooks.on_page_content(r'<div class="arithmatex">\[a &lt; b\]</div>')
     assert re.fullmatch(r'<math [^>]*display="block">.*<mi>a</mi><mo>&[^;]*;</mo><mi>b</mi>.*</math>', drawn)
+
+
+def test_the_gallery_joins_the_navigation(tmp_path):
+    pytest.importorskip("latex2mathml", reason="the dependency group docs is not installed")
+    import site_hooks
+
+    assert site_hooks.generated_pages(tmp_path) == []
+    for page in ("gallery/index.md", "gallery/GIoULoss.md", "gallery/CIoULoss.md", "playground/index.md"):
+        (tmp_path / page).parent.mkdir(exist_ok=True)
+        (tmp_path / page).touch()
+    config = types.SimpleNamespace(docs_dir=tmp_path, nav=[{"Choose": [{"Losses": "a.md"}, {"Experiments": "b.md"}]}])
+    (section,) = site_hooks.on_config(config).nav
+    gallery = {"Gallery": ["gallery/index.md", "gallery/CIoULoss.md", "gallery/GIoULoss.md"]}
+    assert section["Choose"][1:3] == [gallery, {"Playground": "playground/index.md"}]
 
 
 @pytest.fixture(scope="module")
