@@ -28,13 +28,20 @@ ALLOWED["testing"] = {*ALLOWED, "testing"} - {"adapters"}
 ALLOWED["cli"] = {*ALLOWED, "cli", ""}
 ALLOWED["__init__"] = {"losses", "registry", "adapters"}
 FRAMEWORKS = {"mmdet", "mmcv", "ultralytics", "torchvision"}
+# What a part that is used without them imports in its functions only; it may use frameworks there.
+HEAVY = {*FRAMEWORKS, "mmengine", "matplotlib", "scipy", "sklearn"}
+LAZY = {"cli": HEAVY, "testing": {*FRAMEWORKS, "mmengine"}}
 WITH_FRAMEWORKS = {PACKAGE / "adapters" / name for name in ("mmdetection", "ultralytics")}
 WITH_MMENGINE = {"registry", "adapters"}
 
 
-def imports(path):
-    """Dotted names that a file imports."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+def imports(path, when_imported=False):
+    """Dotted names that a file imports, at all or, leaving its functions out, when it is imported itself."""
+    nodes = [ast.parse(path.read_text(encoding="utf-8"))]
+    while nodes:
+        node = nodes.pop()
+        if not (when_imported and isinstance(node, ast.FunctionDef)):
+            nodes += ast.iter_child_nodes(node)
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -58,10 +65,21 @@ def test_layers():
             package, where = name.split(".")[0], path.relative_to(PACKAGE)
             if package == "detloss_plugins":
                 assert part_of(name) in ALLOWED[part], f"{where} must not import {name}"
+            if part in LAZY:
+                continue
             if package in FRAMEWORKS:
                 assert WITH_FRAMEWORKS & {*path.parents}, f"{where} must not import {name}"
             if package == "mmengine":
                 assert part in WITH_MMENGINE, f"{where} must not import {name}"
+
+
+@pytest.mark.parametrize("part", LAZY)
+def test_what_is_used_without_a_framework_imports_it_in_functions_only(part):
+    files = sorted((PACKAGE / part).rglob("*.py"))
+    assert files
+    for path in files:
+        for name in imports(path, when_imported=True):
+            assert name.split(".")[0] not in LAZY[part], f"{path.relative_to(PACKAGE)} must not import {name} at once"
 
 
 def test_the_package_itself_imports_two_adapters_only():

@@ -3,7 +3,6 @@ docs/combinations.md from the YAML file beside it, or check them (--check)."""
 
 import argparse
 import functools
-import inspect
 import sys
 import warnings
 from pathlib import Path
@@ -13,46 +12,24 @@ from mmengine.config import Config
 from ultralytics.nn.tasks import yaml_model_load
 from ultralytics.utils import ROOT as ULTRALYTICS
 
-from detloss_plugins import MODELS
 from detloss_plugins.adapters.ultralytics import SLOTS, default_gain, model_task
-from detloss_plugins.registry import registered_losses
+from detloss_plugins.cli import _facts
 
 README = Path(__file__).parents[1] / "README.md"
 COMBINATIONS = Path(__file__).parents[1] / "docs" / "combinations.md"
 CONFIGS = Path(__file__).parents[1] / "configs" / "mmdetection"
-SHARED = {"compile", "reduction", "loss_weight"}
-OF_CLASSES = {"class_weight", "class_counts", "effective_beta", "label_smoothing"}  # that every class loss has
-
-
-def hyper_parameters(cls):
-    """The settings of a loss with their defaults, without those that every loss has."""
-    parameters = inspect.signature(cls).parameters.values()
-    hidden = {*SHARED, *OF_CLASSES - set(cls.hyper)}
-    words = ", ".join(f"{p.name}={p.default!r}" for p in parameters if p.name not in hidden)
-    return words.replace("|", r"\|")  # a bare one ends the table's cell, in code too
-
-
-def fits_a_slot(cls):
-    """Whether a loss goes into a slot of the Ultralytics adapter; class scores there are independent sigmoids."""
-    families = {family for slots in SLOTS.values() for takes in slots.values() for family in takes}
-    try:
-        sigmoid = cls.facts.family != "classification" or cls.make(use_sigmoid=True).use_sigmoid
-        return sigmoid and cls.facts.family in families
-    except (TypeError, ValueError):
-        return False
 
 
 def loss_rows():
     """One row a loss, family by family."""
-    for name, cls in sorted(registered_losses().items(), key=lambda item: item[1].facts.family):
-        facts = cls.facts
-        aliases = [alias for alias, found in MODELS.module_dict.items() if found is cls and alias != name]
-        title = "<br>".join(f"`{n}`" for n in (name, *aliases))
-        source = inspect.getdoc(cls).splitlines()[0].rstrip(".")
-        source = f"[{source}]({facts.paper})" if facts.paper else source
-        upstream = dict.fromkeys(u.path.split(".")[0] for u in facts.upstream if not u.differs)
-        gain = f"{default_gain(cls):g}" if fits_a_slot(cls) else ""
-        yield title, facts.family, f"`{hyper_parameters(cls)}`".replace("``", ""), source, ", ".join(upstream), gain
+    for family, losses in _facts.losses_by_family().items():
+        for name, cls in losses.items():
+            names = "<br>".join(f"`{n}`" for n in (name, *_facts.aliases(cls)))
+            settings = _facts.in_one_line(cls).replace("|", r"\|")  # a bare one ends the table's cell, in code too
+            source, paper = _facts.title(cls), cls.facts.paper
+            source = f"[{source}]({paper})" if paper else source
+            gain = f"{default_gain(cls):g}" if _facts.yolo_slots(cls) else ""
+            yield names, family, f"`{settings}`".replace("``", ""), source, ", ".join(_facts.equals(cls)), gain
 
 
 def in_words(names):

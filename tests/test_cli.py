@@ -1,0 +1,208 @@
+"""The command ``detloss``: its help, what all subcommands refuse in the same way, and the small ones themselves."""
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from support.commands import detloss, last_line
+
+import detloss_plugins
+from detloss_plugins.cli import _facts, _plot, main, train
+from detloss_plugins.cli._common import INSTALL
+from detloss_plugins.losses import CIoULoss, FocalLoss, GIoULoss
+from detloss_plugins.registry import registered_losses
+from detloss_plugins.testing import training_tensors
+
+COMMANDS = main.list_commands(None)
+
+
+def test_help_of_every_subcommand_has_an_example(capsys):
+    assert "train" in COMMANDS
+    assert detloss(capsys) == detloss(capsys, "--help") == detloss(capsys, "-h")
+    assert detloss(capsys, "--version").split()[-1] == detloss_plugins.__version__
+    for name in COMMANDS:
+        text = detloss(capsys, name, "--help")
+        assert re.search(rf"^ +detloss {name}\b", text, re.MULTILINE), name
+        assert re.search(rf"^  {name}  ", detloss(capsys, "--help"), re.MULTILINE), name
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--no-such"], "such option"),
+        (["no-such"], "error: No such command 'no-such'"),
+        (["_common"], "error: No such command '_common'"),
+        (["train", "--no-such"], "Try: detloss train --help"),
+        (["train", "--data"], "error: Option '--data' requires an argument"),
+    ],
+)
+def test_what_the_command_line_cannot_mean_is_one_sentence(words, sentence, capsys):
+    printed = detloss(capsys, *words, status=2)
+    assert printed.startswith("error: ")
+    assert sentence in printed
+    assert len(printed.splitlines()) == 1
+
+
+@pytest.mark.parametrize("module", INSTALL)
+def test_what_is_missing_is_one_sentence(module, capsys, monkeypatch):
+    def import_it(_):
+        raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+
+    monkeypatch.setattr(train, "train_yolo", import_it)
+    assert detloss(capsys, "train", "epochs=1", status=1) == f"error: {INSTALL[module]}"
+    assert "nstall" in INSTALL[module]
+
+
+def test_a_fault_of_our_own_is_no_missing_package(monkeypatch):
+    def import_it(_):
+        raise ModuleNotFoundError("No module named 'detloss_plugins.nowhere'", name="detloss_plugins.nowhere")
+
+    monkeypatch.setattr(train, "train_yolo", import_it)
+    with pytest.raises(ModuleNotFoundError, match="nowhere"):
+        main(["train", "epochs=1"])
+
+
+def test_help_imports_no_framework():
+    heavy = ["mmdet", "mmcv", "ultralytics", "torchvision", "sklearn", "matplotlib"]
+    code = (
+        "import sys\n"
+        f"for name in {heavy}: sys.modules[name] = None\n"
+        "from detloss_plugins.cli import main\n"
+        "main(['--help'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert all(f"\n  {name} " in done.stdout for name in COMMANDS)
+
+
+def test_list_has_every_loss_once(capsys):
+    header, *lines = detloss(capsys, "list").splitlines()
+    assert header.split() == ["family", "loss", "equal", "to", "paper", "settings"]
+    assert len(lines) == len(registered_losses())
+    (focal,) = (line for line in lines if " FocalLoss " in line)
+    assert focal.startswith("classification ")
+    for words in ("mmdet, torchvision, ultralytics", "https://arxiv.org/abs/1708.02002", "gamma=2.0, alpha=0.25"):
+        assert f"  {words}" in focal
+
+
+def test_list_of_a_family(capsys):
+    rows = json.loads(detloss(capsys, "list", "--family", "box", "--json"))
+    assert {row["type"] for row in rows} == {n for n, c in registered_losses().items() if c.facts.family == "box"}
+    (ciou,) = (row for row in rows if row["type"] == "CIoULoss")
+    assert ciou["equal_to"] == ["mmdet", "torchvision", "ultralytics"]
+    assert ciou["settings"][0] == {"name": "alpha_gate", "default": None, "allowed": "a number in [0, 1] or None"}
+    error = last_line(capsys, "list", "--family", "boxes", status=2)
+    assert error.startswith("error: There is no family 'boxes'; there are box, classification, ")
+
+
+def test_show_says_what_is_known(capsys):
+    text = detloss(capsys, "show", "CIoULoss")
+    wanted = [
+        "CIoULoss (box loss)",
+        CIoULoss.facts.paper,
+        "DIoU plus `alpha * v`",
+        "  alpha_gate=None              a number in [0, 1] or None",
+        "  equal to torchvision.ops.complete_box_iou_loss\n",
+        "torchvision's aspect ratio is 0/0 = NaN",
+        'dict(type="detloss_plugins.CIoULoss")',
+    ]
+    assert [words for words in wanted if words not in text] == []
+    assert "did you mean CIoULoss" in last_line(capsys, "show", "CIoULos", status=2)
+
+
+def test_show_says_what_weight_yolo_gives(capsys, monkeypatch):
+    pytest.importorskip("ultralytics")
+    text = detloss(capsys, "show", "FocalLoss")
+    assert "cls: {type: FocalLoss}, for detect, segment, pose, obb, with loss_weight 16" in text
+    assert "loss_class: {type: FocalLoss}, for rtdetr, with loss_weight 1\n" in text + "\n"
+    assert "it fits no slot there" in detloss(capsys, "show", "SeesawLoss")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "Ultralytics: not installed here" in detloss(capsys, "show", "FocalLoss")
+
+
+def test_show_of_ones_own_loss(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    source = 'from detloss_plugins.losses import L1Loss\n\nclass Mine(L1Loss):\n    """Of mine."""\n'
+    (tmp_path / "own_losses.py").write_text(source, encoding="utf-8")
+    for word in ("own_losses:Mine", "own_losses.py:Mine", "own_losses.Mine"):
+        assert detloss(capsys, "show", word).startswith("Mine (regression loss)\nOf mine"), word
+    assert "has no attribute 'Other'" in last_line(capsys, "show", "own_losses:Other", status=2)
+    assert "cannot import nowhere: ModuleNotFoundError" in last_line(capsys, "show", "nowhere:Mine", status=2)
+
+
+@pytest.mark.parametrize("name", registered_losses())
+def test_every_setting_says_what_it_may_be(name):
+    for setting in _facts.settings(registered_losses()[name]):
+        assert setting.allowed or setting.name in {"base", "loss_cls", "loss_bbox"}, setting.name
+
+
+def test_meanings_come_from_the_docstrings():
+    meanings = {setting.name: setting.meaning for setting in _facts.every_setting(FocalLoss)}
+    assert meanings["gamma"] == "focusing power, 0 or at least 1 for a bounded second derivative."
+    assert meanings["label_smoothing"].startswith("s; a target t becomes")
+    assert meanings["loss_weight"] == "factor on the result, at least 0."
+
+
+def test_curves_are_those_of_the_loss(loss_cls):
+    """Their slope is that of their values, where the loss has a true gradient and its rows are independent."""
+    if loss_cls.facts.family == "multibox":
+        with pytest.raises(ValueError, match="There is no picture of a MultiBoxLoss"):
+            _plot.panels(loss_cls.make())
+        return
+    independent = loss_cls.facts.true_gradient and loss_cls.facts.row_wise and not loss_cls.make().observes
+    for panel in _plot.panels(loss_cls.make()):
+        assert panel.lines
+        for line in panel.lines.values():
+            assert line.slope.isfinite().all()
+            assert line.slope.abs().max() > 0
+            if line.value is None or not independent:
+                continue
+            assert line.value.isfinite().all()
+            x = line.x.logit() if panel.slope_by == "the logit" else line.x
+            steps, between = line.value.diff() / x.diff(), (line.slope[1:] + line.slope[:-1]) / 2
+            jumps = line.slope.diff().abs() > 0.1 * line.slope.abs().max()
+            torch.testing.assert_close(
+                steps[~jumps], between[~jumps], rtol=0.05, atol=0.02 * float(line.slope.abs().max())
+            )
+
+
+def test_a_picture_is_written(tmp_path, capsys):
+    file = tmp_path / "new" / "giou.png"
+    assert last_line(capsys, "show", "GIoULoss", "--plot", file) == f"picture: {file}"
+    assert file.read_bytes().startswith(b"\x89PNG")
+    assert file.stat().st_size > 20_000
+    assert "is not supported" in last_line(capsys, "show", "GIoULoss", "--plot", tmp_path / "giou.txt", status=2)
+    assert "no picture of a MultiBoxLoss" in last_line(capsys, "show", "MultiBoxLoss", "--plot", file, status=2)
+
+
+def test_compare(tmp_path, capsys, monkeypatch):
+    """The whole command, on random tensors; a wrong formula makes its exit status 1."""
+    pytest.importorskip("mmdet")
+    pytest.importorskip("ultralytics")
+    monkeypatch.setattr(training_tensors, "training_tensors", dict)
+    file = tmp_path / "rows.json"
+    detloss(capsys, "compare", "--loss", "GIoULoss", "--loss", "EIoULoss", "--json", file)
+    rows = json.loads(file.read_text(encoding="utf-8"))
+    assert {row["loss"] for row in rows} == {"GIoULoss", "EfficientIoULoss"}
+    assert {row["verdict"] for row in rows} == {"PASS", "DIFFERS"}
+    right = GIoULoss.fn
+    monkeypatch.setattr(GIoULoss, "fn", staticmethod(lambda p, t, **hyper: right(p, t, **hyper) * 1.001))
+    with pytest.raises(SystemExit) as stop:
+        main(["compare", "--loss", "GIoULoss"])
+    assert stop.value.code == 1
+    assert "FAIL" in capsys.readouterr().out
+
+
+def test_compare_refuses_before_it_measures(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    assert "cannot write file/rows.json: " in last_line(capsys, "compare", "--json", "file/rows.json", status=2)
+    assert "did you mean GIoULoss" in last_line(capsys, "compare", "--loss", "GIoULos", status=2)
+    stock = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "mmdet" else stock(name))
+    assert detloss(capsys, "compare", "--loss", "GIoULoss", status=1) == f"error: {INSTALL['mmdet']}"
