@@ -76,7 +76,7 @@ def test_what_is_in_the_wheel(built):
     files = set(zipfile.ZipFile(built[0]).namelist())
     info = f"detloss_plugins-{detloss_plugins.__version__}.dist-info"
     assert {"detloss_plugins/py.typed", f"{info}/licenses/LICENSE"} <= files
-    sources = {*CONFIGS, *(ROOT / "detloss_plugins").rglob("*.py")}
+    sources = {*CONFIGS, *(ROOT / "detloss_plugins").rglob("*.py"), *(ROOT / "detloss_plugins/study").glob("*.json")}
     expected = {path.relative_to(ROOT).as_posix() for path in sources}
     expected = {path if path.startswith("detloss_plugins/") else f"detloss_plugins/{path}" for path in expected}
     assert {path for path in files if not path.startswith(info)} == {*expected, "detloss_plugins/py.typed"}
@@ -101,7 +101,7 @@ def test_metadata(built):
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Author"] == "the detloss_plugins authors"
     needed = [line.split(";")[0] for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
-    assert sorted(re.match(r"\w+", line)[0] for line in needed) == ["mmengine", "torch"]
+    assert sorted(re.match(r"\w+", line)[0] for line in needed) == ["click", "mmengine", "torch"]
 
 
 def with_wheel(installed, tmp_path, code):

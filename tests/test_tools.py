@@ -403,17 +403,17 @@ def test_bench_command(tmp_path, capsys, tiny):
     few = ["--runs", "3", "--mode", "eager", "--dtype", "float32", "--device", "cpu"]
     chosen = ["--loss", "GIoULoss", "--loss", "FocalLoss", "--loss", "APLoss", "--loss", "NWDLoss"]
     assert bench.main([*chosen, *few, "--json", str(file), "--picture", str(picture), "--page", str(page)]) == 0
-    report = json.loads(file.read_text(encoding="utf-8"))
+    report = bench.read_report(file)
     rows = report["rows"]
     for row in rows:
         assert 0 < row["low"] <= row["ms"] <= row["high"]
         assert row["runs"] == 3
         assert row["memory"] > 0
         assert row["kernels"] > 0
-        assert row["bandwidth"] == row["copy_ms"] / row["ms"]
+        assert row["bandwidth"] == pytest.approx(row["copy_ms"] / row["ms"], rel=1e-6)  # kept to eight digits
     boxes = [row for row in rows if (row["loss"], row["case"]) == ("GIoULoss", "60")]
     assert [row["who"].split(".")[0] for row in boxes] == ["ours eager", "mmdet", "torchvision", "ultralytics"]
-    assert boxes[1]["faster"] == {"eager": boxes[1]["ms"] / boxes[0]["ms"]}
+    assert boxes[1]["faster"] == pytest.approx({"eager": boxes[1]["ms"] / boxes[0]["ms"]}, rel=1e-6)
     assert {row["bytes"] for row in boxes} == {3 * 60 * 4 * 4}
     assert [row["form"] for row in rows if row["who"].startswith("mmdet") and row["loss"] == "FocalLoss"] == ["index"]
     assert {row["who"] for row in rows if row["loss"] == "APLoss"} == {"ours eager", "FocalLoss", "plain loop"}
@@ -448,9 +448,7 @@ def test_who_does_not_run_is_in_the_table(tmp_path, monkeypatch, tiny):
     few = ["--loss", "GIoULoss", "--case", "40", "--runs", "2", "--mode", "eager", "--dtype", "bfloat16"]
     file = tmp_path / "rows.json"
     assert bench.main([*few, "--device", "cpu", "--json", str(file)]) == 0
-    errors = {
-        row["who"]: row["error"] for row in json.loads(file.read_text(encoding="utf-8"))["rows"] if "error" in row
-    }
+    errors = {row["who"]: row["error"] for row in bench.read_report(file)["rows"] if "error" in row}
     assert errors == {path: "RuntimeError: not for this dtype"}
     monkeypatch.setattr(GIoULoss, "forward", refuse)
     assert bench.main([*few, "--device", "cpu"]) == 1
@@ -492,6 +490,17 @@ def test_the_page_lists_where_ours_is_slower(tmp_path):
     assert lost.count("`CIoULoss`") == 1
     won = {**report, "rows": report["rows"][:3]}
     assert "## Where ours is slower\n\nNone." in speed_page.page(won)
+
+
+def test_the_kept_figures_have_a_page():
+    """Of every machine: what the README and the site say of speed is taken from these files."""
+    files = sorted((Path(__file__).parents[1] / "docs" / "speed").glob("*.json"))
+    assert files
+    for file in files:
+        report = bench.read_report(file)
+        assert {bar["verdict"] for bar in speed_page.check_bars(report["rows"])} & {"HOLDS", "MISSED"}
+        page = speed_page.page(report)
+        assert all(f"`{name}`" in page for name in {row["loss"] for row in report["rows"]})
 
 
 def test_step_command(tmp_path):
