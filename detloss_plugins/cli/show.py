@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from detloss_plugins.cli import _facts
-from detloss_plugins.cli._common import UsageError, check_folder, first_line, loss_class_of
+from detloss_plugins.cli._common import UsageError, check_folder, complete_loss, first_line, loss_class_of
 from detloss_plugins.families import ClassificationLoss
 from detloss_plugins.registry import SCOPE
 
@@ -111,7 +111,7 @@ def draw(cls, path):
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete_loss)
 @click.option("--plot", type=Path, metavar="FILE", help="Draw value and gradient into FILE, a .png, .svg or .pdf.")
 def command(name, plot):
     """Show all there is to know of a loss.

@@ -1,0 +1,225 @@
+"""A folder of trainings: what is planned, what has finished, what failed; and the results of all."""
+
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from detloss_plugins.ablation.files import read_json, write_json
+from detloss_plugins.ablation.grid import Run, contradiction
+
+POLL = 0.5  # seconds
+
+
+class Study:
+    """The trainings below a folder.
+
+    Each has a folder ``runs/<label>-<model>-<data>-<seed>`` with ``run.json``, what is to be trained, and, once it has
+    finished, ``metrics.json``. A training without it is begun again, or goes on, by the next :meth:`train`.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+
+    def of(self, run: Run) -> Path:
+        """The folder of a run."""
+        return self.folder / "runs" / run.name
+
+    def runs(self) -> list[Run]:
+        """The runs that are planned here, finished or not."""
+        return [Run(**read_json(path)) for path in sorted((self.folder / "runs").glob("*/run.json"))]
+
+    def add(self, runs: Sequence[Run]) -> None:
+        """Plan runs; those that are here already stay as they are.
+
+        Raises:
+            ValueError: if they contradict the runs that have finished here.
+        """
+        before = [run for run in self.runs() if self.is_done(run)]
+        if problem := contradiction(before, runs):
+            raise ValueError(f"{self.folder} has results of another grid: {problem}, or take another folder.")
+        for run in runs:
+            if not self.is_done(run):
+                self.of(run).mkdir(parents=True, exist_ok=True)
+                if read_json(self.of(run) / "run.json") not in (None, run.as_dict()):
+                    (self.of(run) / "weights" / "last.pt").unlink(missing_ok=True)  # of another training
+                write_json(self.of(run) / "run.json", run.as_dict())
+
+    def is_done(self, run: Run) -> bool:
+        """Whether a run has finished."""
+        return (self.of(run) / "metrics.json").exists()
+
+    def epochs_done(self, run: Run) -> int:
+        """The epochs that a run has behind it."""
+        if self.is_done(run):
+            return run.epochs
+        csv = self.of(run) / "results.csv"
+        return max(0, len(csv.read_text(encoding="utf-8").splitlines()) - 1) if csv.exists() else 0
+
+    def train(self, runs: Sequence[Run], jobs: int, tick: Callable[[list[Run]], None] = lambda running: None) -> None:
+        """Train those of the runs that have not finished, so many side by side, each in a process of its own.
+
+        Args:
+            runs: what :meth:`add` was given.
+            jobs: number of processes.
+            tick: called twice a second with the runs that are trained at the moment.
+        """
+        waiting = [run for run in runs if not self.is_done(run)]
+        self._read_labels(waiting)
+        places, running = Places(jobs), {}
+        try:
+            while waiting or running:
+                while waiting and len(running) < jobs:
+                    run, place = waiting.pop(0), places.take()
+                    running[run.name] = (run, place, start(self.of(run), places.environment(place)))
+                for name, (run, place, process) in list(running.items()):
+                    if process.poll() is not None:
+                        process.stdin.close()
+                        note_end(self.of(run), process.returncode)
+                        places.give(place)
+                        del running[name]
+                tick([run for run, _, _ in running.values()])
+                if running:
+                    time.sleep(POLL)
+        finally:
+            for _, _, process in running.values():
+                process.kill()
+                process.wait()
+
+    def _read_labels(self, runs):
+        from detloss_plugins.ablation.yolo import read_labels
+
+        with quiet():
+            for run in {run.data: run for run in runs}.values():
+                read_labels(run)
+
+    def failed(self) -> dict[str, str]:
+        """Name -> the last line of the error of runs that failed."""
+        files = sorted((self.folder / "runs").glob("*/error.txt"))
+        return {
+            file.parent.name: file.read_text(encoding="utf-8").strip()
+            for file in files
+            if not (file.parent / "metrics.json").exists()
+        }
+
+    def results(self, name: str | None = None) -> dict:
+        """All that has finished, as plain data: the content of ``results.json``."""
+        done = [(run, read_json(self.of(run) / "metrics.json")) for run in self.runs() if self.is_done(run)]
+        done.sort(key=lambda pair: (pair[0].data, pair[0].model, pair[0].label != "stock", pair[0].label, pair[0].seed))
+        return {
+            "name": name or self.folder.absolute().name,
+            "data": ", ".join(dict.fromkeys(run.data for run, _ in done)),
+            "epochs": max((run.epochs for run, _ in done), default=None),
+            "versions": joined([found.get("versions", {}) for _, found in done]),
+            "machine": machine(),
+            "runs": [as_result(run, found) for run, found in done],
+            "failed": [{"run": run, "error": error} for run, error in self.failed().items()],
+        }
+
+
+class Places:
+    """Shares of the machine: a GPU each, or the cores by the number of jobs."""
+
+    def __init__(self, jobs: int):
+        self.gpus = count_gpus()
+        self.free = list(range(jobs))
+        self.threads = max(1, count_cores() // jobs)
+
+    def take(self) -> int:
+        """One that is free."""
+        return self.free.pop(0)
+
+    def give(self, place: int) -> None:
+        """Give one back."""
+        self.free.append(place)
+
+    def environment(self, place: int) -> dict[str, str]:
+        """The environment of a process at a place."""
+        own = {"OMP_NUM_THREADS": str(self.threads), "PYTHONUNBUFFERED": "1"}
+        if self.gpus:
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+            names = visible.split(",") if visible else [str(n) for n in range(self.gpus)]
+            own["CUDA_VISIBLE_DEVICES"] = names[place % self.gpus]
+        return {**os.environ, **own}
+
+
+def count_gpus() -> int:
+    """GPUs that torch sees."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def count_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def default_jobs() -> int:
+    """One for each GPU, or for each core where there is none."""
+    return count_gpus() or count_cores()
+
+
+def start(folder: Path, environment: dict) -> subprocess.Popen:
+    """Start the training of a folder; it ends when this process does, as that closes the pipe to it."""
+    (folder / "error.txt").unlink(missing_ok=True)
+    with (folder / "train.log").open("ab") as log:
+        command = [sys.executable, "-m", "detloss_plugins.ablation.worker", str(folder)]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=environment)
+
+
+def note_end(folder: Path, status: int) -> None:
+    """Write down why a training has no results, if it has not done so itself."""
+    if status and not (folder / "error.txt").exists():
+        how = f"it was ended by signal {-status}" if status < 0 else f"its process ended with exit status {status}"
+        (folder / "error.txt").write_text(f"{how}; see train.log\n", encoding="utf-8")
+
+
+@contextmanager
+def quiet():
+    """Without what Ultralytics says about labels."""
+    from ultralytics.utils import LOGGER
+
+    level = LOGGER.level
+    LOGGER.setLevel("ERROR")
+    try:
+        yield
+    finally:
+        LOGGER.setLevel(level)
+
+
+def joined(versions: Sequence[dict]) -> dict[str, str]:
+    """The versions of all runs; several of one package side by side.
+
+    >>> joined([{"torch": "2.5.1"}, {"torch": "2.5.1"}, {"torch": "2.6.0"}])
+    {'torch': '2.5.1, 2.6.0'}
+    """
+    names = dict.fromkeys(name for found in versions for name in found)
+    return {name: ", ".join(sorted({found[name] for found in versions if name in found})) for name in names}
+
+
+def machine() -> str:
+    """This machine in words."""
+    import torch
+
+    gpus = [torch.cuda.get_device_name(n) for n in range(count_gpus())]
+    return ", ".join([f"{count_cores()} cores", platform.machine(), platform.system(), *gpus])
+
+
+def as_result(run: Run, found: dict) -> dict:
+    """A run and what came out, as ``results.json`` has them."""
+    return {
+        "label": run.label,
+        "slot": "+".join(run.losses),
+        "losses": run.losses,
+        "model": run.model,
+        "data": run.data,
+        "epochs": run.epochs,
+        "seed": run.seed,
+        **{key: found[key] for key in ("metrics", "per_class", "curve")},
+        **({"resumed": True} if found.get("resumed") else {}),
+    }
