@@ -2,7 +2,11 @@
 (() => {
   "use strict";
   const root = document.getElementById("two-boxes");
-  if (!root || !globalThis.DETLOSS) return;
+  if (!root) return;
+  if (!globalThis.DETLOSS) {
+    root.textContent = "There are no losses here: tools/gallery.py writes them.";
+    return;
+  }
 
   const WIDTH = 320, HEIGHT = 240, LEAST = 1; // of the stage and the shortest side, in pixels
   const START = { pred: [70, 60, 150, 150], target: [120, 90, 220, 160] };
