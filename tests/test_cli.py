@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from support.commands import detloss, last_line
 
 import detloss_plugins

@@ -16,7 +16,9 @@ FORMULA = re.compile(r'<(span|div) class="arithmatex">(.*?)</\1>', re.DOTALL)
 def as_mathml(found: re.Match) -> str:
     r"""The MathML of what arithmatex marks as a formula: ``\(...\)`` in a line, ``\[...\]`` on lines of its own."""
     latex = html.unescape(found[2]).strip()[2:-2]
-    return convert(latex, display="block" if found[1] == "div" else "inline")
+    if found[1] == "div":
+        return f'<div class="formula">{convert(latex, display="block")}</div>'
+    return convert(latex, display="inline")
 
 
 def generated_pages(docs: Path) -> list:
