@@ -174,6 +174,8 @@
   }
 
   function drag(element, which, change) {
+    // A finger on a box drags it; touch-action alone does not keep every browser from scrolling.
+    element.addEventListener("touchstart", (event) => event.preventDefault(), { passive: false });
     element.addEventListener("pointerdown", (event) => {
       event.preventDefault();
       stop();
