@@ -11,7 +11,7 @@ import torch
 from support.commands import detloss, last_line
 
 import detloss_plugins
-from detloss_plugins.cli import _facts, _plot, main, train
+from detloss_plugins.cli import _facts, main, train
 from detloss_plugins.cli._common import INSTALL
 from detloss_plugins.configs import find
 from detloss_plugins.losses import CIoULoss, FocalLoss, GIoULoss, L1Loss
@@ -168,36 +168,12 @@ def test_meanings_come_from_the_docstrings():
     assert meanings["loss_weight"] == "factor on the result, at least 0."
 
 
-def test_curves_are_those_of_the_loss(loss_cls):
-    """Their slope is that of their values, where the loss has a true gradient and its rows are independent."""
-    if loss_cls.facts.family == "multibox":
-        with pytest.raises(ValueError, match="There is no picture of a MultiBoxLoss"):
-            _plot.panels(loss_cls.make())
-        return
-    independent = loss_cls.facts.true_gradient and loss_cls.facts.row_wise and not loss_cls.make().observes
-    for panel in _plot.panels(loss_cls.make()):
-        assert panel.lines
-        for line in panel.lines.values():
-            assert line.slope.isfinite().all()
-            assert line.slope.abs().max() > 0
-            if line.value is None or not independent:
-                continue
-            assert line.value.isfinite().all()
-            x = line.x.logit() if panel.slope_by == "the logit" else line.x
-            steps, between = line.value.diff() / x.diff(), (line.slope[1:] + line.slope[:-1]) / 2
-            jumps = line.slope.diff().abs() > 0.1 * line.slope.abs().max()
-            torch.testing.assert_close(
-                steps[~jumps], between[~jumps], rtol=0.05, atol=0.02 * float(line.slope.abs().max())
-            )
-
-
 def test_a_picture_is_written(tmp_path, capsys):
     file = tmp_path / "new" / "giou.png"
     assert last_line(capsys, "show", "GIoULoss", "--plot", file) == f"picture: {file}"
     assert file.read_bytes().startswith(b"\x89PNG")
     assert file.stat().st_size > 20_000
     assert "is not supported" in last_line(capsys, "show", "GIoULoss", "--plot", tmp_path / "giou.txt", status=2)
-    assert "no picture of a MultiBoxLoss" in last_line(capsys, "show", "MultiBoxLoss", "--plot", file, status=2)
 
 
 def test_compare(tmp_path, capsys, monkeypatch):

@@ -25,6 +25,9 @@ ALLOWED["families"] = {*ALLOWED} - {"registry", "geometry"}
 ALLOWED["losses"] = {*ALLOWED, "losses"}
 ALLOWED["adapters"] = {*ALLOWED, "adapters", ""}  # of the package itself the version
 ALLOWED["testing"] = {*ALLOWED, "testing"} - {"adapters"}
+ALLOWED["study"] = set()
+ALLOWED["ablation"] = {*ALLOWED, "ablation", "cli", ""}  # of the command, what digits are trained with; the version
+ALLOWED["advice"] = {"ablation", "advice", "study"}
 ALLOWED["cli"] = {*ALLOWED, "cli", ""}
 ALLOWED["__main__"] = {"cli"}
 ALLOWED["ablation"] = {*ALLOWED, "ablation"}
@@ -33,7 +36,7 @@ ALLOWED["__init__"] = {"losses", "registry", "adapters"}
 FRAMEWORKS = {"mmdet", "mmcv", "ultralytics", "torchvision"}
 # What a part that is used without them imports in its functions only; it may use frameworks there.
 HEAVY = {*FRAMEWORKS, "mmengine", "matplotlib", "scipy", "sklearn"}
-LAZY = {"cli": HEAVY, "testing": {*FRAMEWORKS, "mmengine"}}
+LAZY = {"cli": HEAVY, "testing": {*FRAMEWORKS, "mmengine"}, "advice": HEAVY, "ablation": HEAVY}
 WITH_FRAMEWORKS = {PACKAGE / "adapters" / name for name in ("mmdetection", "ultralytics")}
 WITH_MMENGINE = {"registry", "adapters"}
 

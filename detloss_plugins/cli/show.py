@@ -99,13 +99,13 @@ def draw(cls, path):
     Raises:
         UsageError: if there is none of such a loss, or the file cannot be written, or not in a format of this name.
     """
-    from detloss_plugins.cli._plot import figure
+    from detloss_plugins.cli._plot import figure, save
 
     check_folder(path.parent)
     try:
         picture = figure(cls.make(), cls.__name__)
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture.savefig(path, dpi=120)
+        save(picture, path)
     except (OSError, ValueError) as error:
         raise UsageError(first_line(error)) from error
 
