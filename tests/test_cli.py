@@ -11,11 +11,12 @@ import torch
 from support.commands import detloss, last_line
 
 import detloss_plugins
-from detloss_plugins.cli import _facts, _plot, main, train
+from detloss_plugins.cli import _facts, main, train
 from detloss_plugins.cli._common import INSTALL
-from detloss_plugins.losses import CIoULoss, FocalLoss, GIoULoss
+from detloss_plugins.configs import find
+from detloss_plugins.losses import CIoULoss, FocalLoss, GIoULoss, L1Loss
 from detloss_plugins.registry import registered_losses
-from detloss_plugins.testing import training_tensors
+from detloss_plugins.testing import checks, training_tensors
 
 COMMANDS = main.list_commands(None)
 
@@ -45,6 +46,27 @@ def test_what_the_command_line_cannot_mean_is_one_sentence(words, sentence, caps
     assert printed.startswith("error: ")
     assert sentence in printed
     assert len(printed.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ("detloss sh", "show"),
+        ("detloss show CIoU", "CIoULoss"),
+        ("detloss compare --loss GIoU", "GIoULoss"),
+        ("detloss train retinanet_r18_fpn", "retinanet_r18_fpn_digits"),
+    ],
+)
+def test_a_shell_completes_words(words, found, capsys, monkeypatch):
+    monkeypatch.setenv("_DETLOSS_COMPLETE", "bash_complete")
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
+    assert f"plain,{found}" in detloss(capsys).splitlines()
+
+
+def test_the_package_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "detloss_plugins", "--version"], capture_output=True, text=True)
+    assert done.stdout.split() == ["detloss,", "version", detloss_plugins.__version__]
 
 
 @pytest.mark.parametrize("module", INSTALL)
@@ -148,36 +170,12 @@ def test_meanings_come_from_the_docstrings():
     assert meanings["loss_weight"] == "factor on the result, at least 0."
 
 
-def test_curves_are_those_of_the_loss(loss_cls):
-    """Their slope is that of their values, where the loss has a true gradient and its rows are independent."""
-    if loss_cls.facts.family == "multibox":
-        with pytest.raises(ValueError, match="There is no picture of a MultiBoxLoss"):
-            _plot.panels(loss_cls.make())
-        return
-    independent = loss_cls.facts.true_gradient and loss_cls.facts.row_wise and not loss_cls.make().observes
-    for panel in _plot.panels(loss_cls.make()):
-        assert panel.lines
-        for line in panel.lines.values():
-            assert line.slope.isfinite().all()
-            assert line.slope.abs().max() > 0
-            if line.value is None or not independent:
-                continue
-            assert line.value.isfinite().all()
-            x = line.x.logit() if panel.slope_by == "the logit" else line.x
-            steps, between = line.value.diff() / x.diff(), (line.slope[1:] + line.slope[:-1]) / 2
-            jumps = line.slope.diff().abs() > 0.1 * line.slope.abs().max()
-            torch.testing.assert_close(
-                steps[~jumps], between[~jumps], rtol=0.05, atol=0.02 * float(line.slope.abs().max())
-            )
-
-
 def test_a_picture_is_written(tmp_path, capsys):
     file = tmp_path / "new" / "giou.png"
     assert last_line(capsys, "show", "GIoULoss", "--plot", file) == f"picture: {file}"
     assert file.read_bytes().startswith(b"\x89PNG")
     assert file.stat().st_size > 20_000
     assert "is not supported" in last_line(capsys, "show", "GIoULoss", "--plot", tmp_path / "giou.txt", status=2)
-    assert "no picture of a MultiBoxLoss" in last_line(capsys, "show", "MultiBoxLoss", "--plot", file, status=2)
 
 
 def test_compare(tmp_path, capsys, monkeypatch):
@@ -206,3 +204,121 @@ def test_compare_refuses_before_it_measures(capsys, tmp_path, monkeypatch):
     stock = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "mmdet" else stock(name))
     assert detloss(capsys, "compare", "--loss", "GIoULoss", status=1) == f"error: {INSTALL['mmdet']}"
+
+
+def write(folder, name, text):
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(text, encoding="utf-8")
+    return folder / name
+
+
+def checked(capsys, *words, status=0):
+    """What ``detloss check`` prints, and the sentences in which it says what does not suit."""
+    with pytest.raises(SystemExit) as stop:
+        main(["check", *map(str, words)], prog_name="detloss")
+    printed = capsys.readouterr()
+    assert stop.value.code == status, printed.err
+    return printed.out, [line for line in printed.err.splitlines() if line.startswith("error: ")]
+
+
+def test_check_losses_of_yolo(capsys, tmp_path):
+    pytest.importorskip("ultralytics")
+    out, errors = checked(capsys, "vfl_eiou_dfl")
+    assert "cls: VarifocalLoss(alpha=0.75, " in out
+    assert "weight 16 x gain 0.5" in out
+    assert out.endswith("nothing is amiss\n")
+    assert not errors
+    _, (error,) = checked(capsys, "vfl_eiou_dfl", "--model", "yolo26n.yaml", status=1)
+    assert "reg_max=1" in error
+    assert "yolov8n-obb.yaml (obb)" in checked(capsys, "obb")[0]
+    slots = "cls: {type: FocalLoss, class_weight: [1, 2, 3]}", "box: {type: CIoULos}", "dfl: {type: L1Loss}"
+    text = "\n".join([*slots, "nose: {type: L1Loss}"])
+    out, errors = checked(capsys, write(tmp_path, "losses.yaml", text), status=1)
+    assert "box:" not in out
+    wanted = "did you mean CIoULoss", "no slot 'nose'", "over 16 bins", "3 class weights, and the model 80 classes"
+    assert [any(words in error for error in errors) for words in wanted] == [True] * 4
+    assert len(errors) == 4
+
+
+def test_check_the_data_of_yolo(capsys, tmp_path):
+    pytest.importorskip("ultralytics")
+    losses = write(tmp_path, "losses.yaml", "cls: {type: FocalLoss, class_weight: [1, 2]}\nignore: {classes: [dog]}")
+    data = write(tmp_path, "set/data.yaml", "path: .\ntrain: images/train\nval: images/val\nnames: [cat, dog]\n")
+    data.write_text(data.read_text(encoding="utf-8").replace("path: .", f"path: {data.parent.as_posix()}"))
+    (_, (error,)) = checked(capsys, losses, "--data", data, status=2)
+    assert "data.yaml is no data set" in error
+    for split in ("train", "val"):
+        write(data.parent, f"images/{split}/1.png", "")
+        label = write(data.parent, f"labels/{split}/1.txt", "1 0.5 0.5 0.1 0.1\n")
+    assert "data.yaml, 2 classes\nnothing is amiss" in checked(capsys, losses, "--data", data.parent)[0]
+    label.write_text("0 0.5 0.5 0.1 0.1\n2 0.5 0.5 0.1 0.1\n", encoding="utf-8")
+    _, errors = checked(capsys, losses, "--data", data, status=1)
+    assert errors == [f"error: {label}, line 2 is of class 2, and the data set has classes 0 to 1."]
+    label.unlink()
+    _, (error,) = checked(capsys, losses, "--data", data, status=1)
+    assert "No image for val has a file of labels" in error
+    data.write_text(data.read_text(encoding="utf-8").replace("[cat, dog]", "[a, b, c]"), encoding="utf-8")
+    _, errors = checked(capsys, losses, "--data", data, status=1)
+    assert any("2 class weights, and the model 3 classes" in error for error in errors)
+    assert any("'dog'" in error for error in errors)
+
+
+def test_check_a_config_of_mmdetection(capsys, tmp_path):
+    pytest.importorskip("mmdet")
+    out, errors = checked(capsys, "retinanet_r18_fpn_digits")
+    assert "bbox_head.loss_cls: FocalLoss(), weight 1\n" in out
+    assert "bbox_head.loss_bbox: GIoULoss(loss_weight=2.0), weight 2\n" in out
+    assert not errors
+    base = find("retinanet_r18_fpn_digits").as_posix()
+    loss = "dict(_delete_=True, type='detloss_plugins.EqualizedFocalLoss', use_sigmoid=True, num_classes=7)"
+    config = write(tmp_path, "own.py", f"_base_ = [{base!r}]\nmodel = dict(bbox_head=dict(loss_cls={loss}))\n")
+    _, errors = checked(capsys, config, status=1)
+    assert errors == ["error: bbox_head.loss_cls has num_classes=7, and its head has 10 classes."]
+    _, (error,) = checked(capsys, config, "--model", "yolov8n.yaml", status=2)
+    assert "--model is for Ultralytics" in error
+
+
+WRONG = """
+from detloss_plugins.losses import L1Loss
+
+class Right(L1Loss, row_wise=True):
+    pass
+
+class Wrong(L1Loss, fn=lambda pred, target: (pred - target).abs() - 1, row_wise=True):
+    pass
+"""
+
+
+def test_check_a_loss_class(capsys, tmp_path, monkeypatch):
+    file = write(tmp_path, "mine.py", WRONG)
+    assert (
+        "Right keeps {0} of {0} promises\nnothing is amiss".format(len(checks(L1Loss)) - 1)
+        in checked(capsys, f"{file}:Right")[0]
+    )
+    out, (error,) = checked(capsys, f"{file}:Wrong", status=1)
+    assert "of 25 promises" in out
+    assert error.startswith("error: Wrong ")
+    _, (error,) = checked(capsys, "L1Loss", "--model", "yolov8n.yaml", status=2)
+    assert "leave --model and --data out" in error
+
+
+def test_check_says_what_it_does_not_know(capsys):
+    for words, sentence in (
+        (["nosuch"], "There is no config named 'nosuch'"),
+        (["nosuch.yaml"], "there is no nosuch.yaml"),
+        (["vfl_eiou_dfl", "--data", "nowhere"], "there is no nowhere"),
+        ([], "say what to check, or give --report. Try: detloss check --help"),
+    ):
+        _, (error,) = checked(capsys, *words, status=2)
+        assert sentence in error
+
+
+def test_check_reports_what_a_bug_may_depend_on(capsys, monkeypatch):
+    monkeypatch.setenv("DETLOSS_LITE", "0")
+    out, _ = checked(capsys, "--report")
+    rows = {name: value.strip() for name, value in (line.split(":", 1) for line in out.splitlines())}
+    assert rows["detloss_plugins"] == f"{detloss_plugins.__version__}, {len(registered_losses())} losses"
+    assert rows["torch"].startswith(f"torch {torch.__version__.split('+')[0]}")
+    assert rows["python"].startswith(".".join(map(str, sys.version_info[:3])))
+    assert "DETLOSS_LITE=0" in rows["environment"]
+    assert {"mmengine", "mmcv", "mmdet", "ultralytics", "device"} <= rows.keys()

@@ -29,6 +29,7 @@ ALLOWED["study"] = set()
 ALLOWED["ablation"] = {*ALLOWED, "ablation", "cli", ""}  # of the command, what digits are trained with; the version
 ALLOWED["advice"] = {"ablation", "advice", "study"}
 ALLOWED["cli"] = {*ALLOWED, "cli", ""}
+ALLOWED["__main__"] = {"cli"}
 ALLOWED["__init__"] = {"losses", "registry", "adapters"}
 FRAMEWORKS = {"mmdet", "mmcv", "ultralytics", "torchvision"}
 # What a part that is used without them imports in its functions only; it may use frameworks there.

@@ -76,10 +76,13 @@ def test_what_is_in_the_wheel(built):
     files = set(zipfile.ZipFile(built[0]).namelist())
     info = f"detloss_plugins-{detloss_plugins.__version__}.dist-info"
     assert {"detloss_plugins/py.typed", f"{info}/licenses/LICENSE"} <= files
-    sources = {*CONFIGS, *(ROOT / "detloss_plugins").rglob("*.py"), *(ROOT / "detloss_plugins/study").glob("*.json")}
+    package = (path for path in (ROOT / "detloss_plugins").rglob("*.*") if path.suffix != ".pyc")
+    sources = {*CONFIGS, *package}
     expected = {path.relative_to(ROOT).as_posix() for path in sources}
     expected = {path if path.startswith("detloss_plugins/") else f"detloss_plugins/{path}" for path in expected}
-    assert {path for path in files if not path.startswith(info)} == {*expected, "detloss_plugins/py.typed"}
+    assert {path for path in files if not path.startswith(info)} == expected
+    entry = zipfile.ZipFile(built[0]).read(f"{info}/entry_points.txt").decode()
+    assert "detloss = detloss_plugins.cli:main" in entry
 
 
 @pytest.mark.slow
@@ -109,6 +112,32 @@ def with_wheel(installed, tmp_path, code):
     code = f"import detloss_plugins; assert detloss_plugins.__file__.startswith({str(installed)!r})\n{code}"
     env = {**os.environ, "PYTHONPATH": str(installed)}
     return run(sys.executable, "-c", code, cwd=tmp_path, env=env).splitlines()
+
+
+BARE = ["mmdet", "mmcv", "mmrotate", "ultralytics", "torchvision", "sklearn", "scipy"]
+
+
+@pytest.mark.slow
+def test_the_command_works_with_torch_and_mmengine_only(installed, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules |= dict.fromkeys({BARE})", encoding="utf-8")
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(installed)])}
+
+    def detloss(*words, status=0):
+        command = [sys.executable, str(installed / "bin" / "detloss"), *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=env)
+        assert done.returncode == status, done.stderr
+        return (done.stderr if status else done.stdout).strip()
+
+    assert detloss("--version").endswith(detloss_plugins.__version__)
+    assert len(detloss("list").splitlines()) == 1 + len(registered_losses())
+    assert "DIoU plus `alpha * v`" in detloss("show", "CIoULoss", "--plot", "ciou.png")
+    assert (tmp_path / "ciou.png").stat().st_size > 10_000
+    assert detloss("check", "CIoULoss").endswith("nothing is amiss")
+    assert "ultralytics:     not installed" in detloss("check", "--report")
+    ultralytics = "error: Ultralytics is not installed: pip install 'detloss_plugins[ultralytics]'."
+    assert detloss("train", status=1) == detloss("check", "qfl", status=1) == ultralytics
+    for words in (["train", "retinanet_r18_fpn_digits"], ["check", "retinanet_r18_fpn_digits"], ["compare"]):
+        assert detloss(*words, status=1).startswith("error: MMDetection is not installed: pip install ")
 
 
 @pytest.mark.slow

@@ -1,5 +1,5 @@
-"""Write the tables of the README, of losses from the registry and of detectors from the configs, and that of
-docs/combinations.md from the YAML file beside it, or check them (--check)."""
+"""Write what is generated of README and docs, or check it (--check): tables of the losses from the registry, of the
+detectors from the configs and of combinations from a YAML file, and where upstream packages differ."""
 
 import argparse
 import functools
@@ -7,6 +7,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import differences
 import yaml
 from mmengine.config import Config
 from ultralytics.nn.tasks import yaml_model_load
@@ -15,9 +16,31 @@ from ultralytics.utils import ROOT as ULTRALYTICS
 from detloss_plugins.adapters.ultralytics import SLOTS, default_gain, model_task
 from detloss_plugins.cli import _facts
 
-README = Path(__file__).parents[1] / "README.md"
-COMBINATIONS = Path(__file__).parents[1] / "docs" / "combinations.md"
-CONFIGS = Path(__file__).parents[1] / "configs" / "mmdetection"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+COMBINATIONS = DOCS / "combinations.md"
+CONFIGS = ROOT / "configs" / "mmdetection"
+PAGES = {  # and what is generated in them
+    ROOT / "README.md": ("names",),
+    ROOT / "README.zh-CN.md": ("names-zh",),
+    DOCS / "losses.md": ("losses",),
+    DOCS / "detectors.md": ("detectors",),
+    COMBINATIONS: ("combinations",),
+    DOCS / "differences.md": ("differences", "agreement"),
+}
+CHINESE = {
+    "box": "边界框",
+    "classification": "分类",
+    "distribution": "分布",
+    "heatmap": "热图",
+    "multibox": "多框（SSD）",
+    "ranking": "排序",
+    "region": "区域（掩码）",
+    "regression": "回归",
+    "rotated": "旋转框",
+    "soft label": "软标签（蒸馏）",
+    "uncertainty": "不确定性",
+}
 
 
 def loss_rows():
@@ -101,8 +124,18 @@ def combination_rows():
     return ((f"`{row['name']}`", row["slot"], f"`{as_dict(row['loss'])}`") for row in combinations())
 
 
+def family_rows(words):
+    """One row a family: its name in ``words``, and the names of its losses."""
+    for family, losses in _facts.losses_by_family().items():
+        names = (n for name, cls in losses.items() for n in (name, *_facts.aliases(cls)))
+        yield words.get(family, family), in_words(names)
+
+
 # Name -> header and rows.
 TABLES = {
+    "names": (("family", "losses"), lambda: family_rows({})),
+    "names-zh": (("类别", "损失"), lambda: family_rows(CHINESE)),
+    "agreement": (("here", "the same as", "with, here", "with, there"), differences.agreement_rows),
     "losses": (
         ("type", "family", "hyper-parameters", "what it is", "equal to", "weight in YOLO's slot"),
         loss_rows,
@@ -111,9 +144,13 @@ TABLES = {
     "combinations": (("elsewhere", "slot", "here"), combination_rows),
 }
 
+TEXTS = {"differences": differences.sections}
+
 
 def table(name):
-    """A table in Markdown."""
+    """A table, or what else is generated, in Markdown."""
+    if name in TEXTS:
+        return TEXTS[name]()
     header, rows = TABLES[name]
     lines = [header, ["---"] * len(header), *rows()]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -136,7 +173,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore", message="pkg_resources")  # mmengine's, once a config
     outdated = []
-    for path, names in {README: ("losses", "detectors"), COMBINATIONS: ("combinations",)}.items():
+    for path, names in PAGES.items():
         page = path.read_text(encoding="utf-8")
         if (new := updated(page, names)) != page:
             outdated.append(path.name)

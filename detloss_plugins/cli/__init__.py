@@ -52,8 +52,14 @@ class Subcommands(click.Group):
             return super().invoke(ctx)
 
 
+COMPLETION = """A shell completes subcommands, options and the names of losses and configs after
+eval "$(_DETLOSS_COMPLETE=bash_source detloss)" in ~/.bashrc, zsh_source in ~/.zshrc, or
+_DETLOSS_COMPLETE=fish_source detloss | source in fish."""
+
+
 @click.command(
     cls=Subcommands,
+    epilog=COMPLETION,
     context_settings={"help_option_names": ["-h", "--help"]},
     invoke_without_command=True,
     no_args_is_help=False,
@@ -61,6 +67,12 @@ class Subcommands(click.Group):
 @click.version_option(__version__, prog_name="detloss")
 @click.pass_context
 def main(ctx: click.Context) -> None:
-    """Detection losses for MMDetection and Ultralytics: look, check, train, compare."""
+    """Detection losses for MMDetection and Ultralytics: look, check, train, compare.
+
+    \b
+      detloss train                    the default losses on the embedded digits set
+      detloss show CIoULoss            formula, settings, and what others compute
+      detloss COMMAND --help           each with examples
+    """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())

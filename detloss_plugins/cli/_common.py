@@ -8,10 +8,11 @@ from pathlib import Path
 
 import click
 
+from detloss_plugins import configs
 from detloss_plugins.loss import Loss
-from detloss_plugins.registry import loss_class
+from detloss_plugins.registry import loss_class, registered_losses
 
-# What to do if a module is missing.
+# What to do if a module is missing, said wherever an import of it fails in a subcommand.
 INSTALL = {
     "cv2": "OpenCV is not installed: pip install opencv-python-headless.",
     "matplotlib": "matplotlib, which draws, is not installed: pip install 'detloss_plugins[tools]'.",
@@ -19,10 +20,11 @@ INSTALL = {
     "mmcv._ext": "mmcv has no compiled operators here: install mmcv with them, or give --lite.",
     "mmdet": "MMDetection is not installed: pip install 'detloss_plugins[mmdet]', see the README for mmcv.",
     "pkg_resources": "mmengine needs the package pkg_resources of older setuptools: pip install 'setuptools<81'.",
-    "PIL": "Pillow is not installed: pip install pillow.",
-    "rich": "rich, which prints the tables, is not installed: pip install rich.",
-    "scipy": "SciPy, which the digits need, is not installed: pip install 'detloss_plugins[digits]'.",
-    "sklearn": "scikit-learn, which the digits come from, is not installed: pip install 'detloss_plugins[digits]'.",
+    "PIL": "Pillow is not installed: pip install 'detloss_plugins[tools]'.",
+    "rich": "rich, which prints the tables, is not installed: pip install 'detloss_plugins[tools]'.",
+    "scipy": "SciPy, which the digits need, is not installed: pip install 'detloss_plugins[tools]'.",
+    "sklearn": "scikit-learn, which the digits come from, is not installed: pip install 'detloss_plugins[tools]'.",
+    "torchvision": "torchvision is not installed: see pytorch.org for the one that goes with your torch.",
     "ultralytics": "Ultralytics is not installed: pip install 'detloss_plugins[ultralytics]'.",
 }
 
@@ -47,6 +49,13 @@ class RunError(UsageError):
     exit_code = 1
 
 
+def require(*modules: str) -> None:
+    """Raise :class:`RunError` with what to install if one of these modules is missing, before anything is done."""
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise RunError(INSTALL[module])
+
+
 def check_folder(path: str | Path) -> None:
     """Raise :class:`UsageError` if a folder is not there and cannot be made; makes nothing."""
     path = Path(path).absolute()
@@ -65,6 +74,16 @@ def check_file(path: Path | None) -> None:
             pass
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror}") from error
+
+
+def complete_loss(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """Names of losses, for a shell that completes words."""
+    return [name for name in registered_losses() if name.startswith(incomplete)]
+
+
+def complete_config(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """Names of this package's configs, for a shell that completes words."""
+    return [name for name in configs.names() if name.startswith(incomplete)]
 
 
 def loss_class_of(word: str) -> type[Loss]:

@@ -1,13 +1,12 @@
 """The subcommand that compares every loss with every upstream counterpart, value and gradient."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
 
 import click
 
-from detloss_plugins.cli._common import INSTALL, RunError, check_file, loss_class_of
+from detloss_plugins.cli._common import check_file, complete_loss, loss_class_of, require
 from detloss_plugins.cli._facts import same_under
 from detloss_plugins.registry import registered_losses
 from detloss_plugins.testing import parity
@@ -63,7 +62,14 @@ def print_table(found):
 
 
 @click.command()
-@click.option("--loss", "names", multiple=True, metavar="NAME", help="Only this loss; give it again for more.")
+@click.option(
+    "--loss",
+    "names",
+    multiple=True,
+    metavar="NAME",
+    shell_complete=complete_loss,
+    help="Only this loss; give it again for more.",
+)
 @click.option("--json", "file", type=Path, metavar="FILE", help="Write the rows to FILE too.")
 @click.pass_context
 def command(ctx, names, file):
@@ -78,9 +84,7 @@ def command(ctx, names, file):
     """
     classes = [loss_class_of(name) for name in names] or [*registered_losses().values()]
     check_file(file)
-    for host in ("mmdet", "ultralytics"):  # whose trainings the tensors are of
-        if importlib.util.find_spec(host) is None:
-            raise RunError(INSTALL[host])
+    require("mmdet", "ultralytics")  # whose trainings the tensors are of
     from rich.progress import track
 
     from detloss_plugins.testing.training_tensors import training_tensors

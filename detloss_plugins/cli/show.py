@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from detloss_plugins.cli import _facts
-from detloss_plugins.cli._common import UsageError, check_folder, first_line, loss_class_of
+from detloss_plugins.cli._common import UsageError, check_folder, complete_loss, first_line, loss_class_of
 from detloss_plugins.families import ClassificationLoss
 from detloss_plugins.registry import SCOPE
 
@@ -99,19 +99,19 @@ def draw(cls, path):
     Raises:
         UsageError: if there is none of such a loss, or the file cannot be written, or not in a format of this name.
     """
-    from detloss_plugins.cli._plot import figure
+    from detloss_plugins.cli._plot import figure, save
 
     check_folder(path.parent)
     try:
         picture = figure(cls.make(), cls.__name__)
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture.savefig(path, dpi=120)
+        save(picture, path)
     except (OSError, ValueError) as error:
         raise UsageError(first_line(error)) from error
 
 
 @click.command()
-@click.argument("name")
+@click.argument("name", shell_complete=complete_loss)
 @click.option("--plot", type=Path, metavar="FILE", help="Draw value and gradient into FILE, a .png, .svg or .pdf.")
 def command(name, plot):
     """Show all there is to know of a loss.

@@ -10,7 +10,15 @@ from pathlib import Path
 import click
 import yaml
 
-from detloss_plugins.cli._common import INSTALL, RunError, UsageError, check_folder, first_line
+from detloss_plugins.cli._common import (
+    INSTALL,
+    RunError,
+    UsageError,
+    check_folder,
+    complete_config,
+    first_line,
+    require,
+)
 from detloss_plugins.configs import find
 
 DEFAULT_CONFIG = "vfl_eiou_dfl"
@@ -317,6 +325,7 @@ def train_mmdet(args):
     from detloss_plugins import build_loss
     from detloss_plugins.testing.digits import build_digits, build_dota, digits_dir
 
+    require("mmdet")
     if args.lite:
         os.environ["DETLOSS_LITE"] = "1"
     try:
@@ -427,7 +436,7 @@ def train(args):
 
 
 @click.command()
-@click.argument("words", nargs=-1, metavar="[CONFIG] [KEY=VALUE ...]")
+@click.argument("words", nargs=-1, metavar="[CONFIG] [KEY=VALUE ...]", shell_complete=complete_config)
 @click.option("--data", type=Path, metavar="PATH", help="Your data: a data.yaml; for mmengine a folder in COCO layout.")
 @click.option("--work-dir", type=Path, metavar="DIR", help="Where checkpoints and logs go.")
 @click.option("--new-losses", is_flag=True, help="Resume with other losses than the run was started with.")

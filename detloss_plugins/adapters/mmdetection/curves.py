@@ -88,11 +88,13 @@ def _outermost(module, place):
 def positives(loss, pred, target, weight):
     """How many rows of a call have an object: a class above the background, or of other losses a weight above 0."""
     if loss.family in ("classification", "ranking"):
-        label = target[0] if isinstance(target, (tuple, list)) else target
-        if label.shape == pred.shape:
-            return (label > 0).any(-1).sum()
-        background = pred.shape[-1] - (not loss.use_sigmoid)
-        return ((label >= 0) & (label < background)).sum()
+        return object_rows(pred, target, pred.shape[-1] - (not loss.use_sigmoid)).sum()
     if weight is None:
         return len(pred)
     return (weight > 0).reshape(len(weight), -1).any(1).sum()
+
+
+def object_rows(pred, target, classes):
+    """Which rows of the logits ``(N, C)`` of a call have an object, a mask ``(N,)``; ``classes`` have no background."""
+    label = target[0] if isinstance(target, (tuple, list)) else target
+    return (label > 0).any(-1) if label.shape == pred.shape else (label >= 0) & (label < classes)

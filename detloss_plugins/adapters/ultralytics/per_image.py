@@ -48,7 +48,7 @@ def per_image(criterion: Any, preds: Any, batch: Mapping[str, Any]) -> LossesByI
     for name in parts:
         observer = _ByAnchor(getattr(criterion, name), batch)
         setattr(twin, name, observer.criterion)
-        found.append((observer, getattr(criterion, {"one2many": "o2m", "one2one": "o2o"}[name], 1.0)))
+        found.append((observer, branch_weight(criterion, name)))
     if not parts:
         observer = _ByAnchor(criterion, batch)
         twin, found = observer.criterion, [(observer, 1.0)]
@@ -60,6 +60,11 @@ def per_image(criterion: Any, preds: Any, batch: Mapping[str, Any]) -> LossesByI
     weights = [weight for _, weight in found]
     objects = _added(objects, weights)
     return LossesByImage(_added(images, weights), objects, objects.pop("weight"))
+
+
+def branch_weight(criterion, name):
+    """What the loss of a branch of an end-to-end criterion, "one2many" or "one2one", is multiplied by now."""
+    return getattr(criterion, {"one2many": "o2m", "one2one": "o2o"}[name], 1.0)
 
 
 def _added(losses, weights):
