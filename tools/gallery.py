@@ -13,6 +13,7 @@ import re
 import sys
 from pathlib import Path
 
+import playground
 import simulate
 import torch
 import yaml
@@ -39,18 +40,18 @@ HEADS = {  # where a head of MMDetection has a loss of a family
     "region": "loss_mask",
 }
 ABOUT = {  # what is seen in the pictures of a family
-    "box": "Left: the loss as contours and, as arrows, where the gradient pulls, while the center of a box of 44 x 48 "
-    "pixels moves over a target of 60 x 40 (its outline in grey). Right: the same for its sides; the target's are at "
-    "the cross. Below: loss and gradient on a line, and how fast 2058 boxes come to their targets by gradient descent, "
+    "box": "First the loss as contours and, as arrows, where the gradient pulls, while the center of a box of 44 x 48 "
+    "pixels moves over a target of 60 x 40 (its outline in grey); then the same for its sides (the target's are at "
+    "the cross), loss and gradient on a line, and how fast 2058 boxes come to their targets by gradient descent, "
     "as in [the simulation](../simulation.md), beside other losses in grey.",
     "classification": "The loss over the logit of one class, for several targets, and its gradient. A loss that looks "
     "at the whole batch sees one sample among 400 of a dense detector; one that keeps a state has seen 300 batches.",
     "distribution": "The loss while a predicted bell moves over the bins, and what one step down the gradient adds to "
     "each logit.",
     "heatmap": "The loss over the predicted probability, for several values of the heatmap, and its gradient.",
-    "multibox": "How much gradient each anchor of an image gets: all positives, and the hardest negatives only. Right: "
+    "multibox": "How much gradient each anchor of an image gets: all positives, and the hardest negatives only; and "
     "the part of the boxes.",
-    "ranking": "What one step down the gradient does to the scores of three positives, of the qualities on the left, "
+    "ranking": "What one step down the gradient does to the scores of three positives, of the qualities beside them, "
     "and five negatives; and the way of these scores in 60 steps.",
     "region": "The loss while a predicted square moves and grows over one of 10 x 10 pixels, and what one step down "
     "the gradient adds to each pixel.",
@@ -62,10 +63,12 @@ ABOUT = {  # what is seen in the pictures of a family
     "uncertainty": "Loss and gradient over the error for three variances, and over the variance for three errors.",
 }
 STYLE = """<style>
-.losses { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .6rem; }
-.losses p { margin: 0; }
+.panels, .losses { display: grid; gap: .6rem; grid-template-columns: repeat(auto-fill, minmax(min(15rem, 100%), 1fr)); }
+.losses { grid-template-columns: repeat(auto-fill, minmax(7.5rem, 1fr)); }
+.panels p, .losses p { margin: 0; }
 .losses a { display: block; text-align: center; font-size: .62rem; overflow-wrap: anywhere; }
-.losses img { display: block; width: 100%; }
+.panels img, .losses img { display: block; width: 100%; background: none; }
+math[display="block"] { margin: .7em 0; }
 </style>"""
 
 
@@ -145,10 +148,13 @@ def page(name: str, cls: type) -> str:
     source = f"[{title}]({cls.facts.paper})" if cls.facts.paper else title
     also = f" Also `{'`, `'.join(names)}`." if names else ""
     about = _facts.body(vars(cls).get("__doc__")).partition("\n")[2]
+    count = len(_plot.panels_of(cls.make())) + len(more_panels(cls))
+    images = "\n\n".join(f"![{name}, picture {i + 1}](img/{name}.{i + 1}.svg)" for i in range(count))
     parts = [
         f"# {name}",
         f"{source}. A loss of the family *{cls.facts.family}*.{also}",
-        f"![Pictures of {name}](img/{name}.svg){{ width=100% }}",
+        STYLE,
+        f'<div class="panels" markdown>\n\n{images}\n\n</div>',
         ABOUT.get(cls.facts.family, ""),
         as_markdown(about).strip(),
         "## Formula",
@@ -159,7 +165,7 @@ def page(name: str, cls: type) -> str:
         use(name, cls),
         "## Elsewhere",
         elsewhere(cls),
-        "[All losses](index.md)",
+        "[All losses](index.md)" + ("; [try it on two boxes](../playground/index.md)" * (cls.facts.family == "box")),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -195,16 +201,21 @@ def converging(axes, loss) -> None:
     _plot.tidy(axes, "simulation: error of the boxes", "iteration")
 
 
+def more_panels(cls: type) -> list[_plot.Panel]:
+    """What the gallery draws beside the panels of a family."""
+    return [converging] if cls.facts.family == "box" else []
+
+
 def draw(name: str, cls: type, folder: Path) -> None:
-    """Draw the picture and the thumbnail of a loss."""
+    """Draw the panels and the thumbnail of a loss."""
     loss = cls.make()
-    more = [converging] if cls.facts.family == "box" else []
-    _plot.save(_plot.figure(loss, more=more), folder / f"{name}.svg")
+    for i, panel in enumerate(_plot.panel_figures(loss, more_panels(cls))):
+        _plot.save(panel, folder / f"{name}.{i + 1}.svg")
     _plot.save(_plot.thumbnail(loss), folder / f"{name}.thumb.svg")
 
 
 def write(docs: Path, names: list[str] | None = None) -> None:
-    """Write the pages and pictures into ``docs/gallery``; all, or of some losses."""
+    """Write the pages and pictures into ``docs/gallery``, and what the playground computes with; all, or of some."""
     folder = Path(docs) / "gallery" / "img"
     folder.mkdir(parents=True, exist_ok=True)
     sources = [*(ROOT / SCOPE).rglob("*.py"), *map(Path, (__file__, simulate.__file__))]
@@ -219,6 +230,7 @@ def write(docs: Path, names: list[str] | None = None) -> None:
                 draw(name, cls, folder)
             (folder.parent / f"{name}.md").write_text(page(name, cls), encoding="utf-8")
         (folder.parent / "index.md").write_text(index(), encoding="utf-8")
+        playground.write(Path(docs) / "playground" / "losses.js")
     finally:
         torch.set_num_threads(threads)
 

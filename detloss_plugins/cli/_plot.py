@@ -7,7 +7,7 @@ panel is a function ``(axes, loss) -> None``. Colours and greys are those that c
 import copy
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -365,6 +365,8 @@ def field(axes, loss: Loss, make: Callable, span: tuple[float, float], columns: 
 
 def arrows(axes, middle: Tensor, along: Tensor) -> None:
     """Arrows about points ``(N, 2)``, all in one line: an SVG of one path each would be three times as long."""
+    long_enough = along.norm(dim=-1) > 1e-6
+    middle, along = middle[long_enough], along[long_enough]
     tip, across = middle + along / 2, along.flip(-1) * torch.tensor([-1.0, 1.0])
     barbs = (tip - 0.35 * along + 0.25 * across, tip, tip - 0.35 * along - 0.25 * across)
     path = torch.stack([middle - along / 2, tip, *barbs, torch.full_like(tip, math.nan)], 1).flatten(0, 1)
@@ -538,6 +540,12 @@ def figure(loss: Loss, title: str = "", more: Sequence[Panel] = ()) -> Any:
     if title:
         found.suptitle(title, color=GREY)
     return found
+
+
+def panel_figures(loss: Loss, more: Sequence[Panel] = ()) -> Iterator[Any]:
+    """The panels of :func:`figure`, each as a figure of its own."""
+    for panel in (*panels_of(loss), *more):
+        yield _figure(loss, [panel], columns=1, size=(3.6, 2.7))
 
 
 def thumbnail(loss: Loss) -> Any:
