@@ -110,6 +110,8 @@ def test_list_has_every_loss_once(capsys):
 def test_list_of_a_family(capsys):
     rows = json.loads(detloss(capsys, "list", "--family", "box", "--json"))
     assert {row["type"] for row in rows} == {n for n, c in registered_losses().items() if c.facts.family == "box"}
+    (eiou,) = (row for row in rows if row["type"] == "EfficientIoULoss")
+    assert eiou["equal_to"] == [], "mmdet's of this name is another loss"
     (ciou,) = (row for row in rows if row["type"] == "CIoULoss")
     assert ciou["equal_to"] == ["mmdet", "torchvision", "ultralytics"]
     assert ciou["settings"][0] == {"name": "alpha_gate", "default": None, "allowed": "a number in [0, 1] or None"}
