@@ -30,8 +30,6 @@ ALLOWED["ablation"] = {*ALLOWED, "ablation", "cli", ""}  # of the command, what 
 ALLOWED["advice"] = {"ablation", "advice", "study"}
 ALLOWED["cli"] = {*ALLOWED, "cli", ""}
 ALLOWED["__main__"] = {"cli"}
-ALLOWED["ablation"] = {*ALLOWED, "ablation"}
-ALLOWED["cli"].add("ablation")
 ALLOWED["__init__"] = {"losses", "registry", "adapters"}
 FRAMEWORKS = {"mmdet", "mmcv", "ultralytics", "torchvision"}
 # What a part that is used without them imports in its functions only; it may use frameworks there.
