@@ -176,7 +176,7 @@ def test_other_commands(line):
                 "project.optional-dependencies", extra[1]
             )
             assert "==" not in word or f'"{word}"' in PROJECT
-    elif program in ("pytest", "ruff"):
+    elif program in ("mypy", "pytest", "ruff"):
         in_ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
         assert f"{' '.join(words)}\n" in in_ci
     elif program == "nox":

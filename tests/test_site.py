@@ -108,7 +108,8 @@ def test_in_a_browser(site, width):
             page = browser.new_page(viewport={"width": width, "height": 900})
             page.on("request", lambda request: requests.append(request.url))
             page.on("pageerror", lambda error: errors.append(str(error)))
-            for name in ("index", "differences", "losses", "faq", "api/box-losses"):
+            drawn = [name for name in ("gallery/index", "gallery/CIoULoss") if (site / f"{name}.html").exists()]
+            for name in ("index", "differences", "losses", "faq", "api/box-losses", *drawn):
                 page.goto(f"{home}{name}.html")
                 assert page.evaluate("document.documentElement.scrollWidth") <= width, name
             browser.close()
