@@ -1,5 +1,6 @@
 """What is to be trained: losses x models x data sets x seeds."""
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -103,7 +104,12 @@ def slots_of(losses: Mapping, task: str) -> dict:
         losses = {fitting[0]: losses}
     if "ignore" in losses:
         raise ValueError("Ignored classes change what is measured, so an ablation has none: leave ignore out.")
-    return load_losses(losses, task)
+    return plain(load_losses(losses, task))
+
+
+def plain(value: Any) -> Any:
+    """A value as it is read again from a JSON file: with lists for tuples."""
+    return json.loads(json.dumps(value))
 
 
 def losses_of_word(word: str) -> tuple[str, Any]:
@@ -244,16 +250,18 @@ def plan(
 
     Args:
         losses: label -> ``{slot: config}``, or the config of one loss, for the slot that takes it.
-        models: what ``YOLO(...)`` takes; without a suffix a model of Ultralytics from its YAML, untrained.
-        data: "digits", "digits:SCENARIO", a data YAML, or a folder with one.
+        models: what ``YOLO(...)`` takes; a config of MMDetection, a file or the name of one of the package's; any other
+            name without a suffix is a model of Ultralytics from its YAML, untrained.
+        data: "digits", "digits:SCENARIO", a data YAML, or a folder with one; MMDetection takes the folder, in COCO
+            layout.
         seeds: how many, or which.
         epochs: of each training.
-        args: arguments of the trainings, as for ``YOLO.train``.
+        args: arguments of the trainings, as for ``YOLO.train``; those with a dot are keys of MMDetection's config.
 
     Raises:
         ValueError, TypeError: for a loss that does not suit a model, or anything that is not there.
     """
-    from detloss_plugins.ablation.yolo import check_arguments, check_model, locate, model_name
+    from detloss_plugins.ablation.data import locate
 
     args, seeds = dict(args or {}), seeds_of(seeds if isinstance(seeds, int) else list(seeds))
     if own := sorted(args.keys() & OF_THE_GRID):
@@ -263,21 +271,47 @@ def plan(
     if losses.get(STOCK):
         raise ValueError(f"The label {STOCK} is for the stock losses.")
     losses = {STOCK: {}, **losses}
-    tasks, resolved = {}, {}
-    for model in dict.fromkeys(map(model_name, models)):
-        tasks[model], resolved[model] = check_model(model, losses)
+    resolved = {model: _check_model(model, losses) for model in dict.fromkeys(map(_model_name, models))}
     found = {name: (path, defaults) for name, path, defaults in map(locate, dict.fromkeys(data))}
     if len(found) < len(set(data)):
         raise ValueError(f"Two data sets have the same name ({', '.join(found)}): rename one's file or folder.")
-    for path, defaults in found.values():
-        check_arguments(path, {**defaults, **args})
-    runs = [
-        Run(label, resolved[model][label], model, name, path, epochs, seed, {**defaults, **args})
+    arguments = {
+        (model, name): _arguments(model, path, defaults, args)
+        for model in resolved
         for name, (path, defaults) in found.items()
-        for model in tasks
+    }
+    runs = [
+        Run(label, resolved[model][label], model, name, path, epochs, seed, arguments[model, name])
+        for name, (path, _) in found.items()
+        for model in resolved
         for seed in seeds
         for label in losses
     ]
     if problem := contradiction([], runs):
         raise ValueError(f"{problem}.")
     return runs
+
+
+def _model_name(word):
+    from detloss_plugins.ablation import mmdetection, yolo
+
+    return word if mmdetection.is_config(word) else yolo.model_name(word)
+
+
+def _check_model(model, losses):
+    from detloss_plugins.ablation import mmdetection, yolo
+
+    return (mmdetection if mmdetection.is_config(model) else yolo).check_model(model, losses)
+
+
+def _arguments(model, path, defaults, args):
+    """Those of the arguments that are for a model's framework, checked; the defaults of the digits are Ultralytics'."""
+    from detloss_plugins.ablation import mmdetection, yolo
+
+    dotted = {key: value for key, value in args.items() if "." in key}
+    if mmdetection.is_config(model):
+        mmdetection.check_arguments(dotted)
+        return dotted
+    own = {**defaults, **{key: value for key, value in args.items() if key not in dotted}}
+    yolo.check_arguments(path, own)
+    return own

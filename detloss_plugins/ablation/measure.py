@@ -42,11 +42,12 @@ def thirds(areas: np.ndarray) -> list[tuple[float, float]]:
     >>> thirds(np.array([1.0, 4, 9, 16, 25, 36]))
     [(0.0, 6.5), (6.5, 20.5), (20.5, 10000000000.0)]
     """
-    if not len(areas):
-        return [(0.0, 1e10)] * 3
-    ordered = np.sort(areas)
-    cuts = [(float(ordered[k - 1]) + float(ordered[k])) / 2 for k in (len(areas) // 3, 2 * len(areas) // 3) if k]
-    edges = [0.0, *cuts, 1e10]
+    ordered = np.sort(areas.astype(float))
+
+    def cut(k):
+        return float(ordered[k - 1] + ordered[k]) / 2 if k else 0.0
+
+    edges = [0.0, cut(len(areas) // 3), cut(2 * len(areas) // 3), 1e10]
     return list(itertools.pairwise(edges))
 
 
@@ -78,14 +79,24 @@ def evaluate(truth: np.ndarray, found: np.ndarray, images: int, classes: int, mo
 
     Returns:
         ``AP50``, ``AP``, ``AP75``, ``AP_small``, ..., ``AP_last_third`` and ``calibration_error``, None where the
-        data set has no objects; ``per_class``, a list of each class's AP.
+        data set has no objects; ``per_class``, the AP of each class by its number as text.
     """
+    return evaluate_coco(coco_of(truth, images, classes), found, most)
+
+
+def evaluate_coco(coco: Any, found: Any, most: int) -> dict[str, Any]:
+    """As :func:`evaluate`, of a ``COCO`` of pycocotools or the path of its file; ``found`` may also be a list of
+    dicts, as COCO has detections. The classes have their names."""
+    from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    ranges = {"all": (0.0, 1e10), **COCO_AREAS, **dict(zip(THIRDS, thirds(truth[:, 4] * truth[:, 5]), strict=True))}
-    coco = coco_of(truth, images, classes)
+    coco = coco if isinstance(coco, COCO) else COCO(coco)
+    objects = [a for a in coco.dataset["annotations"] if not a.get("iscrowd")]
+    ranges = {"all": (0.0, 1e10), **COCO_AREAS}
+    ranges.update(zip(THIRDS, thirds(np.array([a["area"] for a in objects])), strict=True))
+    names = class_names(coco)
     if not len(found):  # pycocotools does not take an empty list
-        return without_detections(coco, ranges, classes)
+        return without_detections(objects, ranges, names)
     evaluation = COCOeval(coco, coco.loadRes(found), "bbox")
     evaluation.params.areaRng, evaluation.params.areaRngLbl = [list(r) for r in ranges.values()], list(ranges)
     evaluation.params.maxDets = [most]
@@ -95,17 +106,25 @@ def evaluate(truth: np.ndarray, found: np.ndarray, images: int, classes: int, mo
     result = {f"AP_{name}": _mean(precision[..., a]) for a, name in enumerate(ranges)}
     result["AP"] = result.pop("AP_all")
     result["AP50"], result["AP75"] = _mean(precision[0, ..., 0]), _mean(precision[5, ..., 0])
-    result["per_class"] = [_mean(precision[:, :, c, 0]) for c in range(classes)]
+    numbers = evaluation.params.catIds
+    result["per_class"] = {names[number]: _mean(precision[:, :, c, 0]) for c, number in enumerate(numbers)}
     return {**result, "calibration_error": calibration_error(*matched(evaluation))}
 
 
-def without_detections(coco, ranges, classes):
+def class_names(coco: Any) -> dict[int, str]:
+    """The names of the categories, in the order of their numbers."""
+    known = sorted(coco.dataset["categories"], key=lambda part: part["id"])
+    return {part["id"]: str(part.get("name", part["id"])) for part in known}
+
+
+def without_detections(objects, ranges, names):
     """What :func:`evaluate` returns when nothing was detected: 0 where there is something to detect."""
-    areas = np.array([a["area"] for a in coco.dataset["annotations"]])
+    areas = np.array([a["area"] for a in objects])
     result = {f"AP_{name}": _zero(((areas >= low) & (areas <= high)).any()) for name, (low, high) in ranges.items()}
     result["AP"] = result["AP50"] = result["AP75"] = result.pop("AP_all")
-    there = {a["category_id"] for a in coco.dataset["annotations"]}
-    return {**result, "per_class": [_zero(c in there) for c in range(classes)], "calibration_error": None}
+    there = {a["category_id"] for a in objects}
+    per_class = {name: _zero(number in there) for number, name in names.items()}
+    return {**result, "per_class": per_class, "calibration_error": None}
 
 
 def _zero(is_there):

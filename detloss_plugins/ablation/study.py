@@ -1,7 +1,6 @@
 """A folder of trainings: what is planned, what has finished, what failed; and the results of all."""
 
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -9,8 +8,10 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from detloss_plugins.ablation import mmdetection, yolo
 from detloss_plugins.ablation.files import read_json, write_json
 from detloss_plugins.ablation.grid import Run, contradiction
+from detloss_plugins.ablation.worker import count_cores, count_gpus
 
 POLL = 0.5  # seconds
 
@@ -57,15 +58,15 @@ class Study:
         """The epochs that a run has behind it."""
         if self.is_done(run):
             return run.epochs
-        csv = self.of(run) / "results.csv"
-        return max(0, len(csv.read_text(encoding="utf-8").splitlines()) - 1) if csv.exists() else 0
+        return (mmdetection if mmdetection.is_config(run.model) else yolo).epochs_done(self.of(run))
 
     def train(self, runs: Sequence[Run], jobs: int, tick: Callable[[list[Run]], None] = lambda running: None) -> None:
         """Train those of the runs that have not finished, so many side by side, each in a process of its own.
 
         Args:
             runs: what :meth:`add` was given.
-            jobs: number of processes.
+            jobs: number of processes, which share the cores. A training is the same, bit for bit, only with the same
+                number of threads, so with the same number of jobs.
             tick: called twice a second with the runs that are trained at the moment.
         """
         waiting = [run for run in runs if not self.is_done(run)]
@@ -91,11 +92,11 @@ class Study:
                 process.wait()
 
     def _read_labels(self, runs):
-        from detloss_plugins.ablation.yolo import read_labels
-
-        with quiet():
-            for run in {run.data: run for run in runs}.values():
-                read_labels(run)
+        """Of each data set once, for Ultralytics."""
+        if runs := [run for run in runs if not mmdetection.is_config(run.model)]:
+            with quiet():
+                for run in {run.data: run for run in runs}.values():
+                    yolo.read_labels(run)
 
     def failed(self) -> dict[str, str]:
         """Name -> the last line of the error of runs that failed."""
@@ -115,7 +116,7 @@ class Study:
             "data": ", ".join(dict.fromkeys(run.data for run, _ in done)),
             "epochs": max((run.epochs for run, _ in done), default=None),
             "versions": joined([found.get("versions", {}) for _, found in done]),
-            "machine": machine(),
+            "machine": "; ".join(dict.fromkeys(found.get("machine", "?") for _, found in done)),
             "runs": [as_result(run, found) for run, found in done],
             "failed": [{"run": run, "error": error} for run, error in self.failed().items()],
         }
@@ -145,18 +146,6 @@ class Places:
             names = visible.split(",") if visible else [str(n) for n in range(self.gpus)]
             own["CUDA_VISIBLE_DEVICES"] = names[place % self.gpus]
         return {**os.environ, **own}
-
-
-def count_gpus() -> int:
-    """GPUs that torch sees."""
-    import torch
-
-    return torch.cuda.device_count()
-
-
-def count_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def default_jobs() -> int:
@@ -202,19 +191,11 @@ def joined(versions: Sequence[dict]) -> dict[str, str]:
     return {name: ", ".join(sorted({found[name] for found in versions if name in found})) for name in names}
 
 
-def machine() -> str:
-    """This machine in words."""
-    import torch
-
-    gpus = [torch.cuda.get_device_name(n) for n in range(count_gpus())]
-    return ", ".join([f"{count_cores()} cores", platform.machine(), platform.system(), *gpus])
-
-
 def as_result(run: Run, found: dict) -> dict:
     """A run and what came out, as ``results.json`` has them."""
     return {
         "label": run.label,
-        "slot": "+".join(run.losses),
+        "slot": "+".join(mmdetection.short(slot) for slot in run.losses),
         "losses": run.losses,
         "model": run.model,
         "data": run.data,

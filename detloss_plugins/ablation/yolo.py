@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Mapping
 from pathlib import Path
 
+from detloss_plugins.ablation.data import digits_folder
 from detloss_plugins.ablation.grid import Run, slots_of
 
 TASKS = ("detect", "rtdetr")  # whose results are boxes and nothing else
@@ -31,8 +32,8 @@ def open_model(model: str):
     return (RTDETR if "rtdetr" in Path(model).stem else YOLO)(model)
 
 
-def check_model(model: str, losses: Mapping) -> tuple[str, dict]:
-    """The task of a model, and label -> losses by slot.
+def check_model(model: str, losses: Mapping) -> dict:
+    """Label -> losses by slot, of a model.
 
     Raises:
         ValueError, TypeError: if there is no such model, or it is for another task, or a loss does not suit it.
@@ -53,43 +54,7 @@ def check_model(model: str, losses: Mapping) -> tuple[str, dict]:
             check_head(built, resolved[label])
         except (TypeError, ValueError) as error:
             raise type(error)(f"{label} with {model}: {error}") from error
-    return task, resolved
-
-
-def locate(word: str) -> tuple[str, str, dict]:
-    """Name, data YAML and training arguments of a data set; the digits' YAML is empty, as each machine builds them.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    from detloss_plugins.cli.train import DIGITS_ARGS
-    from detloss_plugins.testing.digits import SCENARIOS, build_digits
-
-    name, _, scenario = word.partition(":")
-    if name == "digits":
-        if (scenario or "plain") not in SCENARIOS:
-            raise ValueError(f"digits has the scenarios {', '.join(SCENARIOS)}, and no {scenario}.")
-        build_digits(scenario=scenario or "plain")
-        args = {key: value for key, value in DIGITS_ARGS.items() if key not in ("epochs", "plots")}
-        return "digits" if scenario in ("", "plain") else word, "", args
-    path = Path(word)
-    if path.is_dir():
-        found = sorted([*path.glob("*.yaml"), *path.glob("*.yml")])
-        if len(found) != 1:
-            raise ValueError(f"{path} must hold exactly one data YAML, but holds {len(found)}; give its path.")
-        path = found[0]
-    elif not path.is_file():
-        raise ValueError(f"There is no data set {word}: give digits, digits:SCENARIO, a data YAML or its folder.")
-    name = path.absolute().parent.name if path.stem in ("data", "dataset") else path.stem
-    return name, str(path.absolute()), {}
-
-
-def data_yaml(run: Run) -> str:
-    """The data YAML of a run; the digits are built if they are not there."""
-    from detloss_plugins.testing.digits import build_digits
-
-    scenario = run.data.partition(":")[2] or "plain"
-    return run.path or str(build_digits(scenario=scenario) / "digits.yaml")
+    return resolved
 
 
 def check_arguments(path: str, args: Mapping) -> None:
@@ -103,10 +68,17 @@ def check_arguments(path: str, args: Mapping) -> None:
         raise ValueError(str(error).strip().splitlines()[0]) from error
     if not path:
         return
+    if Path(path).is_dir():
+        raise ValueError(f"{path} has no data YAML, which Ultralytics needs.")
     try:
         check_det_dataset(path)
     except Exception as error:  # of the user's own file
         raise ValueError(f"{path} is no data set: {error}") from error
+
+
+def data_yaml(run: Run) -> str:
+    """The data YAML of a run; the digits are built if they are not there."""
+    return run.path or str(digits_folder(run.data) / "digits.yaml")
 
 
 def read_labels(run: Run) -> None:
@@ -180,6 +152,12 @@ def prepare(folder: Path) -> bool:
     for name in ("results.csv", "resumed"):
         (folder / name).unlink(missing_ok=True)
     return False
+
+
+def epochs_done(folder: Path) -> int:
+    """The epochs that ``results.csv`` has."""
+    file = folder / "results.csv"
+    return max(0, len(file.read_text(encoding="utf-8").splitlines()) - 1) if file.exists() else 0
 
 
 def stored_epoch(checkpoint: Path) -> int | None:

@@ -84,9 +84,8 @@ def candidates(runs: Iterable[Mapping], scenario: str) -> list[Choice]:
     found = []
     for (name, model, epochs), own in groups(runs).items():
         rows = table(own) if name == data else []
-        noise = next(
-            (row.spreads[METRIC].deviation for row in rows if row.label == STOCK and row.spreads[METRIC]), None
-        )
+        stock = [row.spreads[METRIC] for row in rows if row.label == STOCK]
+        noise = stock[0].deviation if stock and stock[0] else None
         found += [Choice(scenario, name, model, epochs, row, noise) for row in rows if row.differences]
     return found
 

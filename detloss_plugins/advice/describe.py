@@ -100,7 +100,7 @@ def describe(labels: Labels, size: int | None = None) -> Description:
     size = size or training_size(labels)
     per_image = np.bincount(labels.image, minlength=len(labels.sizes))
     per_class = np.bincount(labels.cls, minlength=len(labels.names))
-    counts = Counter()  # classes may share a name
+    counts: Counter[str] = Counter()  # classes may share a name
     for name, count in zip(labels.names, per_class.tolist(), strict=True):
         counts[name] += count
     empty = [name for name, count in counts.items() if not count]

@@ -11,7 +11,9 @@ DEFAULT_MODEL = "yolov8n.yaml"
 
 @click.command()
 @click.argument("losses", nargs=-1, metavar="LOSSES ... [KEY=VALUE ...]")
-@click.option("--model", "models", multiple=True, help=f"what YOLO takes, once or more  [default: {DEFAULT_MODEL}]")
+@click.option(
+    "--model", "models", multiple=True, help=f"of YOLO, or a config of MMDetection  [default: {DEFAULT_MODEL}]"
+)
 @click.option("--data", multiple=True, help="digits, digits:SCENARIO, a data YAML or its folder  [default: digits]")
 @click.option("--seeds", type=click.IntRange(1), help="number of seeds  [default: 3]")
 @click.option("--epochs", type=click.IntRange(1), help="epochs of each training  [default: 12]")
@@ -24,6 +26,9 @@ def command(losses, models, data, seeds, epochs, out, jobs):
     file of losses or the name of a config that comes with the package; LABEL=LOSSES with a dict in YAML, as in
     wise='box: {type: WIoULoss}'; or a YAML file of a whole grid with the keys losses (label -> dict), models, data,
     seeds, epochs and args. Any other KEY=VALUE is an argument of the trainings, such as imgsz=256.
+
+    Of MMDetection, the losses of a config are replaced, which are called cls, box and dfl too, or by their keys; the
+    config's own are the stock. Arguments with a dot are for its trainings.
 
     What has finished is kept in the folder: called again, the command goes on where it was, and more losses, seeds,
     models and data sets may be added.
@@ -70,7 +75,7 @@ def train(study, runs, jobs):
     todo = [run for run in runs if not study.is_done(run)]
     click.echo(f"{len(runs)} trainings, {len(runs) - len(todo)} of them finished before; {study.folder}")
     with Bar(study, todo) as bar:
-        study.train(todo, min(jobs or default_jobs(), max(1, len(todo))), bar.tick)
+        study.train(todo, jobs or default_jobs(), bar.tick)
 
 
 def finish(study):

@@ -318,6 +318,7 @@ def refuse(problems):
 
 def train_mmdet(args):
     """Train with mmengine's Runner and print what came out."""
+    require("mmdet")
     import mmengine
     import torch
     from mmengine.runner import Runner
@@ -325,7 +326,6 @@ def train_mmdet(args):
     from detloss_plugins import build_loss
     from detloss_plugins.testing.digits import build_digits, build_dota, digits_dir
 
-    require("mmdet")
     if args.lite:
         os.environ["DETLOSS_LITE"] = "1"
     try:

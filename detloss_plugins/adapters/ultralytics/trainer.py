@@ -2,7 +2,10 @@
 
 import math
 import shutil
+from collections.abc import Mapping
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -75,7 +78,7 @@ def class_counts(dataset, classes, ignored=()):
     return [0 if index in ignored else count for index, count in enumerate(sum(found).tolist())]
 
 
-def describe(losses, args, task="detect"):
+def describe(losses: Mapping[str, Any], args: Any, task: str = "detect") -> list[str]:
     """One line per slot: the active loss, its settings, its weight and the training's gain for the slot."""
     lines = []
     for slot, gain in slot_gains(args, task).items():
@@ -162,7 +165,13 @@ def add_curves(trainer, every):
         branch.curves = branch.curves or Curves(every)
 
 
-def make_trainer(losses, task="detect", trainer=None, compile=False, curves=False):
+def make_trainer(
+    losses: Mapping[str, Any] | str | Path,
+    task: str = "detect",
+    trainer: type | None = None,
+    compile: bool = False,
+    curves: bool | int = False,
+) -> type:
     """A trainer class for ``YOLO(...).train(trainer=make_trainer(losses))``.
 
     Args:
@@ -320,7 +329,7 @@ def make_trainer(losses, task="detect", trainer=None, compile=False, curves=Fals
     return PluginTrainer
 
 
-def tune(model, trainer, iterations=10, **settings):
+def tune(model: Any, trainer: type, iterations: int = 10, **settings: Any) -> Any:
     """Ultralytics' search for hyper-parameters, ``model.tune(...)``, with the trainings of a trainer of ours.
 
     ``model.tune`` itself starts them by the command line, where there is no trainer to choose: it would tune the stock

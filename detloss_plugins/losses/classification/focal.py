@@ -1,6 +1,6 @@
 """The focal family."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -199,7 +199,7 @@ class VarifocalLoss(
         detach_weight: treat the weight of the negatives as a constant, as the code of RT-DETR, DEIM and D-FINE does.
     """
 
-    def __init__(self, **settings):
+    def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self.facts = self.facts.but(true_gradient=not self.detach_weight)
 
