@@ -40,7 +40,7 @@ def test_the_gallery_joins_the_navigation(tmp_path):
     config = types.SimpleNamespace(docs_dir=tmp_path, nav=[{"Choose": [{"Losses": "a.md"}, {"Experiments": "b.md"}]}])
     (section,) = site_hooks.on_config(config).nav
     gallery = {"Gallery": ["gallery/index.md", "gallery/CIoULoss.md", "gallery/GIoULoss.md"]}
-    assert section["Choose"][1:3] == [gallery, {"Playground": "playground/index.md"}]
+    assert section["Choose"][1:3] == [gallery, {"Playground": ["playground/index.md"]}]
 
 
 @pytest.fixture(scope="module")
