@@ -16,9 +16,10 @@ import torch
 import yaml
 from click.testing import CliRunner
 
-from detloss_plugins.ablation import Run, Study, mmdetection, study
+from detloss_plugins.ablation import Run, Study, mmdetection, plan, study
 from detloss_plugins.ablation.grid import check_grid, contradiction, losses_of_word, parse_words, seeds_of
 from detloss_plugins.ablation.measure import evaluate
+from detloss_plugins.ablation.progress import Bar
 from detloss_plugins.cli import main
 
 RUN = Run(
@@ -154,13 +155,12 @@ metrics = {"metrics": {"AP50": run["seed"] / 10}, "per_class": {}, "curve": {}, 
 def pretended(monkeypatch):
     """Trainings that take no time."""
 
-    def start(folder, environment):
+    def start(folder, environment, resume_after):
         (folder / "error.txt").unlink(missing_ok=True)
         return subprocess.Popen([sys.executable, "-c", TRAINING, folder], stdin=subprocess.PIPE, env=environment)
 
     monkeypatch.setattr(study, "start", start)
     monkeypatch.setattr(study, "POLL", 0.01)
-    monkeypatch.setattr(study.Study, "_read_labels", lambda *_: None)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
@@ -181,7 +181,7 @@ def test_a_failure_does_not_stop_the_others_and_what_has_finished_is_kept(tmp_pa
     assert [(run["label"], run["seed"]) for run in results["runs"]] == [
         ("stock", 0), ("stock", 1), ("stock", 2), ("vfl", 0), ("vfl", 1),
     ]  # fmt: skip
-    assert len(results["failed"]) == 2
+    assert (len(results["failed"]), results["unfinished"]) == (2, [])
     first = results["runs"][3]
     expected = {"label": "vfl", "slot": "cls", "losses": RUN.losses, "model": "yolov8n.yaml", "data": "digits"}
     expected |= {"epochs": 2, "seed": 0, "metrics": {"AP50": 0.0}, "per_class": {}, "curve": {}}
@@ -194,13 +194,29 @@ def test_results_of_another_grid_are_refused_and_what_has_not_finished_may_chang
     ours.add([RUN])
     ours.add([replace(RUN, epochs=5)])
     assert ours.runs() == [replace(RUN, epochs=5)]
+    assert ours.results()["unfinished"] == [RUN.name]
     ours.train(ours.runs(), 1)
     with pytest.raises(ValueError, match=r"results of another grid: .* epochs 5, not 2, or take another folder"):
         ours.add([RUN])
 
 
+def test_the_bar_counts_epochs(tmp_path, capsys):
+    """Where there is no terminal, a line now and then; the time left is that of the epochs so far."""
+    ours, runs = Study(tmp_path), [RUN, replace(RUN, seed=1)]
+    ours.add(runs)
+    bar = Bar(ours, runs, every=0)
+    with bar:
+        bar.tick(runs[:1])
+        assert "0/4 epochs, time left: not known yet; vfl-yolov8n-digits-0" in capsys.readouterr().out
+        (ours.of(RUN) / "results.csv").write_text("epoch,time\n1,5\n", encoding="utf-8")
+        bar.progress.tasks[0].start_time -= 100
+        bar.tick(runs)
+        assert "1/4 epochs, 0:05:00 left; vfl-yolov8n-digits-0, vfl-yolov8n-digits-1" in capsys.readouterr().out
+
+
 def test_ap_by_size_and_calibration_by_hand():
     """Three objects, each a size of COCO's and a third; the middle one is missed, by a detection elsewhere."""
+    pytest.importorskip("pycocotools")
     truth = np.array([[0, 0, 5, 5, 10, 10], [1, 0, 5, 5, 50, 50], [2, 0, 5, 5, 100, 100]], dtype=float)
     found = [[0, 5, 5, 10, 10, 0.9, 0], [1, 200, 200, 50, 50, 0.8, 0], [2, 5, 5, 100, 100, 0.7, 0]]
     low = [2, 300, 300, 9, 9, 0.04, 0]  # a score below those that count in the calibration
@@ -236,7 +252,7 @@ def test_a_training_that_was_cut_off_early_begins_again(tmp_path, epoch, seconds
         torch.save({"epoch": epoch}, tmp_path / "weights" / "last.pt")
     times = "".join(f"{i},{time}\n" for i, time in enumerate(seconds))
     (tmp_path / "results.csv").write_text(f"   epoch,  time\n{times}", encoding="utf-8")
-    assert yolo.prepare(tmp_path) is goes_on
+    assert yolo.prepare(tmp_path, 600) is goes_on
     assert (tmp_path / "results.csv").exists() is (tmp_path / "weights" / "last.pt").exists() is goes_on
 
 
@@ -389,3 +405,45 @@ def test_a_training_that_fails_is_in_the_report(tmp_path):
     assert "2 trainings" in report
     assert "| two-yolov8n-digits-0 |" in report
     assert Path(tmp_path / "study" / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_a_node_of_a_ray_cluster_is_killed(tmp_path):
+    """Two nodes with a core each; what the lost one trained goes on from its checkpoint on the other."""
+    pytest.importorskip("ultralytics")
+    ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'detloss_plugins[ray]'")
+    cluster_utils = pytest.importorskip("ray.cluster_utils")
+    from detloss_plugins.ablation import cluster
+
+    args = {"fraction": 0.05, "imgsz": 64, "batch": 8}
+    losses = {label: {"type": f"{label}Loss"} for label in ("GIoU", "DIoU", "CIoU")}
+    runs = plan(losses, ["yolov8n"], ["digits"], seeds=1, epochs=6, args=args)
+    ours = Study(tmp_path / "study")
+    ours.add(runs)
+    nodes = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    second = nodes.add_node(num_cpus=1)
+    nodes.wait_for_nodes()
+    lost = []
+
+    def kill(running):
+        """The second node, once a training of its own has a checkpoint."""
+        mark = f"node {second.node_id} of Ray"
+        for run in running if not lost else ():
+            there = mark in (ours.of(run) / "train.log").read_text(encoding="utf-8")
+            if there and ours.epochs_done(run) >= 1 and (ours.of(run) / "weights" / "last.pt").exists():
+                nodes.remove_node(second, allow_graceful=False)
+                lost.append(run)
+
+    try:
+        cluster.train(ours, runs, nodes.address, tick=kill, resume_after=0)
+    finally:
+        ray.shutdown()
+        nodes.shutdown()
+    assert lost
+    assert not ours.failed()
+    results = ours.results()
+    assert len(results["runs"]) == 4
+    assert [run["label"] for run in results["runs"] if run.get("resumed")] == [lost[0].label]
+    assert all(len(run["curve"]["AP50"]) == 6 for run in results["runs"])
+    log = (ours.of(lost[0]) / "train.log").read_text(encoding="utf-8")
+    assert len(set(re.findall(r"node (\w+) of Ray", log))) == 2

@@ -128,7 +128,7 @@ class Row:
     spreads: dict[str, Spread | None]
     differences: dict[str, Difference]
     per_class: dict[str, float | None]
-    curve: list[float]
+    curve: list[float | None]
 
 
 def groups(runs: Iterable[Mapping]) -> dict[tuple, list]:
@@ -175,13 +175,14 @@ def _row(label, runs, stock, level):
     )
 
 
-def mean_curve(curves: Sequence[Sequence[float | None]]) -> list[float]:
-    """The mean by epoch, as far as every curve goes.
+def mean_curve(curves: Sequence[Sequence[float | None]]) -> list[float | None]:
+    """The mean by epoch, as far as every curve goes; None for an epoch without validation.
 
-    >>> mean_curve([[0.0, 0.5, 0.75], [0.5, 1.0]])
-    [0.25, 0.75]
+    >>> mean_curve([[0.0, None, 0.5, 0.75], [0.5, None, 1.0]])
+    [0.25, None, 0.75]
     """
-    return [statistics.fmean(v or 0.0 for v in values) for values in zip(*curves, strict=False)]
+    found = [spread(values) for values in zip(*curves, strict=False)]
+    return [None if of_epoch is None else of_epoch.mean for of_epoch in found]
 
 
 def merged(results: Sequence[Mapping]) -> list[dict]:

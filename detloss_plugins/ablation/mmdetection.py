@@ -12,12 +12,11 @@ from typing import Any
 from detloss_plugins import configs
 from detloss_plugins.ablation.data import digits_folder
 from detloss_plugins.ablation.files import write_text
-from detloss_plugins.ablation.grid import Run, plain
+from detloss_plugins.ablation.grid import Run, family_of, plain
 from detloss_plugins.registry import SCOPE, build_loss, loss_class
 
 SLOTS = {"cls": "loss_cls", "box": "loss_bbox", "dfl": "loss_dfl"}
 OF_FAMILY = {"classification": "cls", "ranking": "cls", "box": "box", "regression": "box", "distribution": "dfl"}
-RESUME_AFTER = 600  # seconds, as for Ultralytics
 DETECTIONS = "val.bbox.json"
 CONFIG = Path("given", "config.py")  # mmengine writes the whole of it into the folder itself
 
@@ -75,7 +74,7 @@ def slots_of(losses: Mapping, model: Mapping) -> dict:
     """
     there = dict(places(model))
     if "type" in losses:
-        family = build_loss(losses).family
+        family = family_of(losses)
         if family not in OF_FAMILY:
             raise ValueError(f"{losses['type']} is a {family} loss: say which it replaces, of {', '.join(there)}.")
         losses = {OF_FAMILY[family]: losses}
@@ -148,13 +147,13 @@ def data_folder(run: Run) -> Path:
     return path if path.is_dir() else path.parent
 
 
-def train(run: Run, folder: Path) -> dict:
+def train(run: Run, folder: Path, resume_after: float) -> dict:
     """As :func:`detloss_plugins.ablation.yolo.train`; the weights are those of the last epoch, and measured by COCO's
     metrics."""
     from detloss_plugins.ablation.measure import evaluate_coco
     from detloss_plugins.cli.train import Arguments, coco_split, train_mmdet
 
-    resumed = goes_on(run, folder)
+    resumed = goes_on(run, folder, resume_after)
     (folder / DETECTIONS).unlink(missing_ok=True)
     if not resumed:
         (folder / "last_checkpoint").unlink(missing_ok=True)
@@ -172,12 +171,12 @@ def train(run: Run, folder: Path) -> dict:
     return {"metrics": metrics, "per_class": per_class, "curve": curve, "resumed": resumed}
 
 
-def goes_on(run: Run, folder: Path) -> bool:
-    """Whether a training that was cut off goes on: it has been at it for ``RESUME_AFTER`` seconds, and not finished."""
+def goes_on(run: Run, folder: Path, resume_after: float) -> bool:
+    """Whether a training that was cut off goes on: it has been at it for long enough, and has not finished."""
     last = folder / "last_checkpoint"
     if not last.exists() or not 0 < epochs_done(folder) < run.epochs:
         return False
-    return last.stat().st_mtime - (folder / CONFIG).stat().st_mtime >= RESUME_AFTER
+    return last.stat().st_mtime - (folder / CONFIG).stat().st_mtime >= resume_after
 
 
 def epochs_done(folder: Path) -> int:

@@ -7,6 +7,9 @@ from detloss_plugins.ablation.compare import STOCK, Row
 
 COLOURS = {"better": "#08702f", "worse": "#b00020", "not distinguishable": "#777777"}
 
+COLOURS_OF_LINES = 10  # that matplotlib goes through
+LINES = ("-", "--", ":", "-.")
+
 
 def _figure(width, height):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -44,9 +47,12 @@ def differences(rows: Sequence[Row], metric: str, title: str, path: Path) -> Non
 def curves(rows: Sequence[Row], title: str, path: Path) -> None:
     """AP50 by epoch, the mean over the seeds; the stock losses in black."""
     figure, axes = _figure(9, 5)
-    for row in rows:
-        stock = {"color": "black", "linewidth": 2.5} if row.label == STOCK else {"linewidth": 1.2}
-        axes.plot(range(1, len(row.curve) + 1), row.curve, label=row.label, **stock)
+    for number, row in enumerate(row for row in rows if any(value is not None for value in row.curve)):
+        style = {"linewidth": 1.2, "linestyle": LINES[number // COLOURS_OF_LINES % len(LINES)]}
+        if row.label == STOCK:
+            style = {"linewidth": 2.5, "color": "black"}
+        epochs, values = zip(*((e, v) for e, v in enumerate(row.curve, 1) if v is not None), strict=True)
+        axes.plot(epochs, values, marker=".", label=row.label, **style)
     axes.set_xlabel("epoch")
     axes.set_ylabel("AP50")
     axes.set_title(title)

@@ -41,7 +41,9 @@ class Bar:
     def tick(self, running) -> None:
         """Show what is done, and what is trained at the moment."""
         done = sum(self.study.epochs_done(run) for run in self.runs)
-        self.progress.update(self.task, completed=done, description=", ".join(run.name for run in running))
+        names = [run.name for run in running]
+        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        self.progress.update(self.task, completed=done, description=shown)
         if not self.progress.console.is_terminal and time.monotonic() - self.said >= self.every:
             self.said = time.monotonic()
             task = self.progress.tasks[0]

@@ -104,6 +104,8 @@ def summary(results, runs):
     text = f"{len(runs)} trainings on {machines}, with {', '.join(versions)}."
     if failed:
         text += f" {failed} failed, see below."
+    if unfinished := sum(len(result.get("unfinished", [])) for result in results):
+        text += f" {unfinished} have not finished."
     if resumed:
         text += f" {resumed} were cut off and went on from their last checkpoint, which is not quite the same training."
     return text
@@ -134,7 +136,7 @@ def add_group(page: Page, title: str, rows: Sequence[Row]) -> None:
     shown = [name for name in DETAILS if any(row.spreads.get(name) for row in rows)]
     cells = [[row.label, *(in_words(row.spreads.get(name), digits(name)) for name in shown)] for row in rows]
     page.table(["losses", *(DETAILS[name] for name in shown)], cells)
-    if any(row.curve for row in rows):
+    if any(value is not None for row in rows for value in row.curve):
         file = f"pictures/{slug}-curves.png"
         pictures.curves(rows, title, page.folder / file)
         page.picture(file, f"AP50 by epoch: {title}")

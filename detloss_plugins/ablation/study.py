@@ -5,15 +5,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 from detloss_plugins.ablation import mmdetection, yolo
 from detloss_plugins.ablation.files import read_json, write_json
 from detloss_plugins.ablation.grid import Run, contradiction
-from detloss_plugins.ablation.worker import count_cores, count_gpus
+from detloss_plugins.ablation.machine import count_cores, count_gpus, machine
 
 POLL = 0.5  # seconds
+RESUME_AFTER = 600.0  # seconds
 
 
 class Study:
@@ -60,7 +60,13 @@ class Study:
             return run.epochs
         return (mmdetection if mmdetection.is_config(run.model) else yolo).epochs_done(self.of(run))
 
-    def train(self, runs: Sequence[Run], jobs: int, tick: Callable[[list[Run]], None] = lambda running: None) -> None:
+    def train(
+        self,
+        runs: Sequence[Run],
+        jobs: int,
+        tick: Callable[[list[Run]], None] = lambda running: None,
+        resume_after: float = RESUME_AFTER,
+    ) -> None:
         """Train those of the runs that have not finished, so many side by side, each in a process of its own.
 
         Args:
@@ -68,15 +74,16 @@ class Study:
             jobs: number of processes, which share the cores. A training is the same, bit for bit, only with the same
                 number of threads, so with the same number of jobs.
             tick: called twice a second with the runs that are trained at the moment.
+            resume_after: seconds: a training that was cut off before begins again; later, it goes on from its last
+                checkpoint, which does not give quite the same numbers.
         """
         waiting = [run for run in runs if not self.is_done(run)]
-        self._read_labels(waiting)
         places, running = Places(jobs), {}
         try:
             while waiting or running:
-                while waiting and len(running) < jobs:
+                while waiting and places.free:
                     run, place = waiting.pop(0), places.take()
-                    running[run.name] = (run, place, start(self.of(run), places.environment(place)))
+                    running[run.name] = run, place, start(self.of(run), places.environment(place), resume_after)
                 for name, (run, place, process) in list(running.items()):
                     if process.poll() is not None:
                         process.stdin.close()
@@ -91,13 +98,6 @@ class Study:
                 process.kill()
                 process.wait()
 
-    def _read_labels(self, runs):
-        """Of each data set once, for Ultralytics."""
-        if runs := [run for run in runs if not mmdetection.is_config(run.model)]:
-            with quiet():
-                for run in {run.data: run for run in runs}.values():
-                    yolo.read_labels(run)
-
     def failed(self) -> dict[str, str]:
         """Name -> the last line of the error of runs that failed."""
         files = sorted((self.folder / "runs").glob("*/error.txt"))
@@ -109,16 +109,18 @@ class Study:
 
     def results(self, name: str | None = None) -> dict:
         """All that has finished, as plain data: the content of ``results.json``."""
-        done = [(run, read_json(self.of(run) / "metrics.json")) for run in self.runs() if self.is_done(run)]
+        runs, failed = self.runs(), self.failed()
+        done = [(run, read_json(self.of(run) / "metrics.json")) for run in runs if self.is_done(run)]
         done.sort(key=lambda pair: (pair[0].data, pair[0].model, pair[0].label != "stock", pair[0].label, pair[0].seed))
         return {
             "name": name or self.folder.absolute().name,
             "data": ", ".join(dict.fromkeys(run.data for run, _ in done)),
             "epochs": max((run.epochs for run, _ in done), default=None),
             "versions": joined([found.get("versions", {}) for _, found in done]),
-            "machine": "; ".join(dict.fromkeys(found.get("machine", "?") for _, found in done)),
+            "machine": "; ".join(dict.fromkeys(found.get("machine") or machine() for _, found in done)),
             "runs": [as_result(run, found) for run, found in done],
-            "failed": [{"run": run, "error": error} for run, error in self.failed().items()],
+            "failed": [{"run": run, "error": error} for run, error in failed.items()],
+            "unfinished": [run.name for run in runs if not self.is_done(run) and run.name not in failed],
         }
 
 
@@ -153,11 +155,11 @@ def default_jobs() -> int:
     return count_gpus() or count_cores()
 
 
-def start(folder: Path, environment: dict) -> subprocess.Popen:
+def start(folder: Path, environment: dict, resume_after: float) -> subprocess.Popen:
     """Start the training of a folder; it ends when this process does, as that closes the pipe to it."""
     (folder / "error.txt").unlink(missing_ok=True)
     with (folder / "train.log").open("ab") as log:
-        command = [sys.executable, "-m", "detloss_plugins.ablation.worker", str(folder)]
+        command = [sys.executable, "-m", "detloss_plugins.ablation.worker", str(folder), str(resume_after)]
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=environment)
 
 
@@ -166,19 +168,6 @@ def note_end(folder: Path, status: int) -> None:
     if status and not (folder / "error.txt").exists():
         how = f"it was ended by signal {-status}" if status < 0 else f"its process ended with exit status {status}"
         (folder / "error.txt").write_text(f"{how}; see train.log\n", encoding="utf-8")
-
-
-@contextmanager
-def quiet():
-    """Without what Ultralytics says about labels."""
-    from ultralytics.utils import LOGGER
-
-    level = LOGGER.level
-    LOGGER.setLevel("ERROR")
-    try:
-        yield
-    finally:
-        LOGGER.setLevel(level)
 
 
 def joined(versions: Sequence[dict]) -> dict[str, str]:

@@ -4,14 +4,15 @@ import csv
 import math
 import shutil
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from detloss_plugins.ablation.data import digits_folder
+from detloss_plugins.ablation.files import locked
 from detloss_plugins.ablation.grid import Run, slots_of
 
 TASKS = ("detect", "rtdetr")  # whose results are boxes and nothing else
-RESUME_AFTER = 600  # seconds: a training that was cut off before starts again
 LAST = Path("weights", "last.pt")
 BEST = Path("weights", "best.pt")
 
@@ -63,7 +64,8 @@ def check_arguments(path: str, args: Mapping) -> None:
     from ultralytics.data.utils import check_det_dataset
 
     try:
-        get_cfg(overrides=dict(args))
+        with quiet():
+            get_cfg(overrides=dict(args))
     except (SyntaxError, TypeError, ValueError) as error:
         raise ValueError(str(error).strip().splitlines()[0]) from error
     if not path:
@@ -74,6 +76,19 @@ def check_arguments(path: str, args: Mapping) -> None:
         check_det_dataset(path)
     except Exception as error:  # of the user's own file
         raise ValueError(f"{path} is no data set: {error}") from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the pages on its command that Ultralytics prints for an unknown argument."""
+    from ultralytics.utils import LOGGER
+
+    level = LOGGER.level
+    LOGGER.setLevel("ERROR")
+    try:
+        yield
+    finally:
+        LOGGER.setLevel(level)
 
 
 def data_yaml(run: Run) -> str:
@@ -95,20 +110,24 @@ def read_labels(run: Run) -> None:
         build_yolo_dataset(cfg, data[split], 1, data, mode=split)
 
 
-def train(run: Run, folder: Path) -> dict:
+def train(run: Run, folder: Path, resume_after: float) -> dict:
     """Train in a folder, or go on there, and return what is measured of ``best.pt``, as Ultralytics itself does at
     the end: ``metrics``, ``per_class`` and ``curve`` of the results, and ``resumed``, whether the training was cut off
     and went on.
 
-    A training that was cut off goes on with its last checkpoint if it has been at it for ``RESUME_AFTER`` seconds.
+    A training that was cut off goes on with its last checkpoint if it has been at it for ``resume_after`` seconds.
     Otherwise it starts again: what Ultralytics stores (weights in half precision, no state of the random numbers) does
     not make the training that would have been without the interruption, and then nothing differs.
     """
     from detloss_plugins.ablation.measure import measure
     from detloss_plugins.adapters.ultralytics import model_task
+    from detloss_plugins.testing.digits import cache_folder
 
-    resumed = prepare(folder)
+    resumed = prepare(folder, resume_after)
     epoch = stored_epoch(folder / LAST)
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    with locked(cache_folder() / ".labels.lock"):
+        read_labels(run)
     if epoch is None or epoch >= 0:
         start(run, folder, resume=epoch is not None)
     best = folder / BEST if (folder / BEST).exists() else folder / LAST
@@ -140,12 +159,12 @@ def start(run: Run, folder: Path, resume: bool) -> None:
     model.train(trainer=trainer, **({"resume": True, "data": settings["data"]} if resume else settings))
 
 
-def prepare(folder: Path) -> bool:
+def prepare(folder: Path, resume_after: float) -> bool:
     """Empty a folder of what a training that starts again has left; returns whether one goes on instead."""
     epoch = stored_epoch(folder / LAST)
     if epoch == -1:
         return (folder / "resumed").exists()
-    if epoch is not None and sum(durations(read_curves(folder / "results.csv").get("time", []))) >= RESUME_AFTER:
+    if epoch is not None and sum(durations(read_curves(folder / "results.csv").get("time", []))) >= resume_after:
         (folder / "resumed").touch()
         return True
     shutil.rmtree(folder / "weights", ignore_errors=True)
