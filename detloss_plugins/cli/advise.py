@@ -97,8 +97,8 @@ def advice_lines(data, advice):
         return
     if not advice.any_better:
         yield (
-            f"None of the {advice.tried} losses that the study tried on such data is better than the stock losses: "
-            "train with the stock losses first."
+            f"None of the {advice.tried} losses that the study tried on such data is better than the stock losses by "
+            "more than another seed changes: train with the stock losses first."
         )
     if not advice.choices:
         yield "None of them has a mean difference above 0 either."
@@ -119,8 +119,8 @@ def advice_lines(data, advice):
 
 def evidence(choice):
     """A row of the study in words, a line a metric."""
-    seeds = len(choice.row.seeds)
-    yield f"{choice.row.label} on {choice.data}, {choice.model}, {choice.epochs} epochs, {seeds} seeds:"
+    seeds = ", ".join(map(str, choice.row.seeds))
+    yield f"{choice.row.label} on {choice.data}, {choice.model}, {choice.epochs} epochs, seeds {seeds}:"
     for metric, found in choice.row.differences.items():
         interval = f", 95 % interval {found.interval[0]:+.3f} to {found.interval[1]:+.3f}" if found.interval else ""
         mean = "not measured" if found.mean is None else f"{found.mean:+.3f}{interval}: {found.verdict}"
