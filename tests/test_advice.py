@@ -223,8 +223,20 @@ def test_command(tmp_path, monkeypatch):
     empty = command(path, monkeypatch=monkeypatch, studied=[])
     assert "The study has no trainings on such data" in empty.output
     assert command("nowhere.yaml").exit_code == 2
-    assert "error: there is no nowhere.yaml" in command("nowhere.yaml").stderr
+    assert "error: There is no data set nowhere.yaml" in command("nowhere.yaml").stderr
     assert command("digits:hard").exit_code == 2
+
+
+def test_command_in_a_coco_layout(tmp_path, monkeypatch):
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "train").mkdir()
+    Image.new("L", SIZE).save(tmp_path / "train" / "0.png")
+    write_coco(tmp_path / "annotations", [BOXES])
+    for data in (tmp_path, tmp_path / "annotations" / "train.json"):
+        done = command(data, monkeypatch=monkeypatch)
+        assert "3 objects in 1 images" in done.output, done.output
+        assert "--data data.yaml" in done.output
+        assert "in MMDetection a dict goes in place of loss_cls or loss_bbox" in done.output
 
 
 def test_the_package_has_the_study():

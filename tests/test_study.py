@@ -14,7 +14,13 @@ def trained(label, data, aps, slot="cls", weight=2.0):
     same = {"label": label, "slot": slot, "losses": losses, "model": "yolov8n.yaml", "data": data, "epochs": 3}
     figures = {"AP_first_third": 0.123456, "AP_last_third": None, "seconds_per_epoch": 1200.0}
     return [
-        {**same, "seed": s, "metrics": {"AP50": ap + 0.2, "AP": ap, **figures}, "per_class": {"a": ap}, "curve": {}}
+        {
+            **same,
+            "seed": s,
+            "metrics": {"AP50": ap + 0.2, "AP": ap, **figures},
+            "per_class": {"a": ap},
+            "curve": {"AP50": [0.5], "AP": [0.4]},
+        }
         for s, ap in enumerate(aps)
     ]
 
@@ -41,27 +47,32 @@ RUNS = [
 
 def test_the_page_has_every_loss_beside_stock():
     text = study.content([results(*RUNS)])
-    assert "15 trainings, 15 hours, on 2 cores, with torch 2.5.1." in text
-    sections = text.split("### ")
+    assert "15 trainings, 15.0 hours, on 2 cores, with torch 2.5.1." in text
+    sections = text.split("## ")
     assert [part.splitlines()[0] for part in sections[1:]] == [
+        "What comes out",
         "What does not come out",
         "digits, yolov8n.yaml, 3 epochs",
         "digits:small, yolov8n.yaml, 3 epochs",
     ]
-    (focal,) = (line for line in sections[2].splitlines() if line.startswith("| FocalLoss "))
+    (focal,) = (line for line in sections[3].splitlines() if line.startswith("| FocalLoss "))
     cells = [cell.strip() for cell in focal.strip("|").split("|")]
     assert cells[:3] == ["FocalLoss", "12.3", "0.653 ± 0.015"]
     assert cells[3].startswith("+0.043 [+0.029, +0.058]")
     assert cells[4] == "better"
     assert cells[-3:] == ["0.123 ± 0.000", "-", "3"]
-    assert sections[2].count("| stock |") == 2, "one a slot"
-    assert "In AP, better: FocalLoss; worse: none; not distinguishable: GIoULoss." in sections[2]
+    assert sections[3].count("| stock |") == 2, "one a slot"
+    assert "In AP, better: FocalLoss; worse: none; not distinguishable: GIoULoss." in sections[3]
 
 
 def test_the_page_says_what_does_not_come_out():
-    text = study.content([results(*RUNS)]).split("### What does not come out")[1].split("### ")[0]
+    came, text = study.content([results(*RUNS)]).split("## What does not come out")
+    assert came.endswith("## What comes out\n\nNothing, at the 3 or more seeds that a verdict takes.\n\n")
+    good = study.content([results(*RUNS[:9])]).split("## What comes out")[1]
+    assert good.startswith("\n\n- FocalLoss is better than stock on digits (yolov8n.yaml, 3 epochs).\n")
     assert "- digits:small, yolov8n.yaml, 3 epochs: none of 1 is better than stock" in text
-    assert "- FocalLoss is better on digits with yolov8n.yaml, and worse on digits:small with yolov8n.yaml." in text
+    small, plain = "digits:small (yolov8n.yaml, 3 epochs)", "digits (yolov8n.yaml, 3 epochs)"
+    assert f"- FocalLoss is worse than stock on {small}, though better on {plain}." in text
     assert study.content([]) == "The study has no trainings yet.\n"
     alone = study.content([results(*trained("stock", "digits", (0.4,)))])
     assert "There is nothing beside the stock losses yet." in alone
@@ -73,12 +84,15 @@ def written(path, content):
 
 
 def test_results_join_a_study(tmp_path):
-    first = written(tmp_path / "results.json", results(*RUNS[:6]))
+    runs = [{**run, "model": f"some/folder/{run['model']}"} for run in RUNS[:6]]
+    first = written(tmp_path / "results.json", results(*runs))
     folder = tmp_path / "study"
     folder.mkdir()
     file = study.add(first, "mine", folder)
     (stored,) = study.studies(folder)
     assert stored["runs"][0]["metrics"]["AP_first_third"] == 0.1235
+    assert stored["runs"][0]["model"] == "yolov8n.yaml"
+    assert stored["runs"][0]["curve"] == {"AP50": [0.5]}
     assert stored["runs"][-1]["losses"]["cls"]["loss_weight"] == 12.3456, "as it was trained"
     again = trained("FocalLoss", "digits", (0.5, 0.5, 0.5), weight=12.3456)
     study.add(written(tmp_path / "results.json", results(*again, *RUNS[6:9], machine="a GPU")), "mine", folder)

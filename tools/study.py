@@ -15,7 +15,18 @@ from pathlib import Path
 
 from command import finish
 
-from detloss_plugins.ablation.compare import BETTER, JUDGED, NEITHER, STOCK, WORSE, Row, groups, merged, table
+from detloss_plugins.ablation.compare import (
+    BETTER,
+    FEWEST,
+    JUDGED,
+    NEITHER,
+    STOCK,
+    WORSE,
+    Row,
+    groups,
+    merged,
+    table,
+)
 from detloss_plugins.ablation.files import write_text
 from detloss_plugins.ablation.report import (
     METHOD,
@@ -46,8 +57,9 @@ def rounded(value):
 
 
 def kept(run):
-    """What the study keeps of a training; its losses keep every digit."""
-    return {**rounded(run), "losses": run["losses"]}
+    """What the study keeps of a training: of a model's path the name, of the curves that of AP50, of the losses all."""
+    model, curve = Path(run["model"]).name, {key: values for key, values in run["curve"].items() if key == "AP50"}
+    return {**rounded({**run, "curve": curve}), "model": model, "losses": run["losses"]}
 
 
 def as_json(study):
@@ -131,7 +143,7 @@ def verdicts_in_words(rows: Sequence[Row], metric: str) -> str:
 def section(key: tuple, rows: Sequence[Row]) -> Iterable[str]:
     """The section of a data set, model and number of epochs."""
     data, model, epochs = key
-    yield f"### {data}, {model}, {epochs} epochs"
+    yield f"## {data}, {model}, {epochs} epochs"
     if own := judged(rows):
         yield from slot_tables(rows)
         yield from (verdicts_in_words(own, metric) for metric in JUDGED)
@@ -144,20 +156,39 @@ def has(row: Row, verdict: str) -> bool:
     return any(found.verdict == verdict for found in row.differences.values())
 
 
-def does_not_come_out(found: Mapping[tuple, Sequence[Row]]) -> Iterable[str]:
-    """What a reader may have hoped for: where no loss is better, and which losses are so in one place only."""
+def places(found: Mapping[tuple, Sequence[Row]]) -> dict[str, dict[str, list[str]]]:
+    """``{label: {verdict: [where, ...]}}`` of the losses that are better or worse anywhere."""
     where: dict[str, dict[str, list[str]]] = {}
     for (data, model, epochs), rows in found.items():
-        own = judged(rows)
-        if own and not any(has(row, BETTER) for row in own):
-            yield f"- {data}, {model}, {epochs} epochs: none of {len(own)} is better than stock, in AP50 or AP."
-        for row in own:
+        for row in judged(rows):
             for verdict in (BETTER, WORSE):
                 if has(row, verdict):
-                    where.setdefault(row.label, {}).setdefault(verdict, []).append(f"{data} with {model}")
-    for label, places in where.items():
-        if len(places) == 2:
-            yield f"- {label} is better on {', '.join(places[BETTER])}, and worse on {', '.join(places[WORSE])}."
+                    of_label = where.setdefault(row.label, {})
+                    of_label.setdefault(verdict, []).append(f"{data} ({model}, {epochs} epochs)")
+    return where
+
+
+def comes_out(found: Mapping[tuple, Sequence[Row]]) -> list[str]:
+    """The losses that are better somewhere and worse nowhere, a line each."""
+    return [
+        f"- {label} is better than stock on {', '.join(where[BETTER])}."
+        for label, where in places(found).items()
+        if where.keys() == {BETTER}
+    ]
+
+
+def does_not_come_out(found: Mapping[tuple, Sequence[Row]]) -> list[str]:
+    """Where no loss is better, and which losses are worse somewhere, a line each."""
+    lines = []
+    for (data, model, epochs), rows in found.items():
+        own = [row for row in judged(rows) if len(row.seeds) >= FEWEST]
+        if own and not any(has(row, BETTER) for row in own):
+            lines.append(f"- {data}, {model}, {epochs} epochs: none of {len(own)} is better than stock, in AP50 or AP.")
+    for label, where in places(found).items():
+        if WORSE in where:
+            but = f", though better on {', '.join(where[BETTER])}" if BETTER in where else ""
+            lines.append(f"- {label} is worse than stock on {', '.join(where[WORSE])}{but}.")
+    return lines
 
 
 def content(found: Sequence[Mapping]) -> str:
@@ -169,13 +200,16 @@ def content(found: Sequence[Mapping]) -> str:
     seconds = sum(run["metrics"].get("seconds_per_epoch") or 0 for run in runs for _ in range(run["epochs"]))
     versions = ", ".join(f"{name} {version}" for name, version in joined([one["versions"] for one in found]).items())
     machines = "; ".join(dict.fromkeys(one["machine"] for one in found))
+    nothing = f"Nothing, at the {FEWEST} or more seeds that a verdict takes."
     parts = [
-        f"{len(runs)} trainings, {seconds / 3600:.0f} hours, on {machines}, with {versions}. All those of a table "
+        f"{len(runs)} trainings, {seconds / 3600:.1f} hours, on {machines}, with {versions}. All those of a table "
         "have the budget of its heading; the weight is what the loss is multiplied with beside the gain of its slot.",
         METHOD,
         chance(runs),
-        "### What does not come out",
-        "\n".join(does_not_come_out(tables)) or "Nothing that could be said in general.",
+        "## What comes out",
+        "\n".join(comes_out(tables)) or nothing,
+        "## What does not come out",
+        "\n".join(does_not_come_out(tables)) or nothing,
         *(part for key, rows in tables.items() for part in section(key, rows)),
     ]
     return "\n\n".join(parts) + "\n"

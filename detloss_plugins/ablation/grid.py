@@ -97,7 +97,7 @@ def slots_of(losses: Mapping, task: str) -> dict:
     from detloss_plugins.adapters.ultralytics import SLOTS, load_losses
 
     if "type" in losses:
-        family = build_loss(losses).family
+        family = family_of(losses)
         fitting = [slot for slot, families in SLOTS[task].items() if family in families]
         if not fitting:
             raise ValueError(f"{losses['type']} is a {family} loss, for which task={task!r} has no slot.")
@@ -110,6 +110,11 @@ def slots_of(losses: Mapping, task: str) -> dict:
 def plain(value: Any) -> Any:
     """A value as it is read again from a JSON file: with lists for tuples."""
     return json.loads(json.dumps(value))
+
+
+def family_of(loss: Mapping) -> str:
+    """The family of the loss of a config; its weight does not matter, and may be "auto"."""
+    return build_loss({key: value for key, value in loss.items() if key != "loss_weight"}).family
 
 
 def losses_of_word(word: str) -> tuple[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 from detloss_plugins import configs
 from detloss_plugins.ablation.data import digits_folder
 from detloss_plugins.ablation.files import write_text
-from detloss_plugins.ablation.grid import Run, plain
+from detloss_plugins.ablation.grid import Run, family_of, plain
 from detloss_plugins.registry import SCOPE, build_loss, loss_class
 
 SLOTS = {"cls": "loss_cls", "box": "loss_bbox", "dfl": "loss_dfl"}
@@ -74,7 +74,7 @@ def slots_of(losses: Mapping, model: Mapping) -> dict:
     """
     there = dict(places(model))
     if "type" in losses:
-        family = build_loss(losses).family
+        family = family_of(losses)
         if family not in OF_FAMILY:
             raise ValueError(f"{losses['type']} is a {family} loss: say which it replaces, of {', '.join(there)}.")
         losses = {OF_FAMILY[family]: losses}

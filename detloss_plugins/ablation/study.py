@@ -10,7 +10,7 @@ from pathlib import Path
 from detloss_plugins.ablation import mmdetection, yolo
 from detloss_plugins.ablation.files import read_json, write_json
 from detloss_plugins.ablation.grid import Run, contradiction
-from detloss_plugins.ablation.worker import count_cores, count_gpus, machine
+from detloss_plugins.ablation.machine import count_cores, count_gpus, machine
 
 POLL = 0.5  # seconds
 RESUME_AFTER = 600.0  # seconds

@@ -4,7 +4,6 @@ import csv
 import math
 import shutil
 import statistics
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -122,10 +121,12 @@ def train(run: Run, folder: Path, resume_after: float) -> dict:
     """
     from detloss_plugins.ablation.measure import measure
     from detloss_plugins.adapters.ultralytics import model_task
+    from detloss_plugins.testing.digits import cache_folder
 
     resumed = prepare(folder, resume_after)
     epoch = stored_epoch(folder / LAST)
-    with locked(Path(tempfile.gettempdir()) / "detloss-labels.lock"):
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    with locked(cache_folder() / ".labels.lock"):
         read_labels(run)
     if epoch is None or epoch >= 0:
         start(run, folder, resume=epoch is not None)

@@ -48,7 +48,8 @@ class Choice:
     @property
     def as_yaml(self) -> str:
         """The losses as a dict, in YAML and one line."""
-        return yaml.safe_dump(self.row.losses, default_flow_style=True, sort_keys=False, width=10**6).strip()
+        losses = {slot: {"type": loss["type"], **loss} for slot, loss in self.row.losses.items()}
+        return yaml.safe_dump(losses, default_flow_style=True, sort_keys=False, width=10**6).strip()
 
 
 @dataclass(frozen=True)

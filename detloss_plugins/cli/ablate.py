@@ -17,38 +17,66 @@ INSTALL = {
 @click.command()
 @click.argument("losses", nargs=-1, metavar="LOSSES ... [KEY=VALUE ...]")
 @click.option(
-    "--model", "models", multiple=True, help=f"of YOLO, or a config of MMDetection  [default: {DEFAULT_MODEL}]"
+    "--model",
+    "models",
+    multiple=True,
+    metavar="M",
+    help=f"Of YOLO, or a config of MMDetection; more than once.  [default: {DEFAULT_MODEL}]",
 )
-@click.option("--data", multiple=True, help="digits, digits:SCENARIO, a data YAML or its folder  [default: digits]")
-@click.option("--seeds", type=click.IntRange(1), help="number of seeds  [default: 3]")
-@click.option("--epochs", type=click.IntRange(1), help="epochs of each training  [default: 12]")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/ablation"), show_default=True, help="folder")
-@click.option("--jobs", type=click.IntRange(1), help="trainings side by side  [default: one a GPU, or one a core]")
 @click.option(
-    "--ray", metavar="ADDRESS", help="train on a Ray cluster, auto for this machine's own; DIR must be shared"
+    "--data",
+    multiple=True,
+    metavar="D",
+    help="digits, digits:SCENARIO, a data.yaml or its folder; more than once.  [default: digits]",
 )
-@click.option("--cores", type=click.IntRange(1), default=1, show_default=True, help="of a training on Ray")
+@click.option(
+    "--seeds", type=click.IntRange(1), metavar="N", help="Trainings of each, with the seeds 0 to N - 1.  [default: 3]"
+)
+@click.option("--epochs", type=click.IntRange(1), metavar="E", help="Epochs of each training.  [default: 12]")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("runs/ablation"),
+    metavar="DIR",
+    show_default=True,
+    help="Where trainings and report go.",
+)
+@click.option(
+    "--jobs", type=click.IntRange(1), metavar="N", help="Trainings side by side.  [default: one a GPU, or one a core]"
+)
+@click.option(
+    "--ray", metavar="ADDRESS", help="Train on a Ray cluster (auto: this machine's); all its nodes must share DIR."
+)
+@click.option(
+    "--cores", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Of each training on Ray."
+)
 @click.option(
     "--resume-after",
     type=click.FloatRange(0),
     default=10.0,
     show_default=True,
     metavar="MINUTES",
-    help="a training that was cut off before begins again, later it goes on",
+    help="A training that was cut off before begins again, later it goes on.",
 )
 def command(losses, models, data, seeds, epochs, out, jobs, ray, cores, resume_after):
-    """Train a grid of losses x models x data sets x seeds, the stock losses always among them, and report.
+    """Train with losses beside the stock ones, on several seeds, and report which are better.
 
-    Each of LOSSES is the name of a loss, maybe with its weight (VarifocalLoss:4.2), for the slot that it fits; a YAML
-    file of losses or the name of a config that comes with the package; LABEL=LOSSES with a dict in YAML, as in
-    wise='box: {type: WIoULoss}'; or a YAML file of a whole grid with the keys losses (label -> dict), models, data,
-    seeds, epochs and args. Any other KEY=VALUE is an argument of the trainings, such as imgsz=256.
+    \b
+      detloss ablate VarifocalLoss:4.2 WIoULoss --seeds 3
+      detloss ablate wise='box: {type: WIoULoss}' mine.yaml --model yolo11n --data data.yaml --epochs 50 imgsz=320
+      detloss ablate QualityFocalLoss --model retinanet_r18_fpn_digits
+      detloss ablate grid.yaml --out runs/study --jobs 2
+
+    Each of LOSSES is the name of a loss, maybe with its weight, for the slot that it fits; a YAML file of losses or the
+    name of a config that comes with the package; LABEL=LOSSES, with a dict in YAML; or a YAML file of a whole grid,
+    with the keys losses (label -> dict), models, data, seeds, epochs and args. Any other KEY=VALUE is an argument of
+    the trainings.
 
     Of MMDetection, the losses of a config are replaced, which are called cls, box and dfl too, or by their keys; the
     config's own are the stock. Arguments with a dot are for its trainings.
 
-    What has finished is kept in the folder: called again, the command goes on where it was, and more losses, seeds,
-    models and data sets may be added.
+    Each training is a process. What has finished is kept in the folder: called again, the command goes on where it was,
+    and more losses, seeds, models and data sets may be added.
     """
     try:
         study, runs = prepare(losses, {"models": [*models], "data": [*data], "seeds": seeds, "epochs": epochs}, out)

@@ -6,6 +6,7 @@ import click
 
 from detloss_plugins.advice.rules import SCENARIOS
 from detloss_plugins.cli._common import UsageError
+from detloss_plugins.cli.train import coco_split
 
 
 @click.command()
@@ -22,7 +23,7 @@ def command(data, split, imgsz, scenario):
 
     \b
       detloss advise data.yaml                 a data YAML of Ultralytics, of any task with boxes, or its folder
-      detloss advise annotations/train.json    an annotation file in COCO's form
+      detloss advise annotations/train.json    an annotation file in COCO's form, or the folder of a COCO layout
       detloss advise digits:long-tail          the embedded digits set, and its scenarios
       detloss advise data.yaml --scenario noisy    that labels are wrong cannot be seen in them: say so
 
@@ -32,7 +33,7 @@ def command(data, split, imgsz, scenario):
     from detloss_plugins.advice import LabelsError, advise, describe, read_labels
 
     try:
-        labels = read_labels(located(data), split)
+        labels = read_labels(located(data, split), split)
     except LabelsError as error:
         raise UsageError(error) from error
     found = describe(labels, imgsz)
@@ -41,24 +42,17 @@ def command(data, split, imgsz, scenario):
     click.echo("\n".join(lines))
 
 
-def located(word):
-    """The file that DATA means."""
-    name, _, scenario = word.partition(":")
-    if name == "digits":
-        from detloss_plugins.testing.digits import SCENARIOS, build_digits
+def located(word, split):
+    """The data YAML or annotation file that DATA means."""
+    from detloss_plugins.ablation.data import digits_folder, locate
 
-        if (scenario := scenario or "plain") not in SCENARIOS:
-            raise UsageError(f"digits has the scenarios {', '.join(SCENARIOS)}, and no {scenario}")
-        return build_digits(scenario=scenario) / "digits.yaml"
-    path = Path(word)
-    if path.is_dir():
-        found = sorted([*path.glob("*.yaml"), *path.glob("*.yml")])
-        if len(found) != 1:
-            raise UsageError(f"{path} must hold exactly one data YAML, but holds {len(found)}; give its path")
-        return found[0]
-    if not path.exists():
-        raise UsageError(f"there is no {path}")
-    return path
+    try:
+        _, path, _ = locate(word)
+        if not path:
+            return digits_folder(word) / "digits.yaml"
+    except ValueError as error:
+        raise UsageError(error) from error
+    return Path(path, coco_split(Path(path), split)[0]) if Path(path).is_dir() else Path(path)
 
 
 def description_lines(data, split, found):
@@ -103,8 +97,8 @@ def advice_lines(data, advice):
         return
     if not advice.any_better:
         yield (
-            f"None of the {advice.tried} losses that the study tried on such data is better than the stock losses: "
-            "train with the stock losses first."
+            f"None of the {advice.tried} losses that the study tried on such data is better than the stock losses by "
+            "more than another seed changes: train with the stock losses first."
         )
     if not advice.choices:
         yield "None of them has a mean difference above 0 either."
@@ -115,7 +109,7 @@ def advice_lines(data, advice):
         yield from (f"     {line}" for line in evidence(choice))
     yield ""
     yield "Try them, with the study's weights, or with your own from detloss calibrate:"
-    in_coco = Path(data).suffix == ".json"
+    in_coco = Path(data).suffix == ".json" or (Path(data) / "annotations").is_dir()
     yield f"  {advice.command('data.yaml' if in_coco else data)}"
     if in_coco:
         yield "It needs a data YAML of the same data; in MMDetection a dict goes in place of loss_cls or loss_bbox."
@@ -125,8 +119,8 @@ def advice_lines(data, advice):
 
 def evidence(choice):
     """A row of the study in words, a line a metric."""
-    seeds = len(choice.row.seeds)
-    yield f"{choice.row.label} on {choice.data}, {choice.model}, {choice.epochs} epochs, {seeds} seeds:"
+    seeds = ", ".join(map(str, choice.row.seeds))
+    yield f"{choice.row.label} on {choice.data}, {choice.model}, {choice.epochs} epochs, seeds {seeds}:"
     for metric, found in choice.row.differences.items():
         interval = f", 95 % interval {found.interval[0]:+.3f} to {found.interval[1]:+.3f}" if found.interval else ""
         mean = "not measured" if found.mean is None else f"{found.mean:+.3f}{interval}: {found.verdict}"

@@ -9,9 +9,18 @@ from detloss_plugins.cli._common import UsageError, check_folder
 
 @click.command()
 @click.argument("results", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path), metavar="DIR ...")
-@click.option("--out", type=click.Path(path_type=Path), help="folder of the report  [default: DIR, if there is one]")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Where the report goes.  [default: DIR, if it is one folder]",
+)
 def command(results, out):
     """Write the report of an ablation again: report.md, report.html and pictures.
+
+    \b
+      detloss report runs/ablation
+      detloss report runs/digits runs/trees results.json --out runs/both
 
     DIR is a folder of detloss ablate, finished or not, or a results.json; several are reported together.
     """
