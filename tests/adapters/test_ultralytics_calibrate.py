@@ -104,7 +104,7 @@ def test_looking_changes_nothing_and_states_see_every_batch(batches):
         assert bool(found.found) == (step == 3)
     looked = watched.curves.criteria[0]
     assert torch.equal(looked.built["box"].mean, own.built["box"].mean)
-    assert own.built["box"].mean < 0.99
+    assert own.built["box"].mean != 1, "where it starts"
     assert criterion_state(watched) == {}
 
 
@@ -196,7 +196,7 @@ def interrupt(_):
 @pytest.fixture
 def quick(datasets, tmp_path, monkeypatch):
     """Training arguments of a run, and a calibration of a few steps."""
-    monkeypatch.setattr(module, "STEPS", 30)
+    monkeypatch.setattr(module, "STEPS", 16)
     faster = {"optimizer": "AdamW", "lr0": 0.002, "warmup_epochs": 0.0}
     return {**SETTINGS, **faster, "data": datasets["detect"], "project": str(tmp_path), "epochs": 2, "val": False}
 
@@ -219,6 +219,9 @@ def test_a_training_with_auto_is_one_with_the_weights_that_it_finds(quick, tmp_p
     assert runs["auto"].trainer.plugin_losses["cls"]["loss_weight"] == weight
     first, second = (weights(run.trainer) for run in runs.values())
     assert all(torch.equal(first[name], second[name]) for name in first)
+    tuned = YOLO(tmp_path / "auto" / "weights" / "last.pt")  # whose model the trainer is handed
+    tuned.train(trainer=make_trainer(AUTO), name="tuned", **{**quick, "epochs": 1, "pretrained": True})
+    assert tuned.trainer.plugin_losses["cls"]["loss_weight"] not in (16.0, weight)
 
 
 @pytest.mark.slow

@@ -254,7 +254,8 @@ def calibrate(
         if yolo:
             yolo.train(trainer=Calibrating, **settings)
         else:
-            run = Calibrating(overrides={**settings, "task": task})
+            name = model.yaml.get("yaml_file", "model.yaml")  # nothing is read there
+            run = Calibrating(overrides={**settings, "model": name, "task": task})
             run.model = copy.deepcopy(model)
             run.train()
     return found.suggestions(candidates)
@@ -275,7 +276,8 @@ def auto_weights(trainer, losses, task, base=None):
     """
     wanted = {place: candidate(at(losses, place), task, place[0], str(place)) for place in waiting(losses)}
     settings = {name: value for name, value in vars(trainer.args).items() if name not in OF_A_RUN}
-    model = trainer.model if isinstance(trainer.model, torch.nn.Module) else settings.pop("model")
+    path = settings.pop("model")
+    model = trainer.model if isinstance(trainer.model, torch.nn.Module) else path
     ignore = losses.get("ignore")
     with _as_if_nothing_had_been(trainer):
         found = calibrate(list(wanted.values()), model, STEPS, ignore=ignore, trainer=base, **settings)

@@ -241,14 +241,14 @@ def make_trainer(
             given = (overrides or {}).get("task", task)
             if (given, task) != ("detect", "rtdetr"):  # to Ultralytics, RT-DETR detects
                 self.check_same_task(given)
-            compat.check_arguments(overrides or {})
-            if waits_for_counts:
-                compat.require("class_counts")
             if places and (RANK != -1 or compat.device_count((overrides or {}).get("device")) > 1):
                 raise ValueError(
                     'loss_weight "auto" is for a training on one device: find the weights with detloss calibrate, and '
                     "write them for one on several."
                 )
+            compat.check_arguments(overrides or {})
+            if waits_for_counts:
+                compat.require("class_counts")
             super().__init__(cfg, overrides, _callbacks)
             if "ignore" in losses and (self.args.single_cls or self.args.classes is not None):
                 raise ValueError("single_cls and classes change the labels that ignore reads: leave one of them out.")
