@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -324,9 +323,15 @@ def test_an_ablation_with_mmdetection(tmp_path):
     pytest.importorskip("mmdet")
     args = {"train_dataloader.dataset.indices": 16, "val_dataloader.dataset.indices": 8}
     grid = {"losses": {"qfl": {"type": "QualityFocalLoss"}}, "models": "retinanet_r18_fpn_digits", "seeds": 1}
-    finish(ablate(tmp_path / "study", {**grid, "epochs": 1, "args": args}))
+    grid |= {"epochs": 3, "args": args}
+    process = ablate(tmp_path / "study", grid, "--jobs", "1")
+    wait_for(process, lambda: [*tmp_path.glob("study/runs/stock-*/last_checkpoint")])
+    process.kill()
+    process.communicate()
+    finish(ablate(tmp_path / "study", grid, "--jobs", "1", "--resume-after", "0"))
     results = json.loads((tmp_path / "study" / "results.json").read_text(encoding="utf-8"))
     assert [(run["label"], run["slot"]) for run in results["runs"]] == [("stock", ""), ("qfl", "cls")]
+    assert [run.get("resumed", False) for run in results["runs"]] == [True, False]
     assert list(results["runs"][0]["per_class"]) == list("0123456789")
     assert results["versions"]["mmdet"]
 
@@ -343,13 +348,20 @@ GRID = {
 }
 
 
-def ablate(out, grid):
-    """The command in a process of its own."""
+def ablate(out, grid, *options):
+    """The command in a process of its own, with two trainings side by side unless options say otherwise."""
     file = out.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(grid), encoding="utf-8")
     code = "from detloss_plugins.cli import main; main()"
-    command = [sys.executable, "-c", code, "ablate", str(file), "--out", str(out), "--jobs", "2"]
+    command = [sys.executable, "-c", code, "ablate", str(file), "--out", str(out), "--jobs", "2", *options]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(process, come):
+    """Wait until something has come, which must be before the process ends."""
+    while process.poll() is None and not come():
+        time.sleep(0.1)
+    assert process.poll() is None, process.communicate()[0][-3000:]
 
 
 def finish(process, status=0):
@@ -381,10 +393,8 @@ def test_killed_twice_the_report_is_the_same(tmp_path):
             done = len([*killed.glob("runs/*/metrics.json")])
             return done >= finished and len([*killed.glob("runs/*/weights/last.pt")]) > done
 
-        while process.poll() is None and not at_work():
-            time.sleep(0.1)
-        assert process.poll() is None, process.communicate()[0][-3000:]
-        process.send_signal(signal.SIGKILL)
+        wait_for(process, at_work)
+        process.kill()
         process.communicate()
         assert len([*killed.glob("runs/*/metrics.json")]) < 8
     assert "of them finished before" in finish(ablate(killed, GRID))
