@@ -111,6 +111,8 @@ def test_core_works_without_any_framework():
         "print(loss(torch.tensor([[0., 0, 2, 2]]), torch.tensor([[0., 0, 4, 2]])).item())\n"
         "assert not [n for n in sys.modules if n.split('.')[0] in "
         f"{FRAMEWORKS!r} and sys.modules[n]]\n"
+        "if hasattr(torch.compiler, 'is_compiling'):\n"
+        "    assert 'torch._dynamo' not in sys.modules, 'its import takes as long as that of torch'\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -14,7 +14,7 @@ from detloss_plugins.families import ClassificationLoss
 from detloss_plugins.loss import Loss, check_use_sigmoid
 from detloss_plugins.losses.classification import confidence_weight
 from detloss_plugins.losses.classification.common import over_base
-from detloss_plugins.precision import float32, without_autocast
+from detloss_plugins.precision import float32, outside_graph, without_autocast
 from detloss_plugins.reduction import apply_weight, check_reduction, times
 from detloss_plugins.registry import MODELS, build_loss, build_part, runner_progress
 
@@ -243,7 +243,7 @@ class ScheduledLoss(Loss, fn=scheduled_loss):
         self.warned = True
         warnings.warn(sentence, stacklevel=2)
 
-    @torch.compiler.disable  # it changes from call to call
+    @outside_graph  # it changes from call to call
     def advance(self) -> None:
         """Ask mmengine's Runner if one is training, else count a call."""
         if (found := runner_progress("epoch" if self.by_epoch else "iter")) is not None:
