@@ -16,6 +16,7 @@ from detloss_plugins.nested import each_tensor, flatten, unflatten
 from detloss_plugins.precision import COMPILES_FROM, can_compile, float32, is_compiling, is_large, without_autocast
 from detloss_plugins.reduction import apply_weight, check_reduction, scaled, times
 
+AUTO = "auto"  # in the place of a weight that is found out when a training starts
 _ANY_KIND = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
@@ -35,6 +36,12 @@ class _Checked(type):  # of nn.Module too the metaclass
             if name not in cls.rules:
                 accepted = ", ".join(sorted(cls.rules))
                 raise TypeError(f"{cls.__name__} has no hyper-parameter {name!r}; it accepts {accepted}.")
+        if isinstance(weight := settings.get("loss_weight"), str) and weight == AUTO:
+            raise ValueError(
+                f'loss_weight="{AUTO}" of {cls.__name__} has no meaning here: it is for trainings with Ultralytics by '
+                "make_trainer, there for the loss of a slot or each loss of a ScheduledLoss; detloss calibrate finds a "
+                "number."
+            )
         settings = {name: checked(cls.__name__, name, value, cls.rules[name]) for name, value in settings.items()}
         return super().__call__(*args, **settings)
 

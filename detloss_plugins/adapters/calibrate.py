@@ -15,7 +15,9 @@ from torch import Tensor
 
 from detloss_plugins.loss import Loss
 
+STEPS = 100  # how long the training with stock losses is
 LOOKS = 4  # at a training, at equal distances, the last at its end
+MOVES = 3.0  # times the smallest ratio, the largest of one that goes on moving
 STOCK = None  # in the place of a candidate's label
 FACTORS = (0.5, 1.0, 2.0, 4.0)  # of a weight, in trainings that verify it
 
@@ -63,6 +65,11 @@ class Suggestion:
     def range(self) -> tuple[float, float] | None:
         """The smallest and the largest of the ratios."""
         return (min(self.ratios.values()), max(self.ratios.values())) if self.ratios else None
+
+    @property
+    def moves(self) -> bool:
+        """Whether the ratio is not the same all along, as it is at the start of a training: the weight says little."""
+        return self.range is not None and self.range[1] > MOVES * self.range[0]
 
     def as_dict(self) -> dict:
         """What there is to store, as plain data."""
@@ -179,8 +186,9 @@ class Verified:
         """Twice the standard error of the difference of two factors' means, from the spread of seeds around each mean.
 
         >>> suggestion = Suggestion("FocalLoss", "cls", 16.0, {}, 15.0, {25: 15.0}, 1.0, 0.8)
-        >>> Verified(suggestion, 6, {1.0: [0.50, 0.54], 2.0: [0.60, 0.64]}).noise  # 2 * sqrt(2 / 2 * 0.0008)
-        0.0565685424949238
+        >>> verified = Verified(suggestion, 6, {1.0: [0.50, 0.54], 2.0: [0.60, 0.64]})
+        >>> round(verified.noise, 4)  # 2 * sqrt(2 / 2 * 0.0008)
+        0.0566
         """
         seeds = min(map(len, self.map50.values()))
         return 2 * math.sqrt(2 / seeds * statistics.fmean(map(statistics.variance, self.map50.values())))

@@ -58,6 +58,7 @@ def command(words, slots, model, data, steps, verify, epochs, seeds, file):
             "suggestions": [suggestion.as_dict() for suggestion in found],
             "verified": [each.as_dict() for each in checked],
         }
+        file.absolute().parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
@@ -229,6 +230,8 @@ def show(found, checked):
     for each in found:
         if each.weight is not None:
             click.echo(to_copy(each))
+    if moving := [each.label for each in found if each.moves]:
+        click.echo(f"The ratio of {', '.join(moving)} has moved all along: give more --steps, or --verify.")
     for each in checked:
         click.echo(each.in_words())
 

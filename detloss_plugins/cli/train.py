@@ -92,10 +92,11 @@ def yolo_checkpoint(args, overrides):
 def losses_to_resume_with(args, overrides, last, task):
     """The losses of a run that resumes: those of its record, unless other ones are asked for."""
     from detloss_plugins.adapters.ultralytics import load_losses, trained_losses
-    from detloss_plugins.adapters.ultralytics.config import unlike
+    from detloss_plugins.adapters.ultralytics.config import unlike, weights_of, with_weights
 
     before = load_losses((trained_losses(last) or {"losses": {}})["losses"], task)
-    losses = load_losses(yolo_losses(args.config if args.config_given else before, overrides), task)
+    losses = load_losses(yolo_losses(args.config if args.config_given else before, overrides), task, auto=True)
+    losses = with_weights(losses, weights_of(losses, before))
     differ, _ = unlike(before, losses)
     if differ and not args.new_losses:
         were = "; ".join(f"{slot}: {before.get(slot, 'the stock loss')}" for slot in differ)

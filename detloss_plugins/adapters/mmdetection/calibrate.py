@@ -105,12 +105,11 @@ def build_head(cfg):
     with DefaultScope.overwrite_default_scope(cfg.get("default_scope", "mmdet")), torch.random.fork_rng(devices=[]):
         model = MODELS.build(copy.deepcopy(cfg.model))
     head = getattr(model, "bbox_head", None)
-    if not isinstance(head, BaseDenseHead) or not all(
-        isinstance(getattr(head, s, None), torch.nn.Module) for s in SLOTS
-    ):
+    has_both = all(isinstance(getattr(head, slot, None), torch.nn.Module) for slot in SLOTS)
+    if not isinstance(head, BaseDenseHead) or not has_both:
         raise ValueError(
-            f"Losses are calibrated for the dense heads of MMDetection with loss_cls and loss_bbox, and "
-            f"{type(model).__name__} has none: write their weights."
+            "Of MMDetection, losses are calibrated for dense heads that have loss_cls and loss_bbox, which "
+            f"{type(model).__name__} has not: write their weights."
         )
     return head
 
@@ -135,7 +134,10 @@ def candidate(loss, head, slot=None, label=None):
     built = build_loss(cfg)
     if isinstance(built, ScheduledLoss):
         raise ValueError("A ScheduledLoss has a weight for each of its losses: calibrate those.")
-    slot = slot or next((slot for slot, families in SLOTS.items() if built.family in families), "")
+    fits = [name for name, families in SLOTS.items() if built.family in families]
+    if not fits:
+        raise ValueError(f"{name} is a {built.family} loss, which no slot takes that can be calibrated.")
+    slot = slot or fits[0]
     check_slot(slot)
     check_fit(head, slot, built)
     stock = type(getattr(head, slot)).__name__
@@ -143,8 +145,8 @@ def candidate(loss, head, slot=None, label=None):
     if slot == "loss_bbox" and same and same.facts.family != built.family:
         raise ValueError(
             f"{name} is a {built.family} loss, and this head hands its loss_bbox, {stock}, what a {same.facts.family} "
-            f"loss takes: calibrate beside a config whose loss_bbox is a {built.family} loss (reg_decoded_bbox decides, "
-            "in heads that have it)."
+            f"loss takes: calibrate beside a config whose loss_bbox is a {built.family} loss (reg_decoded_bbox says "
+            "which, in heads that have it)."
         )
     order = {"type": cfg.pop("type"), **cfg, "loss_weight": 1.0}
     return Candidate(label or name, slot, order)
@@ -190,6 +192,7 @@ def calibrate(cfg, candidates, steps=100, looks=LOOKS, told=None):
             cfg[f"{split}_{part}"] = None
     cfg.default_hooks = {**cfg.get("default_hooks", {}), "checkpoint": None}
     cfg.log_level, cfg.resume = "ERROR", False
+    cfg.visualizer = {"type": "Visualizer", "name": "calibration", "vis_backends": []}  # which writes nothing
     hook = CalibrationHook(candidates, steps, looks, told)
     with tempfile.TemporaryDirectory() as cfg.work_dir, contextlib.suppress(Finished):
         runner = Runner.from_cfg(cfg)

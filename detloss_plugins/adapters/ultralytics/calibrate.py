@@ -2,14 +2,20 @@
 
 import contextlib
 import copy
+import logging
+import random
 import tempfile
 
+import numpy as np
 import torch
 from ultralytics import YOLO
+from ultralytics.utils import LOGGER
+from ultralytics.utils.torch_utils import init_seeds
 
 from detloss_plugins.adapters.calibrate import (
     FACTORS,
     LOOKS,
+    STEPS,
     STOCK,
     Candidate,
     Gradients,
@@ -20,7 +26,7 @@ from detloss_plugins.adapters.calibrate import (
 )
 from detloss_plugins.adapters.curves import gradients
 from detloss_plugins.adapters.ultralytics import compat
-from detloss_plugins.adapters.ultralytics.config import SLOTS, counted, filled, load_losses
+from detloss_plugins.adapters.ultralytics.config import SLOTS, at, counted, filled, load_losses, waiting, without_weight
 from detloss_plugins.adapters.ultralytics.criterion import branches, check_head, model_task
 from detloss_plugins.adapters.ultralytics.curves import Slots, as_leaves
 from detloss_plugins.adapters.ultralytics.per_image import branch_weight
@@ -31,6 +37,9 @@ from detloss_plugins.registry import build_loss, registered_losses
 
 # Training arguments of trainings of which nothing is kept.
 QUICK = {"val": False, "save": False, "plots": False, "exist_ok": True, "name": "run"}
+
+# Training arguments that a training on the side has of its own.
+OF_A_RUN = ("project", "name", "exist_ok", "save_dir", "resume", "mode", "task")
 
 
 class Finished(Exception):
@@ -131,15 +140,20 @@ def candidate(loss, task="detect", slot=None, label=None):
     Raises:
         ValueError, TypeError: as :func:`load_losses`, and for a ScheduledLoss, which has a weight a part.
     """
-    cfg = {"type": loss} if isinstance(loss, str) else {k: v for k, v in loss.items() if k != "loss_weight"}
+    cfg = {"type": loss} if isinstance(loss, str) else without_weight(loss)
     built = build_loss(filled(cfg, image_size="batch"))
     if isinstance(built, ScheduledLoss):
         raise ValueError("A ScheduledLoss has a weight for each of its losses: calibrate those.")
-    fits = [name for name, families in SLOTS[task].items() if built.family in families]
-    slot = slot or next(iter(fits), next(iter(SLOTS[task])))
+    slot = slot or _slot_for(built.family, task)
     default = load_losses({slot: cfg}, task)[slot]["loss_weight"]
     cfg = load_losses({slot: {**cfg, "loss_weight": 1.0}}, task)[slot]
     return Candidate(label or cfg["type"], slot, cfg, default)
+
+
+def _slot_for(family, task):
+    """The slot of a task for a family; if none takes it, the one that does for another task, or the first."""
+    slots = [slot for of_task in (SLOTS[task], *SLOTS.values()) for slot, fits in of_task.items() if family in fits]
+    return next((slot for slot in slots if slot in SLOTS[task]), next(iter(SLOTS[task])))
 
 
 def fitting(slot, task="detect"):
@@ -177,7 +191,9 @@ def check_model(model):
         )
 
 
-def calibrate(candidates, model="yolov8n.yaml", steps=100, looks=LOOKS, told=None, ignore=None, **settings):
+def calibrate(
+    candidates, model="yolov8n.yaml", steps=STEPS, looks=LOOKS, told=None, ignore=None, trainer=None, **settings
+):
     """The weights that suit some losses, by a short training with stock losses.
 
     Args:
@@ -187,6 +203,7 @@ def calibrate(candidates, model="yolov8n.yaml", steps=100, looks=LOOKS, told=Non
         looks: how many there are.
         told: a function that is called with each step that is done.
         ignore: what ``ignore`` of a losses dict has.
+        trainer: the class to start from, as in :func:`make_trainer`.
         settings: training arguments, ``data`` among them.
 
     Returns:
@@ -201,13 +218,17 @@ def calibrate(candidates, model="yolov8n.yaml", steps=100, looks=LOOKS, told=Non
     check_model(given)
     for each in candidates:
         check_head(given, {each.slot: each.cfg})
-    found, at = Gradients(), look_steps(steps, looks)
-    base = make_trainer({} if ignore is None else {"ignore": ignore}, task)
+    found, when = Gradients(), look_steps(steps, looks)
+    base = make_trainer({} if ignore is None else {"ignore": ignore}, task, trainer)
 
     class Calibrating(base):
         """Trains with stock losses for some steps; nobody's callbacks are called."""
 
         def run_callbacks(self, event):
+            if event == "on_pretrain_routine_end":
+                # What the weights are for comes after the warm-up, of which there may be thousands of steps.
+                longest = steps / 4 / len(self.train_loader)
+                self.args.warmup_epochs = min(self.args.warmup_epochs, longest)
             if event == "on_train_start":
                 self.begin()
             if event == "on_train_batch_end":
@@ -226,17 +247,67 @@ def calibrate(candidates, model="yolov8n.yaml", steps=100, looks=LOOKS, told=Non
             criterion = criterion_of(self)
             for name, branch in branches(criterion).items():
                 weight = (lambda name=name: branch_weight(criterion, name)) if name != "criterion" else lambda: 1.0
-                branch.curves = Look(trained, branch, ready, found, at, weight)
+                branch.curves = Look(trained, branch, ready, found, when, weight)
 
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Finished):
         settings = {**settings, **QUICK, "project": folder}
         if yolo:
             yolo.train(trainer=Calibrating, **settings)
         else:
-            trainer = Calibrating(overrides={**settings, "task": "detect" if task == "rtdetr" else task})
-            trainer.model = copy.deepcopy(model)
-            trainer.train()
+            name = model.yaml.get("yaml_file", "model.yaml")  # nothing is read there
+            run = Calibrating(overrides={**settings, "model": name, "task": task})
+            run.model = copy.deepcopy(model)
+            run.train()
     return found.suggestions(candidates)
+
+
+def auto_weights(trainer, losses, task, base=None):
+    """The weights that a dict of losses waits for, by a short training of a copy of a trainer's model.
+
+    The random numbers of the trainer go on as if nothing had been.
+
+    Args:
+        trainer: one of :func:`make_trainer`, before it trains.
+        losses: of :func:`load_losses`, with weights "auto".
+        task, base: as ``task`` and ``trainer`` of :func:`make_trainer`.
+
+    Returns:
+        Place, see :func:`waiting`, -> number. What was found is logged.
+    """
+    wanted = {place: candidate(at(losses, place), task, place[0], str(place)) for place in waiting(losses)}
+    settings = {name: value for name, value in vars(trainer.args).items() if name not in OF_A_RUN}
+    path = settings.pop("model")
+    model = trainer.model if isinstance(trainer.model, torch.nn.Module) else path
+    ignore = losses.get("ignore")
+    with _as_if_nothing_had_been(trainer):
+        found = calibrate(list(wanted.values()), model, STEPS, ignore=ignore, trainer=base, **settings)
+    weights = {}
+    for place, each in zip(wanted, found, strict=True):
+        weights[place] = each.default if each.weight is None else each.weight
+        low_high = f"{each.range[0]:.3g} to {each.range[1]:.3g}" if each.range else "no gradient, so the default"
+        LOGGER.info(
+            f"detloss_plugins: {place[0]}: weight {weights[place]:g} for {at(losses, place)['type']}, found in {STEPS} "
+            f"steps with stock losses ({low_high})"
+        )
+        if each.moves:
+            LOGGER.warning("detloss_plugins: it has moved all along: detloss calibrate with more --steps is better")
+    return weights
+
+
+@contextlib.contextmanager
+def _as_if_nothing_had_been(trainer):
+    """Another training in the middle of one: what it says is not logged, and random numbers go on as they were."""
+    level, python, numpy = LOGGER.level, random.getstate(), np.random.get_state()
+    devices = [trainer.device] if trainer.device.type == "cuda" else []
+    LOGGER.setLevel(logging.ERROR)
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+            init_seeds(trainer.args.seed, trainer.args.deterministic)  # it has left the deterministic mode
+    finally:
+        LOGGER.setLevel(level)
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 def verify(suggestion, model="yolov8n.yaml", seeds=2, factors=FACTORS, told=None, **settings):

@@ -18,7 +18,19 @@ from ultralytics.nn.tasks import yaml_model_load
 from ultralytics.utils import DEFAULT_CFG, LOGGER, RANK
 
 from detloss_plugins.adapters.ultralytics import compat
-from detloss_plugins.adapters.ultralytics.config import counted, default_prior, filled, load_losses, unlike
+from detloss_plugins.adapters.ultralytics.config import (
+    at,
+    counted,
+    default_gain,
+    default_prior,
+    filled,
+    load_losses,
+    unlike,
+    waiting,
+    weights_of,
+    with_weights,
+    without_weight,
+)
 from detloss_plugins.adapters.ultralytics.criterion import (
     branches,
     check_head,
@@ -76,6 +88,11 @@ def class_counts(dataset, classes, ignored=()):
     labels = [label["cls"] for part in getattr(dataset, "datasets", [dataset]) for label in part.labels]
     found = [torch.bincount(torch.as_tensor(of_image).long().view(-1), minlength=classes) for of_image in labels]
     return [0 if index in ignored else count for index, count in enumerate(sum(found).tolist())]
+
+
+def default_weights(losses):
+    """The weights by default in the places that wait for one: place -> number."""
+    return {place: default_gain(build_loss(without_weight(at(losses, place)))) for place in waiting(losses)}
 
 
 def describe(losses: Mapping[str, Any], args: Any, task: str = "detect") -> list[str]:
@@ -177,7 +194,9 @@ def make_trainer(
     Args:
         losses: a dict ``{"cls": {"type": "VarifocalLoss"}, "box": {...}, "dfl": {...}}`` or the path of a YAML file
             with one; absent slots keep the stock loss bit for bit. ``"ignore": {"classes": ["crowd"]}`` beside them
-            leaves boxes of these classes, and what lies in them, out of training and validation.
+            leaves boxes of these classes, and what lies in them, out of training and validation. A ``loss_weight``
+            may be "auto", of the loss of a slot or of one in a ScheduledLoss: the weight is then found when training
+            starts, by ``calibrate`` with a copy of the model, which a run that resumes does not repeat.
         task: "detect", "segment", "pose", "obb" for oriented boxes, whose ``box`` slot takes losses of the rotated
             family, or "rtdetr", whose slots are ``loss_class``, ``loss_bbox`` and ``loss_giou``. The losses that a task
             has besides (masks, keypoints, angle) stay stock.
@@ -200,11 +219,15 @@ def make_trainer(
             suit it, before any data is read. The trainer raises ``ValueError`` for a model of another task, and
             ``RuntimeError`` for training arguments that need a newer Ultralytics.
     """
-    losses, curves = load_losses(losses, task), checked("make_trainer", "curves", curves, HOW_OFTEN)
+    losses, curves = load_losses(losses, task, auto=True), checked("make_trainer", "curves", curves, HOW_OFTEN)
     every = EVERY if curves is True else int(curves)
     if compile:
         losses = {slot: cfg if slot == "ignore" else {**cfg, "compile": True} for slot, cfg in losses.items()}
     base = trainer or TRAINERS[task]
+    asked, places = losses, waiting(losses)  # for what, and where, weights are to be found
+    if places and task == "rtdetr":
+        raise ValueError('RT-DETR\'s losses cannot be calibrated: write a number in place of loss_weight "auto".')
+    losses = with_weights(losses, default_weights(losses))  # until they are
     scheduled = any(isinstance(build_loss(cfg), ScheduledLoss) for slot, cfg in losses.items() if slot != "ignore")
     of_classes = losses.get("cls") or losses.get("loss_class")
     prior = default_prior(build_loss(of_classes)) if of_classes else None
@@ -218,6 +241,11 @@ def make_trainer(
             given = (overrides or {}).get("task", task)
             if (given, task) != ("detect", "rtdetr"):  # to Ultralytics, RT-DETR detects
                 self.check_same_task(given)
+            if places and (RANK != -1 or compat.device_count((overrides or {}).get("device")) > 1):
+                raise ValueError(
+                    'loss_weight "auto" is for a training on one device: find the weights with detloss calibrate, and '
+                    "write them for one on several."
+                )
             compat.check_arguments(overrides or {})
             if waits_for_counts:
                 compat.require("class_counts")
@@ -225,8 +253,24 @@ def make_trainer(
             if "ignore" in losses and (self.args.single_cls or self.args.classes is not None):
                 raise ValueError("single_cls and classes change the labels that ignore reads: leave one of them out.")
             if RANK in {-1, 0}:
-                text = LOSSES_HEAD + yaml.safe_dump(self.plugin_losses, sort_keys=False)
-                (self.save_dir / LOSSES_FILE).write_text(text, encoding="utf-8")
+                self.write_losses(asked)
+
+        def write_losses(self, losses):
+            text = LOSSES_HEAD + yaml.safe_dump(losses, sort_keys=False)
+            (self.save_dir / LOSSES_FILE).write_text(text, encoding="utf-8")
+
+        def train(self):
+            if places and not self.resume:
+                from detloss_plugins.adapters.ultralytics.calibrate import auto_weights
+
+                LOGGER.info("detloss_plugins: finding the weights of the losses by a short training with stock ones")
+                self.settle(auto_weights(self, asked, task, base))
+            return super().train()
+
+        def settle(self, weights):
+            """Take the weights that were waited for: place -> number."""
+            self.plugin_losses = with_weights(asked, weights)
+            self.write_losses(self.plugin_losses)
 
         def check_resume(self, overrides):
             super().check_resume(overrides)
@@ -245,9 +289,22 @@ def make_trainer(
                 start_at_prior(model, prior)
                 if weights:
                     model.load(weights)
+            if self.resume and places:
+                self.settle(self.weights_to_go_on_with(getattr(weights, RECORD, {"losses": {}})))
             if self.resume:
                 self.plugin_state = self.state_to_go_on_with(getattr(weights, RECORD, {"losses": {}, "state": {}}))
             return model
+
+        @staticmethod
+        def weights_to_go_on_with(record):
+            """The weights that were found when the run that resumes was started."""
+            found = weights_of(asked, record["losses"])
+            if missing := [place for place in places if place not in found]:
+                raise ValueError(
+                    f'This run resumes with another loss for {missing[0][0]}, and loss_weight "auto" is found when a '
+                    "training starts: write a number."
+                )
+            return found
 
         def state_to_go_on_with(self, record):
             """The state of those losses that a run which resumes still has; what it has no longer is said."""
