@@ -196,7 +196,9 @@ def test_the_page_in_a_browser(page, site):
 
 @pytest.mark.slow
 def test_a_finger_drags_a_box(page):
-    """Touch events of the browser's own, by its protocol."""
+    """Touch events of the browser's own, by its protocol, on a page that could scroll."""
+    page.set_viewport_size({"width": 390, "height": 500})
+    page.evaluate("scrollTo(0, 0)")
     before, area = shown_box(page, "pred"), page.locator(".pred rect").bounding_box()
     x, y = area["x"] + area["width"] / 3, area["y"] + area["height"] / 3
     session = page.context.new_cdp_session(page)
@@ -207,5 +209,6 @@ def test_a_finger_drags_a_box(page):
         ("touchEnd", []),
     ):
         session.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
-    moved = shown_box(page, "pred") - before
-    assert 0 < moved[0] < moved[1]
+    moved, scale = shown_box(page, "pred") - before, (before[2] - before[0]).item() / area["width"]
+    assert moved.tolist() == pytest.approx([20 * scale, 60 * scale] * 2, abs=1)  # and the page has not scrolled
+    assert page.evaluate("scrollY") == 0

@@ -26,7 +26,9 @@ def test_a_formula_becomes_mathml():
     assert re.search(r'as <math [^>]*display="inline">.*<mfrac>.*</math> has it, 1 &lt; 2</p>', drawn)
     assert "arithmatex" not in drawn
     drawn = site_hooks.on_page_content(r'<div class="arithmatex">\[a &lt; b\]</div>')
-    assert re.fullmatch(r'<div .*<math [^>]*display="block">.*<mi>a</mi><mo>&[^;]*;</mo><mi>b</mi>.*</math></div>', drawn)
+    assert re.fullmatch(
+        r'<div .*<math [^>]*display="block">.*<mi>a</mi><mo>&[^;]*;</mo><mi>b</mi>.*</math></div>', drawn
+    )
 
 
 def test_the_gallery_joins_the_navigation(tmp_path):
@@ -108,7 +110,8 @@ def test_in_a_browser(site, width):
             page = browser.new_page(viewport={"width": width, "height": 900})
             page.on("request", lambda request: requests.append(request.url))
             page.on("pageerror", lambda error: errors.append(str(error)))
-            for name in ("index", "differences", "losses", "faq", "api/box-losses"):
+            drawn = [name for name in ("gallery/index", "gallery/CIoULoss") if (site / f"{name}.html").exists()]
+            for name in ("index", "differences", "losses", "faq", "api/box-losses", *drawn):
                 page.goto(f"{home}{name}.html")
                 assert page.evaluate("document.documentElement.scrollWidth") <= width, name
             browser.close()

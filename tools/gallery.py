@@ -68,7 +68,6 @@ STYLE = """<style>
 .panels p, .losses p { margin: 0; }
 .losses a { display: block; text-align: center; font-size: .62rem; overflow-wrap: anywhere; }
 .panels img, .losses img { display: block; width: 100%; background: none; }
-math[display="block"] { margin: .7em 0; }
 </style>"""
 
 
