@@ -26,9 +26,7 @@ def test_a_formula_becomes_mathml():
     assert re.search(r'as <math [^>]*display="inline">.*<mfrac>.*</math> has it, 1 &lt; 2</p>', drawn)
     assert "arithmatex" not in drawn
     drawn = site_hooks.on_page_content(r'<div class="arithmatex">\[a &lt; b\]</div>')
-    assert re.fullmatch(
-        r'<div .*<math [^>]*display="block">.*<mi>a</mi><mo>&[^;]*;</mo><mi>b</mi>.*</math></div>', drawn
-    )
+    assert re.fullmatch(r'<div .*<math [^>]*display="block">.*<mi>a</mi><mo>&[^;]*;</mo><mi>b</mi>.*</math></div>', drawn)
 
 
 def test_the_gallery_joins_the_navigation(tmp_path):
@@ -42,7 +40,7 @@ def test_the_gallery_joins_the_navigation(tmp_path):
     config = types.SimpleNamespace(docs_dir=tmp_path, nav=[{"Choose": [{"Losses": "a.md"}, {"Experiments": "b.md"}]}])
     (section,) = site_hooks.on_config(config).nav
     gallery = {"Gallery": ["gallery/index.md", "gallery/CIoULoss.md", "gallery/GIoULoss.md"]}
-    assert section["Choose"][1:3] == [gallery, {"Playground": "playground/index.md"}]
+    assert section["Choose"][1:3] == [gallery, {"Playground": ["playground/index.md"]}]
 
 
 @pytest.fixture(scope="module")

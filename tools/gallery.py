@@ -18,7 +18,6 @@ import simulate
 import torch
 import yaml
 
-from detloss_plugins.adapters.ultralytics import default_gain
 from detloss_plugins.cli import _facts, _plot
 from detloss_plugins.families import ClassificationLoss
 from detloss_plugins.registry import SCOPE, registered_losses
@@ -114,6 +113,8 @@ def settings(cls: type) -> str:
 
 def use(name: str, cls: type) -> str:
     """How it is written for Ultralytics, if it fits a slot there, and for MMDetection."""
+    from detloss_plugins.adapters.ultralytics import default_gain  # the formulas are read without Ultralytics too
+
     example = ", ".join(f"{key}={value!r}" for key, value in cls.facts.example.items())
     built = f'dict(type="{SCOPE}.{name}"{", " + example if example else ""})'
     key, lines = HEADS.get(cls.facts.family), []

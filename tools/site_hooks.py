@@ -28,7 +28,7 @@ def generated_pages(docs: Path) -> list:
         pages = sorted(page for page in (docs / "gallery").glob("*.md") if page.stem != "index")
         entries.append({"Gallery": ["gallery/index.md", *(f"gallery/{page.name}" for page in pages)]})
     if (docs / "playground" / "index.md").exists():
-        entries.append({"Playground": "playground/index.md"})
+        entries.append({"Playground": ["playground/index.md"]})  # an index.md of its section would be that of "Choose"
     return entries
 
 

@@ -78,7 +78,7 @@
   const bold = make("path", { class: "arrow" }, stage);
 
   const controls = make("div", { class: "controls" }, left);
-  const title = make("strong", {}, controls);
+  const title = make("a", { title: "its page" }, make("strong", {}, controls));
   const select = make("select", { "aria-label": "variant" }, controls);
   const sliders = make("span", { class: "controls" }, controls);
   const buttons = make("div", { class: "controls" }, left);
@@ -103,6 +103,7 @@
   function showSettings() {
     const { variant, settings } = chosen[selected];
     title.textContent = selected;
+    title.href = location.pathname.endsWith(".html") ? `../gallery/${selected}.html` : `../gallery/${selected}/`;
     select.replaceChildren();
     for (const each of DETLOSS[selected]) {
       const words = Object.entries(each.settings).map(([key, value]) => `${key}=${value}`).join(", ");
@@ -174,6 +175,8 @@
   }
 
   function drag(element, which, change) {
+    // A finger on a box drags it; touch-action alone does not keep every browser from scrolling.
+    element.addEventListener("touchstart", (event) => event.preventDefault(), { passive: false });
     element.addEventListener("pointerdown", (event) => {
       event.preventDefault();
       stop();
