@@ -237,22 +237,35 @@ def test_ap_by_size_and_calibration_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("epoch", "seconds", "goes_on"),
-    [(3, [400, 150], False), (3, [400, 700], True), (3, [500, 500, 200], True), (None, [900], False)],
+    ("epoch", "seconds", "goes_on"), [(3, 550, False), (3, 650, True), (None, 900, False), (-1, 100, True)]
 )
 def test_a_training_that_was_cut_off_early_begins_again(tmp_path, epoch, seconds, goes_on):
+    """One that has ended, which the epoch -1 says, has only to be measured."""
     pytest.importorskip("ultralytics")
     from detloss_plugins.ablation import yolo
 
-    (tmp_path / "weights").mkdir()
+    last = tmp_path / "weights" / "last.pt"
+    last.parent.mkdir()
     if epoch is None:
-        (tmp_path / "weights" / "last.pt").write_bytes(b"cut off")
+        last.write_bytes(b"cut off")
     else:
-        torch.save({"epoch": epoch}, tmp_path / "weights" / "last.pt")
-    times = "".join(f"{i},{time}\n" for i, time in enumerate(seconds))
-    (tmp_path / "results.csv").write_text(f"   epoch,  time\n{times}", encoding="utf-8")
-    assert yolo.prepare(tmp_path, 600) is goes_on
-    assert (tmp_path / "results.csv").exists() is (tmp_path / "weights" / "last.pt").exists() is goes_on
+        torch.save({"epoch": epoch}, last)
+    for file, age in ((tmp_path / "begun", seconds), (tmp_path / "results.csv", 0), (last, 0)):
+        file.touch()
+        os.utime(file, (10**9 - age, 10**9 - age))
+    assert yolo.prepare(tmp_path, 600) is (goes_on and epoch != -1)
+    assert (tmp_path / "results.csv").exists() is last.exists() is goes_on
+    assert ((tmp_path / "begun").stat().st_mtime > 10**9) is not goes_on
+
+
+def test_what_ultralytics_has_logged(tmp_path):
+    from detloss_plugins.ablation import yolo
+
+    (tmp_path / "results.csv").write_text("   epoch,  time\n1,10\n2,nan\n3,30.5\n", encoding="utf-8")
+    assert yolo.read_curves(tmp_path / "results.csv") == {"epoch": [1, 2, 3], "time": [10, None, 30.5]}
+    assert yolo.epochs_done(tmp_path) == 3
+    assert yolo.seconds_per_epoch([10, None, 30.5, 42.5]) == 12.0, "of 10, 20.5 and 12"
+    assert yolo.seconds_per_epoch([]) is None
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,11 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
+def seconds_between(older: Path, younger: Path) -> float:
+    """How much later a file was written than another; 0 if one is not there."""
+    return younger.stat().st_mtime - older.stat().st_mtime if older.exists() and younger.exists() else 0.0
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """While no other process has the lock of a file: wait until it has given it back, or has ended, however it did."""

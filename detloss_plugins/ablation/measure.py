@@ -222,7 +222,7 @@ def measure(model: Any, task: str, data: str, args: Mapping) -> tuple[dict, dict
     truth, found = (np.array(kept[key], dtype=float).reshape(-1, width) for key, width in (("truth", 6), ("found", 7)))
     names = list(model.names.values())
     result = evaluate(truth, found, kept["images"], len(names))
-    result["per_class"] = dict.fromkeys(range(len(names)))
-    result["per_class"].update(zip(map(int, own.ap_class_index), (round(float(ap), 5) for ap in own.ap), strict=True))
     result.update(AP50=round(float(own.map50), 5), AP=round(float(own.map), 5), AP75=round(float(own.map75), 5))
-    return result, {str(names[c]): ap for c, ap in result.pop("per_class").items()}
+    by_class = {str(int(c)): round(float(ap), 5) for c, ap in zip(own.ap_class_index, own.ap, strict=True)}
+    per_class = {c: by_class.get(c, None if ap is None else 0.0) for c, ap in result.pop("per_class").items()}
+    return result, {str(names[int(c)]): ap for c, ap in per_class.items()}

@@ -11,7 +11,7 @@ from typing import Any
 
 from detloss_plugins import configs
 from detloss_plugins.ablation.data import digits_folder
-from detloss_plugins.ablation.files import write_text
+from detloss_plugins.ablation.files import seconds_between, write_text
 from detloss_plugins.ablation.grid import Run, family_of, plain
 from detloss_plugins.registry import SCOPE, build_loss, loss_class
 
@@ -173,10 +173,8 @@ def train(run: Run, folder: Path, resume_after: float) -> dict:
 
 def goes_on(run: Run, folder: Path, resume_after: float) -> bool:
     """Whether a training that was cut off goes on: it has been at it for long enough, and has not finished."""
-    last = folder / "last_checkpoint"
-    if not last.exists() or not 0 < epochs_done(folder) < run.epochs:
-        return False
-    return last.stat().st_mtime - (folder / CONFIG).stat().st_mtime >= resume_after
+    begun_and_not_finished = 0 < epochs_done(folder) < run.epochs
+    return begun_and_not_finished and seconds_between(folder / CONFIG, folder / "last_checkpoint") >= resume_after
 
 
 def epochs_done(folder: Path) -> int:

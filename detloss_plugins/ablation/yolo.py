@@ -1,6 +1,7 @@
 """Trainings with Ultralytics: what a grid says about them is checked, one is run, its labels are read beforehand."""
 
 import csv
+import itertools
 import math
 import shutil
 import statistics
@@ -9,11 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from detloss_plugins.ablation.data import digits_folder
-from detloss_plugins.ablation.files import locked
+from detloss_plugins.ablation.files import locked, seconds_between
 from detloss_plugins.ablation.grid import Run, slots_of
 
 TASKS = ("detect", "rtdetr")  # whose results are boxes and nothing else
 LAST = Path("weights", "last.pt")
+BEGUN = "begun"  # a file as old as the training
 BEST = Path("weights", "best.pt")
 
 
@@ -164,12 +166,13 @@ def prepare(folder: Path, resume_after: float) -> bool:
     epoch = stored_epoch(folder / LAST)
     if epoch == -1:
         return (folder / "resumed").exists()
-    if epoch is not None and sum(durations(read_curves(folder / "results.csv").get("time", []))) >= resume_after:
+    if epoch is not None and seconds_between(folder / BEGUN, folder / LAST) >= resume_after:
         (folder / "resumed").touch()
         return True
     shutil.rmtree(folder / "weights", ignore_errors=True)
     for name in ("results.csv", "resumed"):
         (folder / name).unlink(missing_ok=True)
+    (folder / BEGUN).write_bytes(b"")
     return False
 
 
@@ -216,10 +219,10 @@ def durations(times: list) -> list[float]:
     >>> durations([10.0, 21.0, 8.0, 17.0])
     [10.0, 11.0, 8.0, 9.0]
     """
-    times = [time for time in times if time is not None]
-    return [now - before if now > before else now for before, now in zip([0.0, *times[:-1]], times, strict=True)]
+    times = [0.0, *(time for time in times if time is not None)]
+    return [now - before if now > before else now for before, now in itertools.pairwise(times)]
 
 
 def seconds_per_epoch(times: list) -> float | None:
-    """The median of the epochs' seconds, validation included."""
+    """The median of the epochs' seconds, validation included; None for a version of Ultralytics that has no times."""
     return round(statistics.median(found), 2) if (found := durations(times)) else None
