@@ -135,7 +135,7 @@ def of_yolo(words, slots, model, data, steps, overrides, verified):
     candidates = unique(candidates)
     place, defaults = yolo_data(data, task)
     values = {key: yaml_of(value, f"{key}={value}") for key, value in overrides.items()}
-    settings = {"data": str(place), "pretrained": False, **defaults, **values}
+    settings = {"data": str(place), "pretrained": Path(model).suffix == ".pt", **defaults, **values}
     check_yolo(settings)
     try:
         with progress("calibrating", steps) as told, quiet():

@@ -156,6 +156,7 @@ def train_yolo(args):
     from detloss_plugins.adapters.ultralytics import check_head, describe, make_trainer, model_task
     from detloss_plugins.adapters.ultralytics.compat import TooOldError
     from detloss_plugins.adapters.ultralytics.ignore import UnknownClassError
+    from detloss_plugins.adapters.ultralytics.trainer import NoWeightError
 
     overrides = {key: yaml_of(value, f"{key}={value}") for key, value in args.overrides.items()}
     last = yolo_checkpoint(args, overrides)
@@ -190,7 +191,7 @@ def train_yolo(args):
         settings = {"resume": True, **data, **overrides}
     try:
         metrics = yolo.train(trainer=trainer, **settings)
-    except (TooOldError, UnknownClassError) as error:
+    except (NoWeightError, TooOldError, UnknownClassError) as error:
         raise UsageError(error) from error
     except SyntaxError as error:  # how Ultralytics refuses an unknown argument
         raise UsageError(first_line(error)) from error

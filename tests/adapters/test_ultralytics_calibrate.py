@@ -66,6 +66,19 @@ def test_the_stock_losses_have_weight_one(name, batches):
     assert quarter.positives == pytest.approx(quarter.stock_positives)
 
 
+@since("8.3.200", "it ignores no classes")
+def test_candidates_ignore_what_the_training_does(batches):
+    model, batch, wanted = detector("yolov8n"), batches["detect"], [candidate("BinaryCrossEntropyLoss")]
+    norms = []
+    for ignore in ({}, {"ignore": {"classes": [0, 4, 7]}}):
+        criterion = ours(model, ignore)
+        found = looking(criterion, model, wanted)
+        criterion(model(batch["img"]), batch)
+        assert found.suggestion(wanted[0]).weight == 1.0
+        norms.append(amounts(found, "cls", STOCK))
+    assert norms[0] != norms[1]
+
+
 @since("8.4.104", "its heads predict no dict, and its items have no names")
 def test_the_gradients_are_those_of_a_training_with_the_loss(batches):
     """At the head's outputs, and on the anchors that the assigner makes positive."""

@@ -29,6 +29,7 @@ from detloss_plugins.adapters.ultralytics import compat
 from detloss_plugins.adapters.ultralytics.config import SLOTS, at, counted, filled, load_losses, waiting, without_weight
 from detloss_plugins.adapters.ultralytics.criterion import branches, check_head, model_task
 from detloss_plugins.adapters.ultralytics.curves import Slots, as_leaves
+from detloss_plugins.adapters.ultralytics.model import student
 from detloss_plugins.adapters.ultralytics.per_image import branch_weight
 from detloss_plugins.adapters.ultralytics.trainer import class_counts, criterion_of, make_trainer
 from detloss_plugins.losses import ScheduledLoss
@@ -81,7 +82,7 @@ class Look:
     Args:
         model: the model that is trained.
         criterion: its criterion, of an end-to-end head a branch.
-        candidates: whose configs know the number of classes' objects.
+        candidates: of :func:`candidate`, with ``class_counts`` where they are asked for.
         found: where to write.
         at: the steps, from 1 on.
         weight: a function without arguments, the weight of the branch.
@@ -241,7 +242,7 @@ def calibrate(
         def begin(self):
             self.done = 0
             self.epochs = max(self.epochs, -(-steps // len(self.train_loader)))  # of a small set
-            trained = compat.unwrap_model(self.model)
+            trained = student(compat.unwrap_model(self.model))
             counts = class_counts(self.train_loader.dataset, self.data["nc"])
             ready = [Candidate(c.label, c.slot, counted(c.cfg, counts), c.default) for c in candidates]
             criterion = criterion_of(self)

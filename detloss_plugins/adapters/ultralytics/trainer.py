@@ -65,6 +65,10 @@ TRAINERS = {
 }
 
 
+class NoWeightError(ValueError):
+    """A weight that is to be found, and cannot be."""
+
+
 def class_biases(head):
     """The biases that set the class scores of a new head: of its last layers, or of the similarities to texts."""
     if hasattr(head, "dec_score_head"):  # RT-DETR
@@ -242,7 +246,7 @@ def make_trainer(
             if (given, task) != ("detect", "rtdetr"):  # to Ultralytics, RT-DETR detects
                 self.check_same_task(given)
             if places and (RANK != -1 or compat.device_count((overrides or {}).get("device")) > 1):
-                raise ValueError(
+                raise NoWeightError(
                     'loss_weight "auto" is for a training on one device: find the weights with detloss calibrate, and '
                     "write them for one on several."
                 )
@@ -300,7 +304,7 @@ def make_trainer(
             """The weights that were found when the run that resumes was started."""
             found = weights_of(asked, record["losses"])
             if missing := [place for place in places if place not in found]:
-                raise ValueError(
+                raise NoWeightError(
                     f'This run resumes with another loss for {missing[0][0]}, and loss_weight "auto" is found when a '
                     "training starts: write a number."
                 )
