@@ -49,6 +49,14 @@ def part_values(loss: Loss, *args: object, **kwargs: object) -> list[Tensor]:
     return [values.get(part, torch.zeros(())) for part in loss.losses]
 
 
+def gradients(value: Tensor, outputs: list[Tensor]) -> list[Tensor]:
+    """The gradients of a value for those of the outputs that it depends on, in float32; the graph stays."""
+    if not value.requires_grad:
+        return []
+    found = torch.autograd.grad(value, outputs, retain_graph=True, allow_unused=True)
+    return [x.float() for x in found if x is not None]
+
+
 @contextlib.contextmanager
 def still(*losses: torch.nn.Module) -> Iterator[None]:
     """While no state of some losses moves."""

@@ -99,7 +99,7 @@ def test_looking_changes_nothing_and_is_done_in_every_so_many_steps(batches, mon
     plain, watched = ours(model, LOSSES), ours(model, LOSSES)
     watched.curves = Curves(3)
     looks = []
-    monkeypatch.setattr("detloss_plugins.adapters.ultralytics.curves._Slots.scalars", lambda *_: looks.append(1) or {})
+    monkeypatch.setattr("detloss_plugins.adapters.ultralytics.curves.Slots.scalars", lambda *_: looks.append(1) or {})
     for step in range(7):
         values = [criterion(model(batch["img"]), batch)[0].sum() for criterion in (plain, watched)]
         assert torch.equal(*values), step

@@ -1,6 +1,7 @@
 """Curves of the losses of a training with mmengine's Runner, for its log and every visualizer that is on."""
 
 import inspect
+from collections.abc import Callable
 
 import torch
 from mmengine.hooks import Hook
@@ -29,7 +30,7 @@ class LossCurvesHook(Hook):
 
     priority = "NORMAL"  # before LoggerHook
 
-    def __init__(self, interval=50):
+    def __init__(self, interval: int = 50) -> None:
         self.interval = interval
         self.hooks, self.seen = [], {}
 
@@ -41,7 +42,7 @@ class LossCurvesHook(Hook):
         for name, loss in losses_of(runner.model):
             self.hooks.append(loss.register_forward_hook(self.noting(name), with_kwargs=True))
 
-    def noting(self, name):
+    def noting(self, name: str) -> Callable:
         """What is run after each call of the loss of that name."""
         seen = self.seen.setdefault(name, {})
 
@@ -87,11 +88,13 @@ def _outermost(module, place):
 def positives(loss, pred, target, weight):
     """How many rows of a call have an object: a class above the background, or of other losses a weight above 0."""
     if loss.family in ("classification", "ranking"):
-        label = target[0] if isinstance(target, (tuple, list)) else target
-        if label.shape == pred.shape:
-            return (label > 0).any(-1).sum()
-        background = pred.shape[-1] - (not loss.use_sigmoid)
-        return ((label >= 0) & (label < background)).sum()
+        return object_rows(pred, target, pred.shape[-1] - (not loss.use_sigmoid)).sum()
     if weight is None:
         return len(pred)
     return (weight > 0).reshape(len(weight), -1).any(1).sum()
+
+
+def object_rows(pred, target, classes):
+    """Which rows of the logits ``(N, C)`` of a call have an object, a mask ``(N,)``; ``classes`` have no background."""
+    label = target[0] if isinstance(target, (tuple, list)) else target
+    return (label > 0).any(-1) if label.shape == pred.shape else (label >= 0) & (label < classes)

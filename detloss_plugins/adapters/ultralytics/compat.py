@@ -133,6 +133,12 @@ def box_inputs(criterion, inputs):
     return inputs if BOXES_HAVE_SIZES else (*inputs, *criterion.sizes)
 
 
+def share_sizes(criterion, other):
+    """Have ``other`` know the sizes that a box criterion was told of its batch; see :func:`box_inputs`."""
+    if not BOXES_HAVE_SIZES:
+        other.sizes = criterion.sizes
+
+
 def rbox2dist(boxes, anchors, largest=None):
     """Distances ``(..., 4)`` of the sides of oriented boxes ``(..., 5)`` from the anchor points, up to ``largest``."""
     if hasattr(tal, "rbox2dist"):

@@ -1,14 +1,16 @@
 """The losses of a training as a dict: slot -> config of a loss."""
 
 import copy
+import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from detloss_plugins.families import has_bins
-from detloss_plugins.loss import Loss
+from detloss_plugins.loss import AUTO, Loss
 from detloss_plugins.losses import JointLoss, ScheduledLoss
 from detloss_plugins.registry import MODELS, build_loss, loss_class
 
@@ -92,7 +94,7 @@ def check_task(task):
         raise ValueError(f"Losses can be swapped for the tasks {', '.join(SLOTS)}, not for {task!r}.")
 
 
-def load_losses(losses, task="detect"):
+def load_losses(losses: Mapping[str, Any] | str | Path, task: str = "detect", auto: bool = False) -> dict[str, Any]:
     """A losses dict from a dict or the path of a YAML file, checked and with every default gain written out.
 
     Args:
@@ -101,6 +103,8 @@ def load_losses(losses, task="detect"):
             neither objects nor background.
         task: "detect", "segment", "pose", "obb" or "rtdetr", whose slots are ``loss_class``, ``loss_bbox`` and
             ``loss_giou``.
+        auto: whether a ``loss_weight`` may be "auto", of the loss of a slot or one that a ScheduledLoss there has; it
+            stays, for :func:`with_weights` to replace.
 
     Returns:
         A new dict of plain Python values. ``loss_weight``, where absent, is that of :func:`default_gain`, also of each
@@ -120,7 +124,8 @@ def load_losses(losses, task="detect"):
         elsewhere = _tasks(lambda slots: unknown[0] in slots)
         hint = f" of task={task!r}; it is one of task={elsewhere}" if elsewhere else ""
         raise ValueError(f"There is no slot {unknown[0]!r}{hint}; the slots are {', '.join(SLOTS[task])}.")
-    return {slot: (_checked_ignore if slot == "ignore" else _checked)(task, slot, cfg) for slot, cfg in losses.items()}
+    check = functools.partial(_checked, auto=auto)
+    return {slot: (_checked_ignore if slot == "ignore" else check)(task, slot, cfg) for slot, cfg in losses.items()}
 
 
 def filled(cfg, **values):
@@ -171,6 +176,59 @@ def unlike(before, losses):
     return differ, [slot for slot in differ if pairs[slot][0] != pairs[slot][1]]
 
 
+def waiting(losses):
+    """The places of the weights that are "auto" in a checked dict: slot, or slot and number in a ScheduledLoss.
+
+    >>> waiting({"cls": {"type": "FocalLoss", "loss_weight": "auto"}, "box": {"type": "CIoULoss", "loss_weight": 1.0}})
+    [('cls',)]
+    """
+    found = [(slot,) for slot, cfg in losses.items() if cfg.get("loss_weight") == AUTO]
+    for slot, cfg in losses.items():
+        parts = cfg.get("losses", ()) if slot != "ignore" else ()
+        found += [(slot, number) for number, part in enumerate(parts) if part.get("loss_weight") == AUTO]
+    return found
+
+
+def at(losses, place):
+    """The config at a place of :func:`waiting`; None if there is none."""
+    slot, *number = place
+    cfg = losses.get(slot, {})
+    parts = cfg.get("losses", ())
+    return (parts[number[0]] if number[0] < len(parts) else None) if number else cfg or None
+
+
+def without_weight(cfg):
+    """A config without its ``loss_weight``."""
+    return {name: value for name, value in cfg.items() if name != "loss_weight"}
+
+
+def with_weights(losses, weights):
+    """A copy of a checked dict with weights in the places that wait for one.
+
+    Args:
+        losses: of :func:`load_losses`.
+        weights: place -> number; a place that is not there goes on waiting.
+    """
+    losses = copy.deepcopy(losses)
+    for place in waiting(losses):
+        if place in weights:
+            at(losses, place)["loss_weight"] = weights[place]
+    return losses
+
+
+def weights_of(losses, before):
+    """The weights that a dict of losses waits for and that ``before``, a checked dict, has: place -> number.
+
+    Those of losses that are the same there but for the weight.
+    """
+    found = {}
+    for place in waiting(losses):
+        then, now = at(before, place), at(losses, place)
+        if then and not unlike({"": then}, {"": now})[1]:
+            found[place] = then["loss_weight"]
+    return found
+
+
 def _with_lists(cfg):
     """A copy of a config with lists for its tuples, as a YAML file gives it back, and without a data set's counts."""
     if isinstance(cfg, Mapping):
@@ -178,11 +236,11 @@ def _with_lists(cfg):
     return [_with_lists(part) for part in cfg] if isinstance(cfg, list | tuple) else cfg
 
 
-def _checked(task, slot, cfg):
+def _checked(task, slot, cfg, auto):
     cfg = filled(cfg, image_size="batch")
-    loss = build_loss(cfg)  # raises for an unknown loss or hyper-parameter
+    loss = build_loss(_weighed(cfg) if auto else cfg)  # raises for an unknown loss or hyper-parameter
     if isinstance(loss, ScheduledLoss):
-        cfg["losses"] = [_checked(task, slot, part) for part in cfg["losses"]]
+        cfg["losses"] = [_checked(task, slot, part, auto) for part in cfg["losses"]]
     if loss.family not in SLOTS[task][slot]:
         raise ValueError(_wrong_family(task, slot, loss))
     of_classes = "classification" in SLOTS[task][slot]
@@ -200,6 +258,16 @@ def _checked(task, slot, cfg):
     if activated := [type(part).__name__ for part in loss.modules() if getattr(part, "activated", False)]:
         raise ValueError(f"YOLO hands logits to its loss; leave activated=True out of {activated[0]}.")
     return {"loss_weight": 1.0 if task == "rtdetr" and of_classes else default_gain(loss), **cfg}
+
+
+def _weighed(cfg):
+    """A config without "auto" where it may stand."""
+    if not isinstance(cfg, Mapping):
+        return cfg
+    if "type" in cfg and loss_class(cfg["type"]) is ScheduledLoss:
+        parts = cfg.get("losses")
+        return {**cfg, "losses": list(map(_weighed, parts))} if isinstance(parts, list | tuple) else cfg
+    return without_weight(cfg) if cfg.get("loss_weight") == AUTO else cfg
 
 
 def _checked_ignore(task, _, cfg):

@@ -4,7 +4,7 @@ import csv
 
 import torch
 
-from detloss_plugins.adapters.curves import part_names, part_values, state_scalars
+from detloss_plugins.adapters.curves import gradients, part_names, part_values, state_scalars
 from detloss_plugins.adapters.ultralytics import compat
 from detloss_plugins.adapters.ultralytics.criterion import branches
 from detloss_plugins.adapters.ultralytics.per_image import SLOTS, Observer
@@ -23,7 +23,7 @@ class Curves:
         """To be called in every step of training."""
         self.steps += 1
         if self.steps % self.every == 1 % self.every:
-            observer, preds = _Slots(criterion), as_leaves(preds)
+            observer, preds = Slots(criterion), as_leaves(preds)
             with observer.still():
                 observer.criterion.loss(preds, batch)
                 self.seen.append(observer.scalars([x for x in flatten(preds)[0] if x.requires_grad]))
@@ -44,8 +44,13 @@ def as_leaves(value):
     return type(value)(map(as_leaves, value)) if isinstance(value, list | tuple) else value
 
 
-class _Slots(Observer):
-    """What the slots cost, with the graph, and what their losses are called with."""
+class Slots(Observer):
+    """What the slots cost, with the graph, and what their losses are called with.
+
+    Attributes:
+        values: slot -> what it costs, without its gain.
+        inputs: slot -> the arguments of its loss, if that is one of ours.
+    """
 
     def __init__(self, stock):
         super().__init__(stock)
@@ -121,7 +126,5 @@ def append(file, epoch, values):
 
 def gradient_norm(value, outputs):
     """The norm of the gradient of a value for all outputs together."""
-    if not value.requires_grad:
-        return torch.zeros_like(value)
-    found = torch.autograd.grad(value, outputs, retain_graph=True, allow_unused=True)
-    return torch.stack([x.float().square().sum() for x in found if x is not None]).sum().sqrt()
+    squares = [x.square().sum() for x in gradients(value, outputs)]
+    return torch.stack(squares).sum().sqrt() if squares else torch.zeros_like(value)

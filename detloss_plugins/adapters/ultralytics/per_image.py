@@ -2,7 +2,8 @@
 
 import contextlib
 import copy
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ class LossesByImage(NamedTuple):
     weight: Tensor  # (M,), the share of each object in the target scores of the batch
 
 
-def per_image(criterion, preds, batch):
+def per_image(criterion: Any, preds: Any, batch: Mapping[str, Any]) -> LossesByImage:
     """The losses of a batch, image by image and object by object; no state moves, and nothing has a gradient.
 
     They have the gains and are over the sum of the target scores of the whole batch, so that those of all images add
@@ -47,7 +48,7 @@ def per_image(criterion, preds, batch):
     for name in parts:
         observer = _ByAnchor(getattr(criterion, name), batch)
         setattr(twin, name, observer.criterion)
-        found.append((observer, getattr(criterion, {"one2many": "o2m", "one2one": "o2o"}[name], 1.0)))
+        found.append((observer, branch_weight(criterion, name)))
     if not parts:
         observer = _ByAnchor(criterion, batch)
         twin, found = observer.criterion, [(observer, 1.0)]
@@ -59,6 +60,11 @@ def per_image(criterion, preds, batch):
     weights = [weight for _, weight in found]
     objects = _added(objects, weights)
     return LossesByImage(_added(images, weights), objects, objects.pop("weight"))
+
+
+def branch_weight(criterion, name):
+    """What the loss of a branch of an end-to-end criterion, "one2many" or "one2one", is multiplied by now."""
+    return getattr(criterion, {"one2many": "o2m", "one2one": "o2o"}[name], 1.0)
 
 
 def _added(losses, weights):

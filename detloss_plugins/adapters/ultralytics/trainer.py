@@ -2,7 +2,10 @@
 
 import math
 import shutil
+from collections.abc import Mapping
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -15,7 +18,19 @@ from ultralytics.nn.tasks import yaml_model_load
 from ultralytics.utils import DEFAULT_CFG, LOGGER, RANK
 
 from detloss_plugins.adapters.ultralytics import compat
-from detloss_plugins.adapters.ultralytics.config import counted, default_prior, filled, load_losses, unlike
+from detloss_plugins.adapters.ultralytics.config import (
+    at,
+    counted,
+    default_gain,
+    default_prior,
+    filled,
+    load_losses,
+    unlike,
+    waiting,
+    weights_of,
+    with_weights,
+    without_weight,
+)
 from detloss_plugins.adapters.ultralytics.criterion import (
     branches,
     check_head,
@@ -50,6 +65,10 @@ TRAINERS = {
 }
 
 
+class NoWeightError(ValueError):
+    """A weight that is to be found, and cannot be."""
+
+
 def class_biases(head):
     """The biases that set the class scores of a new head: of its last layers, or of the similarities to texts."""
     if hasattr(head, "dec_score_head"):  # RT-DETR
@@ -75,7 +94,12 @@ def class_counts(dataset, classes, ignored=()):
     return [0 if index in ignored else count for index, count in enumerate(sum(found).tolist())]
 
 
-def describe(losses, args, task="detect"):
+def default_weights(losses):
+    """The weights by default in the places that wait for one: place -> number."""
+    return {place: default_gain(build_loss(without_weight(at(losses, place)))) for place in waiting(losses)}
+
+
+def describe(losses: Mapping[str, Any], args: Any, task: str = "detect") -> list[str]:
     """One line per slot: the active loss, its settings, its weight and the training's gain for the slot."""
     lines = []
     for slot, gain in slot_gains(args, task).items():
@@ -162,13 +186,21 @@ def add_curves(trainer, every):
         branch.curves = branch.curves or Curves(every)
 
 
-def make_trainer(losses, task="detect", trainer=None, compile=False, curves=False):
+def make_trainer(
+    losses: Mapping[str, Any] | str | Path,
+    task: str = "detect",
+    trainer: type | None = None,
+    compile: bool = False,
+    curves: bool | int = False,
+) -> type:
     """A trainer class for ``YOLO(...).train(trainer=make_trainer(losses))``.
 
     Args:
         losses: a dict ``{"cls": {"type": "VarifocalLoss"}, "box": {...}, "dfl": {...}}`` or the path of a YAML file
             with one; absent slots keep the stock loss bit for bit. ``"ignore": {"classes": ["crowd"]}`` beside them
-            leaves boxes of these classes, and what lies in them, out of training and validation.
+            leaves boxes of these classes, and what lies in them, out of training and validation. A ``loss_weight``
+            may be "auto", of the loss of a slot or of one in a ScheduledLoss: the weight is then found when training
+            starts, by ``calibrate`` with a copy of the model, which a run that resumes does not repeat.
         task: "detect", "segment", "pose", "obb" for oriented boxes, whose ``box`` slot takes losses of the rotated
             family, or "rtdetr", whose slots are ``loss_class``, ``loss_bbox`` and ``loss_giou``. The losses that a task
             has besides (masks, keypoints, angle) stay stock.
@@ -191,11 +223,15 @@ def make_trainer(losses, task="detect", trainer=None, compile=False, curves=Fals
             suit it, before any data is read. The trainer raises ``ValueError`` for a model of another task, and
             ``RuntimeError`` for training arguments that need a newer Ultralytics.
     """
-    losses, curves = load_losses(losses, task), checked("make_trainer", "curves", curves, HOW_OFTEN)
+    losses, curves = load_losses(losses, task, auto=True), checked("make_trainer", "curves", curves, HOW_OFTEN)
     every = EVERY if curves is True else int(curves)
     if compile:
         losses = {slot: cfg if slot == "ignore" else {**cfg, "compile": True} for slot, cfg in losses.items()}
     base = trainer or TRAINERS[task]
+    asked, places = losses, waiting(losses)  # for what, and where, weights are to be found
+    if places and task == "rtdetr":
+        raise ValueError('RT-DETR\'s losses cannot be calibrated: write a number in place of loss_weight "auto".')
+    losses = with_weights(losses, default_weights(losses))  # until they are
     scheduled = any(isinstance(build_loss(cfg), ScheduledLoss) for slot, cfg in losses.items() if slot != "ignore")
     of_classes = losses.get("cls") or losses.get("loss_class")
     prior = default_prior(build_loss(of_classes)) if of_classes else None
@@ -209,6 +245,11 @@ def make_trainer(losses, task="detect", trainer=None, compile=False, curves=Fals
             given = (overrides or {}).get("task", task)
             if (given, task) != ("detect", "rtdetr"):  # to Ultralytics, RT-DETR detects
                 self.check_same_task(given)
+            if places and (RANK != -1 or compat.device_count((overrides or {}).get("device")) > 1):
+                raise NoWeightError(
+                    'loss_weight "auto" is for a training on one device: find the weights with detloss calibrate, and '
+                    "write them for one on several."
+                )
             compat.check_arguments(overrides or {})
             if waits_for_counts:
                 compat.require("class_counts")
@@ -216,8 +257,24 @@ def make_trainer(losses, task="detect", trainer=None, compile=False, curves=Fals
             if "ignore" in losses and (self.args.single_cls or self.args.classes is not None):
                 raise ValueError("single_cls and classes change the labels that ignore reads: leave one of them out.")
             if RANK in {-1, 0}:
-                text = LOSSES_HEAD + yaml.safe_dump(self.plugin_losses, sort_keys=False)
-                (self.save_dir / LOSSES_FILE).write_text(text, encoding="utf-8")
+                self.write_losses(asked)
+
+        def write_losses(self, losses):
+            text = LOSSES_HEAD + yaml.safe_dump(losses, sort_keys=False)
+            (self.save_dir / LOSSES_FILE).write_text(text, encoding="utf-8")
+
+        def train(self):
+            if places and not self.resume:
+                from detloss_plugins.adapters.ultralytics.calibrate import auto_weights
+
+                LOGGER.info("detloss_plugins: finding the weights of the losses by a short training with stock ones")
+                self.settle(auto_weights(self, asked, task, base))
+            return super().train()
+
+        def settle(self, weights):
+            """Take the weights that were waited for: place -> number."""
+            self.plugin_losses = with_weights(asked, weights)
+            self.write_losses(self.plugin_losses)
 
         def check_resume(self, overrides):
             super().check_resume(overrides)
@@ -236,9 +293,22 @@ def make_trainer(losses, task="detect", trainer=None, compile=False, curves=Fals
                 start_at_prior(model, prior)
                 if weights:
                     model.load(weights)
+            if self.resume and places:
+                self.settle(self.weights_to_go_on_with(getattr(weights, RECORD, {"losses": {}})))
             if self.resume:
                 self.plugin_state = self.state_to_go_on_with(getattr(weights, RECORD, {"losses": {}, "state": {}}))
             return model
+
+        @staticmethod
+        def weights_to_go_on_with(record):
+            """The weights that were found when the run that resumes was started."""
+            found = weights_of(asked, record["losses"])
+            if missing := [place for place in places if place not in found]:
+                raise NoWeightError(
+                    f'This run resumes with another loss for {missing[0][0]}, and loss_weight "auto" is found when a '
+                    "training starts: write a number."
+                )
+            return found
 
         def state_to_go_on_with(self, record):
             """The state of those losses that a run which resumes still has; what it has no longer is said."""
@@ -320,7 +390,7 @@ def make_trainer(losses, task="detect", trainer=None, compile=False, curves=Fals
     return PluginTrainer
 
 
-def tune(model, trainer, iterations=10, **settings):
+def tune(model: Any, trainer: type, iterations: int = 10, **settings: Any) -> Any:
     """Ultralytics' search for hyper-parameters, ``model.tune(...)``, with the trainings of a trainer of ours.
 
     ``model.tune`` itself starts them by the command line, where there is no trainer to choose: it would tune the stock

@@ -1,0 +1,206 @@
+"""Weights for losses in the dense heads of MMDetection; see :mod:`detloss_plugins.adapters.calibrate`."""
+
+import contextlib
+import copy
+import inspect
+import tempfile
+
+import torch
+from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.registry import MODELS, DefaultScope
+from mmengine.runner import Runner
+
+from detloss_plugins.adapters.calibrate import LOOKS, STOCK, Candidate, Gradients, amounts, has_state, look_steps
+from detloss_plugins.adapters.curves import gradients
+from detloss_plugins.adapters.heads import check_fit
+from detloss_plugins.adapters.mmdetection.curves import object_rows
+from detloss_plugins.losses import ScheduledLoss
+from detloss_plugins.nested import flatten
+from detloss_plugins.registry import SCOPE, build_loss, loss_class, registered_losses
+
+# Slot -> the families of losses that a dense head calls with what it calls its own with.
+SLOTS = {"loss_cls": ("classification", "ranking"), "loss_bbox": ("box", "regression")}
+
+
+class Finished(Exception):
+    """A training that has gone as far as it should."""
+
+
+class CalibrationHook(Hook):
+    """Looks, at some iterations, at what the losses of a head and candidates for their places have for gradients.
+
+    Candidates are called with what the head calls its own losses with, level by level. Those with a state are so in
+    every iteration. Nothing of the training changes.
+
+    Args:
+        candidates: of :func:`candidate`.
+        steps, looks, told: see :func:`calibrate`.
+    """
+
+    priority = "VERY_LOW"
+
+    def __init__(self, candidates, steps, looks=LOOKS, told=None):
+        self.candidates, self.steps, self.at, self.told = candidates, steps, look_steps(steps, looks), told
+        self.found, self.step, self.outputs = Gradients(), 1, []
+
+    def before_train(self, runner):
+        """Have the calls of the head and of its losses told."""
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        head = model.bbox_head
+        self.classes = head.num_classes
+        head.register_forward_hook(self.keep_outputs)
+        for slot in {candidate.slot for candidate in self.candidates}:
+            own = [(c, build_loss(c.cfg).to(next(head.parameters()).device)) for c in self.candidates if c.slot == slot]
+            getattr(head, slot).register_forward_hook(self.looking(slot, own), with_kwargs=True)
+
+    def keep_outputs(self, head, args, outputs):
+        """What the head gives: class scores, boxes and the like, of each level."""
+        self.outputs = [x for x in flatten(outputs)[0] if x.requires_grad]
+
+    def looking(self, slot, candidates):
+        """What is run after each call of the loss in a slot."""
+        of_state = [has_state(loss) for _, loss in candidates]
+
+        def look(loss, args, kwargs, value):
+            looks = self.step in self.at
+            given = inspect.signature(loss.forward).bind(*args, **kwargs).arguments
+            if looks:
+                self.add(slot, STOCK, value, given)
+            for (candidate, own), keeps in zip(candidates, of_state, strict=True):
+                if looks or keeps:
+                    value = own(*args, **kwargs)
+                    if looks:
+                        self.add(slot, candidate.label, value, given)
+
+        return look
+
+    def add(self, slot, label, value, given):
+        """Write down the gradient that a call has."""
+        pred, target, *_ = given.values()
+        if slot == "loss_cls":
+            found = gradients(value, [pred])
+            amount = amounts(found[0], object_rows(pred, target, self.classes)) if found else torch.zeros(2)
+        else:  # through the decoding of boxes, which are those of positives
+            total = sum((x.abs().sum().cpu() for x in gradients(value, self.outputs)), torch.zeros(()))
+            amount = torch.stack([total, total])
+        self.found.add(self.step, slot, label, amount)
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        """Count, and end the training."""
+        if self.told:
+            self.told(self.step)
+        if self.step >= self.steps:
+            raise Finished
+        self.step += 1
+
+
+def build_head(cfg):
+    """The dense head of a config, as it is built there.
+
+    Raises:
+        ValueError: if the detector has none whose losses can be calibrated.
+    """
+    with DefaultScope.overwrite_default_scope(cfg.get("default_scope", "mmdet")), torch.random.fork_rng(devices=[]):
+        model = MODELS.build(copy.deepcopy(cfg.model))
+    head = getattr(model, "bbox_head", None)
+    has_both = all(isinstance(getattr(head, slot, None), torch.nn.Module) for slot in SLOTS)
+    if not isinstance(head, BaseDenseHead) or not has_both:
+        raise ValueError(
+            "Of MMDetection, losses are calibrated for dense heads that have loss_cls and loss_bbox, which "
+            f"{type(model).__name__} has not: write their weights."
+        )
+    return head
+
+
+def candidate(loss, head, slot=None, label=None):
+    """A loss as a :class:`~detloss_plugins.adapters.calibrate.Candidate`.
+
+    Args:
+        loss: the name of a loss of ours, or a config; its ``loss_weight`` is left out.
+        head: of :func:`build_head`.
+        slot: "loss_cls" or "loss_bbox"; by default the first that takes its family.
+        label: its name; by default the type that is given.
+
+    Raises:
+        ValueError, TypeError: if the loss does not fit the head, or is a ScheduledLoss.
+    """
+    cfg = {"type": loss} if isinstance(loss, str) else {k: v for k, v in loss.items() if k != "loss_weight"}
+    name = str(cfg["type"]).removeprefix(f"{SCOPE}.")
+    takes = inspect.signature(loss_class(name)).parameters
+    known = {"use_sigmoid": head.use_sigmoid_cls, "num_classes": head.num_classes}
+    cfg = {**{key: value for key, value in known.items() if key in takes}, **cfg, "type": f"{SCOPE}.{name}"}
+    built = build_loss(cfg)
+    if isinstance(built, ScheduledLoss):
+        raise ValueError("A ScheduledLoss has a weight for each of its losses: calibrate those.")
+    fits = [name for name, families in SLOTS.items() if built.family in families]
+    if not fits:
+        raise ValueError(f"{name} is a {built.family} loss, which no slot takes that can be calibrated.")
+    slot = slot or fits[0]
+    check_slot(slot)
+    check_fit(head, slot, built)
+    stock = type(getattr(head, slot)).__name__
+    same = registered_losses().get(stock)  # ours, or mmdet's of that name
+    if slot == "loss_bbox" and same and same.facts.family != built.family:
+        raise ValueError(
+            f"{name} is a {built.family} loss, and this head hands its loss_bbox, {stock}, what a {same.facts.family} "
+            f"loss takes: calibrate beside a config whose loss_bbox is a {built.family} loss (reg_decoded_bbox says "
+            "which, in heads that have it)."
+        )
+    order = {"type": cfg.pop("type"), **cfg, "loss_weight": 1.0}
+    return Candidate(label or name, slot, order)
+
+
+def check_slot(slot):
+    """Raise ``ValueError`` if there is no such slot."""
+    if slot not in SLOTS:
+        raise ValueError(f"There is no slot {slot!r} to calibrate in a dense head; the slots are {', '.join(SLOTS)}.")
+
+
+def fitting(slot, head):
+    """A :class:`~detloss_plugins.adapters.calibrate.Candidate` of every loss of ours that needs no settings there."""
+    check_slot(slot)
+    found = []
+    for name, cls in registered_losses().items():
+        if cls.facts.family in SLOTS[slot] and "losses" not in cls.facts.filled:
+            with contextlib.suppress(TypeError, ValueError):
+                found.append(candidate(name, head, slot))
+    return found
+
+
+def calibrate(cfg, candidates, steps=100, looks=LOOKS, told=None):
+    """The weights that suit some losses in a dense head, by a short training with the losses of its config.
+
+    Args:
+        cfg: the config of a training.
+        candidates: of :func:`candidate` or :func:`fitting`, each label once a slot.
+        steps: how long the training is, in iterations; its last is the last look.
+        looks: how many there are.
+        told: a function that is called with each step that is done.
+
+    Returns:
+        A :class:`~detloss_plugins.adapters.calibrate.Suggestion` for each candidate, in their order: beside the stock
+        loss with the weight that the config gives it.
+
+    Raises:
+        ValueError: if a loss gets what it cannot take, or the training ends before the first look.
+    """
+    cfg = copy.deepcopy(cfg)
+    for split in ("val", "test"):
+        for part in ("dataloader", "cfg", "evaluator"):
+            cfg[f"{split}_{part}"] = None
+    cfg.default_hooks = {**cfg.get("default_hooks", {}), "checkpoint": None}
+    cfg.log_level, cfg.resume = "ERROR", False
+    cfg.visualizer = {"type": "Visualizer", "name": "calibration", "vis_backends": []}  # which writes nothing
+    hook = CalibrationHook(candidates, steps, looks, told)
+    with tempfile.TemporaryDirectory() as cfg.work_dir, contextlib.suppress(Finished):
+        runner = Runner.from_cfg(cfg)
+        runner.register_hook(hook)
+        runner.train()
+    if silent := [slot for slot in {c.slot for c in candidates} if (slot, STOCK) not in hook.found.found]:
+        raise ValueError(
+            f"{silent[0]} was not called in {hook.step} steps: the head works out this loss by itself, or the training "
+            "is too short."
+        )
+    return hook.found.suggestions(candidates)

@@ -1,0 +1,339 @@
+"""Weights for losses in the slots of Ultralytics; see :mod:`detloss_plugins.adapters.calibrate`."""
+
+import contextlib
+import copy
+import logging
+import random
+import tempfile
+
+import numpy as np
+import torch
+from ultralytics import YOLO
+from ultralytics.utils import LOGGER
+from ultralytics.utils.torch_utils import init_seeds
+
+from detloss_plugins.adapters.calibrate import (
+    FACTORS,
+    LOOKS,
+    STEPS,
+    STOCK,
+    Candidate,
+    Gradients,
+    Verified,
+    amounts,
+    has_state,
+    look_steps,
+)
+from detloss_plugins.adapters.curves import gradients
+from detloss_plugins.adapters.ultralytics import compat
+from detloss_plugins.adapters.ultralytics.config import SLOTS, at, counted, filled, load_losses, waiting, without_weight
+from detloss_plugins.adapters.ultralytics.criterion import branches, check_head, model_task
+from detloss_plugins.adapters.ultralytics.curves import Slots, as_leaves
+from detloss_plugins.adapters.ultralytics.model import student
+from detloss_plugins.adapters.ultralytics.per_image import branch_weight
+from detloss_plugins.adapters.ultralytics.trainer import class_counts, criterion_of, make_trainer
+from detloss_plugins.losses import ScheduledLoss
+from detloss_plugins.precision import without_autocast
+from detloss_plugins.registry import build_loss, registered_losses
+
+# Training arguments of trainings of which nothing is kept.
+QUICK = {"val": False, "save": False, "plots": False, "exist_ok": True, "name": "run"}
+
+# Training arguments that a training on the side has of its own.
+OF_A_RUN = ("project", "name", "exist_ok", "save_dir", "resume", "mode", "task")
+
+
+class Finished(Exception):
+    """A training that has gone as far as it should."""
+
+
+class _Kept(Slots):
+    """Slots that keep what the class loss and the box criterion are called with."""
+
+    def __init__(self, stock):
+        super().__init__(stock)
+        self.called = {}
+
+    def class_loss(self, *inputs):
+        self.called["cls"] = inputs
+        return super().class_loss(*inputs)
+
+    def box_loss(self, *inputs):
+        self.called["box"] = inputs
+        return super().box_loss(*inputs)
+
+    def of_slot(self, other, slot):
+        """The amounts of the gradient that the loss of a slot has, in ``other`` of the same batch, or in itself."""
+        call = "cls" if slot == "cls" else "box"
+        (at, *_) = self.called[call]
+        if other is not self:
+            other.normalizer = self.normalizer
+            {"cls": other.class_loss, "box": other.box_loss}[call](*self.called[call])
+        found = gradients(other.values[slot], [at])
+        return amounts(found[0], self.positive) if found else torch.zeros(2)
+
+
+class Look:
+    """Looks, at some steps, at what a criterion and candidates for its slots have for gradients.
+
+    It is the ``curves`` of a criterion with stock losses, which calls it in every step of a training, and changes
+    nothing of that. Candidates with a state see every batch, as they would in a training of their own.
+
+    Args:
+        model: the model that is trained.
+        criterion: its criterion, of an end-to-end head a branch.
+        candidates: of :func:`candidate`, with ``class_counts`` where they are asked for.
+        found: where to write.
+        at: the steps, from 1 on.
+        weight: a function without arguments, the weight of the branch.
+    """
+
+    def __init__(self, model, criterion, candidates, found, at, weight=lambda: 1.0):
+        self.candidates, self.found, self.at, self.weight, self.step = candidates, found, at, weight, 0
+        ignore = {"ignore": criterion.losses["ignore"]} if "ignore" in criterion.losses else {}
+        self.criteria = [type(criterion)(model, losses={c.slot: c.cfg, **ignore}) for c in candidates]
+        for own in self.criteria:
+            if ignore and "cls" in own.built:
+                own.bce.regions = criterion.bce.regions
+        self.stateful = [has_state(own.built[c.slot]) for own, c in zip(self.criteria, candidates, strict=True)]
+
+    def look(self, criterion, preds, batch):
+        """To be called in every step of training."""
+        self.step += 1
+        looks = self.step in self.at
+        if not looks and not any(self.stateful):
+            return
+        with without_autocast(criterion.device):
+            observer = _Kept(criterion)
+            observer.criterion.loss(as_leaves(_in_float32(preds)), batch)
+            if looks:
+                for slot in {candidate.slot for candidate in self.candidates}:
+                    self.add(slot, STOCK, observer.of_slot(observer, slot))
+            for candidate, own, keeps in zip(self.candidates, self.criteria, self.stateful, strict=True):
+                if looks or keeps:
+                    compat.share_sizes(criterion.bbox_loss, own.bbox_loss)
+                    amount = observer.of_slot(Slots(own), candidate.slot)
+                    if looks:
+                        self.add(candidate.slot, candidate.label, amount)
+
+    def add(self, slot, label, amount):
+        self.found.add(self.step, slot, label, self.weight() * amount)
+
+
+def _in_float32(value):
+    """Nested predictions with float32 for half precision, in which small gradients would be 0."""
+    if isinstance(value, torch.Tensor):
+        return value.float() if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {name: _in_float32(part) for name, part in value.items()}
+    return type(value)(map(_in_float32, value)) if isinstance(value, list | tuple) else value
+
+
+def candidate(loss, task="detect", slot=None, label=None):
+    """A loss as a :class:`Candidate`.
+
+    Args:
+        loss: the name of a loss, or a config; its ``loss_weight`` is left out.
+        task: see :func:`load_losses`.
+        slot: where it is to stand; by default the first that takes its family.
+        label: its name; by default the type that is given.
+
+    Raises:
+        ValueError, TypeError: as :func:`load_losses`, and for a ScheduledLoss, which has a weight a part.
+    """
+    cfg = {"type": loss} if isinstance(loss, str) else without_weight(loss)
+    built = build_loss(filled(cfg, image_size="batch"))
+    if isinstance(built, ScheduledLoss):
+        raise ValueError("A ScheduledLoss has a weight for each of its losses: calibrate those.")
+    slot = slot or _slot_for(built.family, task)
+    default = load_losses({slot: cfg}, task)[slot]["loss_weight"]
+    cfg = load_losses({slot: {**cfg, "loss_weight": 1.0}}, task)[slot]
+    return Candidate(label or cfg["type"], slot, cfg, default)
+
+
+def _slot_for(family, task):
+    """The slot of a task for a family; if none takes it, the one that does for another task, or the first."""
+    slots = [slot for of_task in (SLOTS[task], *SLOTS.values()) for slot, fits in of_task.items() if family in fits]
+    return next((slot for slot in slots if slot in SLOTS[task]), next(iter(SLOTS[task])))
+
+
+def fitting(slot, task="detect"):
+    """A :class:`Candidate` of every loss of ours that a slot takes, with the settings of its example if it needs some.
+
+    Left out are those that are made of others (JointLoss, ScheduledLoss), and those that need a head of their own.
+    """
+    if slot not in SLOTS[task]:
+        raise ValueError(f"There is no slot {slot!r}; the slots are {', '.join(SLOTS[task])}.")
+    of_family = {
+        name: cls
+        for name, cls in registered_losses().items()
+        if cls.facts.family in SLOTS[task][slot] and "losses" not in cls.facts.filled
+    }
+    found = (_first_that_fits(name, cls, slot, task) for name, cls in of_family.items())
+    return [candidate for candidate in found if candidate]
+
+
+def _first_that_fits(name, cls, slot, task):
+    """A candidate with the fewest settings that it needs; None if it does not fit with any."""
+    example = {key: value for key, value in cls.facts.example.items() if key != "num_classes"}
+    for settings in ({}, {"use_sigmoid": True}, example):
+        try:
+            return candidate({"type": name, **settings}, task, slot, name)
+        except (TypeError, ValueError):
+            pass
+    return None
+
+
+def check_model(model):
+    """Raise ``ValueError`` for a model whose losses cannot be calibrated."""
+    if model_task(model) == "rtdetr":
+        raise ValueError(
+            "RT-DETR calls its losses layer by layer on what it has matched, and cannot be calibrated: write weights."
+        )
+
+
+def calibrate(
+    candidates, model="yolov8n.yaml", steps=STEPS, looks=LOOKS, told=None, ignore=None, trainer=None, **settings
+):
+    """The weights that suit some losses, by a short training with stock losses.
+
+    Args:
+        candidates: of :func:`candidate` or :func:`fitting`, each label once a slot.
+        model: a YAML file or checkpoint of Ultralytics, or a model, of which a copy is trained.
+        steps: how long the training is; its last is the last look.
+        looks: how many there are.
+        told: a function that is called with each step that is done.
+        ignore: what ``ignore`` of a losses dict has.
+        trainer: the class to start from, as in :func:`make_trainer`.
+        settings: training arguments, ``data`` among them.
+
+    Returns:
+        A :class:`~detloss_plugins.adapters.calibrate.Suggestion` for each candidate, in their order.
+
+    Raises:
+        ValueError: if a loss does not suit the model.
+    """
+    yolo = None if isinstance(model, torch.nn.Module) else YOLO(model)
+    given = yolo.model if yolo else model
+    task = model_task(given)
+    check_model(given)
+    for each in candidates:
+        check_head(given, {each.slot: each.cfg})
+    found, when = Gradients(), look_steps(steps, looks)
+    base = make_trainer({} if ignore is None else {"ignore": ignore}, task, trainer)
+
+    class Calibrating(base):
+        """Trains with stock losses for some steps; nobody's callbacks are called."""
+
+        def run_callbacks(self, event):
+            if event == "on_pretrain_routine_end":
+                # What the weights are for comes after the warm-up, of which there may be thousands of steps.
+                longest = steps / 4 / len(self.train_loader)
+                self.args.warmup_epochs = min(self.args.warmup_epochs, longest)
+            if event == "on_train_start":
+                self.begin()
+            if event == "on_train_batch_end":
+                self.done += 1
+                if told:
+                    told(self.done)
+                if self.done >= steps:
+                    raise Finished
+
+        def begin(self):
+            self.done = 0
+            self.epochs = max(self.epochs, -(-steps // len(self.train_loader)))  # of a small set
+            trained = student(compat.unwrap_model(self.model))
+            counts = class_counts(self.train_loader.dataset, self.data["nc"])
+            ready = [Candidate(c.label, c.slot, counted(c.cfg, counts), c.default) for c in candidates]
+            criterion = criterion_of(self)
+            for name, branch in branches(criterion).items():
+                weight = (lambda name=name: branch_weight(criterion, name)) if name != "criterion" else lambda: 1.0
+                branch.curves = Look(trained, branch, ready, found, when, weight)
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Finished):
+        settings = {**settings, **QUICK, "project": folder}
+        if yolo:
+            yolo.train(trainer=Calibrating, **settings)
+        else:
+            name = model.yaml.get("yaml_file", "model.yaml")  # nothing is read there
+            run = Calibrating(overrides={**settings, "model": name, "task": task})
+            run.model = copy.deepcopy(model)
+            run.train()
+    return found.suggestions(candidates)
+
+
+def auto_weights(trainer, losses, task, base=None):
+    """The weights that a dict of losses waits for, by a short training of a copy of a trainer's model.
+
+    The random numbers of the trainer go on as if nothing had been.
+
+    Args:
+        trainer: one of :func:`make_trainer`, before it trains.
+        losses: of :func:`load_losses`, with weights "auto".
+        task, base: as ``task`` and ``trainer`` of :func:`make_trainer`.
+
+    Returns:
+        Place, see :func:`waiting`, -> number. What was found is logged.
+    """
+    wanted = {place: candidate(at(losses, place), task, place[0], str(place)) for place in waiting(losses)}
+    settings = {name: value for name, value in vars(trainer.args).items() if name not in OF_A_RUN}
+    path = settings.pop("model")
+    model = trainer.model if isinstance(trainer.model, torch.nn.Module) else path
+    ignore = losses.get("ignore")
+    with _as_if_nothing_had_been(trainer):
+        found = calibrate(list(wanted.values()), model, STEPS, ignore=ignore, trainer=base, **settings)
+    weights = {}
+    for place, each in zip(wanted, found, strict=True):
+        weights[place] = each.default if each.weight is None else each.weight
+        low_high = f"{each.range[0]:.3g} to {each.range[1]:.3g}" if each.range else "no gradient, so the default"
+        LOGGER.info(
+            f"detloss_plugins: {place[0]}: weight {weights[place]:g} for {at(losses, place)['type']}, found in {STEPS} "
+            f"steps with stock losses ({low_high})"
+        )
+        if each.moves:
+            LOGGER.warning("detloss_plugins: it has moved all along: detloss calibrate with more --steps is better")
+    return weights
+
+
+@contextlib.contextmanager
+def _as_if_nothing_had_been(trainer):
+    """Another training in the middle of one: what it says is not logged, and random numbers go on as they were."""
+    level, python, numpy = LOGGER.level, random.getstate(), np.random.get_state()
+    devices = [trainer.device] if trainer.device.type == "cuda" else []
+    LOGGER.setLevel(logging.ERROR)
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+            init_seeds(trainer.args.seed, trainer.args.deterministic)  # it has left the deterministic mode
+    finally:
+        LOGGER.setLevel(level)
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+def verify(suggestion, model="yolov8n.yaml", seeds=2, factors=FACTORS, told=None, **settings):
+    """Train with a suggested weight, and with others around it.
+
+    Args:
+        suggestion: of :func:`calibrate`.
+        model: a YAML file or checkpoint of Ultralytics.
+        seeds: how many trainings there are with each weight, at least 2.
+        factors: of the weight, 1 among them.
+        told: a function that is called after each training.
+        settings: training arguments, ``data`` and ``epochs`` among them.
+
+    Returns:
+        A :class:`~detloss_plugins.adapters.calibrate.Verified`.
+    """
+    found = {factor: [] for factor in factors}
+    for seed in range(seeds):
+        for factor, values in found.items():
+            ((slot, cfg),) = suggestion.losses.items()
+            yolo = YOLO(model)
+            trainer = make_trainer({slot: {**cfg, "loss_weight": cfg["loss_weight"] * factor}}, model_task(yolo.model))
+            with tempfile.TemporaryDirectory() as folder:
+                quick = {**QUICK, "save": True, "project": folder, "seed": seed}
+                values.append(float(yolo.train(trainer=trainer, **{**settings, **quick}).box.map50))
+            if told:
+                told()
+    return Verified(suggestion, yolo.trainer.epochs, found)

@@ -1,0 +1,251 @@
+"""The subcommand that finds weights for losses."""
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from detloss_plugins.cli._common import RunError, UsageError, check_folder, first_line
+
+MODEL = "yolov8n.yaml"
+EPOCHS, SEEDS = 6, 2  # of --verify
+
+
+@click.command()
+@click.argument("words", nargs=-1, metavar="[CONFIG.py] LOSSES ... [KEY=VALUE ...]")
+@click.option(
+    "--slot", "slots", multiple=True, help="Besides LOSSES every loss of ours that this slot takes: cls, box."
+)
+@click.option("--model", metavar="FILE", help=f"What YOLO takes, a YAML file or a checkpoint.  [default: {MODEL}]")
+@click.option("--data", type=Path, metavar="PATH", help="Your data: a data.yaml; for mmengine a folder in COCO layout.")
+@click.option("--steps", type=click.IntRange(1), default=100, show_default=True, help="Steps of the stock training.")
+@click.option("--verify", is_flag=True, help="Train with 1/2, 1, 2 and 4 times each weight, and say which is best.")
+@click.option("--epochs", type=click.IntRange(1), default=EPOCHS, show_default=True, help="Of each such training.")
+@click.option("--seeds", type=click.IntRange(2), default=SEEDS, show_default=True, help="Such trainings of a weight.")
+@click.option("--json", "file", type=Path, metavar="FILE", help="Write what was found here too.")
+def command(words, slots, model, data, steps, verify, epochs, seeds, file):
+    """Find the weights with which LOSSES pull as hard as the stock losses.
+
+    \b
+      detloss calibrate VarifocalLoss QualityFocalLoss     on the embedded digits set with yolov8n
+      detloss calibrate my_losses.yaml --data data.yaml --model yolo11n.yaml imgsz=320
+      detloss calibrate --slot cls --json weights.json     every class loss
+      detloss calibrate gfl_r18_fpn_digits FocalLoss       beside the losses of a config of MMDetection
+
+    LOSSES are names of losses, YAML files of losses and names of configs that come with the package. A short training
+    with stock losses is run, and at four of its steps the gradient of the stock loss at the outputs of the head is
+    compared with that of each loss: the weight is the ratio of their L1 norms, of the four the median. KEY=VALUE are
+    arguments of the training.
+    """
+    overrides = dict(word.split("=", 1) for word in words if "=" in word)
+    words = [word for word in words if "=" not in word]
+    if file is not None:
+        check_folder(file.absolute().parent)
+    try:
+        if words and (config := mmdet_config(words[0])):
+            if verify or model:
+                raise UsageError("--verify and --model are for Ultralytics; leave them out beside a config")
+            found, checked = of_mmdet(config, words[1:], slots, data, steps, overrides), []
+        else:
+            found, checked = of_yolo(words, slots, model or MODEL, data, steps, overrides, verify and (epochs, seeds))
+    except (TypeError, ValueError) as error:
+        raise UsageError(error) from error
+    show(found, checked)
+    if file is not None:
+        content = {
+            "suggestions": [suggestion.as_dict() for suggestion in found],
+            "verified": [each.as_dict() for each in checked],
+        }
+        file.absolute().parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def mmdet_config(word):
+    """The file of a config of MMDetection that a word means, or None."""
+    from detloss_plugins.cli.train import config_path
+
+    try:
+        path = config_path(word)
+    except ValueError:
+        return None
+    if path.suffix == ".py" and not path.exists():
+        raise UsageError(f"there is no {path}")
+    return path if path.suffix == ".py" else None
+
+
+def losses_of(word):
+    """``(label, slot or None, config)`` of each loss that a word means."""
+    from detloss_plugins.cli.train import yaml_of
+    from detloss_plugins.configs import find
+    from detloss_plugins.registry import loss_class
+
+    path = Path(word)
+    if path.suffix not in (".yaml", ".yml"):
+        with contextlib.suppress(ValueError):
+            loss_class(word)
+            return [(word, None, {"type": word})]
+        try:
+            path = find(word)
+        except ValueError as error:
+            if word[:1].isupper():
+                loss_class(word)  # raises, with the nearest names
+            raise UsageError(f"{word} is no loss and no file of losses. {error}") from error
+    if not path.is_file():
+        raise UsageError(f"there is no {path}")
+    losses = yaml_of(path.read_text(encoding="utf-8"), path)
+    if not isinstance(losses, dict) or not all(isinstance(cfg, dict) for cfg in losses.values()):
+        raise UsageError(f"{path} must hold a dict of losses such as {{cls: {{type: VarifocalLoss}}}}.")
+    return [(f"{cfg.get('type')} of {path.stem}", slot, cfg) for slot, cfg in losses.items() if slot != "ignore"]
+
+
+def unique(candidates):
+    """Candidates without those that are there twice; ``UsageError`` for two that share a label."""
+    found = {}
+    for each in candidates:
+        before = found.setdefault((each.slot, each.label), each)
+        if before.cfg != each.cfg:
+            raise UsageError(f"there are two losses {each.label} for {each.slot}, with other settings")
+    if not found:
+        raise UsageError("give at least one loss, such as VarifocalLoss, or --slot cls")
+    return list(found.values())
+
+
+def of_yolo(words, slots, model, data, steps, overrides, verified):
+    """Suggestions of Ultralytics and, if ``verified`` has epochs and seeds, what trainings say of them."""
+    from ultralytics import RTDETR, YOLO
+
+    from detloss_plugins.adapters.ultralytics import calibrate as adapter
+    from detloss_plugins.adapters.ultralytics import check_head, model_task
+    from detloss_plugins.cli.train import UNREADABLE, check_yolo, yaml_of, yolo_data
+    from detloss_plugins.testing.training_tensors import quiet
+
+    try:
+        with quiet():
+            built = (RTDETR if "rtdetr" in Path(model).stem else YOLO)(model).model
+    except (OSError, *UNREADABLE) as error:
+        raise UsageError(first_line(error)) from error
+    task = model_task(built)
+    adapter.check_model(built)
+    candidates = [adapter.candidate(cfg, task, slot, label) for w in words for label, slot, cfg in losses_of(w)]
+    for each in candidates:
+        check_head(built, {each.slot: each.cfg})
+    candidates += [each for slot in slots for each in adapter.fitting(slot, task) if suits(built, each)]
+    candidates = unique(candidates)
+    place, defaults = yolo_data(data, task)
+    values = {key: yaml_of(value, f"{key}={value}") for key, value in overrides.items()}
+    settings = {"data": str(place), "pretrained": Path(model).suffix == ".pt", **defaults, **values}
+    check_yolo(settings)
+    try:
+        with progress("calibrating", steps) as told, quiet():
+            found = adapter.calibrate(candidates, model, steps, told=told, **settings)
+        checked = []
+        if verified:
+            epochs, seeds = verified
+            trainings = [each for each in found if each.weight]
+            count = len(trainings) * len(adapter.FACTORS) * seeds
+            with progress(f"{count} trainings of {epochs} epochs", count) as told, quiet():
+                for each in trainings:
+                    checked.append(adapter.verify(each, model, seeds, told=told, **{**settings, "epochs": epochs}))
+    except SyntaxError as error:  # how Ultralytics refuses an unknown argument
+        raise UsageError(first_line(error)) from error
+    except RuntimeError as error:  # how it refuses labels and images, or runs out of memory
+        raise RunError(f"{type(error).__name__}: {first_line(error)}") from error
+    return found, checked
+
+
+def of_mmdet(config, words, slots, data, steps, overrides):
+    """Suggestions for a config of MMDetection."""
+    from detloss_plugins.cli.train import parsed, point_at, read_config, refuse
+    from detloss_plugins.testing.digits import build_digits, digits_dir
+    from detloss_plugins.testing.training_tensors import quiet
+
+    try:
+        from detloss_plugins.adapters.mmdetection import calibrate as adapter
+        from detloss_plugins.adapters.mmdetection.check import check_config, unknown_keys
+    except AssertionError as error:  # how mmdet refuses a version of mmcv or mmengine
+        raise RunError(error) from error
+
+    cfg = read_config(config)
+    if data is not None:
+        point_at(cfg, data)
+    elif Path(cfg.get("data_root", "")) == digits_dir():
+        build_digits()
+    values = parsed(overrides)
+    refuse(unknown_keys(cfg, values))
+    cfg.merge_from_dict(values)
+    refuse(check_config(cfg))
+    head = adapter.build_head(cfg)
+    candidates = [adapter.candidate(each, head, slot, label) for w in words for label, slot, each in losses_of(w)]
+    candidates = unique(candidates + [each for slot in slots for each in adapter.fitting(slot, head)])
+    with progress("calibrating", steps) as told, quiet():
+        return adapter.calibrate(cfg, candidates, steps, told=told)
+
+
+def suits(model, candidate):
+    """Whether a model has a head for a candidate."""
+    from detloss_plugins.adapters.ultralytics import check_head
+
+    try:
+        check_head(model, {candidate.slot: candidate.cfg})
+    except ValueError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def progress(what, total):
+    """A progress bar on the error stream; gives the function to call after each step."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(file=sys.stderr), transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda *_: bar.advance(task)
+
+
+def show(found, checked):
+    """Print the weights as a table and as lines to copy, and what trainings say of them."""
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    steps = ", ".join(str(step) for step in max((each.ratios for each in found), key=len))
+    table = Table(box=SIMPLE, title=f"gradient of the stock loss over that of the loss, at steps {steps}")
+    table.add_column("loss", no_wrap=True)
+    for name in ("weight", "range", "on positives", "default"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for slot in dict.fromkeys(each.slot for each in found):
+        of_slot = [each for each in found if each.slot == slot]
+        table.add_row(f"stock loss of {slot}", "", "", share(of_slot[0].stock_positives), "")
+        for each in of_slot:
+            low_high = f"{each.range[0]:.2g} - {each.range[1]:.2g}" if each.range else ""
+            weight = "no gradient" if each.weight is None else f"{each.weight:g}"
+            table.add_row(each.label, weight, low_high, share(each.positives), f"{each.default:g}")
+        table.add_section()
+    console.print(table)
+    for each in found:
+        if each.weight is not None:
+            click.echo(to_copy(each))
+    if moving := [each.label for each in found if each.moves]:
+        click.echo(f"The ratio of {', '.join(moving)} has moved all along: give more --steps, or --verify.")
+    for each in checked:
+        click.echo(each.in_words())
+
+
+def share(value):
+    """A share in percent, empty for None."""
+    return "" if value is None else f"{value:.0%}"
+
+
+def to_copy(suggestion):
+    """The config of a loss with its weight: a line of YAML, or for MMDetection of Python."""
+    import yaml
+
+    slot, cfg = suggestion.slot, dict(suggestion.losses[suggestion.slot])
+    if str(cfg["type"]).startswith("detloss_plugins."):
+        return f"{slot}=dict({', '.join(f'{name}={value!r}' for name, value in cfg.items())})"
+    return f"{slot}: {yaml.safe_dump(cfg, default_flow_style=True, sort_keys=False, width=1000).strip()}"

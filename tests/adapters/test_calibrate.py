@@ -1,0 +1,100 @@
+"""What a calibration makes of gradients, and what of trainings that verify it."""
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from detloss_plugins import build_loss
+from detloss_plugins.adapters.calibrate import STOCK, Candidate, Gradients, Suggestion, Verified
+from detloss_plugins.cli import main
+
+CANDIDATE = Candidate("FocalLoss", "cls", {"type": "FocalLoss", "gamma": 1.5, "loss_weight": 1.0}, 16.0)
+
+
+def found(stock, own):
+    """Of some steps the norms of two losses, and what of each falls on positives."""
+    gradients = Gradients()
+    for label, steps in ((STOCK, stock), ("FocalLoss", own)):
+        for step, amounts in steps.items():
+            gradients.add(step, "cls", label, torch.tensor(amounts))
+    return gradients
+
+
+def test_the_weight_is_the_median_of_the_ratios():
+    gradients = found(
+        {1: [60.0, 30.0], 2: [40.0, 30.0], 3: [20.0, 30.0]}, {1: [2.0, 1.0], 2: [4.0, 4.0], 3: [1.0, 1.0]}
+    )
+    suggestion = gradients.suggestion(CANDIDATE)
+    assert suggestion.ratios == {1: 30.0, 2: 10.0, 3: 20.0}
+    assert suggestion.weight == 20.0
+    assert suggestion.range == (10.0, 30.0)
+    assert suggestion.positives == pytest.approx(6 / 7)
+    assert suggestion.stock_positives == pytest.approx(90 / 120)
+    assert suggestion.losses == {"cls": {"type": "FocalLoss", "gamma": 1.5, "loss_weight": 20.0}}
+    stored = suggestion.as_dict()
+    assert (stored["default"], stored["ratios"]) == (16.0, {"1": 30.0, "2": 10.0, "3": 20.0})
+
+
+def test_branches_and_levels_are_added_up():
+    gradients = found({1: [60.0, 30.0]}, {1: [2.0, 1.0]})
+    gradients.add(1, "cls", "FocalLoss", torch.tensor([4.0, 1.0]))
+    assert gradients.suggestion(CANDIDATE).weight == 10.0
+
+
+@pytest.mark.parametrize("own", [{}, {1: [0.0, 0.0]}, {1: [float("nan"), 0.0]}])
+def test_no_gradient_no_weight(own):
+    suggestion = found({1: [60.0, 30.0]}, own).suggestion(CANDIDATE)
+    assert (suggestion.weight, suggestion.range) == (None, None)
+    assert suggestion.losses["cls"]["loss_weight"] == 16.0, "the default"
+    assert suggestion.as_dict()["range"] is None
+
+
+@pytest.mark.parametrize(
+    ("map50", "best", "gain", "beside", "clear"),
+    [
+        ([[0.1, 0.3], [0.70, 0.72], [0.80, 0.82]], 2.0, 0.10, "the calibrated weight", False),
+        ([[0.59, 0.6], [0.70, 0.71], [0.80, 0.81]], 2.0, 0.10, "the calibrated weight", True),
+        ([[0.59, 0.6], [0.70, 0.71], [0.69, 0.70]], 1.0, 0.01, "the next best", False),
+        ([[0.7, 0.7], [0.7, 0.7], [0.7, 0.7]], 1.0, 0.0, "the next best", False),
+    ],
+)
+def test_more_than_the_noise_of_seeds(map50, best, gain, beside, clear):
+    verified = Verified(suggestion(25.0), 6, dict(zip((0.5, 1.0, 2.0), map50, strict=True)))
+    assert (verified.best, verified.gain) == (best, pytest.approx(gain))
+    assert verified.as_dict()["more_than_noise"] is clear
+    verdict = "more than" if clear else "no more than"
+    assert f"{gain:.3f} above {beside}: {verdict} the noise of seeds" in verified.in_words()
+
+
+def suggestion(*ratios):
+    return Suggestion("FocalLoss", "cls", 16.0, {}, 15.0, dict(enumerate(ratios)), 1.0, 0.8)
+
+
+def test_a_ratio_that_goes_on_moving_is_no_weight():
+    assert not suggestion(10.0, 12.0, 25.0).moves
+    assert suggestion(79.0, 30.0, 20.0, 11.0).moves
+    assert not suggestion().moves
+
+
+def test_auto_has_no_meaning_for_a_loss_alone():
+    with pytest.raises(ValueError, match=r'loss_weight="auto" of FocalLoss has no meaning here.*detloss calibrate'):
+        build_loss({"type": "FocalLoss", "loss_weight": "auto"})
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "give at least one loss, such as VarifocalLoss, or --slot cls"),
+        (["VarifocaLoss"], "did you mean VarifocalLoss"),
+        (["vfl_eiou_dlf"], "is no loss and no file of losses"),
+        (["none.yaml"], "there is no none.yaml"),
+        (["none.py"], "there is no none.py"),
+        (["FocalLoss", "--json", f"{__file__}/found.json"], "is no folder that you may write in"),
+    ],
+)
+def test_mistakes_are_one_sentence(words, says):
+    pytest.importorskip("ultralytics")
+    done = CliRunner().invoke(main, ["calibrate", *words])
+    assert done.exit_code == 2, done.output
+    assert says in done.output
+    assert len(done.output.strip().splitlines()) == 1

@@ -1,0 +1,144 @@
+"""Weights by gradients beside the losses of a dense head of MMDetection."""
+
+import copy
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+from mmdet.registry import MODELS
+from mmengine.hooks import Hook
+from support.mmdetection import CONFIG_DIR, DIGITS, run, small
+
+from detloss_plugins.adapters.calibrate import STOCK
+from detloss_plugins.adapters.mmdetection.calibrate import (
+    CalibrationHook,
+    Finished,
+    build_head,
+    calibrate,
+    candidate,
+    fitting,
+)
+from detloss_plugins.cli import main
+from detloss_plugins.testing.digits import build_digits
+
+pytestmark = pytest.mark.usefixtures("mmdet_scope")
+RETINANET = CONFIG_DIR / "retinanet_r18_fpn_digits.py"
+
+
+def config(path=DIGITS, **head):
+    build_digits()
+    cfg = small(path)
+    for slot, loss in head.items():
+        cfg.model.bbox_head[slot] = loss
+    cfg.merge_from_dict({"train_cfg.max_epochs": 2, "train_dataloader.batch_size": 4})
+    cfg.merge_from_dict({"train_dataloader.dataset.indices": 8})
+    return cfg
+
+
+class Outputs(Hook):
+    """The L1 norms of the gradients of the first iteration at what the head gives, one for each kind of output."""
+
+    def before_train(self, runner):
+        self.norms = {}
+        runner.model.bbox_head.register_forward_hook(self.watch)
+
+    def watch(self, head, args, outputs):
+        for kind, levels in enumerate(outputs):
+            self.norms[kind] = []
+            for level in levels:
+                level.register_hook(lambda slope, kind=kind: self.norms[kind].append(slope.abs().sum()))
+
+    def after_train_iter(self, *_, **__):
+        raise KeyboardInterrupt  # which ends the run
+
+    def norm(self, kind):
+        return torch.stack(self.norms[kind]).sum().item()
+
+
+@pytest.mark.parametrize("path", [DIGITS, RETINANET], ids=lambda path: path.stem)
+def test_the_losses_of_the_config_have_their_own_weights(path):
+    """Level by level, through the decoding of boxes; nothing of the training changes."""
+    cfg = config(path)
+    head = build_head(cfg)
+    wanted = [candidate(type(getattr(head, slot)).__name__, head, slot) for slot in ("loss_cls", "loss_bbox")]
+    cls, bbox = calibrate(cfg, wanted, steps=3)
+    assert (cls.weight, bbox.weight) == (1.0, 2.0)
+    assert sorted(cls.ratios) == [1, 2, 3]
+    assert 0 < cls.positives == cls.stock_positives < 1
+    assert bbox.losses == {"loss_bbox": {"type": "detloss_plugins.GIoULoss", "loss_weight": 2.0}}
+    assert cls.losses["loss_cls"]["use_sigmoid"] is True
+
+
+def test_the_gradients_are_those_of_a_training_with_the_loss(tmp_path):
+    """At class scores and box outputs of the first step, where both trainings have the same predictions."""
+    losses = {"loss_cls": dict(type="detloss_plugins.VarifocalLoss", use_sigmoid=True)}
+    losses["loss_bbox"] = dict(type="detloss_plugins.NWDLoss")
+    cfg = config(RETINANET)
+    stock, swapped = Outputs(), Outputs()
+    run(tmp_path / "stock", stock, model=cfg.model)
+    run(tmp_path / "swapped", swapped, model=config(RETINANET, **copy.deepcopy(losses)).model)
+    looks = CalibrationHook([candidate(loss, build_head(cfg), slot) for slot, loss in losses.items()], steps=1)
+    with pytest.raises(Finished):
+        run(tmp_path / "looked", looks, model=cfg.model)
+    for kind, (slot, loss) in enumerate(losses.items()):
+        for label, training in ((STOCK, stock), (loss["type"].partition(".")[2], swapped)):
+            total, _ = looks.found.found[slot, label][1].tolist()
+            assert total == pytest.approx(training.norm(kind), rel=1e-4)
+
+
+def test_what_fits():
+    head = build_head(config())
+    classes = {each.label for each in fitting("loss_cls", head)}
+    assert classes >= {"FocalLoss", "EqualizedFocalLoss", "GHMC"}
+    assert not classes & {"APLoss", "SeesawLoss", "JointLoss", "KLDivLoss"}, "APLoss would rank each level for itself"
+    boxes = {each.label for each in fitting("loss_bbox", head)}
+    assert boxes >= {"CIoULoss", "WIoULoss"}
+    assert "L1Loss" not in boxes, "the head hands over boxes"
+
+
+@pytest.mark.parametrize(
+    ("loss", "slot", "says"),
+    [
+        ("SmoothL1Loss", None, "hands its loss_bbox, GIoULoss, what a box loss takes"),
+        ("APLoss", None, "would rank each level for itself"),
+        ("KLDLoss", None, "KLDLoss is a rotated loss, which no slot takes that can be calibrated"),
+        ("FocalLoss", "cls", "no slot 'cls' to calibrate in a dense head; the slots are loss_cls, loss_bbox"),
+        ({"type": "ScheduledLoss", "losses": [{"type": "FocalLoss"}]}, None, "a weight for each of its losses"),
+    ],
+)
+def test_what_does_not_fit(loss, slot, says):
+    with pytest.raises(ValueError, match=says):
+        candidate(loss, build_head(config()), slot)
+
+
+def test_detectors_without_a_dense_head_are_refused():
+    with pytest.raises(ValueError, match="dense heads that have loss_cls and loss_bbox, which FasterRCNN has not"):
+        build_head(config(CONFIG_DIR / "faster-rcnn_r18_fpn_digits.py"))
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [(["FocalLoss", "--verify"], "are for Ultralytics"), (["epochs=1"], "The config has no key epochs")],
+)
+def test_mistakes_are_said_before_anything_is_trained(words, says):
+    done = CliRunner().invoke(main, ["calibrate", "gfl_r18_fpn_digits", *words])
+    assert done.exit_code == 2, done.output
+    assert says in done.output
+
+
+def test_auto_has_no_meaning_in_a_config():
+    with pytest.raises(ValueError, match='loss_weight="auto" of FocalLoss has no meaning here'):
+        MODELS.build(dict(type="detloss_plugins.FocalLoss", loss_weight="auto"))
+
+
+@pytest.mark.slow
+def test_the_command(tmp_path):
+    words = ["retinanet_r18_fpn_digits", "QualityFocalLoss", "CIoULoss", "--steps", "4"]
+    done = CliRunner().invoke(main, ["calibrate", *words, "--json", str(tmp_path / "found.json")])
+    assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "found.json").read_text())["suggestions"]
+    assert [each["slot"] for each in found] == ["loss_cls", "loss_bbox"]
+    weight = found[1]["weight"]
+    assert f"loss_bbox=dict(type='detloss_plugins.CIoULoss', loss_weight={weight})" in done.output
+    assert 1.5 < weight < 3, "beside GIoU of weight 2"
