@@ -191,5 +191,5 @@ def as_result(run: Run, found: dict) -> dict:
         "epochs": run.epochs,
         "seed": run.seed,
         **{key: found[key] for key in ("metrics", "per_class", "curve")},
-        **({"resumed": True} if found.get("resumed") else {}),
+        **{key: found[key] for key in ("weights", "resumed") if found.get(key)},
     }
