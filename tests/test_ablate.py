@@ -191,7 +191,14 @@ def test_a_failure_does_not_stop_the_others_and_what_has_finished_is_kept(tmp_pa
 def test_results_of_another_grid_are_refused_and_what_has_not_finished_may_change(tmp_path, pretended):
     ours = Study(tmp_path)
     ours.add([RUN])
+    left = [ours.of(RUN) / "last_checkpoint", ours.of(RUN) / "weights" / "last.pt"]
+    left[1].parent.mkdir()
+    for file in left:
+        file.touch()
+    ours.add([RUN])
+    assert all(file.exists() for file in left)
     ours.add([replace(RUN, epochs=5)])
+    assert not any(file.exists() for file in left)
     assert ours.runs() == [replace(RUN, epochs=5)]
     assert ours.results()["unfinished"] == [RUN.name]
     ours.train(ours.runs(), 1)
