@@ -23,6 +23,7 @@ IMPORTS = {
     "*/test_detr_quality.py": ["mmdet"],
     "*/test_examples.py": ["ultralytics"],
     "*/test_ranks.py": ["mmdet", "ultralytics"],
+    "*/test_table.py": ["mmdet", "ultralytics"],
     "*/test_tools.py": ["mmdet", "ultralytics"],
     "*/test_ultralytics*": ["ultralytics"],
     "*/test_uncertainty.py": ["ultralytics"],

@@ -33,6 +33,7 @@ WITH = [
     "hypothesis",
     "scikit-learn",
     "rich",
+    "click",
     "matplotlib",
     "cloudpickle",
     "setuptools<81",

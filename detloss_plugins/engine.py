@@ -90,7 +90,7 @@ class _GradientInForward(torch.autograd.Function):
     def forward(*inputs):
         return inputs[0](inputs[1].filled(inputs[2:]))
 
-    forward.__func__.__signature__ = inspect.signature(forward)  # torch asks for it at each call
+    forward.__func__.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]  # torch asks each call
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -133,7 +133,7 @@ _failed: set[Hashable] = set()
 
 def _by_kernel(call: Call, backward: bool) -> Tensor | None:
     """The sum by a compiled kernel; None where there is none."""
-    key, make, name = call.kernel
+    key, make, name = call.kernel  # type: ignore[misc]  # a call without one does not come here
     if key in _failed:
         return None
 

@@ -126,8 +126,8 @@ def between(low: float, high: float, words: str = "") -> Rule:
 
 def one_of(*choices: Any) -> Rule:
     """Any of these."""
-    words = [f'"{choice}"' if isinstance(choice, str) else str(choice) for choice in choices]
-    words = f"{', '.join(words[:-1])} or {words[-1]}" if len(words) > 1 else words[0]
+    named = [f'"{choice}"' if isinstance(choice, str) else str(choice) for choice in choices]
+    words = f"{', '.join(named[:-1])} or {named[-1]}" if len(named) > 1 else named[0]
     kinds = tuple({type(choice) for choice in choices})
     return Rule(words, lambda value: value in choices and not isinstance(value, bool), kinds)
 
@@ -138,7 +138,7 @@ def _any_of(rules: Sequence[Rule]) -> Rule:
     return Rule(" or ".join(words), lambda value: any(rule.holds(value) for rule in rules), kinds)
 
 
-def _each(rule: Rule, words: str, fits: Callable[[Any], bool] = len) -> Rule:
+def _each(rule: Rule, words: str, fits: Callable[[Any], Any] = len) -> Rule:
     def holds(value):
         return isinstance(value, list | tuple) and all(rule.holds(v) for v in value) and bool(fits(value))
 
@@ -193,8 +193,8 @@ def rule_of(annotation: Any, default: Any) -> Rule | None:
     if origin is Literal:
         return one_of(*arguments)
     if origin in (Union, UnionType):
-        rules = [rule_of(argument, None) for argument in arguments]
-        return None if None in rules else _any_of(rules)
+        rules = [rule for argument in arguments if (rule := rule_of(argument, None)) is not None]
+        return _any_of(rules) if len(rules) == len(arguments) else None
     if annotation not in _OF_TYPES and isinstance(default, int | float | str):
         annotation = bool if isinstance(default, bool) else str if isinstance(default, str) else float
     return _OF_TYPES.get(annotation)

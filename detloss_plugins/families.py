@@ -13,7 +13,7 @@ from detloss_plugins.precision import float32, is_asynchronous, is_compiling, wi
 from detloss_plugins.reduction import check_reduction, fit_weight, reduce
 
 
-def check_same_shape(pred, target, what):
+def check_same_shape(pred: Tensor, target: Tensor, what: str) -> None:
     """Raise ``ValueError`` if the two shapes differ."""
     if pred.shape != target.shape:
         raise ValueError(f"pred {tuple(pred.shape)} and target {tuple(target.shape)} must both be {what}.")
@@ -50,7 +50,7 @@ def effective_weights(counts: Sequence[float], beta: float = 0.999) -> list[floa
 class _LooksAtSides(Loss):
     """Encoded deltas in place of boxes train without an error, and to no purpose: they have sides below zero."""
 
-    def __init__(self, **settings):
+    def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self.inverted = self.boxes = 0  # targets seen so far
 
@@ -81,7 +81,7 @@ class BoxLoss(_LooksAtSides, family="box"):
     form, columns = "boxes (x1, y1, x2, y2)", 4
 
     @staticmethod
-    def sides(boxes):
+    def sides(boxes: Tensor) -> Tensor:
         return boxes[..., 2:] - boxes[..., :2]
 
     def prepare(self, pred, target):
@@ -118,6 +118,7 @@ class ClassificationLoss(Loss, family="classification", every_rank=True, needs_m
     sigmoid_only: ClassVar[bool] = True
     instead: ClassVar[str] = ""  # of class_weight and label_smoothing, where they have no meaning
     outside_kernel = Loss.outside_kernel | {"class_weight", "class_counts", "effective_beta"}
+    class_weight: Any  # set in __init__, as is all that is in ``hyper``
     may_ignore = True  # False where no element of a dense target is negative, so that nobody has to look
 
     def __init__(
@@ -132,7 +133,7 @@ class ClassificationLoss(Loss, family="classification", every_rank=True, needs_m
     ):
         if self.sigmoid_only and not use_sigmoid:
             raise ValueError(f"{type(self).__name__} has a sigmoid form only; write use_sigmoid=True.")
-        given = {"class_weight": class_weight, "label_smoothing": label_smoothing}
+        given: dict[str, Any] = {"class_weight": class_weight, "label_smoothing": label_smoothing}
         super().__init__(**settings, **{name: given[name] for name in given if name in self.hyper})
         self.use_sigmoid, self.effective_beta = use_sigmoid, effective_beta
         for name, value in given.items():
@@ -388,7 +389,7 @@ class RotatedLoss(_LooksAtSides, family="rotated"):
     form, columns = "rotated boxes (cx, cy, w, h, theta)", 5
 
     @staticmethod
-    def sides(boxes):
+    def sides(boxes: Tensor) -> Tensor:
         return boxes[..., 2:4]
 
     def prepare(self, pred, target):

@@ -28,7 +28,7 @@ def _settings_of(function: Callable, kinds: tuple = (inspect.Parameter.KEYWORD_O
     return {p.name: p for p in parameters if p.kind in kinds and p.name != "self"}
 
 
-class _Checked(type(nn.Module)):
+class _Checked(type):  # of nn.Module too the metaclass
     """Checks the settings of all losses in one place, before any ``__init__``, which gets them as plain values."""
 
     def __call__(cls, *args, **settings):
@@ -67,6 +67,7 @@ class Loss(nn.Module, metaclass=_Checked):
     """
 
     fn: ClassVar[Callable]
+    __signature__: ClassVar[inspect.Signature]  # of the settings
     facts: Facts = Facts()  # an instance made of other losses has facts of its own
     hyper: ClassVar[tuple[str, ...]] = ()  # the settings that fn takes
     rules: ClassVar[Mapping[str, Rule | None]] = {}  # of all settings
@@ -87,7 +88,7 @@ class Loss(nn.Module, metaclass=_Checked):
             cls.hyper = tuple(parameters)
         for base in reversed(cls.__mro__):  # a subclass's default wins
             if "__init__" in vars(base):
-                parameters.update(_settings_of(base.__init__, _ANY_KIND))
+                parameters.update(_settings_of(vars(base)["__init__"], _ANY_KIND))
         settings = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters.values()]
         cls.__signature__ = inspect.Signature(settings)
         cls.rules = {p.name: rule_of(p.annotation, p.default) for p in settings}
@@ -133,7 +134,7 @@ class Loss(nn.Module, metaclass=_Checked):
                 changed.append(f"{name}={value!r}")
         return ", ".join(changed)
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self):
         """What ``isinstance`` asks for where the type is not the answer; see ``seen_as``."""
         return type(self) if Loss.seen_as is None else Loss.seen_as(self)
@@ -260,7 +261,15 @@ class Loss(nn.Module, metaclass=_Checked):
         """
         return self.reduced(pred, target, weight, avg_factor, reduction_override, self.loss_weight)
 
-    def reduced(self, pred, target, weight, avg_factor, reduction, factor):
+    def reduced(
+        self,
+        pred: Tensor,
+        target: Any,
+        weight: Tensor | None,
+        avg_factor: Tensor | float | None,
+        reduction: str | None,
+        factor: Tensor | float,
+    ) -> Tensor:
         """The loss times a factor."""
         reduction = check_reduction(self.reduction if reduction is None else reduction, avg_factor)
         self.look(pred, target)
@@ -279,13 +288,21 @@ class Loss(nn.Module, metaclass=_Checked):
             total = self.summed(pred, target, weight, seen)
             return self.normalized(total, pred, seen, avg_factor, reduction, factor)
 
-    def summed(self, pred, target, weight, seen):
+    def summed(self, pred: Tensor, target: Any, weight: Tensor | None, seen: dict[str, Any]) -> Tensor:
         """The sum of the weighted losses, by the engine where chunks or a kernel gain something."""
         if not self.compiled and (self.facts.keeps_little or not is_large(pred)):
             return self.weighted(pred, target, weight, seen).sum()
         return engine.weighted_sum(self._call(self.weighted, pred, target, weight, seen))
 
-    def normalized(self, total, pred, seen, avg_factor, reduction, factor):
+    def normalized(
+        self,
+        total: Tensor,
+        pred: Tensor,
+        seen: dict[str, Any],
+        avg_factor: Tensor | float | None,
+        reduction: str,
+        factor: Tensor | float,
+    ) -> Tensor:
         """The sum over the rows of ``pred`` reduced to "mean" or "sum", times a factor."""
         one_per_row = self.facts.one_per_row or self.facts.sums_classes
         count = pred.shape[: self.leading(pred)].numel() if one_per_row else pred.numel()

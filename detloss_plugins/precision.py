@@ -1,8 +1,10 @@
 """In which precision the losses are worked out, and what differs between devices."""
 
 import contextlib
+import functools
 import os
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -56,6 +58,28 @@ def can_compile() -> bool:
 
 # Whether a model that holds the loss is being compiled; torch before 2.3 does not tell.
 is_compiling = getattr(torch.compiler, "is_compiling", lambda: False)
+
+
+def outside_graph(function: Callable) -> Callable:
+    """A function that breaks the graph of a compiled model, as ``torch.compiler.disable`` makes it.
+
+    That one imports the compiler at once, which takes as long as the import of torch; here whoever compiles does.
+    """
+    if not hasattr(torch.compiler, "is_compiling"):
+        return torch.compiler.disable(function)
+    disabled = None  # made once, as a compiled model is compiled again for each other one
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        nonlocal disabled
+        if not is_compiling():
+            return function(*args, **kwargs)
+        if disabled is None:
+            disabled = torch.compiler.disable(function)
+        return disabled(*args, **kwargs)
+
+    return call
+
 
 # Elements of pred in a chunk: few enough for a cache or a bit of a GPU, enough to keep all cores busy.
 CHUNK, LARGE_CHUNK = {"cpu": 350_000}, 2**23

@@ -62,7 +62,9 @@ def fit_weight(weight: Tensor, loss: Tensor) -> Tensor:
     )
 
 
-def scaled(total: Tensor, count: Tensor | int, avg_factor: Tensor | float | None, reduction: str, factor=1.0) -> Tensor:
+def scaled(
+    total: Tensor, count: Tensor | int, avg_factor: Tensor | float | None, reduction: str, factor: Tensor | float = 1.0
+) -> Tensor:
     """A sum of losses, reduced: for "mean" over ``avg_factor``, or else over ``count``; times ``factor``."""
     if reduction == "mean":
         total = total / (count if avg_factor is None else avg_factor + AVG_FACTOR_EPS)

@@ -19,6 +19,7 @@ from detloss_plugins.losses import (
     QualityFocalLoss,
     WIoULoss,
 )
+from detloss_plugins.precision import outside_graph
 from detloss_plugins.testing import sample
 
 pytestmark = needs_compiler
@@ -50,6 +51,23 @@ def test_a_loss_that_is_told_that_nothing_is_ignored(device, traced):
     told(pred, target)
     target[:4] = -1
     torch.testing.assert_close(looks(pred, target), FocalLoss()(pred, target))
+
+
+def test_what_is_outside_the_graph_is_run_and_compiles_nothing_again(device, traced):
+    seen = []
+
+    @outside_graph
+    def positives(x):
+        seen.append(len(x[x > 0]))
+        return x[x > 0]
+
+    compiled, x = torch.compile(lambda x: positives(2 * x).sum() + 1), torch.tensor([1.0, -1.0, 3.0], device=device)
+    for call in range(5):
+        assert compiled(x).item() == 9
+        if call == 1:
+            frames = torch._dynamo.utils.counters["frames"]["total"]
+    assert torch._dynamo.utils.counters["frames"]["total"] == frames > 0
+    assert seen == [2] * 5
 
 
 def test_what_a_batch_tells_is_no_setting(device, traced):

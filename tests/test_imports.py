@@ -25,16 +25,27 @@ ALLOWED["families"] = {*ALLOWED} - {"registry", "geometry"}
 ALLOWED["losses"] = {*ALLOWED, "losses"}
 ALLOWED["adapters"] = {*ALLOWED, "adapters", ""}  # of the package itself the version
 ALLOWED["testing"] = {*ALLOWED, "testing"} - {"adapters"}
+ALLOWED["study"] = set()
+ALLOWED["ablation"] = {*ALLOWED, "ablation", "cli", ""}  # of the command, what digits are trained with; the version
+ALLOWED["advice"] = {"ablation", "advice", "study"}
 ALLOWED["cli"] = {*ALLOWED, "cli", ""}
+ALLOWED["__main__"] = {"cli"}
 ALLOWED["__init__"] = {"losses", "registry", "adapters"}
 FRAMEWORKS = {"mmdet", "mmcv", "ultralytics", "torchvision"}
+# What a part that is used without them imports in its functions only; it may use frameworks there.
+HEAVY = {*FRAMEWORKS, "mmengine", "matplotlib", "scipy", "sklearn"}
+LAZY = {"cli": HEAVY, "testing": {*FRAMEWORKS, "mmengine"}, "advice": HEAVY, "ablation": HEAVY}
 WITH_FRAMEWORKS = {PACKAGE / "adapters" / name for name in ("mmdetection", "ultralytics")}
 WITH_MMENGINE = {"registry", "adapters"}
 
 
-def imports(path):
-    """Dotted names that a file imports."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+def imports(path, when_imported=False):
+    """Dotted names that a file imports, at all or, leaving its functions out, when it is imported itself."""
+    nodes = [ast.parse(path.read_text(encoding="utf-8"))]
+    while nodes:
+        node = nodes.pop()
+        if not (when_imported and isinstance(node, ast.FunctionDef)):
+            nodes += ast.iter_child_nodes(node)
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -58,10 +69,21 @@ def test_layers():
             package, where = name.split(".")[0], path.relative_to(PACKAGE)
             if package == "detloss_plugins":
                 assert part_of(name) in ALLOWED[part], f"{where} must not import {name}"
+            if part in LAZY:
+                continue
             if package in FRAMEWORKS:
                 assert WITH_FRAMEWORKS & {*path.parents}, f"{where} must not import {name}"
             if package == "mmengine":
                 assert part in WITH_MMENGINE, f"{where} must not import {name}"
+
+
+@pytest.mark.parametrize("part", LAZY)
+def test_what_is_used_without_a_framework_imports_it_in_functions_only(part):
+    files = sorted((PACKAGE / part).rglob("*.py"))
+    assert files
+    for path in files:
+        for name in imports(path, when_imported=True):
+            assert name.split(".")[0] not in LAZY[part], f"{path.relative_to(PACKAGE)} must not import {name} at once"
 
 
 def test_the_package_itself_imports_two_adapters_only():
@@ -89,6 +111,8 @@ def test_core_works_without_any_framework():
         "print(loss(torch.tensor([[0., 0, 2, 2]]), torch.tensor([[0., 0, 4, 2]])).item())\n"
         "assert not [n for n in sys.modules if n.split('.')[0] in "
         f"{FRAMEWORKS!r} and sys.modules[n]]\n"
+        "if hasattr(torch.compiler, 'is_compiling'):\n"
+        "    assert 'torch._dynamo' not in sys.modules, 'its import takes as long as that of torch'\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -76,10 +76,13 @@ def test_what_is_in_the_wheel(built):
     files = set(zipfile.ZipFile(built[0]).namelist())
     info = f"detloss_plugins-{detloss_plugins.__version__}.dist-info"
     assert {"detloss_plugins/py.typed", f"{info}/licenses/LICENSE"} <= files
-    sources = {*CONFIGS, *(ROOT / "detloss_plugins").rglob("*.py")}
+    package = (path for path in (ROOT / "detloss_plugins").rglob("*.*") if path.suffix != ".pyc")
+    sources = {*CONFIGS, *package}
     expected = {path.relative_to(ROOT).as_posix() for path in sources}
     expected = {path if path.startswith("detloss_plugins/") else f"detloss_plugins/{path}" for path in expected}
-    assert {path for path in files if not path.startswith(info)} == {*expected, "detloss_plugins/py.typed"}
+    assert {path for path in files if not path.startswith(info)} == expected
+    entry = zipfile.ZipFile(built[0]).read(f"{info}/entry_points.txt").decode()
+    assert "detloss = detloss_plugins.cli:main" in entry
 
 
 @pytest.mark.slow
@@ -101,7 +104,7 @@ def test_metadata(built):
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Author"] == "the detloss_plugins authors"
     needed = [line.split(";")[0] for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
-    assert sorted(re.match(r"\w+", line)[0] for line in needed) == ["mmengine", "torch"]
+    assert sorted(re.match(r"\w+", line)[0] for line in needed) == ["click", "mmengine", "torch"]
 
 
 def with_wheel(installed, tmp_path, code):
@@ -109,6 +112,43 @@ def with_wheel(installed, tmp_path, code):
     code = f"import detloss_plugins; assert detloss_plugins.__file__.startswith({str(installed)!r})\n{code}"
     env = {**os.environ, "PYTHONPATH": str(installed)}
     return run(sys.executable, "-c", code, cwd=tmp_path, env=env).splitlines()
+
+
+HIDING = """
+import sys
+from importlib.machinery import PathFinder
+
+class Hiding(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        hidden = {"mmdet", "mmcv", "mmrotate", "ultralytics", "torchvision", "sklearn", "scipy"}
+        return None if name in hidden else super().find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Hiding
+"""
+
+
+@pytest.mark.slow
+def test_the_command_works_with_torch_and_mmengine_only(installed, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(HIDING, encoding="utf-8")
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(installed)])}
+
+    def detloss(*words, status=0):
+        command = [sys.executable, str(installed / "bin" / "detloss"), *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=env)
+        assert done.returncode == status, done.stderr
+        return (done.stderr if status else done.stdout).strip()
+
+    assert detloss("--version").endswith(detloss_plugins.__version__)
+    assert len(detloss("list").splitlines()) == 1 + len(registered_losses())
+    assert "DIoU plus `alpha * v`" in detloss("show", "CIoULoss", "--plot", "ciou.png")
+    assert (tmp_path / "ciou.png").stat().st_size > 10_000
+    assert detloss("check", "CIoULoss").endswith("nothing is amiss")
+    assert f"{len(registered_losses())} losses" in detloss("check", "--report")
+    ultralytics = "error: Ultralytics is not installed: pip install 'detloss_plugins[ultralytics]'."
+    assert detloss("train", status=1) == detloss("check", "qfl", status=1) == ultralytics
+    for words in (["train", "retinanet_r18_fpn_digits"], ["check", "retinanet_r18_fpn_digits"], ["compare"]):
+        assert detloss(*words, status=1).startswith("error: MMDetection is not installed: pip install ")
 
 
 @pytest.mark.slow

@@ -1,34 +1,19 @@
-"""The README's code runs, and the files it names exist."""
+"""Both READMEs: short, of one content, and their example of a new loss works."""
 
 import re
 import subprocess
 import sys
-from pathlib import Path
 
-import torch
+import pytest
 from support import needs_compiler
+from support.pages import BLOCK, ROOT, blocks, links, prose
 
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+README, CHINESE, START = ROOT / "README.md", ROOT / "README.zh-CN.md", ROOT / "docs" / "index.md"
 
 
-def block(containing):
-    (found,) = [code for code in BLOCKS if containing in code]
+def block(containing, page=README):
+    (found,) = [block.code for block in blocks("python", [page]) if containing in block.code]
     return found
-
-
-def test_functions_and_modules():
-    names = {}
-    exec(block("ciou_loss("), names)
-    assert torch.equal(names["mean"], names["same"])
-    torch.testing.assert_close(names["mean"], 2 * names["per_box"].mean())
-
-
-def test_mmdetection_block_is_a_config():
-    names = {}
-    exec(block("reg_decoded_bbox"), names)
-    assert names["model"]["bbox_head"]["loss_bbox"]["type"] == "detloss_plugins.CIoULoss"
 
 
 @needs_compiler
@@ -52,7 +37,40 @@ def test_the_example_of_a_new_loss(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_it_is_short():
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 170
+
+
 def test_named_files_exist():
-    named = set(re.findall(r"\b(?:tools|configs)/[\w./-]+", README))
-    assert len(named) > 5
+    named = set(
+        re.findall(r"\b(?:tools|configs|docs|detloss_plugins)/[\w./-]+\.\w+", README.read_text(encoding="utf-8"))
+    )
+    assert len(named) > 10
     assert all((ROOT / path).exists() for path in named), named
+
+
+def facts(page):
+    """What does not depend on the language: blocks, numbers in figures, names in code, and targets of links."""
+    text = page.read_text(encoding="utf-8")
+    plain = re.sub(r"\]\([^)]*\)", "]", prose(text)).replace("names-zh", "names")
+    return {
+        "blocks": BLOCK.findall(text),
+        "numbers": sorted(re.findall(r"(?<![\w.-])\d+(?:\.\d+)*", re.sub(r"`[^`]*`", "", plain))),
+        "names": sorted(re.findall(r"`([^`\n]+)`", plain)),
+        "links": sorted({*links(page)} - {README.name, CHINESE.name}),
+    }
+
+
+@pytest.mark.parametrize("what", ["blocks", "numbers", "names", "links"])
+def test_the_chinese_one_says_the_same(what):
+    assert facts(CHINESE)[what] == facts(README)[what]
+
+
+def test_they_link_to_one_another():
+    assert CHINESE.name in links(README)
+    assert README.name in links(CHINESE)
+
+
+def test_the_start_page_prints_the_same_figures():
+    (printed,) = blocks("text", [README])
+    assert printed.code in START.read_text(encoding="utf-8")

@@ -3,7 +3,6 @@
 import copy
 import functools
 import gc
-import importlib.util
 import json
 import logging
 import os
@@ -13,19 +12,17 @@ from pathlib import Path
 
 import bench
 import cases
-import compare
 import pytest
 import speed_page
 import step
-import table
 import timing
 import torch
-import train
 from mmengine.config import ConfigDict
 from PIL import Image
-from support.commands import ROOT
+from support.commands import ROOT, last_line
 
 from detloss_plugins.adapters.ultralytics import compat
+from detloss_plugins.cli import train
 from detloss_plugins.cli._common import UsageError
 from detloss_plugins.configs import find
 from detloss_plugins.facts import Upstream
@@ -35,13 +32,10 @@ from detloss_plugins.testing import parity, sample, twins
 
 
 def refused(capsys, *argv, status):
-    """The last line that a refused command prints."""
-    try:
-        code = train.main(list(argv))
-    except SystemExit as stop:
-        code = stop.code
-    assert code == status
-    return capsys.readouterr().err.strip().splitlines()[-1]
+    """The sentence with which ``detloss train`` refuses."""
+    sentence = last_line(capsys, "train", *argv, status=status)
+    assert sentence.startswith("error: ")
+    return sentence
 
 
 def test_train_refuses_in_one_sentence(capsys, tmp_path, monkeypatch):
@@ -61,10 +55,10 @@ def test_train_refuses_in_one_sentence(capsys, tmp_path, monkeypatch):
 def test_train_takes_a_config_by_its_name(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("qfl", "retinanet_r18_fpn_digits"):
-        assert train.parse([name, "epochs=1"]).config == find(name)
+        assert train.parsed_words([name, "epochs=1"])[0] == find(name)
     assert "did you mean retinanet_r18_fpn_digits" in refused(capsys, "retinanet_r18_digits", status=2)
     (tmp_path / "qfl.yaml").touch()
-    assert train.parse(["qfl.yaml"]).config == Path("qfl.yaml")
+    assert train.parsed_words(["qfl.yaml"])[0] == Path("qfl.yaml")
     assert "there is no configs/qfl.yaml" in refused(capsys, "configs/qfl.yaml", status=2)
 
 
@@ -77,28 +71,10 @@ def test_a_scenario_is_trained_as_the_digits_set_is(tmp_path, monkeypatch):
         assert train.yolo_data(folder, "detect") == (folder / "digits.yaml", wanted)
 
 
-@pytest.mark.parametrize("module", train.INSTALL)
-def test_train_says_what_is_missing(module, capsys, monkeypatch):
-    def import_it(_):
-        raise ModuleNotFoundError(f"No module named {module!r}", name=module)
-
-    monkeypatch.setattr(train, "train_yolo", import_it)
-    assert "nstall" in refused(capsys, "epochs=1", status=1)
-
-
 def test_train_says_which_ultralytics_it_needs(capsys, monkeypatch):
     rest = compat.FEATURES["devices"][1:]
     monkeypatch.setitem(compat.FEATURES, "devices", (False, *rest))
     assert "needs Ultralytics 8.4.140 or newer" in refused(capsys, "device=0,1", "epochs=1", status=2)
-
-
-def test_a_fault_of_our_own_is_no_missing_package(monkeypatch):
-    def import_it(_):
-        raise ModuleNotFoundError("No module named 'detloss_plugins.nowhere'", name="detloss_plugins.nowhere")
-
-    monkeypatch.setattr(train, "train_yolo", import_it)
-    with pytest.raises(ModuleNotFoundError, match="nowhere"):
-        train.main(["epochs=1"])
 
 
 ATSS = str(ROOT / "configs" / "mmdetection" / "atss_r18_fpn_digits.py")
@@ -270,7 +246,7 @@ def stopped(capsys, command, *argv):
 def test_the_other_commands_refuse_before_they_measure(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("{}", encoding="utf-8")
-    for command in (bench.main, compare.main, step.main):
+    for command in (bench.main, step.main):
         assert "cannot write file/rows.json: " in stopped(capsys, command, "--json", "file/rows.json")
     assert "no size has nosuch in its name; there are 1k" in stopped(
         capsys, bench.main, "--loss", "GIoULoss", "--case", "nosuch"
@@ -288,7 +264,7 @@ def test_the_other_commands_refuse_before_they_measure(capsys, tmp_path, monkeyp
 
 def test_train_overrides_losses(tmp_path):
     overrides = {"cls.loss_weight": 2, "box.type": "GIoULoss", "epochs": 3}
-    losses = train.yolo_losses(train.DEFAULT_CONFIG, overrides)
+    losses = train.yolo_losses(find(train.DEFAULT_CONFIG), overrides)
     assert overrides == {"epochs": 3}
     assert losses["cls"] == {"type": "VarifocalLoss", "loss_weight": 2}
     assert losses["box"] == {"type": "GIoULoss"}
@@ -329,48 +305,10 @@ def test_point_an_mmdet_config_at_ones_own_data(tmp_path):
         train.point_at(cfg, tmp_path)
 
 
-def test_compare_command(tmp_path, capsys, monkeypatch):
-    """The whole command, on random tensors; a wrong formula makes its exit status 1."""
-    import training_tensors
-
-    monkeypatch.setattr(training_tensors, "training_tensors", dict)
-    file = tmp_path / "rows.json"
-    assert compare.main(["--loss", "GIoULoss", "--loss", "EIoULoss", "--json", str(file)]) == 0
-    rows = json.loads(file.read_text(encoding="utf-8"))
-    assert {row["loss"] for row in rows} == {"GIoULoss", "EfficientIoULoss"}
-    assert {row["verdict"] for row in rows} == {"PASS", "DIFFERS"}
-    right = GIoULoss.fn
-    monkeypatch.setattr(GIoULoss, "fn", staticmethod(lambda p, t, **hyper: right(p, t, **hyper) * 1.001))
-    assert compare.main(["--loss", "GIoULoss"]) == 1
-    assert "FAIL" in capsys.readouterr().out
-
-
-def test_compare_needs_both_hosts(capsys, monkeypatch):
-    stock = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "mmdet" else stock(name))
-    assert compare.main(["--loss", "GIoULoss"]) == 1
-    assert "mmdet is not installed: uv run --all-groups" in capsys.readouterr().err
-
-
 def test_a_documented_difference_that_is_none_fails():
     same = Upstream("mmdet.models.losses.GIoULoss", differs="it does not")
     worst = parity.compare(GIoULoss, same, [sample(GIoULoss)])
     assert parity.verdict(same, worst) == "FAIL"
-
-
-@pytest.mark.parametrize(("name", "row"), [("losses", "| `CIoULoss` | box |"), ("detectors", "| `RTDETRDecoder` |")])
-def test_an_outdated_table_is_noticed(name, row, tmp_path, monkeypatch, capsys):
-    readme, text = tmp_path / "README.md", table.README.read_text(encoding="utf-8")
-    before, rest = text.split(f"<!-- {name}: generated by tools/table.py -->")
-    _, after = rest.split(f"<!-- end of {name} -->")
-    readme.write_text(
-        f"{before}<!-- {name}: generated by tools/table.py -->\nold\n<!-- end of {name} -->{after}", encoding="utf-8"
-    )
-    monkeypatch.setattr(table, "README", readme)
-    assert table.main(["--check"]) == 1
-    assert table.main([]) == 0
-    assert table.main(["--check"]) == 0
-    assert row in readme.read_text(encoding="utf-8")
 
 
 def test_the_loop_of_the_benchmark_is_ap_loss():
@@ -465,17 +403,17 @@ def test_bench_command(tmp_path, capsys, tiny):
     few = ["--runs", "3", "--mode", "eager", "--dtype", "float32", "--device", "cpu"]
     chosen = ["--loss", "GIoULoss", "--loss", "FocalLoss", "--loss", "APLoss", "--loss", "NWDLoss"]
     assert bench.main([*chosen, *few, "--json", str(file), "--picture", str(picture), "--page", str(page)]) == 0
-    report = json.loads(file.read_text(encoding="utf-8"))
+    report = bench.read_report(file)
     rows = report["rows"]
     for row in rows:
         assert 0 < row["low"] <= row["ms"] <= row["high"]
         assert row["runs"] == 3
         assert row["memory"] > 0
         assert row["kernels"] > 0
-        assert row["bandwidth"] == row["copy_ms"] / row["ms"]
+        assert row["bandwidth"] == pytest.approx(row["copy_ms"] / row["ms"], rel=1e-6)  # kept to eight digits
     boxes = [row for row in rows if (row["loss"], row["case"]) == ("GIoULoss", "60")]
     assert [row["who"].split(".")[0] for row in boxes] == ["ours eager", "mmdet", "torchvision", "ultralytics"]
-    assert boxes[1]["faster"] == {"eager": boxes[1]["ms"] / boxes[0]["ms"]}
+    assert boxes[1]["faster"] == pytest.approx({"eager": boxes[1]["ms"] / boxes[0]["ms"]}, rel=1e-6)
     assert {row["bytes"] for row in boxes} == {3 * 60 * 4 * 4}
     assert [row["form"] for row in rows if row["who"].startswith("mmdet") and row["loss"] == "FocalLoss"] == ["index"]
     assert {row["who"] for row in rows if row["loss"] == "APLoss"} == {"ours eager", "FocalLoss", "plain loop"}
@@ -510,9 +448,7 @@ def test_who_does_not_run_is_in_the_table(tmp_path, monkeypatch, tiny):
     few = ["--loss", "GIoULoss", "--case", "40", "--runs", "2", "--mode", "eager", "--dtype", "bfloat16"]
     file = tmp_path / "rows.json"
     assert bench.main([*few, "--device", "cpu", "--json", str(file)]) == 0
-    errors = {
-        row["who"]: row["error"] for row in json.loads(file.read_text(encoding="utf-8"))["rows"] if "error" in row
-    }
+    errors = {row["who"]: row["error"] for row in bench.read_report(file)["rows"] if "error" in row}
     assert errors == {path: "RuntimeError: not for this dtype"}
     monkeypatch.setattr(GIoULoss, "forward", refuse)
     assert bench.main([*few, "--device", "cpu"]) == 1
@@ -554,6 +490,17 @@ def test_the_page_lists_where_ours_is_slower(tmp_path):
     assert lost.count("`CIoULoss`") == 1
     won = {**report, "rows": report["rows"][:3]}
     assert "## Where ours is slower\n\nNone." in speed_page.page(won)
+
+
+def test_the_kept_figures_have_a_page():
+    """Of every machine: what the README and the site say of speed is taken from these files."""
+    files = sorted((Path(__file__).parents[1] / "docs" / "speed").glob("*.json"))
+    assert files
+    for file in files:
+        report = bench.read_report(file)
+        assert {bar["verdict"] for bar in speed_page.check_bars(report["rows"])} & {"HOLDS", "MISSED"}
+        page = speed_page.page(report)
+        assert all(f"`{name}`" in page for name in {row["loss"] for row in report["rows"]})
 
 
 def test_step_command(tmp_path):

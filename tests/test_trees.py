@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import train
 import trees
 from PIL import Image
 
+from detloss_plugins.cli import train
 from detloss_plugins.cli._common import RunError, UsageError
 from detloss_plugins.testing.digits import cache_folder
 

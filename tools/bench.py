@@ -6,6 +6,9 @@ it: quartiles, the largest memory beyond what was there before, with gradients a
 the bandwidth, which is the time of a copy of as many bytes as must move at least (pred and target read, the gradient
 written) over the median (on a GPU over the time that its kernels ran). The ranking losses have a plain loop over the
 positives and the focal loss on the same logits beside them.
+
+  tools/bench.py --json docs/speed/MACHINE.json            measure all, and keep the figures with the others
+  tools/bench.py --from docs/speed/MACHINE.json --page --picture    their page and picture, build/speed.md and .png
 """
 
 import argparse
@@ -244,8 +247,9 @@ def parse(argv):
     add("--quick", action="store_true", help="without the largest sizes, half a second each")
     add("--from", dest="stored", type=Path, metavar="FILE", help="take the rows from FILE and measure nothing")
     add("--json", type=Path, metavar="FILE", help="write the rows and the machine to FILE")
-    add("--picture", type=Path, metavar="FILE", help="draw how many times faster ours are")
-    add("--page", type=Path, metavar="FILE", nargs="?", const=Path("docs/speed.md"), help="write the page (%(const)s)")
+    made = {"type": Path, "metavar": "FILE", "nargs": "?"}
+    add("--picture", **made, const=Path("build/speed.png"), help="draw how many times faster ours are (%(const)s)")
+    add("--page", **made, const=Path("build/speed.md"), help="write the page (%(const)s)")
     args = parser.parse_args(argv)
     try:
         args.names = [loss_class(name).__name__ for name in args.loss or registered_losses()]
@@ -257,8 +261,7 @@ def parse(argv):
         parser.error("there is no CUDA device here")
     if args.stored:
         try:
-            args.report = json.loads(args.stored.read_text(encoding="utf-8"))
-            args.report["rows"], args.report["machine"]
+            args.report = read_report(args.stored)
         except (OSError, ValueError, KeyError, TypeError) as error:
             parser.error(f"{args.stored} is no report of this command: {error}")
     check_picture(parser, args.picture)
@@ -270,6 +273,29 @@ def parse(argv):
         sizes = dict.fromkeys(case.name for name in args.names for case in cases(loss_class(name)))
         parser.error(f"no size has {' or '.join(args.case)} in its name; there are {', '.join(sizes)}")
     return args
+
+
+def rounded(value):
+    """A figure to eight digits, also in a dict: with fewer, a bar that is missed by a hair would seem to hold."""
+    if isinstance(value, dict):
+        return {key: rounded(figure) for key, figure in value.items()}
+    return float(f"{value:.8g}") if isinstance(value, float) else value
+
+
+def as_json(report):
+    """A report as it is kept: the names of the columns once, a row a line, figures to eight digits."""
+    columns = [*dict.fromkeys(key for row in report["rows"] for key in row)]
+    lines = ",\n".join(json.dumps([rounded(row.get(key)) for key in columns]) for row in report["rows"])
+    head = f'"machine": {json.dumps(report["machine"])},\n"columns": {json.dumps(columns)}'
+    return f'{{{head},\n"rows": [\n{lines}\n]}}\n'
+
+
+def read_report(path):
+    """A report that was kept."""
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    named = [dict(zip(kept["columns"], row, strict=True)) for row in kept["rows"]]
+    rows = [{key: value for key, value in row.items() if value is not None} for row in named]
+    return {"machine": kept["machine"], "rows": rows}
 
 
 def measured(args):
@@ -284,7 +310,7 @@ def main(argv=None):
     report = args.report if args.stored else measured(args)
     print_table(report["rows"])
     if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        args.json.write_text(as_json(report), encoding="utf-8")
     if args.picture:
         write_picture(report, args.picture)
     if args.page:

@@ -1,6 +1,6 @@
 """What the tools with argparse share: files and devices are looked at before anything is measured."""
 
-from detloss_plugins.cli._common import UsageError
+from detloss_plugins.cli._common import UsageError, check_file
 
 
 def finish(work, *args):
@@ -14,13 +14,11 @@ def finish(work, *args):
 
 def check_files(parser, *paths):
     """Make the folders of the files that a command is to write, None for no file, or stop with a sentence."""
-    for path in filter(None, paths):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8"):
-                pass
-        except OSError as error:
-            parser.error(f"cannot write {path}: {error.strerror}")
+    try:
+        for path in paths:
+            check_file(path)
+    except UsageError as error:
+        parser.error(str(error))
 
 
 def check_picture(parser, path):

@@ -9,7 +9,8 @@ from typing import NamedTuple
 from cases import LOGITS, ROWS, YOLO
 
 METHOD = """\
-Written by `uv run tools/bench.py --json FILE --picture docs/speed.png --page docs/speed.md`; do not edit by hand.
+Written by `uv run tools/bench.py --page` from what was measured, or from figures that are kept, a file a machine, with
+`--from docs/speed/MACHINE.json`.
 
 A figure is the median time of forward and backward over many rounds after a warm-up. In each round everybody has one
 turn, in any order, on the same input (seed 0). Modules are built, and targets converted to the form that

@@ -1,58 +1,58 @@
-"""Write the tables of the README, of losses from the registry and of detectors from the configs, and that of
-docs/combinations.md from the YAML file beside it, or check them (--check)."""
+"""Write what is generated of README and docs, or check it (--check): tables of the losses from the registry, of the
+detectors from the configs and of combinations from a YAML file, and where upstream packages differ."""
 
 import argparse
 import functools
-import inspect
 import sys
 import warnings
 from pathlib import Path
 
+import differences
 import yaml
 from mmengine.config import Config
 from ultralytics.nn.tasks import yaml_model_load
 from ultralytics.utils import ROOT as ULTRALYTICS
 
-from detloss_plugins import MODELS
 from detloss_plugins.adapters.ultralytics import SLOTS, default_gain, model_task
-from detloss_plugins.registry import registered_losses
+from detloss_plugins.cli import _facts
 
-README = Path(__file__).parents[1] / "README.md"
-COMBINATIONS = Path(__file__).parents[1] / "docs" / "combinations.md"
-CONFIGS = Path(__file__).parents[1] / "configs" / "mmdetection"
-SHARED = {"compile", "reduction", "loss_weight"}
-OF_CLASSES = {"class_weight", "class_counts", "effective_beta", "label_smoothing"}  # that every class loss has
-
-
-def hyper_parameters(cls):
-    """The settings of a loss with their defaults, without those that every loss has."""
-    parameters = inspect.signature(cls).parameters.values()
-    hidden = {*SHARED, *OF_CLASSES - set(cls.hyper)}
-    words = ", ".join(f"{p.name}={p.default!r}" for p in parameters if p.name not in hidden)
-    return words.replace("|", r"\|")  # a bare one ends the table's cell, in code too
-
-
-def fits_a_slot(cls):
-    """Whether a loss goes into a slot of the Ultralytics adapter; class scores there are independent sigmoids."""
-    families = {family for slots in SLOTS.values() for takes in slots.values() for family in takes}
-    try:
-        sigmoid = cls.facts.family != "classification" or cls.make(use_sigmoid=True).use_sigmoid
-        return sigmoid and cls.facts.family in families
-    except (TypeError, ValueError):
-        return False
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+COMBINATIONS = DOCS / "combinations.md"
+CONFIGS = ROOT / "configs" / "mmdetection"
+PAGES = {  # and what is generated in them
+    ROOT / "README.md": ("names",),
+    ROOT / "README.zh-CN.md": ("names-zh",),
+    DOCS / "losses.md": ("losses",),
+    DOCS / "detectors.md": ("detectors",),
+    COMBINATIONS: ("combinations",),
+    DOCS / "differences.md": ("differences", "agreement"),
+}
+CHINESE = {
+    "box": "边界框",
+    "classification": "分类",
+    "distribution": "分布",
+    "heatmap": "热图",
+    "multibox": "多框（SSD）",
+    "ranking": "排序",
+    "region": "区域（掩码）",
+    "regression": "回归",
+    "rotated": "旋转框",
+    "soft label": "软标签（蒸馏）",
+    "uncertainty": "不确定性",
+}
 
 
 def loss_rows():
     """One row a loss, family by family."""
-    for name, cls in sorted(registered_losses().items(), key=lambda item: item[1].facts.family):
-        facts = cls.facts
-        aliases = [alias for alias, found in MODELS.module_dict.items() if found is cls and alias != name]
-        title = "<br>".join(f"`{n}`" for n in (name, *aliases))
-        source = inspect.getdoc(cls).splitlines()[0].rstrip(".")
-        source = f"[{source}]({facts.paper})" if facts.paper else source
-        upstream = dict.fromkeys(u.path.split(".")[0] for u in facts.upstream if not u.differs)
-        gain = f"{default_gain(cls):g}" if fits_a_slot(cls) else ""
-        yield title, facts.family, f"`{hyper_parameters(cls)}`".replace("``", ""), source, ", ".join(upstream), gain
+    for family, losses in _facts.losses_by_family().items():
+        for name, cls in losses.items():
+            names = "<br>".join(f"`{n}`" for n in (name, *_facts.aliases(cls)))
+            settings = _facts.in_one_line(cls).replace("|", r"\|")  # a bare one ends the table's cell, in code too
+            source, paper = _facts.title(cls), cls.facts.paper
+            source = f"[{source}]({paper})" if paper else source
+            gain = f"{default_gain(cls):g}" if _facts.yolo_slots(cls) else ""
+            yield names, family, f"`{settings}`".replace("``", ""), source, ", ".join(_facts.equals(cls)), gain
 
 
 def in_words(names):
@@ -124,8 +124,18 @@ def combination_rows():
     return ((f"`{row['name']}`", row["slot"], f"`{as_dict(row['loss'])}`") for row in combinations())
 
 
+def family_rows(words):
+    """One row a family: its name in ``words``, and the names of its losses."""
+    for family, losses in _facts.losses_by_family().items():
+        names = (n for name, cls in losses.items() for n in (name, *_facts.aliases(cls)))
+        yield words.get(family, family), in_words(names)
+
+
 # Name -> header and rows.
 TABLES = {
+    "names": (("family", "losses"), lambda: family_rows({})),
+    "names-zh": (("类别", "损失"), lambda: family_rows(CHINESE)),
+    "agreement": (("here", "the same as", "with, here", "with, there"), differences.agreement_rows),
     "losses": (
         ("type", "family", "hyper-parameters", "what it is", "equal to", "weight in YOLO's slot"),
         loss_rows,
@@ -134,9 +144,13 @@ TABLES = {
     "combinations": (("elsewhere", "slot", "here"), combination_rows),
 }
 
+TEXTS = {"differences": differences.sections}
+
 
 def table(name):
-    """A table in Markdown."""
+    """A table, or what else is generated, in Markdown."""
+    if name in TEXTS:
+        return TEXTS[name]()
     header, rows = TABLES[name]
     lines = [header, ["---"] * len(header), *rows()]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -159,7 +173,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore", message="pkg_resources")  # mmengine's, once a config
     outdated = []
-    for path, names in {README: ("losses", "detectors"), COMBINATIONS: ("combinations",)}.items():
+    for path, names in PAGES.items():
         page = path.read_text(encoding="utf-8")
         if (new := updated(page, names)) != page:
             outdated.append(path.name)

@@ -6,12 +6,30 @@ is imported by the functions that use it, so that ``detloss --help`` is quick an
 
 import importlib
 import pkgutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import click
 
-from .. import __version__
+from detloss_plugins import __version__
+from detloss_plugins.cli._common import INSTALL, RunError, UsageError
 
 __all__ = ["main"]
+
+
+@contextmanager
+def _one_sentence() -> Iterator[None]:
+    """Turn what click refuses, and a package that is not installed, into a sentence: for all subcommands, here."""
+    try:
+        yield
+    except click.UsageError as error:
+        hint = f" Try: {error.ctx.command_path} --help" if error.ctx else ""
+        raise UsageError(" ".join(error.format_message().split()) + hint) from error
+    except ModuleNotFoundError as error:
+        if error.name not in INSTALL:  # a fault of ours, or of the user's own file
+            raise
+        raise RunError(INSTALL[error.name]) from error
 
 
 class Subcommands(click.Group):
@@ -25,8 +43,36 @@ class Subcommands(click.Group):
             return None
         return importlib.import_module(f"{__name__}.{cmd_name}").command
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        with _one_sentence():
+            return super().parse_args(ctx, args)
 
-@click.command(cls=Subcommands, context_settings={"help_option_names": ["-h", "--help"]})
+    def invoke(self, ctx: click.Context) -> Any:
+        with _one_sentence():
+            return super().invoke(ctx)
+
+
+COMPLETION = """A shell completes subcommands, options and the names of losses and configs after
+eval "$(_DETLOSS_COMPLETE=bash_source detloss)" in ~/.bashrc, zsh_source in ~/.zshrc, or
+_DETLOSS_COMPLETE=fish_source detloss | source in fish."""
+
+
+@click.command(
+    cls=Subcommands,
+    epilog=COMPLETION,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    invoke_without_command=True,
+    no_args_is_help=False,
+)
 @click.version_option(__version__, prog_name="detloss")
-def main() -> None:
-    """Detection losses for MMDetection and Ultralytics: look, check, train, compare."""
+@click.pass_context
+def main(ctx: click.Context) -> None:
+    """Detection losses for MMDetection and Ultralytics: look, check, train, compare.
+
+    \b
+      detloss train                    the default losses on the embedded digits set
+      detloss show CIoULoss            formula, settings, and what others compute
+      detloss COMMAND --help           each with examples
+    """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())

@@ -1,18 +1,30 @@
 """What the subcommands share: errors in one sentence, folders, and what to install."""
 
+import importlib
+import importlib.util
 import os
+import sys
 from pathlib import Path
 
 import click
 
-# What to do if a module is missing.
+from detloss_plugins import configs
+from detloss_plugins.loss import Loss
+from detloss_plugins.registry import loss_class, registered_losses
+
+# What to do if a module is missing, said wherever an import of it fails in a subcommand.
 INSTALL = {
     "cv2": "OpenCV is not installed: pip install opencv-python-headless.",
+    "matplotlib": "matplotlib, which draws, is not installed: pip install 'detloss_plugins[tools]'.",
     "mmcv": "mmcv is not installed: see the README, or give --lite with mmcv-lite.",
     "mmcv._ext": "mmcv has no compiled operators here: install mmcv with them, or give --lite.",
     "mmdet": "MMDetection is not installed: pip install 'detloss_plugins[mmdet]', see the README for mmcv.",
     "pkg_resources": "mmengine needs the package pkg_resources of older setuptools: pip install 'setuptools<81'.",
-    "sklearn": "scikit-learn, which the digits come from, is not installed: pip install scikit-learn.",
+    "PIL": "Pillow is not installed: pip install 'detloss_plugins[tools]'.",
+    "rich": "rich, which prints the tables, is not installed: pip install 'detloss_plugins[tools]'.",
+    "scipy": "SciPy, which the digits need, is not installed: pip install 'detloss_plugins[tools]'.",
+    "sklearn": "scikit-learn, which the digits come from, is not installed: pip install 'detloss_plugins[tools]'.",
+    "torchvision": "torchvision is not installed: see pytorch.org for the one that goes with your torch.",
     "ultralytics": "Ultralytics is not installed: pip install 'detloss_plugins[ultralytics]'.",
 }
 
@@ -37,12 +49,73 @@ class RunError(UsageError):
     exit_code = 1
 
 
+def require(*modules: str) -> None:
+    """Raise :class:`RunError` with what to install if one of these modules is missing, before anything is done."""
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise RunError(INSTALL[module])
+
+
 def check_folder(path: str | Path) -> None:
     """Raise :class:`UsageError` if a folder is not there and cannot be made; makes nothing."""
     path = Path(path).absolute()
     there = next(folder for folder in (path, *path.parents) if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise UsageError(f"cannot write {path}: {there} is no folder that you may write in")
+
+
+def check_file(path: Path | None) -> None:
+    """Make the folder of a file that a command is to write, None for no file, or raise :class:`UsageError`."""
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8"):
+            pass
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}") from error
+
+
+def complete_loss(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """Names of losses, for a shell that completes words."""
+    return [name for name in registered_losses() if name.startswith(incomplete)]
+
+
+def complete_config(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:
+    """Names of this package's configs, for a shell that completes words."""
+    return [name for name in configs.names() if name.startswith(incomplete)]
+
+
+def loss_class_of(word: str) -> type[Loss]:
+    """The loss class that a word means: a registered name, a dotted path, or ``MODULE:CLASS``.
+
+    The module is a dotted name, also of a file in the working directory, or the path of a ``.py`` file.
+
+    Raises:
+        UsageError: if there is no such loss.
+    """
+    module, colon, name = word.rpartition(":")
+    try:
+        return loss_class(getattr(_module(module), name) if colon else name)
+    except AttributeError as error:
+        raise UsageError(first_line(error)) from error
+    except ValueError as error:
+        raise UsageError(error) from error
+
+
+def _module(name):
+    if os.getcwd() not in sys.path:  # the command's own folder is there in its place
+        sys.path.insert(0, os.getcwd())
+    try:
+        if not name.endswith(".py"):
+            return importlib.import_module(name)
+        spec = importlib.util.spec_from_file_location(Path(name).stem, name)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # where dataclasses and pickles look for what it defines
+        spec.loader.exec_module(module)
+        return module
+    except Exception as error:  # of the user's own file, which is run
+        raise UsageError(f"cannot import {name}: {type(error).__name__}: {first_line(error)}") from error
 
 
 def first_line(error: object) -> str:

@@ -10,8 +10,16 @@ from pathlib import Path
 import click
 import yaml
 
-from ..configs import find
-from ._common import INSTALL, RunError, UsageError, check_folder, first_line
+from detloss_plugins.cli._common import (
+    INSTALL,
+    RunError,
+    UsageError,
+    check_folder,
+    complete_config,
+    first_line,
+    require,
+)
+from detloss_plugins.configs import find
 
 DEFAULT_CONFIG = "vfl_eiou_dfl"
 # Small images, few of them, glyphs that must not be mirrored: enough for a detector that works after 12 epochs.
@@ -49,7 +57,7 @@ def yaml_of(text, where):
 
 def yolo_losses(losses, overrides):
     """A dict of losses, or that of a YAML file, with ``slot.key`` overrides taken out of ``overrides``."""
-    from ..adapters.ultralytics import SLOTS
+    from detloss_plugins.adapters.ultralytics import SLOTS
 
     if not isinstance(losses, dict):
         path, losses = losses, yaml_of(losses.read_text(encoding="utf-8"), losses) or {}
@@ -83,8 +91,8 @@ def yolo_checkpoint(args, overrides):
 
 def losses_to_resume_with(args, overrides, last, task):
     """The losses of a run that resumes: those of its record, unless other ones are asked for."""
-    from ..adapters.ultralytics import load_losses, trained_losses
-    from ..adapters.ultralytics.config import unlike, weights_of, with_weights
+    from detloss_plugins.adapters.ultralytics import load_losses, trained_losses
+    from detloss_plugins.adapters.ultralytics.config import unlike, weights_of, with_weights
 
     before = load_losses((trained_losses(last) or {"losses": {}})["losses"], task)
     losses = load_losses(yolo_losses(args.config if args.config_given else before, overrides), task, auto=True)
@@ -128,7 +136,7 @@ def check_yolo(settings):
 
 def yolo_data(data, task):
     """Path of the data YAML and the training arguments that go with it."""
-    from ..testing.digits import build_digits, cache_folder
+    from detloss_plugins.testing.digits import build_digits, cache_folder
 
     if data is None:
         return build_digits("detect" if task == "rtdetr" else task) / "digits.yaml", DIGITS_ARGS
@@ -145,10 +153,10 @@ def train_yolo(args):
     """Train with Ultralytics and print what came out."""
     from ultralytics import RTDETR, YOLO
 
-    from ..adapters.ultralytics import check_head, describe, make_trainer, model_task
-    from ..adapters.ultralytics.compat import TooOldError
-    from ..adapters.ultralytics.ignore import UnknownClassError
-    from ..adapters.ultralytics.trainer import NoWeightError
+    from detloss_plugins.adapters.ultralytics import check_head, describe, make_trainer, model_task
+    from detloss_plugins.adapters.ultralytics.compat import TooOldError
+    from detloss_plugins.adapters.ultralytics.ignore import UnknownClassError
+    from detloss_plugins.adapters.ultralytics.trainer import NoWeightError
 
     overrides = {key: yaml_of(value, f"{key}={value}") for key, value in args.overrides.items()}
     last = yolo_checkpoint(args, overrides)
@@ -312,20 +320,21 @@ def refuse(problems):
 
 def train_mmdet(args):
     """Train with mmengine's Runner and print what came out."""
+    require("mmdet")
     import mmengine
     import torch
     from mmengine.runner import Runner
 
-    from .. import build_loss
-    from ..testing.digits import build_digits, build_dota, digits_dir
+    from detloss_plugins import build_loss
+    from detloss_plugins.testing.digits import build_digits, build_dota, digits_dir
 
     if args.lite:
         os.environ["DETLOSS_LITE"] = "1"
     try:
-        from ..adapters.mmdetection.check import check_config, our_losses, unknown_keys
-        from ..adapters.mmdetection.counts import ClassCountsHook
-        from ..adapters.mmdetection.lite import MissingOperatorError
-        from ..adapters.mmdetection.stock import StockConfigHook
+        from detloss_plugins.adapters.mmdetection.check import check_config, our_losses, unknown_keys
+        from detloss_plugins.adapters.mmdetection.counts import ClassCountsHook
+        from detloss_plugins.adapters.mmdetection.lite import MissingOperatorError
+        from detloss_plugins.adapters.mmdetection.stock import StockConfigHook
     except AssertionError as error:  # how mmdet refuses a version of mmcv or mmengine
         raise RunError(error) from error
 
@@ -425,16 +434,11 @@ def check(args):
 
 def train(args):
     """Train with the framework that the config is for."""
-    try:
-        (train_mmdet if args.config.suffix == ".py" else train_yolo)(args)
-    except ModuleNotFoundError as error:
-        if error.name not in INSTALL:
-            raise
-        raise RunError(INSTALL[error.name]) from error
+    (train_mmdet if args.config.suffix == ".py" else train_yolo)(args)
 
 
 @click.command()
-@click.argument("words", nargs=-1, metavar="[CONFIG] [KEY=VALUE ...]")
+@click.argument("words", nargs=-1, metavar="[CONFIG] [KEY=VALUE ...]", shell_complete=complete_config)
 @click.option("--data", type=Path, metavar="PATH", help="Your data: a data.yaml; for mmengine a folder in COCO layout.")
 @click.option("--work-dir", type=Path, metavar="DIR", help="Where checkpoints and logs go.")
 @click.option("--new-losses", is_flag=True, help="Resume with other losses than the run was started with.")

@@ -1,12 +1,38 @@
 """Every loss as a class and as a per-element function, one module a family. This is the only list of modules."""
 
-from detloss_plugins.losses.balancing import *  # noqa: F403
-from detloss_plugins.losses.box import *  # noqa: F403
-from detloss_plugins.losses.classification import *  # noqa: F403
-from detloss_plugins.losses.composite import *  # noqa: F403
-from detloss_plugins.losses.distribution import *  # noqa: F403
-from detloss_plugins.losses.multibox import *  # noqa: F403
-from detloss_plugins.losses.ranking import *  # noqa: F403
-from detloss_plugins.losses.region import *  # noqa: F403
-from detloss_plugins.losses.regression import *  # noqa: F403
-from detloss_plugins.losses.rotated import *  # noqa: F403
+# ruff: noqa: F403
+from detloss_plugins.losses import (
+    balancing,
+    box,
+    classification,
+    composite,
+    distribution,
+    multibox,
+    ranking,
+    region,
+    regression,
+    rotated,
+)
+from detloss_plugins.losses.balancing import *
+from detloss_plugins.losses.box import *
+from detloss_plugins.losses.classification import *
+from detloss_plugins.losses.composite import *
+from detloss_plugins.losses.distribution import *
+from detloss_plugins.losses.multibox import *
+from detloss_plugins.losses.ranking import *
+from detloss_plugins.losses.region import *
+from detloss_plugins.losses.regression import *
+from detloss_plugins.losses.rotated import *
+
+# In this form type checkers read the names of the modules.
+__all__: list[str] = []
+__all__ += balancing.__all__
+__all__ += box.__all__
+__all__ += classification.__all__
+__all__ += composite.__all__
+__all__ += distribution.__all__
+__all__ += multibox.__all__
+__all__ += ranking.__all__
+__all__ += region.__all__
+__all__ += regression.__all__
+__all__ += rotated.__all__

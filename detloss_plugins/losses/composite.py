@@ -4,6 +4,7 @@ import warnings
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from detloss_plugins.families import ClassificationLoss
 from detloss_plugins.loss import Loss, check_use_sigmoid
 from detloss_plugins.losses.classification import confidence_weight
 from detloss_plugins.losses.classification.common import over_base
-from detloss_plugins.precision import float32, without_autocast
+from detloss_plugins.precision import float32, outside_graph, without_autocast
 from detloss_plugins.reduction import apply_weight, check_reduction, times
 from detloss_plugins.registry import MODELS, build_loss, build_part, runner_progress
 
@@ -77,13 +78,13 @@ class JointLoss(Loss, fn=joint_loss):
         example={"losses": [{"type": "BinaryCrossEntropyLoss"}, {"type": "FocalLoss", "loss_weight": 2.0}]},
     )
 
-    def __init__(self, *, losses: Parts = (), use_sigmoid: bool | None = None, **settings):
+    def __init__(self, *, losses: Parts = (), use_sigmoid: bool | None = None, **settings):  # type: ignore[assignment]
         super().__init__(**settings)
-        self.losses = torch.nn.ModuleList(build_part(cfg) for cfg in losses)
+        self.losses: Any = torch.nn.ModuleList(build_part(cfg) for cfg in losses)
         families = {loss.family for loss in self.losses}
         if len(families) != 1:
             raise ValueError("losses of JointLoss must be one or more config dicts of losses of one family.")
-        self.facts = facts_of_sum(self.losses)
+        self.facts = facts_of_sum([*self.losses])
         self.use_sigmoid = all(getattr(loss, "use_sigmoid", True) for loss in self.losses)
         check_use_sigmoid(self, use_sigmoid)
 
@@ -102,7 +103,7 @@ class JointLoss(Loss, fn=joint_loss):
             total = self.summed(pred, target, weight, seen)
         return times(total, factor)
 
-    def add_scales(self, seen, pred, avg_factor, reduction):
+    def add_scales(self, seen: dict[str, Any], pred: Tensor, avg_factor: Tensor | float | None, reduction: str) -> None:
         """Put beside what each part has seen what its sum is multiplied by."""
         one = float32(pred.new_ones(()))
         for loss, of_loss in zip(self.losses, seen.values(), strict=True):
@@ -180,15 +181,15 @@ class ScheduledLoss(Loss, fn=scheduled_loss):
     def __init__(
         self,
         *,
-        losses: Parts = (),
-        at: Increasing = (),
+        losses: Parts = (),  # type: ignore[assignment]
+        at: Increasing = (),  # type: ignore[assignment]
         by_epoch: bool = True,
         fade: NonNegative = 0.0,
         use_sigmoid: bool | None = None,
         **settings,
     ):
         super().__init__(**settings)
-        self.losses = torch.nn.ModuleList(build_loss(cfg) for cfg in losses)
+        self.losses: Any = torch.nn.ModuleList(build_loss(cfg) for cfg in losses)
         self.at, self.by_epoch, self.fade = list(at), by_epoch, fade
         self.check_parts()
         for loss in self.losses:
@@ -199,7 +200,7 @@ class ScheduledLoss(Loss, fn=scheduled_loss):
         self.register_buffer("progress", torch.tensor(-1.0))  # before the first iteration
         self.move(-1)
 
-    def check_parts(self):
+    def check_parts(self) -> None:
         """Raise ``ValueError`` if the settings do not fit one another."""
         if not self.losses or len(self.at) != len(self.losses) - 1:
             raise ValueError(
@@ -242,7 +243,7 @@ class ScheduledLoss(Loss, fn=scheduled_loss):
         self.warned = True
         warnings.warn(sentence, stacklevel=2)
 
-    @torch.compiler.disable  # it changes from call to call
+    @outside_graph  # it changes from call to call
     def advance(self) -> None:
         """Ask mmengine's Runner if one is training, else count a call."""
         if (found := runner_progress("epoch" if self.by_epoch else "iter")) is not None:
@@ -355,13 +356,13 @@ class ConfidenceWeightedLoss(
     sigmoid_only = False
 
     def __init__(self, *, base: Mapping | None = None, use_sigmoid: bool | None = None, **settings):
-        base = build_part({"type": "BinaryCrossEntropyLoss"} if base is None else base)
-        if base.family != "classification":
-            raise ValueError(f"base of ConfidenceWeightedLoss must be a classification loss, not {base}.")
-        super().__init__(use_sigmoid=base.use_sigmoid, **settings)
+        part = build_part({"type": "BinaryCrossEntropyLoss"} if base is None else base)
+        if part.family != "classification":
+            raise ValueError(f"base of ConfidenceWeightedLoss must be a classification loss, not {part}.")
+        super().__init__(use_sigmoid=part.use_sigmoid, **settings)
         check_use_sigmoid(self, use_sigmoid)
-        self.base = base
-        self.facts = over_base(self.facts, base)
+        self.base = part
+        self.facts = over_base(self.facts, part)
 
     def look(self, pred, target):
         self.base.look(pred, target)

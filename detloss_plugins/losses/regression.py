@@ -4,6 +4,7 @@ Every function takes two tensors of one shape, in any one unit, and returns loss
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -201,7 +202,7 @@ class BalancedL1Loss(
         ValueError: if ``gamma / alpha`` is above 80, as float32 has no room for ``e`` to that power.
     """
 
-    def __init__(self, **settings):
+    def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         if self.gamma > 80 * self.alpha:
             raise ValueError(f"gamma of BalancedL1Loss must be at most 80 alpha, {80 * self.alpha}, not {self.gamma}.")

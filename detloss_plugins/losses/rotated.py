@@ -330,7 +330,7 @@ def rotated_mgiou_loss(pred: Tensor, target: Tensor, *, eps: ShareOfSide = 1e-4)
         shadows.append((box.long, other.long * cos + other.short * sin, box.along))
         shadows.append((box.short, other.long * sin + other.short * cos, box.across))
     apart = [(torch.maximum(gap.abs(), (own - its).abs() / 2), (own + its) / 2) for own, its, gap in shadows]
-    return sum(m / (halves + m) for m, halves in apart) / 4
+    return sum(m / (halves + m) for m, halves in apart) / 4  # type: ignore[return-value]
 
 
 @MODELS.register_module()

@@ -227,9 +227,9 @@ def test_a_detector_has_the_same_losses():
 
 
 def command(tmp_path, *arguments):
-    """tools/train.py where mmcv is not compiled: its exit status and what it wrote to standard error."""
+    """``detloss train`` where mmcv is not compiled: its exit status and what it wrote to standard error."""
     words = [str(word) for word in (*arguments, "--work-dir", tmp_path)]
-    code = f"{NOT_COMPILED}\nsys.path.insert(0, {str(ROOT / 'tools')!r})\nimport train\nsys.exit(train.main({words}))"
+    code = f"{NOT_COMPILED}\nfrom detloss_plugins.cli import main\nmain({['train', *words]})"
     environment = {key: value for key, value in os.environ.items() if key != "DETLOSS_LITE"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
     return done.returncode, done.stderr

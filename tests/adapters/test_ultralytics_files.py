@@ -14,8 +14,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-import train
 import yaml
+from support.commands import last_line
 from support.ultralytics import SETTINGS, Interrupted, branches, detector, interrupt, since, task_of
 from ultralytics import YOLO
 from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER
@@ -23,6 +23,7 @@ from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER
 from detloss_plugins.adapters.ultralytics import PluginDetectionLoss, install, load_losses, make_trainer, trained_losses
 from detloss_plugins.adapters.ultralytics.config import unlike
 from detloss_plugins.adapters.ultralytics.trainer import whole_files
+from detloss_plugins.cli import train
 
 WIOU = {"type": "WIoULoss"}  # has state, which is 1 at first
 LEARNT = torch.tensor(0.25)
@@ -321,17 +322,6 @@ def test_a_setting_is_not_learnt():
         make_trainer({"cls": {"type": "FocalLoss", "alpha": torch.tensor(0.25, requires_grad=True)}})
 
 
-def commanded(capsys, *arguments, status=0):
-    """The last line that tools/train.py prints."""
-    try:
-        code = train.main([*map(str, arguments)])
-    except SystemExit as stop:
-        code = stop.code
-    printed = capsys.readouterr()
-    assert code == status, printed.err
-    return (printed.err if status else printed.out).strip().splitlines()[-1]
-
-
 def test_the_command_refuses_what_a_resume_would_ignore(stopped, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     resume = f"resume={stopped}"
@@ -347,25 +337,25 @@ def test_the_command_refuses_what_a_resume_would_ignore(stopped, tmp_path, capsy
         ([train.DEFAULT_CONFIG], "dfl: the stock loss): to resume it with yours, give --new-losses"),
         (["--work-dir", tmp_path / "other"], "leave --work-dir out"),
     ):
-        assert words in commanded(capsys, resume, *arguments, status=2), arguments
-    assert "resume=true needs --work-dir" in commanded(capsys, "resume=true", status=2)
-    assert "no checkpoint no-such.pt" in commanded(capsys, "resume=no-such.pt", status=2)
+        assert words in last_line(capsys, "train", resume, *arguments, status=2), arguments
+    assert "resume=true needs --work-dir" in last_line(capsys, "train", "resume=true", status=2)
+    assert "no checkpoint no-such.pt" in last_line(capsys, "train", "resume=no-such.pt", status=2)
     (tmp_path / "half.pt").write_bytes(stopped.read_bytes()[:10000])
-    assert commanded(capsys, "resume=half.pt", status=2)
-    assert "run of Ultralytics that resumes" in commanded(capsys, "--new-losses", status=2)
+    assert last_line(capsys, "train", "resume=half.pt", status=2)
+    assert "run of Ultralytics that resumes" in last_line(capsys, "train", "--new-losses", status=2)
     assert not (tmp_path / "runs").exists(), "nothing was trained"
 
 
 def test_the_command_resumes_with_the_losses_of_the_run(own_run, capsys):
     run = own_run.parents[1]
-    assert commanded(capsys, "resume=true", "--work-dir", run, "batch=4").startswith("  dfl: stock loss")
+    assert last_line(capsys, "train", "resume=true", "--work-dir", run, "batch=4").startswith("  dfl: stock loss")
     assert len((run / "results.csv").read_text(encoding="utf-8").splitlines()) == 3
     assert trained_losses(own_run)["losses"] == load_losses(STATEFUL)
-    assert "has ended: start a new one" in commanded(capsys, f"resume={own_run}", status=2)
+    assert "has ended: start a new one" in last_line(capsys, "train", f"resume={own_run}", status=2)
 
 
 def test_the_command_resumes_with_other_losses_where_it_is_told_to(own_run, capsys):
-    commanded(capsys, f"resume={own_run}", "--new-losses", "box.type=GIoULoss")
+    last_line(capsys, "train", f"resume={own_run}", "--new-losses", "box.type=GIoULoss")
     assert trained_losses(own_run)["losses"] == load_losses({**STATEFUL, "box": {"type": "GIoULoss"}})
 
 
@@ -380,7 +370,7 @@ def test_the_command_starts_anew_without_resume(monkeypatch):
     monkeypatch.setattr(train, "yolo_data", lambda *_: ("own.yaml", {}))
     monkeypatch.setattr(train, "check_yolo", lambda _: None)
     with pytest.raises(Interrupted):
-        train.train_yolo(train.parse(["resume=false", "epochs=1"]))
+        train.train_yolo(train.Arguments(*train.parsed_words(["resume=false", "epochs=1"])))
     assert (given["data"], given["epochs"]) == ("own.yaml", 1)
     assert "resume" not in given
 

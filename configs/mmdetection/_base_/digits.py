@@ -1,4 +1,4 @@
-"""Data, schedule and a small body for the digits set, which `python tools/digits.py` builds; only the head is missing.
+"""Data, schedule and a small body for the digits set, which `detloss train` builds; only the head is missing.
 
 It trains from scratch on two CPU cores in minutes. A config adds a head with its losses.
 """
@@ -8,7 +8,7 @@ _base_ = ["mmdet::_base_/models/retinanet_r50_fpn.py", "mmdet::_base_/default_ru
 # After _base_: mmengine reads a config that imports before it as one of its new style, if Python has os frozen in.
 import os  # noqa: E402
 
-# The folder that tools/digits.py writes.
+# The folder that detloss_plugins.testing.digits writes.
 data_root = os.path.join(
     os.environ.get("DETLOSS_PLUGINS_CACHE") or os.path.expanduser("~/.cache/detloss_plugins"), "digits-v1"
 )

@@ -1,4 +1,4 @@
-"""Data, schedule and a small body for turned digits, which `tools/train.py` builds; a config adds a head and losses.
+"""Data, schedule and a small body for turned digits, which `detloss train` builds; a config adds a head and losses.
 
 Angles are those of le90: the long side's, from -90 degrees to 90, turning the x axis towards the y axis, which is the
 convention of the rotated losses too.
@@ -9,7 +9,7 @@ _base_ = ["mmrotate::_base_/default_runtime.py"]
 # After _base_: mmengine reads a config that imports before it as one of its new style, if Python has os frozen in.
 import os  # noqa: E402
 
-# The folder that tools/digits.py writes.
+# The folder that detloss_plugins.testing.digits writes.
 data_root = os.path.join(
     os.environ.get("DETLOSS_PLUGINS_CACHE") or os.path.expanduser("~/.cache/detloss_plugins"), "oriented-digits-v1"
 )

@@ -1,6 +1,7 @@
 """Curves of the losses of a training with mmengine's Runner, for its log and every visualizer that is on."""
 
 import inspect
+from collections.abc import Callable
 
 import torch
 from mmengine.hooks import Hook
@@ -29,7 +30,7 @@ class LossCurvesHook(Hook):
 
     priority = "NORMAL"  # before LoggerHook
 
-    def __init__(self, interval=50):
+    def __init__(self, interval: int = 50) -> None:
         self.interval = interval
         self.hooks, self.seen = [], {}
 
@@ -41,7 +42,7 @@ class LossCurvesHook(Hook):
         for name, loss in losses_of(runner.model):
             self.hooks.append(loss.register_forward_hook(self.noting(name), with_kwargs=True))
 
-    def noting(self, name):
+    def noting(self, name: str) -> Callable:
         """What is run after each call of the loss of that name."""
         seen = self.seen.setdefault(name, {})
 

@@ -1,7 +1,7 @@
 """MMDetection where nothing was compiled: mmcv-lite with torchvision's operators in place of mmcv's.
 
 mmdet imports ``mmcv.ops``, and that the compiled module ``mmcv._ext``, which mmcv-lite lacks. With ``DETLOSS_LITE=1``
-in the environment (``tools/train.py --lite`` sets it) a stand-in takes its place, if this package is imported before
+in the environment (``detloss train --lite`` sets it) a stand-in takes its place, if this package is imported before
 mmdet. It has NMS, soft-NMS, RoI align by averages, deformable convolutions and the sigmoid focal loss; any other
 operator says so when it is called.
 

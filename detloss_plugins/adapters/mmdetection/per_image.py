@@ -10,6 +10,7 @@ import math
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,7 +60,7 @@ class PerImageLossHook(Hook):
         if not self.interval:
             self.write(runner)
 
-    def write(self, runner, suffix: str = "") -> None:
+    def write(self, runner: Any, suffix: str = "") -> None:
         """Write the files, with that at the end of their names."""
         dataset = DATASETS.build(self.dataset) if self.dataset else runner.train_dataloader.dataset
         runner.logger.info(f"PerImageLossHook: looks at {len(dataset)} images")
@@ -72,7 +73,7 @@ class PerImageLossHook(Hook):
             runner.logger.info(f"PerImageLossHook: {Path(runner.work_dir) / name}, the worst first")
 
 
-def image_losses(model: torch.nn.Module, dataset, boxes: bool = False) -> Iterator[tuple[dict, list[dict]]]:
+def image_losses(model: torch.nn.Module, dataset: Any, boxes: bool = False) -> Iterator[tuple[dict, list[dict]]]:
     """For each image of a data set, a row of ``image_losses.csv`` and, if ``boxes``, the rows of ``box_losses.csv``.
 
     Args:

@@ -10,6 +10,9 @@ module has the weights, targets and predictions of the stock head; it is named b
     )
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from mmdet.models.dense_heads import ATSSHead, RetinaHead
 from mmdet.structures.bbox import bbox_overlaps, get_box_tensor
@@ -44,7 +47,7 @@ class _Ranking(GathersLevels):
             without ``reg_decoded_bbox=True``.
     """
 
-    def __init__(self, *args, self_balance_period=3665, **kwargs):
+    def __init__(self, *args: Any, self_balance_period: int = 3665, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         for loss in self.loss_cls.losses if isinstance(self.loss_cls, ScheduledLoss) else [self.loss_cls]:
             self.take(loss, self_balance_period)
@@ -141,7 +144,7 @@ class RankingATSSHead(_Ranking, ATSSHead):
         f"A ``loss_centerness`` from a base config is left alone. {_Ranking.__doc__}"
     )
 
-    def __init__(self, *args, loss_centerness=None, **kwargs):
+    def __init__(self, *args: Any, loss_centerness: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         del self.loss_centerness
 

@@ -9,6 +9,9 @@ and predictions; it is named by its full path, and needs no ``custom_imports``::
     )
 """
 
+from collections.abc import Mapping
+from typing import Any, Literal
+
 import torch
 from mmdet.models.dense_heads import SSDHead
 from mmdet.registry import MODELS
@@ -38,7 +41,15 @@ class PluginSSDHead(GathersLevels, SSDHead):
 
     join = staticmethod(torch.stack)
 
-    def __init__(self, *args, loss_cls=None, loss_bbox=None, neg_pos_ratio="auto", prior_prob=0.01, **kwargs):
+    def __init__(
+        self,
+        *args: Any,
+        loss_cls: Mapping[str, Any] | None = None,
+        loss_bbox: Mapping[str, Any] | None = None,
+        neg_pos_ratio: float | Literal["auto"] | None = "auto",
+        prior_prob: float = 0.01,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         loss_cls = MODELS.build(loss_cls or dict(type="detloss_plugins.CrossEntropyLoss"))
         loss_bbox = MODELS.build(loss_bbox or dict(type="detloss_plugins.SmoothL1Loss"))

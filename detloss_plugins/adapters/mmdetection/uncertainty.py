@@ -22,6 +22,8 @@ https://arxiv.org/abs/1809.08545.
 
 import contextlib
 import copy
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from mmcv.ops import batched_nms
@@ -30,6 +32,7 @@ from mmdet.models.roi_heads import ConvFCBBoxHead, StandardRoIHead
 from mmdet.models.task_modules.coders import BaseBBoxCoder
 from mmdet.structures.bbox import HorizontalBoxes, bbox_overlaps, get_box_tensor
 from mmengine.structures import InstanceData
+from torch import Tensor
 
 from detloss_plugins.losses import UncertaintyKLLoss
 from detloss_plugins.precision import float32, longest
@@ -48,7 +51,13 @@ class CornerBBoxCoder(BaseBBoxCoder):
         clip_border: whether decoded boxes end at the border of the image.
     """
 
-    def __init__(self, target_means=(0.0,) * 4, target_stds=(0.1,) * 4, clip_border=True, **kwargs):
+    def __init__(
+        self,
+        target_means: Sequence[float] = (0.0,) * 4,
+        target_stds: Sequence[float] = (0.1,) * 4,
+        clip_border: bool = True,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         self.means, self.stds, self.clip_border = target_means, target_stds, clip_border
 
@@ -72,7 +81,7 @@ class CornerBBoxCoder(BaseBBoxCoder):
         decoded = decoded.flatten(1)
         return HorizontalBoxes(decoded) if self.use_box_type else decoded
 
-    def scale(self, bboxes):
+    def scale(self, bboxes: Tensor) -> Tensor:
         """The length in pixels that is 1 to each encoded offset, ``(..., 4)``."""
         sides = (bboxes[..., 2:] - bboxes[..., :2]).clamp(min=MIN_SIDE)
         return torch.cat([sides, sides], -1) * bboxes.new_tensor(self.stds)
@@ -95,7 +104,7 @@ class _WithSigmas:
         return torch.cat([get_box_tensor(self.coder.decode(bboxes, offsets, max_shape)), sigmas], -1)
 
 
-def variance_voting(boxes, sigmas, kept, sigma_t):
+def variance_voting(boxes: Tensor, sigmas: Tensor, kept: Tensor, sigma_t: float) -> Tensor:
     """Move each kept box to the mean of the boxes that it overlaps, weighted by nearness and certainty.
 
     A coordinate becomes ``sum_i p_i x_i / sigma_i^2 / sum_i p_i / sigma_i^2`` over the boxes with IoU above 0, the box
@@ -181,7 +190,7 @@ class _Uncertainty:
 
     box_layer = ""  # the name of the layer that predicts the offsets
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         head, loss, coder = type(self).__name__, type(self.loss_bbox).__name__, type(self.bbox_coder).__name__
         if not isinstance(self.loss_bbox, UncertaintyKLLoss):
@@ -218,7 +227,7 @@ class UncertaintyBBoxHead(_Uncertainty, ConvFCBBoxHead):
 
     box_layer = "fc_reg"
 
-    def __init__(self, *args, num_shared_fcs=2, **kwargs):
+    def __init__(self, *args: Any, num_shared_fcs: int = 2, **kwargs: Any) -> None:
         super().__init__(*args, num_shared_fcs=num_shared_fcs, **kwargs)
 
     def _predict_by_feat_single(self, roi, cls_score, bbox_pred, img_meta, rescale=False, rcnn_test_cfg=None):
@@ -247,7 +256,7 @@ class UncertaintyRoIHead(StandardRoIHead):
             ``bbox_head`` is not UncertaintyBBoxHead.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if _sigma_t(self.test_cfg) is not None and not isinstance(self.bbox_head, UncertaintyBBoxHead):
             raise ValueError("voting in test_cfg needs UncertaintyBBoxHead as bbox_head, which predicts the sigmas.")
@@ -258,7 +267,7 @@ class UncertaintyRetinaHead(_Uncertainty, RetinaHead):
 
     box_layer = "retina_reg"
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         _sigma_t(self.test_cfg)
 

@@ -11,8 +11,11 @@ path, and needs no ``custom_imports``::
     )
 """
 
+from typing import Any
+
 import torch
 from mmdet.models.dense_heads import YOLOV3Head
+from torch import Tensor
 
 from detloss_plugins.losses import KLDivLoss
 from detloss_plugins.precision import float32
@@ -28,7 +31,7 @@ class PluginYOLOV3Head(YOLOV3Head):
         ValueError: if ``loss_cls`` regresses the logits themselves, which no score goes with.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         loss = self.loss_cls
         if getattr(loss, "family", "") == "regression" and not getattr(loss, "use_sigmoid", False):
@@ -48,7 +51,7 @@ class PluginYOLOV3Head(YOLOV3Head):
             pred_maps = [self.sigmoid_form(pred_map) for pred_map in pred_maps]
         return super().predict_by_feat(pred_maps, *args, **kwargs)
 
-    def sigmoid_form(self, pred_map):
+    def sigmoid_form(self, pred_map: Tensor) -> Tensor:
         """The map with class logits whose sigmoid is the softmax of the given ones."""
         rest, classes = float32(pred_map).unflatten(1, (self.num_base_priors, -1)).split([5, self.num_classes], 2)
         return torch.cat([rest, classes.softmax(2).logit()], 2).flatten(1, 2)

@@ -5,6 +5,7 @@ import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -93,7 +94,7 @@ def check_task(task):
         raise ValueError(f"Losses can be swapped for the tasks {', '.join(SLOTS)}, not for {task!r}.")
 
 
-def load_losses(losses, task="detect", auto=False):
+def load_losses(losses: Mapping[str, Any] | str | Path, task: str = "detect", auto: bool = False) -> dict[str, Any]:
     """A losses dict from a dict or the path of a YAML file, checked and with every default gain written out.
 
     Args:

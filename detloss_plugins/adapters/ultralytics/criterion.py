@@ -1,9 +1,12 @@
 """The stock criteria with losses of ours in their slots, for every task of YOLO and for RT-DETR."""
 
 import functools
+from collections.abc import Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch import Tensor
 from ultralytics.cfg import get_cfg
 from ultralytics.models.utils.loss import RTDETRDetectionLoss
 from ultralytics.nn.tasks import guess_model_task
@@ -27,7 +30,7 @@ from detloss_plugins.adapters.ultralytics.assigner import (
 )
 from detloss_plugins.adapters.ultralytics.config import SLOTS, check_task, counted, filled, load_losses
 from detloss_plugins.adapters.ultralytics.ignore import Regions, StockClassLoss, ignored_classes
-from detloss_plugins.adapters.ultralytics.per_image import per_image
+from detloss_plugins.adapters.ultralytics.per_image import LossesByImage, per_image
 from detloss_plugins.families import ClassificationLoss
 from detloss_plugins.loss import average_state
 from detloss_plugins.losses import ScheduledLoss, in_turn
@@ -36,7 +39,7 @@ from detloss_plugins.reduction import apply_weight
 from detloss_plugins.registry import build_loss
 
 
-def model_task(model):
+def model_task(model: torch.nn.Module | Mapping[str, Any]) -> str:
     """The task of a model, or of the dict of its YAML file; RT-DETR's is "rtdetr".
 
     Raises:
@@ -236,7 +239,7 @@ class _RotatedBoxCriterion(_BoxCriterion, RotatedBboxLoss):
         return compat.rbox2dist(target, anchors, largest)
 
 
-def check_head(model, losses):
+def check_head(model: torch.nn.Module, losses: Mapping[str, Any]) -> None:
     """Raise ``ValueError`` if the loss of the ``dfl`` slot does not suit the model.
 
     It must be a distribution loss if the head has a distribution over bins, and a point-wise loss if it has none
@@ -320,7 +323,13 @@ class PluginDetectionLoss(compat.DetectionCriterion):
     observed = False  # whether its parts are observed, by per_image or curves
     curves = None  # what looks at it in training
 
-    def __init__(self, model, tal_topk=10, tal_topk2=None, losses=None):
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        tal_topk: int = 10,
+        tal_topk2: int | None = None,
+        losses: Mapping[str, Any] | None = None,
+    ) -> None:
         self.losses = load_losses(losses or {}, model_task(model))
         check_head(model, self.losses)
         with training_args(model):
@@ -380,13 +389,13 @@ class PluginDetectionLoss(compat.DetectionCriterion):
         assigned = found.positive, found.index, targets, scene.anchors, scene.strides
         return assigned, loss, compat.named(self, loss.detach())
 
-    def class_loss(self, scores, target_scores):
+    def class_loss(self, scores: Tensor, target_scores: Tensor) -> Tensor:
         """The summed class loss, with the weights of the classes if there are any."""
         loss, weights = self.bce(scores, target_scores), compat.class_weights(self)
         loss = loss if weights is None else loss * weights
         return loss.sum() if loss.dim() else loss
 
-    def own_box_losses(self, dist, pixels, found):
+    def own_box_losses(self, dist: Tensor, pixels: Any, found: Any) -> tuple[Tensor, Tensor]:
         """The summed losses of both slots; of boxes in pixels, or where these are None of what the head predicts."""
         places, criterion = self.scene.places_of(len(dist)), self.bbox_loss
         if pixels is None:
@@ -396,7 +405,7 @@ class PluginDetectionLoss(compat.DetectionCriterion):
         dist, target, places, weight, pixels = rows
         return criterion.sums(pixels, target, dist, target / places[..., 2:], places, weight, self.scene.image_size)
 
-    def per_image(self, preds, batch):
+    def per_image(self, preds: Any, batch: Mapping[str, Any]) -> LossesByImage:
         """The losses of each image and each object; see :func:`per_image`."""
         return per_image(self, preds, batch)
 
@@ -427,7 +436,7 @@ class PluginRTDETRLoss(RTDETRDetectionLoss):
     curves = None  # which look at nothing here but the state
     image_size = None  # (height, width) of the batch, which the criterion is not given: set it before a call
 
-    def __init__(self, model, losses=None):
+    def __init__(self, model: torch.nn.Module, losses: Mapping[str, Any] | None = None) -> None:
         super().__init__(nc=model.model[-1].nc, use_vfl=True)
         self.losses = load_losses(losses or {}, "rtdetr")
         # In a dict, so that no state of a loss becomes a part of the model's own.
@@ -461,7 +470,7 @@ class PluginRTDETRLoss(RTDETRDetectionLoss):
             found[f"loss_giou{postfix}"] = self.loss_gain["giou"] * value / objects
         return found
 
-    def corners(self, boxes):
+    def corners(self, boxes: Tensor) -> Tensor:
         """Corners in pixels of boxes ``(cx, cy, w, h)`` that are shares of the image."""
         if self.image_size is None:
             raise ValueError("Set criterion.image_size to (height, width) of the batch; model.loss does it by itself.")
@@ -471,7 +480,7 @@ class PluginRTDETRLoss(RTDETRDetectionLoss):
 
 
 @functools.cache
-def criterion_class(stock):
+def criterion_class(stock: type) -> type:
     """A stock criterion such as ``v8OBBLoss`` with the constructor and the slots of :class:`PluginDetectionLoss`."""
     if issubclass(PluginDetectionLoss, stock):
         return PluginDetectionLoss
@@ -485,7 +494,7 @@ def branches(criterion):
     return {"criterion": criterion}
 
 
-def criterion_state(criterion):
+def criterion_state(criterion: Any) -> dict[str, dict[str, dict[str, Tensor]]]:
     """The state of a criterion's losses as nested dicts of tensors; empty for losses without state."""
     state = {}
     for branch, part in branches(criterion).items():
@@ -495,7 +504,7 @@ def criterion_state(criterion):
     return state
 
 
-def load_criterion_state(criterion, state):
+def load_criterion_state(criterion: Any, state: Mapping[str, Mapping[str, Mapping[str, Tensor]]]) -> None:
     """Give a criterion's losses the state that :func:`criterion_state` took."""
     for branch, part in branches(criterion).items():
         for slot, buffers in state.get(branch, {}).items():

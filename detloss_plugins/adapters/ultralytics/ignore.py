@@ -6,6 +6,8 @@ channel of its class has no loss. In validation neither such boxes nor what is d
 
 import difflib
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -166,7 +168,7 @@ class _IgnoringValidator:
         return {name: value[kept] for name, value in pred.items()}
 
 
-def make_validator(losses, task="detect", validator=None):
+def make_validator(losses: Mapping[str, Any] | str | Path, task: str = "detect", validator: type | None = None) -> type:
     """A validator class for ``YOLO(...).val(validator=...)`` that leaves out what the losses ignore.
 
     A trainer of :func:`make_trainer` uses one by itself.

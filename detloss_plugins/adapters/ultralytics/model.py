@@ -8,7 +8,9 @@ this package is not installed, as stock, and with our losses where this adapter 
 
 import copy
 import functools
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from ultralytics.engine.trainer import BaseTrainer
@@ -97,7 +99,7 @@ def _give_losses(model):
         model.__class__ = _with_losses(type(model))
 
 
-def install(model, losses, state=None):
+def install(model: torch.nn.Module, losses: Mapping[str, Any], state: Mapping[str, Any] | None = None) -> None:
     """Make ``model.loss`` use ``losses``, also on copies of the model such as the EMA and in what is saved of it.
 
     Args:
@@ -125,7 +127,7 @@ def student(model):
     return getattr(model, "student_model", model)
 
 
-def trained_losses(model):
+def trained_losses(model: torch.nn.Module | str | Path) -> dict[str, Any] | None:
     """What a model or checkpoint of ours records: ``{"version": ..., "losses": {...}, "state": {...}}``, or None.
 
     Args:

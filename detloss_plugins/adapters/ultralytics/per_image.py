@@ -2,7 +2,8 @@
 
 import contextlib
 import copy
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ class LossesByImage(NamedTuple):
     weight: Tensor  # (M,), the share of each object in the target scores of the batch
 
 
-def per_image(criterion, preds, batch):
+def per_image(criterion: Any, preds: Any, batch: Mapping[str, Any]) -> LossesByImage:
     """The losses of a batch, image by image and object by object; no state moves, and nothing has a gradient.
 
     They have the gains and are over the sum of the target scores of the whole batch, so that those of all images add

@@ -2,7 +2,10 @@
 
 import math
 import shutil
+from collections.abc import Mapping
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -96,7 +99,7 @@ def default_weights(losses):
     return {place: default_gain(build_loss(without_weight(at(losses, place)))) for place in waiting(losses)}
 
 
-def describe(losses, args, task="detect"):
+def describe(losses: Mapping[str, Any], args: Any, task: str = "detect") -> list[str]:
     """One line per slot: the active loss, its settings, its weight and the training's gain for the slot."""
     lines, asked = [], waiting(losses)
     losses = with_weights(losses, default_weights(losses))
@@ -185,7 +188,13 @@ def add_curves(trainer, every):
         branch.curves = branch.curves or Curves(every)
 
 
-def make_trainer(losses, task="detect", trainer=None, compile=False, curves=False):
+def make_trainer(
+    losses: Mapping[str, Any] | str | Path,
+    task: str = "detect",
+    trainer: type | None = None,
+    compile: bool = False,
+    curves: bool | int = False,
+) -> type:
     """A trainer class for ``YOLO(...).train(trainer=make_trainer(losses))``.
 
     Args:
@@ -381,7 +390,7 @@ def make_trainer(losses, task="detect", trainer=None, compile=False, curves=Fals
     return PluginTrainer
 
 
-def tune(model, trainer, iterations=10, **settings):
+def tune(model: Any, trainer: type, iterations: int = 10, **settings: Any) -> Any:
     """Ultralytics' search for hyper-parameters, ``model.tune(...)``, with the trainings of a trainer of ours.
 
     ``model.tune`` itself starts them by the command line, where there is no trainer to choose: it would tune the stock

@@ -10,4 +10,8 @@ from detloss_plugins.losses.balancing.ghm import *  # noqa: F403
 from detloss_plugins.losses.balancing.long_tail import *  # noqa: F403
 from detloss_plugins.losses.balancing.slide import *  # noqa: F403
 
-__all__ = [*equalized.__all__, *ghm.__all__, *long_tail.__all__, *slide.__all__]
+__all__: list[str] = []
+__all__ += equalized.__all__
+__all__ += ghm.__all__
+__all__ += long_tail.__all__
+__all__ += slide.__all__

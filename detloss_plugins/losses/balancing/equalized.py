@@ -112,7 +112,7 @@ class EqualizedFocalLoss(
         gamma, alpha, scale: see :func:`equalized_focal_loss`.
     """
 
-    def gap(self, pred, target):
+    def gap(self, pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         p, rest = pred.sigmoid(), (-pred).sigmoid()
         return miss(pred, target), (1 - 2 * target) * p * rest
 
@@ -141,6 +141,6 @@ class EqualizedQualityFocalLoss(
         gamma, scale: see :func:`equalized_quality_focal_loss`.
     """
 
-    def gap(self, pred, target):
+    def gap(self, pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         p, rest = pred.sigmoid(), (-pred).sigmoid()
         return (target - p).abs(), (p - target).sign() * p * rest

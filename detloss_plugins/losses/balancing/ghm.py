@@ -97,7 +97,7 @@ class _Harmonised:
         super().__init__(**settings)
         self.momentum = momentum
         # None keeps a loss without a moving average free of state, as mmdet's.
-        self.register_buffer("acc_sum", torch.zeros(self.bins) if momentum else None)
+        self.register_buffer("acc_sum", torch.zeros(self.bins) if momentum else None)  # type: ignore[attr-defined]
 
     def statistics(self, pred, target, valid, weight):
         norm = self.norm(pred, target)
@@ -147,7 +147,7 @@ class GHMC(
         momentum: of the moving average of the counts, in [0, 1); 0 keeps no state.
     """
 
-    def norm(self, pred, target):
+    def norm(self, pred: Tensor, target: Tensor) -> Tensor:
         return (pred.sigmoid() - target).abs()
 
     def _total(self, norm, valid, weight):
@@ -175,7 +175,7 @@ class GHMR(
         momentum: of the moving average of the counts, in [0, 1); 0 keeps no state.
     """
 
-    def norm(self, pred, target):
+    def norm(self, pred: Tensor, target: Tensor) -> Tensor:
         gap = pred - target
         return (gap / (gap.square() + self.mu**2).sqrt()).abs()
 

@@ -97,18 +97,18 @@ class SeesawLoss(
     def compiles(self, device):
         return False  # it is reduced from the losses of each row
 
-    def get_cls_channels(self, num_classes):
+    def get_cls_channels(self, num_classes: int) -> int:
         """How many logits mmdet's head must predict for ``num_classes``."""
         if num_classes != self.num_classes:
             raise ValueError(f"num_classes={self.num_classes} of SeesawLoss differs from the head's {num_classes}.")
         return num_classes + 2
 
-    def get_activation(self, cls_score):
+    def get_activation(self, cls_score: Tensor) -> Tensor:
         """Scores ``(N, C + 1)`` from logits ``(N, C + 2)``: class times objectness, and background last."""
         classes, objectness = cls_score[..., :-2].softmax(-1), cls_score[..., -2:].softmax(-1)
         return torch.cat([classes * objectness[..., :1], objectness[..., 1:]], -1)
 
-    def get_accuracy(self, cls_score, labels):
+    def get_accuracy(self, cls_score: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Accuracy in percent of the objectness, and of the classes among the positives."""
         positive = labels < self.num_classes
         objectness = (cls_score[..., -2:].argmax(-1) == 0) == positive
@@ -267,7 +267,7 @@ class EQLV2Loss(
         positive = size * target[..., : self.num_classes].flatten(0, -2)
         return {"positive": positive.nansum(0), "negative": (size - positive).nansum(0)}
 
-    def get_activation(self, cls_score):
+    def get_activation(self, cls_score: Tensor) -> Tensor:
         """Scores from logits ``(N, C + 1)``: class times not-background; the background last."""
         scores = cls_score.sigmoid()
         return torch.cat([scores[..., :-1] * (1 - scores[..., -1:]), scores[..., -1:]], -1)

@@ -94,7 +94,7 @@ class SlideLoss(
         self.decay, self.tau = decay, tau
         self.base = build_part({"type": "BinaryCrossEntropyLoss"} if base is None else base)
         if self.base.family != "classification" or not self.base.use_sigmoid:
-            raise ValueError(f"base of SlideLoss must be a sigmoid classification loss, not {base['type']}.")
+            raise ValueError(f"base of SlideLoss must be a sigmoid classification loss, not {self.base}.")
         self.facts = over_base(self.facts, self.base)
         self.register_buffer("mean_iou", torch.tensor(0.5 if decay is None else 1.0))
         self.register_buffer("updates", None if decay is None else torch.tensor(0.0))
@@ -116,7 +116,7 @@ class SlideLoss(
     def moved(self, total: Tensor, count: Tensor) -> Tensor:
         """The moving mean after another batch, whose positives count as one update."""
         updates = self.updates + (count > 0)
-        decay = -self.decay * torch.expm1(-updates / self.tau)
+        decay = -self.decay * torch.expm1(-updates / self.tau)  # type: ignore[operator]  # it is not None here
         self.updates.copy_(rank_mean(updates))
         moved = decay * self.mean_iou + (1 - decay) * total / count.clamp(min=1)
         return torch.where(count > 0, moved, self.mean_iou)

@@ -5,4 +5,7 @@ from detloss_plugins.losses.box.distance import *  # noqa: F403
 from detloss_plugins.losses.box.focusing import *  # noqa: F403
 from detloss_plugins.losses.box.iou import *  # noqa: F403
 
-__all__ = [*distance.__all__, *focusing.__all__, *iou.__all__]
+__all__: list[str] = []
+__all__ += distance.__all__
+__all__ += focusing.__all__
+__all__ += iou.__all__

@@ -52,7 +52,7 @@ class MPDIoULoss(
         ValueError: if ``image_size`` is "batch" and nobody has set ``batch_image_size``.
     """
 
-    def __init__(self, *, image_size: Size | Literal["batch"] = None, **settings):
+    def __init__(self, *, image_size: Size | Literal["batch"] = None, **settings):  # type: ignore[assignment]
         super().__init__(**settings)
         if image_size is None:
             raise ValueError("Give MPDIoULoss image_size=(height, width) of the network's input in pixels.")
@@ -158,9 +158,9 @@ def gcd_loss(pred: Tensor, target: Tensor, *, eps: Positive = 1e-7) -> Tensor:
     p, t, shortest = pair.pred, pair.target, pair.shortest_side
     dx, dy = pair.center_offset
     dw, dh = p.width - t.width, p.height - t.height
-    measured = ((dx, p.width), (dw / 2, p.width), (dy, p.height), (dh / 2, p.height))
-    measured += ((dx, t.width), (dw / 2, t.width), (dy, t.height), (dh / 2, t.height))
-    distance2 = sum(ratio(length, side, shortest).square() for length, side in measured) / 2
+    measured = [(dx, p.width), (dw / 2, p.width), (dy, p.height), (dh / 2, p.height)]
+    measured += [(dx, t.width), (dw / 2, t.width), (dy, t.height), (dh / 2, t.height)]
+    distance2: Tensor = sum(ratio(length, side, shortest).square() for length, side in measured) / 2  # type: ignore
     return -torch.expm1(-root(distance2))
 
 

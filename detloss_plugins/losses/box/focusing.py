@@ -1,7 +1,7 @@
 """Losses that decide which boxes count: by what training has seen, or by another IoU in place of the IoU."""
 
 from collections.abc import Callable, Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -72,7 +72,7 @@ class _OverABase(BoxLoss, true_gradient=False, attracts=True, filled=("base",)):
         of_base = self.base.facts
         if of_base.family != "box" or not of_base.one_per_row:
             name = type(self).__name__
-            raise ValueError(f"base of {name} must be a box loss of one value a box, not {base['type']}.")
+            raise ValueError(f"base of {name} must be a box loss of one value a box, not {type(self.base).__name__}.")
         self.facts = self.facts.but(row_wise=self.facts.row_wise and of_base.row_wise)
 
     def observe(self, pred, target, weight):
@@ -199,7 +199,7 @@ class FocalerIoULoss(
         ValueError: for other ``d`` and ``u``, or if ``base`` is another kind of loss.
     """
 
-    def __init__(self, **settings):
+    def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         if not self.d < self.u:
             raise ValueError(f"d of FocalerIoULoss must be below u={self.u}, not {self.d}.")
@@ -242,6 +242,6 @@ class InterpIoULoss(
         dynamic: alpha by the IoU instead (D-InterpIoU), whose gradient is not the derivative.
     """
 
-    def __init__(self, **settings):
+    def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self.facts = self.facts.but(true_gradient=not self.dynamic)

@@ -66,6 +66,8 @@ class IoULoss(
         linear: mmdet's older way to write ``mode="linear"``.
     """
 
+    mode: str
+
     def __init__(self, *, linear: bool = False, **settings):
         super().__init__(**settings)
         self.linear, self.mode = linear, "linear" if linear else self.mode

@@ -61,7 +61,7 @@ class SoftmaxOrSigmoid(ClassificationLoss):
         if self.use_sigmoid or not isinstance(target, (tuple, list)):  # the softmax form refuses a tuple anyway
             super().look(pred, target)
 
-    def __init__(self, **settings):
+    def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self.facts = self.facts.but(one_per_row=not self.use_sigmoid)
         alpha = getattr(self, "alpha", None)

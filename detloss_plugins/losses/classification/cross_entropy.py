@@ -1,6 +1,6 @@
 """Cross entropies and the divergence."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -189,7 +189,7 @@ class BinaryCrossEntropyLoss(
         ValueError: for a ``pos_weight`` beside ``activated``.
     """
 
-    def __init__(self, **settings):
+    def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         if self.activated and self.pos_weight is not None:
             raise ValueError("pos_weight of BinaryCrossEntropyLoss needs logits; leave it out or set activated=False.")
@@ -217,8 +217,10 @@ def balanced_cross_entropy_loss(
     pred, target = of_one_type(pred, target)
     counted = (target >= 0) | target.isnan()
     target = torch.where(counted, target, 0)
+    of_positives: Tensor | float
+    of_negatives: Tensor | float
     if alpha == "auto":
-        if positives is None:
+        if positives is None or negatives is None:
             positives, negatives = _balance_sums(target.detach(), counted)
         both = (positives > 0) & (negatives > 0)
         # Not 1 - n / (m + n), which has no digits left for one positive among ten million.

@@ -1,6 +1,6 @@
 """The focal family."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -110,7 +110,7 @@ class FocalLoss(
         use_sigmoid: False for the softmax form.
         activated: ``pred`` holds probabilities.
 
-    In Ultralytics' ``cls`` slot the default ``loss_weight`` is 16, measured as the README tells.
+    In Ultralytics' ``cls`` slot the default ``loss_weight`` is 16, measured as docs/weights.md tells.
     """
 
 
@@ -146,7 +146,7 @@ class QualityFocalLoss(
     """Li et al., Generalized Focal Loss, 2020 (QFL).
 
     The class sums over the classes: ``reduction="none"`` gives ``(...)``. In Ultralytics' ``cls`` slot the default
-    ``loss_weight`` is 16, measured as the README tells.
+    ``loss_weight`` is 16, measured as docs/weights.md tells.
     """
 
 
@@ -190,7 +190,7 @@ class VarifocalLoss(
     """Zhang et al., VarifocalNet, 2020 (VFL).
 
     A positive whose quality is 0 counts as a negative. In Ultralytics' ``cls`` slot the default ``loss_weight`` is 16,
-    measured as the README tells.
+    measured as docs/weights.md tells.
 
     Args:
         alpha: weight of the negatives, in [0, 1].
@@ -199,7 +199,7 @@ class VarifocalLoss(
         detach_weight: treat the weight of the negatives as a constant, as the code of RT-DETR, DEIM and D-FINE does.
     """
 
-    def __init__(self, **settings):
+    def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self.facts = self.facts.but(true_gradient=not self.detach_weight)
 

@@ -41,8 +41,8 @@ def modified_cross_entropy_loss(
     # As p_c = sigmoid(margin_c), one stable form serves both activations.
     logit = pred if activation == "sigmoid" else _margin(pred)
     positive, negative = _terms(logit, target, gamma, gamma)
-    alpha = class_vector(alpha, pred)
-    return positive + negative if alpha is None else alpha * positive + (1 - alpha) * negative
+    share = class_vector(alpha, pred)
+    return positive + negative if share is None else share * positive + (1 - share) * negative
 
 
 def _terms(pred, target, gamma_pos, gamma_neg, clip=0.0, detach=False):

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from detloss_plugins.facts import NonNegative, Positive
 from detloss_plugins.families import RankingLoss
-from detloss_plugins.precision import float32, longest
+from detloss_plugins.precision import float32, longest, outside_graph
 from detloss_plugins.registry import MODELS
 
 __all__ = ["ALRPLoss", "APLoss", "RankSortLoss", "alrp_loss", "ap_loss", "rank_sort_errors", "rank_sort_loss"]
@@ -158,7 +158,7 @@ class _ErrorDriven(torch.autograd.Function):
         return gradient.reshape(ctx.shape), None, None, None, None
 
 
-@torch.compiler.disable  # the shapes depend on the data; the rest of a compiled model stays compiled
+@outside_graph  # the shapes depend on the data; the rest of a compiled model stays compiled
 def _error_driven(pred: Tensor, target: Tensor, delta: float, errors: Callable) -> Tensor:
     """Losses of the positives; ``errors(ranking)`` gives them with their update."""
     pred = float32(pred)

@@ -1,0 +1,41 @@
+"""The data sets of a grid by name."""
+
+from pathlib import Path
+
+
+def locate(word: str) -> tuple[str, str, dict]:
+    """Name, path and training arguments of a data set; the digits' path is empty, as each machine builds them.
+
+    The path is that of a data YAML, or of a folder in COCO layout that has none.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    from detloss_plugins.cli.train import DIGITS_ARGS
+
+    name, _, scenario = word.partition(":")
+    if name == "digits":
+        digits_folder(word)
+        args = {key: value for key, value in DIGITS_ARGS.items() if key not in ("epochs", "plots")}
+        return "digits" if scenario in ("", "plain") else word, "", args
+    path = Path(word).absolute()
+    if path.is_dir():
+        found = sorted([*path.glob("*.yaml"), *path.glob("*.yml")])
+        if not found and (path / "annotations").is_dir():
+            return path.name, str(path), {}
+        if len(found) != 1:
+            raise ValueError(f"{path} must hold exactly one data YAML, but holds {len(found)}; give its path.")
+        path = found[0]
+    elif not path.is_file():
+        raise ValueError(f"There is no data set {word}: give digits, digits:SCENARIO, a data YAML or its folder.")
+    return path.parent.name if path.stem in ("data", "dataset") else path.stem, str(path), {}
+
+
+def digits_folder(name: str) -> Path:
+    """The folder of "digits" or "digits:SCENARIO", built if it is not there; ``ValueError`` for another scenario."""
+    from detloss_plugins.testing.digits import SCENARIOS, build_digits
+
+    scenario = name.partition(":")[2] or "plain"
+    if scenario not in SCENARIOS:
+        raise ValueError(f"digits has the scenarios {', '.join(SCENARIOS)}, and no {scenario}.")
+    return build_digits(scenario=scenario)

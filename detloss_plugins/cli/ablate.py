@@ -1,0 +1,143 @@
+"""The subcommand that trains with losses beside the stock ones."""
+
+import importlib.util
+from pathlib import Path
+
+import click
+
+from detloss_plugins.cli._common import RunError, UsageError, check_folder, first_line
+
+DEFAULT_MODEL = "yolov8n.yaml"
+INSTALL = {
+    "pycocotools": "pip install 'detloss_plugins[tools]'",
+    "ray": "pip install 'detloss_plugins[ray]', on every node",
+}
+
+
+@click.command()
+@click.argument("losses", nargs=-1, metavar="LOSSES ... [KEY=VALUE ...]")
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    metavar="M",
+    help=f"Of YOLO, or a config of MMDetection; more than once.  [default: {DEFAULT_MODEL}]",
+)
+@click.option(
+    "--data",
+    multiple=True,
+    metavar="D",
+    help="digits, digits:SCENARIO, a data.yaml or its folder; more than once.  [default: digits]",
+)
+@click.option(
+    "--seeds", type=click.IntRange(1), metavar="N", help="Trainings of each, with the seeds 0 to N - 1.  [default: 3]"
+)
+@click.option("--epochs", type=click.IntRange(1), metavar="E", help="Epochs of each training.  [default: 12]")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("runs/ablation"),
+    metavar="DIR",
+    show_default=True,
+    help="Where trainings and report go.",
+)
+@click.option(
+    "--jobs", type=click.IntRange(1), metavar="N", help="Trainings side by side.  [default: one a GPU, or one a core]"
+)
+@click.option(
+    "--ray", metavar="ADDRESS", help="Train on a Ray cluster (auto: this machine's); all its nodes must share DIR."
+)
+@click.option(
+    "--cores", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Of each training on Ray."
+)
+@click.option(
+    "--resume-after",
+    type=click.FloatRange(0),
+    default=10.0,
+    show_default=True,
+    metavar="MINUTES",
+    help="A training that was cut off before begins again, later it goes on.",
+)
+def command(losses, models, data, seeds, epochs, out, jobs, ray, cores, resume_after):
+    """Train with losses beside the stock ones, on several seeds, and report which are better.
+
+    \b
+      detloss ablate VarifocalLoss:4.2 WIoULoss --seeds 3
+      detloss ablate wise='box: {type: WIoULoss}' mine.yaml --model yolo11n --data data.yaml --epochs 50 imgsz=320
+      detloss ablate QualityFocalLoss --model retinanet_r18_fpn_digits
+      detloss ablate grid.yaml --out runs/study --jobs 2
+
+    Each of LOSSES is the name of a loss, maybe with its weight, for the slot that it fits; a YAML file of losses or the
+    name of a config that comes with the package; LABEL=LOSSES, with a dict in YAML; or a YAML file of a whole grid,
+    with the keys losses (label -> dict), models, data, seeds, epochs and args. Any other KEY=VALUE is an argument of
+    the trainings.
+
+    Of MMDetection, the losses of a config are replaced, which are called cls, box and dfl too, or by their keys; the
+    config's own are the stock. Arguments with a dot are for its trainings.
+
+    Each training is a process. What has finished is kept in the folder: called again, the command goes on where it was,
+    and more losses, seeds, models and data sets may be added.
+    """
+    try:
+        study, runs = prepare(losses, {"models": [*models], "data": [*data], "seeds": seeds, "epochs": epochs}, out)
+    except (TypeError, ValueError) as error:
+        raise UsageError(error) from error
+    train(study, runs, jobs, (ray, cores), 60 * resume_after)
+    finish(study)
+
+
+def prepare(words, options, out):
+    """The study's folder and the trainings of a grid; ``ValueError`` for what the user can put right."""
+    from detloss_plugins.ablation import Study
+    from detloss_plugins.ablation.grid import EPOCHS, check_grid, parse_words, plan
+
+    grid, losses, args = parse_words(words)
+    grid = {**check_grid(grid), **{key: value for key, value in options.items() if value}}
+    if twice := grid["losses"].keys() & losses.keys():
+        raise ValueError(f"The label {twice.pop()} is given twice.")
+    defaults = {"models": [DEFAULT_MODEL], "data": ["digits"], "seeds": 3, "epochs": EPOCHS}
+    grid = {**defaults, **grid, "losses": {**grid["losses"], **losses}, "args": {**grid["args"], **args}}
+    if not grid["losses"]:
+        raise ValueError("Give at least one loss beside the stock ones, such as VarifocalLoss.")
+    check_folder(out)
+    check_installed("pycocotools")
+    runs, study = plan(**grid), Study(out)
+    study.add(runs)
+    return study, runs
+
+
+def check_installed(name):
+    """Raise ``RunError`` if a package is missing that is needed only after hours, or elsewhere."""
+    if importlib.util.find_spec(name) is None:
+        raise RunError(f"{name} is not installed: {INSTALL[name]}.")
+
+
+def train(study, runs, jobs, cluster, resume_after):
+    """Train with a progress bar, here or on a cluster: its address and the cores of a training there."""
+    from detloss_plugins.ablation.progress import Bar
+    from detloss_plugins.ablation.study import default_jobs
+
+    todo, (address, cores) = [run for run in runs if not study.is_done(run)], cluster
+    click.echo(f"{len(runs)} trainings, {len(runs) - len(todo)} of them finished before; {study.folder}")
+    with Bar(study, todo) as bar:
+        if address is None:
+            study.train(todo, jobs or default_jobs(), bar.tick, resume_after)
+            return
+        check_installed("ray")
+        from detloss_plugins.ablation.cluster import train as train_there
+
+        try:
+            train_there(study, todo, address, cores, bar.tick, resume_after)
+        except ConnectionError as error:
+            raise RunError(f"There is no Ray cluster at {address}: {first_line(error)}") from error
+
+
+def finish(study):
+    """Write the report and say what failed."""
+    from detloss_plugins.ablation.report import write_report
+
+    results = study.results()
+    write_report([results], study.folder)
+    click.echo(f"report: {study.folder / 'report.md'} and report.html")
+    if results["failed"]:
+        raise RunError("\n".join(f"{failed['run']}: {failed['error']}" for failed in results["failed"]))

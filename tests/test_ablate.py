@@ -1,0 +1,482 @@
+"""The ablation: what a grid means, which trainings it starts, goes on with and refuses, and what it measures."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+
+from detloss_plugins.ablation import Run, Study, mmdetection, plan, study
+from detloss_plugins.ablation.grid import check_grid, contradiction, losses_of_word, parse_words, seeds_of
+from detloss_plugins.ablation.measure import evaluate
+from detloss_plugins.ablation.progress import Bar
+from detloss_plugins.cli import main
+
+RUN = Run(
+    "vfl", {"cls": {"type": "VarifocalLoss", "loss_weight": 4.0}}, "yolov8n.yaml", "digits", "", 2, 0, {"batch": 4}
+)
+STOCK = replace(RUN, label="stock", losses={})
+# What each word on the command line is: losses by label and arguments.
+WORDS = {
+    "VarifocalLoss": ({"VarifocalLoss": {"type": "VarifocalLoss"}}, {}),
+    "GIoULoss:2.5": ({"GIoULoss:2.5": {"type": "GIoULoss", "loss_weight": 2.5}}, {}),
+    "strong=GIoULoss:2.5": ({"strong": {"type": "GIoULoss", "loss_weight": 2.5}}, {}),
+    "wise=box: {type: WIoULoss}": ({"wise": {"box": {"type": "WIoULoss"}}}, {}),
+    "slide={type: SlideLoss, decay: 0.9}": ({"slide": {"type": "SlideLoss", "decay": 0.9}}, {}),
+    "imgsz=96": ({}, {"imgsz": 96}),
+    "optimizer=SGD": ({}, {"optimizer": "SGD"}),
+    "cos_lr=true": ({}, {"cos_lr": True}),
+}
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_words(word):
+    assert parse_words([word]) == ({}, *WORDS[word])
+
+
+def test_files_and_configs_are_words_too(tmp_path):
+    own, grid = tmp_path / "mine.yaml", tmp_path / "grid.yaml"
+    own.write_text("box: {type: WIoULoss}", encoding="utf-8")
+    grid.write_text("losses: {a: {type: GIoULoss}}\nseeds: 2", encoding="utf-8")
+    assert losses_of_word(str(own)) == ("mine", {"box": {"type": "WIoULoss"}})
+    label, losses = losses_of_word("vfl_eiou_dfl")
+    assert (label, losses["box"]) == ("vfl_eiou_dfl", {"type": "EIoULoss"})
+    found, losses, args = parse_words([str(grid), "DIoULoss", "lr0=0.01"])
+    assert (found, list(losses), args) == (
+        {"losses": {"a": {"type": "GIoULoss"}}, "seeds": 2},
+        ["DIoULoss"],
+        {"lr0": 0.01},
+    )
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("VarifokalLoss", "did you mean VarifocalLoss"),
+        ("nothing", "no loss and no file of losses"),
+        ("none.yaml", "cannot read none.yaml"),
+        ("VarifocalLoss:heavy", "a weight is a number"),
+        ("retinanet_r18_fpn_digits", "give it as the model"),
+        ("a={type: [}", "is no YAML"),
+    ],
+)
+def test_words_that_mean_nothing(word, says):
+    with pytest.raises(ValueError, match=re.escape(says)):
+        parse_words([word])
+
+
+def test_a_label_is_given_once():
+    with pytest.raises(ValueError, match="VarifocalLoss is given twice"):
+        parse_words(["VarifocalLoss", "VarifocalLoss"])
+
+
+def test_a_grid_file():
+    grid = check_grid({"losses": ["GIoULoss:2", "vfl_eiou_dfl"], "models": "yolov8n", "data": "digits", "seeds": 2})
+    assert grid["losses"]["GIoULoss:2"] == {"type": "GIoULoss", "loss_weight": 2.0}
+    assert (grid["models"], grid["data"], grid["seeds"], grid["args"]) == (["yolov8n"], ["digits"], [0, 1], {})
+    assert seeds_of([4, 2, 4]) == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("grid", "says"),
+    [
+        ({"loss": {}}, "and no loss"),
+        ({"losses": {"a": 3}}, "a dict, label"),
+        ({"losses": {}, "args": [1]}, "The args"),
+        ({"losses": {}, "seeds": 0}, "seeds are a number"),
+        ({"losses": {}, "seeds": ["0"]}, "seeds are a number"),
+    ],
+)
+def test_grids_that_are_none(grid, says):
+    with pytest.raises(ValueError, match=says):
+        check_grid(grid)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        replace(RUN, seed=1),
+        replace(RUN, label="other", losses={}),
+        replace(RUN, model="yolo11n.yaml", epochs=3),
+        replace(RUN, data="trees", path="/trees.yaml", epochs=3),
+        replace(RUN, args={"batch": 4, "device": 1}),
+    ],
+)
+def test_what_may_be_added(more):
+    assert contradiction([RUN, STOCK], [RUN, more]) is None
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        (replace(RUN, losses={"cls": {"type": "VarifocalLoss", "loss_weight": 5.0}}), "give it another label"),
+        (replace(RUN, label="more", epochs=3), "epochs 2, not 3"),
+        (replace(RUN, seed=7, args={"batch": 8}), r"args \(batch=4\), not \(batch=8\)"),
+        (replace(RUN, label="more", path="/other/digits.yaml"), "data digits, not /other"),
+        (replace(RUN, label="v-fl"), None),
+        (replace(RUN, label="vfl", model="elsewhere/yolov8n.yaml"), "the folder vfl-yolov8n-digits-0"),
+    ],
+)
+def test_what_contradicts(other, says):
+    found = contradiction([RUN, STOCK], [other])
+    assert found is None if says is None else re.search(says, found)
+
+
+def test_a_folder_for_each_run():
+    assert RUN.name == "vfl-yolov8n-digits-0"
+    assert replace(RUN, label="a/b: {c}", data="digits:small").name == "a_b_c_-yolov8n-digits_small-0"
+
+
+# What stands for a training: it counts how often it was begun, and fails for one label as if it was killed.
+TRAINING = """
+import json, os, pathlib, signal, sys
+folder = pathlib.Path(sys.argv[1])
+run = json.loads((folder / "run.json").read_text())
+with (folder / "begun").open("a") as file:
+    file.write(os.environ["OMP_NUM_THREADS"])
+if run["label"] == "bad":
+    os.kill(os.getpid(), signal.SIGKILL)
+metrics = {"metrics": {"AP50": run["seed"] / 10}, "per_class": {}, "curve": {}, "versions": {}, "machine": "m"}
+(folder / "metrics.json").write_text(json.dumps(metrics))
+"""
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """Trainings that take no time."""
+
+    def start(folder, environment, resume_after):
+        (folder / "error.txt").unlink(missing_ok=True)
+        return subprocess.Popen([sys.executable, "-c", TRAINING, folder], stdin=subprocess.PIPE, env=environment)
+
+    monkeypatch.setattr(study, "start", start)
+    monkeypatch.setattr(study, "POLL", 0.01)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_a_failure_does_not_stop_the_others_and_what_has_finished_is_kept(tmp_path, pretended):
+    runs = [replace(run, seed=seed) for seed in (0, 1) for run in (STOCK, RUN, replace(RUN, label="bad"))]
+    ours, seen = Study(tmp_path / "own"), []
+    ours.add(runs)
+    ours.train(runs, 2, seen.append)
+    assert max(map(len, seen)) == 2
+    assert all("signal 9" in error for error in ours.failed().values())
+    assert set(ours.failed()) == {"bad-yolov8n-digits-0", "bad-yolov8n-digits-1"}
+    runs.append(replace(STOCK, seed=2))
+    ours.add(runs)
+    ours.train(runs, 2)
+    begun = {run.name: len((ours.of(run) / "begun").read_text()) for run in runs}
+    assert begun == {run.name: 2 if run.label == "bad" else 1 for run in runs}
+    results = ours.results()
+    assert [(run["label"], run["seed"]) for run in results["runs"]] == [
+        ("stock", 0), ("stock", 1), ("stock", 2), ("vfl", 0), ("vfl", 1),
+    ]  # fmt: skip
+    assert (len(results["failed"]), results["unfinished"]) == (2, [])
+    first = results["runs"][3]
+    expected = {"label": "vfl", "slot": "cls", "losses": RUN.losses, "model": "yolov8n.yaml", "data": "digits"}
+    expected |= {"epochs": 2, "seed": 0, "metrics": {"AP50": 0.0}, "per_class": {}, "curve": {}}
+    assert first == expected
+    assert (results["name"], results["data"], results["epochs"], results["machine"]) == ("own", "digits", 2, "m")
+
+
+def test_results_of_another_grid_are_refused_and_what_has_not_finished_may_change(tmp_path, pretended):
+    ours = Study(tmp_path)
+    ours.add([RUN])
+    left = [ours.of(RUN) / "last_checkpoint", ours.of(RUN) / "weights" / "last.pt"]
+    left[1].parent.mkdir()
+    for file in left:
+        file.touch()
+    ours.add([RUN])
+    assert all(file.exists() for file in left)
+    ours.add([replace(RUN, epochs=5)])
+    assert not any(file.exists() for file in left)
+    assert ours.runs() == [replace(RUN, epochs=5)]
+    assert ours.results()["unfinished"] == [RUN.name]
+    ours.train(ours.runs(), 1)
+    with pytest.raises(ValueError, match=r"results of another grid: .* epochs 5, not 2, or take another folder"):
+        ours.add([RUN])
+
+
+def test_the_bar_counts_epochs(tmp_path, capsys):
+    """Where there is no terminal, a line now and then; the time left is that of the epochs so far."""
+    ours, runs = Study(tmp_path), [RUN, replace(RUN, seed=1)]
+    ours.add(runs)
+    bar = Bar(ours, runs, every=0)
+    with bar:
+        bar.tick(runs[:1])
+        assert "0/4 epochs, time left: not known yet; vfl-yolov8n-digits-0" in capsys.readouterr().out
+        (ours.of(RUN) / "results.csv").write_text("epoch,time\n1,5\n", encoding="utf-8")
+        bar.progress.tasks[0].start_time -= 100
+        bar.tick(runs)
+        assert "1/4 epochs, 0:05:00 left; vfl-yolov8n-digits-0, vfl-yolov8n-digits-1" in capsys.readouterr().out
+
+
+def test_ap_by_size_and_calibration_by_hand():
+    """Three objects, each a size of COCO's and a third; the middle one is missed, by a detection elsewhere."""
+    pytest.importorskip("pycocotools")
+    truth = np.array([[0, 0, 5, 5, 10, 10], [1, 0, 5, 5, 50, 50], [2, 0, 5, 5, 100, 100]], dtype=float)
+    found = [[0, 5, 5, 10, 10, 0.9, 0], [1, 200, 200, 50, 50, 0.8, 0], [2, 5, 5, 100, 100, 0.7, 0]]
+    low = [2, 300, 300, 9, 9, 0.04, 0]  # a score below those that count in the calibration
+    result = evaluate(truth, np.array([*found, low]), images=3, classes=2)
+    # Of 101 recalls, 34 have the precision 1, 33 more 2/3, and the rest, that no detection reaches, 0.
+    assert result["AP50"] == result["AP"] == result["AP75"] == pytest.approx(56 / 101, abs=1e-5)
+    assert result["per_class"] == {"0": result["AP"], "1": None}
+    for one, two, three in (("small", "medium", "large"), ("first_third", "second_third", "last_third")):
+        assert (result[f"AP_{one}"], result[f"AP_{two}"], result[f"AP_{three}"]) == (1.0, 0.0, 1.0)
+    assert result["calibration_error"] == pytest.approx((0.1 + 0.8 + 0.3) / 3, abs=1e-5)
+    nothing = evaluate(truth[:1], np.zeros((0, 7)), images=3, classes=2)
+    assert (nothing["AP50"], nothing["AP_small"], nothing["AP_large"], nothing["calibration_error"]) == (
+        0,
+        0,
+        None,
+        None,
+    )
+    assert nothing["per_class"] == {"0": 0.0, "1": None}
+
+
+@pytest.mark.parametrize(
+    ("epoch", "seconds", "goes_on"), [(3, 550, False), (3, 650, True), (None, 900, False), (-1, 100, True)]
+)
+def test_a_training_that_was_cut_off_early_begins_again(tmp_path, epoch, seconds, goes_on):
+    """One that has ended, which the epoch -1 says, has only to be measured."""
+    pytest.importorskip("ultralytics")
+    from detloss_plugins.ablation import yolo
+
+    last = tmp_path / "weights" / "last.pt"
+    last.parent.mkdir()
+    if epoch is None:
+        last.write_bytes(b"cut off")
+    else:
+        torch.save({"epoch": epoch}, last)
+    for file, age in ((tmp_path / "begun", seconds), (tmp_path / "results.csv", 0), (last, 0)):
+        file.touch()
+        os.utime(file, (10**9 - age, 10**9 - age))
+    assert yolo.prepare(tmp_path, 600) is (goes_on and epoch != -1)
+    assert (tmp_path / "results.csv").exists() is last.exists() is goes_on
+    assert ((tmp_path / "begun").stat().st_mtime > 10**9) is not goes_on
+
+
+def test_what_ultralytics_has_logged(tmp_path):
+    from detloss_plugins.ablation import yolo
+
+    (tmp_path / "results.csv").write_text("   epoch,  time\n1,10\n2,nan\n3,30.5\n", encoding="utf-8")
+    assert yolo.read_curves(tmp_path / "results.csv") == {"epoch": [1, 2, 3], "time": [10, None, 30.5]}
+    assert yolo.epochs_done(tmp_path) == 3
+    assert yolo.seconds_per_epoch([10, None, 30.5, 42.5]) == 12.0, "of 10, 20.5 and 12"
+    assert yolo.seconds_per_epoch([]) is None
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "at least one loss"),
+        (["dfl=DistributionFocalLoss", "--model", "yolo26n"], "needs a distribution over bins"),
+        (["GIoULoss", "--data", "digits:tiny"], "no tiny"),
+        (["GIoULoss", "--model", "yolov8n-seg"], "for the task segment"),
+        (["GIoULoss", "epochs=3"], "epochs belongs to the grid"),
+        (["GIoULoss", "stock=GIoULoss"], "label stock"),
+    ],
+)
+def test_wrong_calls(tmp_path, words, says):
+    pytest.importorskip("ultralytics")
+    done = CliRunner().invoke(main, ["ablate", *words, "--out", str(tmp_path / "out")])
+    assert done.exit_code == 2
+    assert says in done.output
+    assert not (tmp_path / "out").exists()
+
+
+def mmdet_model():
+    """The detector of a config, as far as it matters."""
+    losses = {"loss_cls": {"type": "FocalLoss", "use_sigmoid": True}, "loss_bbox": {"type": "L1Loss"}}
+    return {"type": "RetinaNet", "bbox_head": {"num_classes": 10, **losses}}
+
+
+def test_losses_go_to_their_places_in_a_config():
+    focal = {"type": "FocalLoss", "gamma": 1.5}
+    found = mmdetection.slots_of(focal, mmdet_model())
+    full = {"use_sigmoid": True, "type": "detloss_plugins.FocalLoss", "gamma": 1.5}
+    assert found == {"bbox_head.loss_cls": full}
+    for slot in ("cls", "loss_cls", "bbox_head.loss_cls"):
+        assert mmdetection.slots_of({slot: focal}, mmdet_model()) == found
+    both = mmdetection.slots_of({"cls": focal, "box": {"type": "GIoULoss"}}, mmdet_model())
+    assert both["bbox_head.loss_bbox"] == {"type": "detloss_plugins.GIoULoss"}
+    detr = {"bbox_head": {**mmdet_model()["bbox_head"], "loss_iou": {"type": "GIoULoss"}}}
+    assert list(mmdetection.slots_of({"type": "CIoULoss"}, detr)) == ["bbox_head.loss_iou"]
+    assert list(mmdetection.slots_of({"type": "SmoothL1Loss"}, detr)) == ["bbox_head.loss_bbox"]
+    two_stage = {"rpn_head": mmdet_model()["bbox_head"], "roi_head": {"bbox_head": mmdet_model()["bbox_head"]}}
+    with pytest.raises(ValueError, match=r"several of them for 'cls': name one of rpn_head\.loss_cls"):
+        mmdetection.slots_of(focal, two_stage)
+    with pytest.raises(ValueError, match="has none for 'dfl'"):
+        mmdetection.slots_of({"type": "DistributionFocalLoss"}, mmdet_model())
+
+
+def test_the_config_of_a_run(tmp_path):
+    losses = mmdetection.slots_of({"cls": {"type": "FocalLoss"}, "box": {"type": "GIoULoss"}}, mmdet_model())
+    run = replace(RUN, model="retinanet_r18_fpn_digits", losses=losses, seed=3)
+    content = {}
+    exec(mmdetection.config_text(run, tmp_path), content)
+    assert Path(content["_base_"]).name == "retinanet_r18_fpn_digits.py"
+    assert content["randomness"] == {"seed": 3}
+    assert content["model"]["bbox_head"]["loss_bbox"] == {"_delete_": True, "type": "detloss_plugins.GIoULoss"}
+    assert content["model"]["bbox_head"]["loss_cls"]["use_sigmoid"] is True
+
+
+def test_what_mmengine_has_logged(tmp_path):
+    """Epochs of 10 iterations of 0.5 s; validation after the second."""
+    lines = [{"loss": 1.0, "time": t, "epoch": e, "iter": 10 * e, "step": 10 * e} for e, t in ((1, 0.5), (2, 0.5))]
+    lines.append({"coco/bbox_mAP": 0.2, "coco/bbox_mAP_50": 0.4, "step": 2})
+    (tmp_path / "1" / "vis_data").mkdir(parents=True)
+    (tmp_path / "1" / "vis_data" / "scalars.json").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    assert mmdetection.logged(tmp_path, 3) == (5.0, {"AP50": [None, 0.4, None], "AP": [None, 0.2, None]})
+    (tmp_path / "last_checkpoint").write_text("/somewhere/epoch_2.pth", encoding="utf-8")
+    assert mmdetection.epochs_done(tmp_path) == 2
+
+
+@pytest.mark.slow
+def test_an_ablation_with_mmdetection(tmp_path):
+    pytest.importorskip("mmdet")
+    args = {"train_dataloader.dataset.indices": 16, "val_dataloader.dataset.indices": 8}
+    grid = {"losses": {"qfl": {"type": "QualityFocalLoss"}}, "models": "retinanet_r18_fpn_digits", "seeds": 1}
+    grid |= {"epochs": 3, "args": args}
+    process = ablate(tmp_path / "study", grid, "--jobs", "1")
+    wait_for(process, lambda: [*tmp_path.glob("study/runs/stock-*/last_checkpoint")])
+    process.kill()
+    process.communicate()
+    finish(ablate(tmp_path / "study", grid, "--jobs", "1", "--resume-after", "0"))
+    results = json.loads((tmp_path / "study" / "results.json").read_text(encoding="utf-8"))
+    assert [(run["label"], run["slot"]) for run in results["runs"]] == [("stock", ""), ("qfl", "cls")]
+    assert [run.get("resumed", False) for run in results["runs"]] == [True, False]
+    assert list(results["runs"][0]["per_class"]) == list("0123456789")
+    assert results["versions"]["mmdet"]
+
+
+GRID = {
+    "losses": {
+        "vfl": {"type": "VarifocalLoss", "loss_weight": 4.0},
+        "giou": {"type": "GIoULoss"},
+        "both": {"cls": {"type": "QualityFocalLoss"}, "box": {"type": "WIoULoss"}},
+    },
+    "seeds": 2,
+    "epochs": 2,
+    "args": {"fraction": 0.05, "imgsz": 64, "batch": 8, "warmup_epochs": 0},
+}
+
+
+def ablate(out, grid, *options):
+    """The command in a process of its own, with two trainings side by side unless options say otherwise."""
+    file = out.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(grid), encoding="utf-8")
+    code = "from detloss_plugins.cli import main; main()"
+    command = [sys.executable, "-c", code, "ablate", str(file), "--out", str(out), "--jobs", "2", *options]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(process, come):
+    """Wait until something has come, which must be before the process ends."""
+    while process.poll() is None and not come():
+        time.sleep(0.1)
+    assert process.poll() is None, process.communicate()[0][-3000:]
+
+
+def finish(process, status=0):
+    output = process.communicate()[0]
+    assert process.returncode == status, output[-3000:]
+    return output
+
+
+def without_times(out):
+    """The results and the report, but for seconds."""
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    assert all(run["metrics"].pop("seconds_per_epoch") > 0 for run in results["runs"])
+    report = (out / "report.md").read_text(encoding="utf-8")
+    return results, re.sub(r"\d+\.\d( ± \d+\.\d)? \|$", "", report, flags=re.MULTILINE)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="kill -9")
+def test_killed_twice_the_report_is_the_same(tmp_path):
+    pytest.importorskip("ultralytics")
+    alone, killed = tmp_path / "a" / "study", tmp_path / "b" / "study"
+    for folder in (alone, killed):
+        folder.parent.mkdir()
+    finish(ablate(alone, GRID))
+    for finished in (1, 4):
+        process = ablate(killed, GRID)
+
+        def at_work(finished=finished):
+            done = len([*killed.glob("runs/*/metrics.json")])
+            return done >= finished and len([*killed.glob("runs/*/weights/last.pt")]) > done
+
+        wait_for(process, at_work)
+        process.kill()
+        process.communicate()
+        assert len([*killed.glob("runs/*/metrics.json")]) < 8
+    assert "of them finished before" in finish(ablate(killed, GRID))
+    results, report = without_times(alone)
+    assert len(results["runs"]) == 8
+    assert len({run["metrics"]["calibration_error"] for run in results["runs"]} - {None}) != 1, "they all differ"
+    assert without_times(killed) == (results, report)
+
+
+@pytest.mark.slow
+def test_a_training_that_fails_is_in_the_report(tmp_path):
+    pytest.importorskip("ultralytics")
+    weights = {"type": "FocalLoss", "class_weight": [1.0, 2.0]}  # for two classes, and there are ten
+    grid = {**GRID, "losses": {"two": {"cls": weights}, "giou": {"type": "GIoULoss"}}, "seeds": 1, "epochs": 1}
+    output = finish(ablate(tmp_path / "study", grid), status=1)
+    assert re.search("error: two-yolov8n-digits-0: .*class", output)
+    report = (tmp_path / "study" / "report.md").read_text(encoding="utf-8")
+    assert "2 trainings" in report
+    assert "| two-yolov8n-digits-0 |" in report
+    assert Path(tmp_path / "study" / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_a_node_of_a_ray_cluster_is_killed(tmp_path):
+    """Two nodes with a core each; what the lost one trained goes on from its checkpoint on the other."""
+    pytest.importorskip("ultralytics")
+    ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'detloss_plugins[ray]'")
+    cluster_utils = pytest.importorskip("ray.cluster_utils")
+    from detloss_plugins.ablation import cluster
+
+    args = {"fraction": 0.05, "imgsz": 64, "batch": 8}
+    losses = {label: {"type": f"{label}Loss"} for label in ("GIoU", "DIoU", "CIoU")}
+    runs = plan(losses, ["yolov8n"], ["digits"], seeds=1, epochs=6, args=args)
+    ours = Study(tmp_path / "study")
+    ours.add(runs)
+    nodes = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    second = nodes.add_node(num_cpus=1)
+    nodes.wait_for_nodes()
+    lost = []
+
+    def kill(running):
+        """The second node, once a training of its own has a checkpoint."""
+        mark = f"node {second.node_id} of Ray"
+        for run in running if not lost else ():
+            there = mark in (ours.of(run) / "train.log").read_text(encoding="utf-8")
+            if there and ours.epochs_done(run) >= 1 and (ours.of(run) / "weights" / "last.pt").exists():
+                nodes.remove_node(second, allow_graceful=False)
+                lost.append(run)
+
+    try:
+        cluster.train(ours, runs, nodes.address, tick=kill, resume_after=0)
+    finally:
+        ray.shutdown()
+        nodes.shutdown()
+    assert lost
+    assert not ours.failed()
+    results = ours.results()
+    assert len(results["runs"]) == 4
+    assert [run["label"] for run in results["runs"] if run.get("resumed")] == [lost[0].label]
+    assert all(len(run["curve"]["AP50"]) == 6 for run in results["runs"])
+    log = (ours.of(lost[0]) / "train.log").read_text(encoding="utf-8")
+    assert len(set(re.findall(r"node (\w+) of Ray", log))) == 2

@@ -1,0 +1,180 @@
+"""The report: statistics whose numbers are worked by hand, and the page."""
+
+import base64
+import math
+import re
+
+import pytest
+from click.testing import CliRunner
+
+from detloss_plugins.ablation.compare import (
+    bootstrap_interval,
+    difference,
+    groups,
+    mean_curve,
+    merged,
+    spread,
+    t_interval,
+    table,
+)
+from detloss_plugins.ablation.files import write_json
+from detloss_plugins.ablation.page import Page
+from detloss_plugins.ablation.report import write_report
+from detloss_plugins.cli import main
+
+
+def run(label, seed, ap50, **more):
+    """A run of results.json."""
+    metrics = {"AP50": ap50, "AP": ap50 / 2, "AP_large": None, "seconds_per_epoch": 2.0}
+    losses = {} if label == "stock" else {"cls": {"type": label}}
+    own = {"label": label, "slot": "+".join(losses), "losses": losses, "model": "yolov8n.yaml", "data": "digits"}
+    own |= {"epochs": 2, "seed": seed, "metrics": metrics, "per_class": {"0": ap50, "1": None}}
+    return {**own, "curve": {"AP50": [0.0, ap50]}, **more}
+
+
+STOCK = [run("stock", seed, ap50) for seed, ap50 in enumerate([0.50, 0.52, 0.51])]
+GOOD = [run("GoodLoss", seed, ap50) for seed, ap50 in enumerate([0.60, 0.62, 0.62])]  # +0.10, +0.10, +0.11
+SAME = [run("SameLoss", seed, ap50) for seed, ap50 in enumerate([0.51, 0.52, 0.49])]  # +0.01, 0, -0.02
+BAD = [run("BadLoss", seed, ap50) for seed, ap50 in enumerate([0.40, 0.42, 0.40])]  # -0.10, -0.10, -0.11
+RESULTS = {"name": "study", "data": "digits", "epochs": 2, "versions": {"torch": "2.5.1"}, "machine": "2 cores"}
+
+
+def test_students_interval():
+    """Of 1, 2, 3: 2 -+ 4.30265 x 1 / sqrt(3); of 0, 4 at 90 %: 2 -+ 6.31375 x sqrt(8) / sqrt(2)."""
+    assert t_interval([1, 2, 3]) == pytest.approx((2 - 4.30265 / math.sqrt(3), 2 + 4.30265 / math.sqrt(3)), abs=1e-4)
+    assert t_interval([0, 4], 0.9) == pytest.approx((2 - 12.6275, 2 + 12.6275), abs=1e-3)
+
+
+def test_bootstrap_of_three():
+    """The sums 0 to 6 of 27 resamples of 0, 1, 2 come 1, 3, 6, 7, 6, 3, 1 times: 1/27 is 3.7 %."""
+    assert bootstrap_interval([0, 1, 2], 0.95) == (0, 2)
+    assert bootstrap_interval([0, 1, 2], 0.90) == pytest.approx((1 / 3, 5 / 3))
+    assert bootstrap_interval([0, 1, 2], 0.50) == pytest.approx((2 / 3, 4 / 3)), "10/27 and 17/27 are the first above"
+
+
+def test_bootstrap_of_many_is_drawn_and_the_same_each_time():
+    values = [0.0, 1.0] * 20
+    low, high = bootstrap_interval(values)
+    assert (low, high) == bootstrap_interval(values)
+    assert (low, high) == pytest.approx((0.5 - 1.96 * 0.5 / math.sqrt(40), 0.5 + 1.96 * 0.5 / math.sqrt(40)), abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("own", "verdict", "reason"),
+    [
+        ([0.60, 0.62, 0.62], "better", "above 0"),
+        ([0.40, 0.42, 0.40], "worse", "below 0"),
+        ([0.51, 0.52, 0.50], "not distinguishable", "holds 0"),
+        # +0.05, +0.01, +0.03: every seed is better, and 0.03 -+ 2.484 x 0.02 holds 0 all the same.
+        ([0.55, 0.53, 0.54], "not distinguishable", "holds 0"),
+        ([0.50, 0.52, 0.51], "not distinguishable", "holds 0"),
+        ([0.60, 0.62], "not distinguishable", "2 of 3 seeds"),
+        ([0.60], "not distinguishable", "1 of 3 seeds"),
+        ([], "not distinguishable", "0 of 3 seeds"),
+    ],
+)
+def test_verdicts(own, verdict, reason):
+    found = difference(dict(enumerate(own)), {0: 0.50, 1: 0.52, 2: 0.51})
+    assert found.verdict == verdict
+    assert reason in found.reason
+    assert found.seeds == len(own)
+
+
+def test_differences_are_of_the_same_seed():
+    found = difference({1: 0.5, 2: 0.7, 9: 0.0}, {2: 0.4, 1: 0.4, 0: 1.0})
+    assert found.seeds == 2
+    assert found.mean == pytest.approx(0.2)
+    assert found.interval == pytest.approx((0.2 - 12.7062 * 0.1, 0.2 + 12.7062 * 0.1), abs=1e-4)
+    assert found.bootstrap == pytest.approx((0.1, 0.3))
+
+
+def test_spread_is_the_sample_deviation():
+    assert spread([1.0, 2.0, 3.0, None]).deviation == 1.0
+    assert spread([1.0]).deviation is None
+    assert spread([None]) is None
+
+
+def test_the_table():
+    rows = table([*SAME, *STOCK, *BAD, *GOOD])
+    assert [row.label for row in rows] == ["GoodLoss", "stock", "SameLoss", "BadLoss"]
+    good, stock = rows[:2]
+    assert good.spreads["AP50"].mean == pytest.approx(0.61333, abs=1e-5)
+    assert good.differences["AP50"].mean == pytest.approx(0.10333, abs=1e-5)
+    assert good.differences["AP"].mean == pytest.approx(0.05167, abs=1e-5)
+    assert good.spreads["AP_large"] is None
+    assert good.per_class == {"0": good.spreads["AP50"].mean, "1": None}
+    assert stock.differences == {}
+    assert stock.curve == pytest.approx([0.0, 0.51])
+    assert mean_curve([]) == []
+
+
+def test_other_epochs_models_and_data_are_not_compared():
+    others = [
+        run("stock", 0, 0.9, epochs=3),
+        run("stock", 0, 0.9, model="yolo11n.yaml"),
+        run("stock", 0, 0.9, data="trees"),
+    ]
+    assert [len(own) for own in groups([*STOCK, *others]).values()] == [1, 3, 1, 1]
+
+
+def test_results_are_put_together():
+    first, second = {"runs": [*STOCK, *GOOD]}, {"runs": [*STOCK, *BAD]}
+    assert merged([first, second]) == [*STOCK, *GOOD, *BAD]
+    with pytest.raises(ValueError, match="in one and"):
+        merged([first, {"runs": [run("GoodLoss", 3, 0.5, losses={})]}])
+
+
+def test_the_page(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"png")
+    page = Page("A & B", tmp_path)
+    page.text("see `x < 1`")
+    page.table(["loss", "verdict"], [["a|b", "worse"]])
+    page.picture("a.png", "what")
+    assert page.markdown() == (
+        "# A & B\n\nsee `x < 1`\n\n| loss | verdict |\n|---|---:|\n| a\\|b | worse |\n\n![what](a.png)\n"
+    )
+    assert "<code>x &lt; 1</code>" in page.html()
+    assert '<td class="worse">worse</td>' in page.html()
+    assert base64.b64encode(b"png").decode() in page.html()
+    assert "A &amp; B" in page.html()
+
+
+def test_the_report(tmp_path):
+    failed = [{"run": "odd-yolov8n-digits-0", "error": "RuntimeError: it broke"}]
+    write_json(tmp_path / "some.json", {**RESULTS, "runs": [*STOCK, *GOOD, *SAME, *BAD], "failed": failed})
+    out = tmp_path / "out"
+    done = CliRunner().invoke(main, ["report", str(tmp_path / "some.json"), "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    text = (out / "report.md").read_text(encoding="utf-8")
+    assert "Of 3, 1 better than stock in AP50, 1 worse, 1 not distinguishable." in text
+    line = next(line for line in text.splitlines() if line.startswith("| GoodLoss | cls |"))
+    # 0.10333 -+ 4.30265 x 0.0057735 / sqrt(3)
+    assert "0.613 ± 0.012 | +0.103 [+0.089, +0.118], boot. [+0.100, +0.110] | better |" in line
+    assert text.index("| GoodLoss") < text.index("| stock") < text.index("| SameLoss") < text.index("| BadLoss")
+    assert "RuntimeError: it broke" in text
+    assert "about 0.2 of them" in text, "3 x 5 %"
+    pictures = re.findall(r"!\[.*\]\((.*)\)", text)
+    assert len(pictures) == 2
+    html = (out / "report.html").read_text(encoding="utf-8")
+    for picture in pictures:
+        content = (out / picture).read_bytes()
+        assert content.startswith(b"\x89PNG")
+        assert base64.b64encode(content).decode() in html
+    assert 'src="pictures' not in html
+
+
+def test_weights_that_were_found_are_in_the_report(tmp_path):
+    losses = {"cls": {"type": "GoodLoss", "loss_weight": "auto"}}
+    found = [{**run, "losses": losses, "weights": {"cls": 4.0 + run["seed"] / 3}} for run in GOOD]
+    write_report([{**RESULTS, "runs": [*STOCK, *found]}], tmp_path)
+    assert "weights found, by seed: cls: 4, 4.33, 4.67 |" in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+def test_what_is_no_result(tmp_path):
+    (tmp_path / "x.json").write_text("[1]", encoding="utf-8")
+    for arguments, says in ((["x.json"], "--out DIR"), (["x.json", "--out", "out"], "no results in")):
+        words = [str(tmp_path / word) if word[0] != "-" else word for word in arguments]
+        done = CliRunner().invoke(main, ["report", *words])
+        assert (done.exit_code, says in done.output) == (2, True), done.output
+    with pytest.raises(ValueError, match="in one and"):
+        write_report([{**RESULTS, "runs": GOOD}, {**RESULTS, "runs": [run("GoodLoss", 4, 0.1, losses={})]}], tmp_path)

@@ -1,0 +1,132 @@
+"""The study's page and what is taken into the study, with trainings that are made up."""
+
+import json
+
+import pytest
+import study
+
+from detloss_plugins.cli._common import UsageError
+
+
+def trained(label, data, aps, slot="cls", weight=2.0):
+    """Runs of a loss, a seed each, with these AP."""
+    losses = {} if label == "stock" else {slot: {"type": label, "loss_weight": weight}}
+    same = {"label": label, "slot": slot, "losses": losses, "model": "yolov8n.yaml", "data": data, "epochs": 3}
+    figures = {"AP_first_third": 0.123456, "AP_last_third": None, "seconds_per_epoch": 1200.0}
+    return [
+        {
+            **same,
+            "seed": s,
+            "metrics": {"AP50": ap + 0.2, "AP": ap, **figures},
+            "per_class": {"a": ap},
+            "curve": {"AP50": [0.5], "AP": [0.4]},
+        }
+        for s, ap in enumerate(aps)
+    ]
+
+
+def results(*runs, machine="2 cores"):
+    return {
+        "name": "x",
+        "data": "digits",
+        "epochs": 3,
+        "versions": {"torch": "2.5.1"},
+        "machine": machine,
+        "runs": runs,
+    }
+
+
+RUNS = [
+    *trained("stock", "digits", (0.40, 0.42, 0.41)),
+    *trained("FocalLoss", "digits", (0.44, 0.47, 0.45), weight=12.3456),
+    *trained("GIoULoss", "digits", (0.45, 0.40, 0.43), "box"),
+    *trained("stock", "digits:small", (0.40, 0.42, 0.41)),
+    *trained("FocalLoss", "digits:small", (0.30, 0.31, 0.31), weight=12.3456),
+]
+
+
+def test_the_page_has_every_loss_beside_stock():
+    text = study.content([results(*RUNS)])
+    assert "15 trainings, 15.0 hours, on 2 cores, with torch 2.5.1." in text
+    sections = text.split("## ")
+    assert [part.splitlines()[0] for part in sections[1:]] == [
+        "What comes out",
+        "What does not come out",
+        "digits, yolov8n.yaml, 3 epochs",
+        "digits:small, yolov8n.yaml, 3 epochs",
+    ]
+    (focal,) = (line for line in sections[3].splitlines() if line.startswith("| FocalLoss "))
+    cells = [cell.strip() for cell in focal.strip("|").split("|")]
+    assert cells[:3] == ["FocalLoss", "12.3", "0.653 ± 0.015"]
+    assert cells[3].startswith("+0.043 [+0.029, +0.058]")
+    assert cells[4] == "better"
+    assert cells[-3:] == ["0.123 ± 0.000", "-", "3"]
+    assert sections[3].count("| stock |") == 2, "one a slot"
+    assert "In AP, better: FocalLoss; worse: none; not distinguishable: GIoULoss." in sections[3]
+
+
+def test_the_page_says_what_does_not_come_out():
+    came, text = study.content([results(*RUNS)]).split("## What does not come out")
+    assert came.endswith("## What comes out\n\nNothing, at the 3 or more seeds that a verdict takes.\n\n")
+    good = study.content([results(*RUNS[:9])]).split("## What comes out")[1]
+    assert good.startswith("\n\n- FocalLoss is better than stock on digits (yolov8n.yaml, 3 epochs).\n")
+    assert "- digits:small, yolov8n.yaml, 3 epochs: none of 1 is better than stock" in text
+    small, plain = "digits:small (yolov8n.yaml, 3 epochs)", "digits (yolov8n.yaml, 3 epochs)"
+    assert f"- FocalLoss is worse than stock on {small}, though better on {plain}." in text
+    assert study.content([]) == "The study has no trainings yet.\n"
+    alone = study.content([results(*trained("stock", "digits", (0.4,)))])
+    assert "There is nothing beside the stock losses yet." in alone
+
+
+def written(path, content):
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
+def test_results_join_a_study(tmp_path):
+    runs = [{**run, "model": f"some/folder/{run['model']}"} for run in RUNS[:6]]
+    first = written(tmp_path / "results.json", results(*runs))
+    folder = tmp_path / "study"
+    folder.mkdir()
+    file = study.add(first, "mine", folder)
+    (stored,) = study.studies(folder)
+    assert stored["runs"][0]["metrics"]["AP_first_third"] == 0.1235
+    assert stored["runs"][0]["model"] == "yolov8n.yaml"
+    assert stored["runs"][0]["curve"] == {"AP50": [0.5]}
+    assert stored["runs"][-1]["losses"]["cls"]["loss_weight"] == 12.3456, "as it was trained"
+    again = trained("FocalLoss", "digits", (0.5, 0.5, 0.5), weight=12.3456)
+    study.add(written(tmp_path / "results.json", results(*again, *RUNS[6:9], machine="a GPU")), "mine", folder)
+    (joined,) = study.studies(folder)
+    assert len(joined["runs"]) == 9
+    assert {run["metrics"]["AP"] for run in joined["runs"] if run["label"] == "FocalLoss"} == {0.5}, "the newer"
+    assert joined["machine"] == "2 cores; a GPU"
+    other = results(*trained("FocalLoss", "digits", (0.5,), weight=1.0))
+    with pytest.raises(UsageError, match=r"FocalLoss with yolov8n\.yaml is"):
+        study.add(written(tmp_path / "results.json", other), "mine", folder)
+    assert study.studies(folder) == [joined]
+    with pytest.raises(UsageError):
+        study.add(tmp_path / "nowhere.json", "mine", folder)
+    assert file.read_text(encoding="utf-8").count("\n") == 9 + 7, "a training a line"
+
+
+def test_command(tmp_path, monkeypatch, capsys):
+    page = tmp_path / "experiments.md"
+    page.write_text(f"# Mine\n\n{study.BEGIN}old\n{study.END}\nthe end\n", encoding="utf-8")
+    monkeypatch.setattr(study, "PAGE", page)
+    monkeypatch.setattr(study, "studies", lambda: [results(*RUNS)])
+    assert study.main(["--check"]) == 1
+    assert "experiments.md is out of date" in capsys.readouterr().err
+    assert study.main([]) == 0
+    assert page.read_text(encoding="utf-8").startswith("# Mine")
+    assert page.read_text(encoding="utf-8").endswith("the end\n")
+    assert study.main(["--check"]) == 0
+    for words in (["--add", "x"], ["--name", "x"], ["--add", "x", "--name", "../x"]):
+        with pytest.raises(SystemExit):
+            study.main(words)
+    assert study.main(["--add", str(tmp_path / "x"), "--name", "x"]) == 2
+
+
+def test_the_page_is_that_of_the_study():
+    assert study.updated(study.PAGE.read_text(encoding="utf-8"), study.studies()) == study.PAGE.read_text(
+        encoding="utf-8"
+    ), "run tools/study.py"
