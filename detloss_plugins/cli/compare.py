@@ -79,8 +79,9 @@ def command(ctx, names, file):
       detloss compare
       detloss compare --loss CIoULoss --loss FocalLoss --json parity.json
 
-    Value and gradient, on random tensors and on those of real training steps. Prints a table: PASS, FAIL, DIFFERS (two
-    losses that only share a name; the reason is given), NO REFERENCE or NOT INSTALLED. Exit status 1 if any fails.
+    Value and gradient, on random tensors and on those of real training steps, for which MMDetection and
+    Ultralytics must be installed. Prints a table: PASS, FAIL, DIFFERS (two losses that only share a name; the reason is
+    given), NO REFERENCE or NOT INSTALLED. Exit status 1 if any fails.
     """
     classes = [loss_class_of(name) for name in names] or [*registered_losses().values()]
     check_file(file)
