@@ -47,7 +47,7 @@ class Suggestion:
         label, slot, default: as of the candidate.
         losses: ``{slot: config}`` with that weight, ready to train with.
         weight: the median over the steps, three digits of it; None if the loss has no gradient there.
-        ratios: step -> what the weight would be by this step alone.
+        ratios: step -> what the weight would be by this step alone, of the steps whose batches have objects.
         positives, stock_positives: which share of the gradient falls on positive anchors, of the loss and of the stock
             one; None of a loss without one.
     """
@@ -126,7 +126,9 @@ class Gradients:
     def suggestion(self, candidate: Candidate) -> Suggestion:
         """The weight of a candidate."""
         own, stock = (self.found.get((candidate.slot, label), {}) for label in (candidate.label, STOCK))
-        ratios = {step: _ratio(stock[step][0], amount[0]) for step, amount in own.items() if step in stock}
+        # A batch without objects says how hard the background pulls, and nothing of the losses' balance.
+        steps = [step for step in own if step in stock and stock[step][1] > 0]
+        ratios = {step: _ratio(stock[step][0], own[step][0]) for step in steps}
         ratios = {step: ratio for step, ratio in ratios.items() if ratio}
         weight = _three_digits(statistics.median(ratios.values())) if ratios else None
         cfg = {name: value for name, value in candidate.cfg.items() if name != "loss_weight"}

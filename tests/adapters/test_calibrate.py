@@ -35,6 +35,13 @@ def test_the_weight_is_the_median_of_the_ratios():
     assert (stored["default"], stored["ratios"]) == (16.0, {"1": 30.0, "2": 10.0, "3": 20.0})
 
 
+def test_batches_without_objects_are_no_measure():
+    stock, own = {1: [60.0, 0.0], 2: [40.0, 30.0]}, {1: [0.01, 0.0], 2: [4.0, 4.0]}
+    assert found(stock, own).suggestion(CANDIDATE).ratios == {2: 10.0}
+    suggestion = found({1: [60.0, 0.0]}, {1: [0.01, 0.0]}).suggestion(CANDIDATE)
+    assert (suggestion.weight, suggestion.losses["cls"]["loss_weight"]) == (None, 16.0)
+
+
 def test_branches_and_levels_are_added_up():
     gradients = found({1: [60.0, 30.0]}, {1: [2.0, 1.0]})
     gradients.add(1, "cls", "FocalLoss", torch.tensor([4.0, 1.0]))

@@ -20,6 +20,7 @@ from ultralytics.utils import DEFAULT_CFG, LOGGER, RANK
 from detloss_plugins.adapters.ultralytics import compat
 from detloss_plugins.adapters.ultralytics.config import (
     at,
+    check_waiting,
     counted,
     default_gain,
     default_prior,
@@ -229,8 +230,7 @@ def make_trainer(
         losses = {slot: cfg if slot == "ignore" else {**cfg, "compile": True} for slot, cfg in losses.items()}
     base = trainer or TRAINERS[task]
     asked, places = losses, waiting(losses)  # for what, and where, weights are to be found
-    if places and task == "rtdetr":
-        raise ValueError('RT-DETR\'s losses cannot be calibrated: write a number in place of loss_weight "auto".')
+    check_waiting(losses, task)
     losses = with_weights(losses, default_weights(losses))  # until they are
     scheduled = any(isinstance(build_loss(cfg), ScheduledLoss) for slot, cfg in losses.items() if slot != "ignore")
     of_classes = losses.get("cls") or losses.get("loss_class")
