@@ -185,15 +185,22 @@ class Verified:
 
     @property
     def noise(self) -> float:
-        """Twice the standard error of the difference of two factors' means, from the spread of seeds around each mean.
+        """What the difference of two factors' means has to exceed, by the spread of seeds around each mean.
+
+        Student's 95 % interval of the spread of all factors together, for as many comparisons as one factor has with
+        the others (Bonferroni): the largest of some means is above the rest by chance alone.
 
         >>> suggestion = Suggestion("FocalLoss", "cls", 16.0, {}, 15.0, {25: 15.0}, 1.0, 0.8)
         >>> verified = Verified(suggestion, 6, {1.0: [0.50, 0.54], 2.0: [0.60, 0.64]})
-        >>> round(verified.noise, 4)  # 2 * sqrt(2 / 2 * 0.0008)
-        0.0566
+        >>> round(verified.noise, 4)  # 4.3027, of 2 degrees of freedom, * sqrt(2 / 2 * 0.0008)
+        0.1217
         """
-        seeds = min(map(len, self.map50.values()))
-        return 2 * math.sqrt(2 / seeds * statistics.fmean(map(statistics.variance, self.map50.values())))
+        from scipy.stats import t
+
+        seeds, others = min(map(len, self.map50.values())), len(self.map50) - 1
+        freedom = sum(len(values) - 1 for values in self.map50.values())
+        error = math.sqrt(2 / seeds * statistics.fmean(map(statistics.variance, self.map50.values())))
+        return float(t.ppf(1 - 0.05 / 2 / others, freedom)) * error
 
     @property
     def gain(self) -> float:

@@ -62,6 +62,14 @@ def test_no_gradient_no_weight(own):
         ([[0.1, 0.3], [0.70, 0.72], [0.80, 0.82]], 2.0, 0.10, "the calibrated weight", False),
         ([[0.59, 0.6], [0.70, 0.71], [0.80, 0.81]], 2.0, 0.10, "the calibrated weight", True),
         ([[0.59, 0.6], [0.70, 0.71], [0.69, 0.70]], 1.0, 0.01, "the next best", False),
+        (
+            [[0.69, 0.7], [0.70, 0.71], [0.72, 0.73]],
+            2.0,
+            0.02,
+            "the calibrated weight",
+            False,
+        ),  # twice the error: 0.014
+        ([[0.69, 0.7], [0.70, 0.71], [0.74, 0.75]], 2.0, 0.04, "the calibrated weight", True),  # 4.177 errors: 0.0295
         ([[0.7, 0.7], [0.7, 0.7], [0.7, 0.7]], 1.0, 0.0, "the next best", False),
     ],
 )
