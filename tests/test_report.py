@@ -178,7 +178,10 @@ def test_what_is_no_result(tmp_path):
         read_results(tmp_path / "x.json")
     write_json(tmp_path / "x.json", {"runs": []})
     write_report([read_results(tmp_path / "x.json")], tmp_path / "none")
-    assert "0 trainings on a machine not named" in (tmp_path / "none" / "report.md").read_text(encoding="utf-8")
+    assert "0 trainings on a machine not named.\n" in (tmp_path / "none" / "report.md").read_text(encoding="utf-8")
+    nothing = {**RESULTS, "versions": {}, "machine": "", "runs": [], "unfinished": ["a", "b"]}
+    write_report([nothing], tmp_path / "none")
+    assert "\n0 trainings. 2 not finished.\n" in (tmp_path / "none" / "report.md").read_text(encoding="utf-8")
     (tmp_path / "study" / "runs" / "a").mkdir(parents=True)
     for text, says in (("{", "run.json is no JSON"), ('{"of": "another"}', "another version")):
         (tmp_path / "study" / "runs" / "a" / "run.json").write_text(text, encoding="utf-8")

@@ -125,11 +125,12 @@ def summary(results, runs):
     versions = dict.fromkeys(f"{name} {v}" for result in results for name, v in result["versions"].items())
     failed = sum(len(result.get("failed", [])) for result in results)
     resumed = sum(bool(run.get("resumed")) for run in runs)
-    text = f"{len(runs)} trainings on {machines}, with {', '.join(versions) or 'versions not named'}."
+    where = f" on {machines}" if machines else ""  # of a study whose first training has not finished, nothing is known
+    text = f"{len(runs)} trainings{where}{', with ' if versions else ''}{', '.join(versions)}."
     if failed:
         text += f" {failed} failed, see below."
     if unfinished := sum(len(result.get("unfinished", [])) for result in results):
-        text += f" {unfinished} have not finished."
+        text += f" {unfinished} not finished."
     if resumed:
         text += f" {resumed} were cut off and went on from their last checkpoint, which is not quite the same training."
     return text
