@@ -191,7 +191,14 @@ def test_a_failure_does_not_stop_the_others_and_what_has_finished_is_kept(tmp_pa
 def test_results_of_another_grid_are_refused_and_what_has_not_finished_may_change(tmp_path, pretended):
     ours = Study(tmp_path)
     ours.add([RUN])
+    left = [ours.of(RUN) / "last_checkpoint", ours.of(RUN) / "weights" / "last.pt"]
+    left[1].parent.mkdir()
+    for file in left:
+        file.touch()
+    ours.add([RUN])
+    assert all(file.exists() for file in left)
     ours.add([replace(RUN, epochs=5)])
+    assert not any(file.exists() for file in left)
     assert ours.runs() == [replace(RUN, epochs=5)]
     assert ours.results()["unfinished"] == [RUN.name]
     ours.train(ours.runs(), 1)
@@ -302,6 +309,9 @@ def test_losses_go_to_their_places_in_a_config():
         assert mmdetection.slots_of({slot: focal}, mmdet_model()) == found
     both = mmdetection.slots_of({"cls": focal, "box": {"type": "GIoULoss"}}, mmdet_model())
     assert both["bbox_head.loss_bbox"] == {"type": "detloss_plugins.GIoULoss"}
+    detr = {"bbox_head": {**mmdet_model()["bbox_head"], "loss_iou": {"type": "GIoULoss"}}}
+    assert list(mmdetection.slots_of({"type": "CIoULoss"}, detr)) == ["bbox_head.loss_iou"]
+    assert list(mmdetection.slots_of({"type": "SmoothL1Loss"}, detr)) == ["bbox_head.loss_bbox"]
     two_stage = {"rpn_head": mmdet_model()["bbox_head"], "roi_head": {"bbox_head": mmdet_model()["bbox_head"]}}
     with pytest.raises(ValueError, match=r"several of them for 'cls': name one of rpn_head\.loss_cls"):
         mmdetection.slots_of(focal, two_stage)

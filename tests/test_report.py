@@ -163,6 +163,13 @@ def test_the_report(tmp_path):
     assert 'src="pictures' not in html
 
 
+def test_weights_that_were_found_are_in_the_report(tmp_path):
+    losses = {"cls": {"type": "GoodLoss", "loss_weight": "auto"}}
+    found = [{**run, "losses": losses, "weights": {"cls": 4.0 + run["seed"] / 3}} for run in GOOD]
+    write_report([{**RESULTS, "runs": [*STOCK, *found]}], tmp_path)
+    assert "weights found, by seed: cls: 4, 4.33, 4.67 |" in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
 def test_what_is_no_result(tmp_path):
     (tmp_path / "x.json").write_text("[1]", encoding="utf-8")
     for arguments, says in ((["x.json"], "--out DIR"), (["x.json", "--out", "out"], "no results in")):

@@ -118,7 +118,7 @@ class Row:
     """A loss in a group of runs of one model, data set and number of epochs.
 
     ``spreads`` has every metric, ``differences`` those of ``JUDGED``; ``per_class`` is the mean AP of each class and
-    ``curve`` the mean of AP50 by epoch.
+    ``curve`` the mean of AP50 by epoch. ``weights`` are those that were found where one is "auto", one for each seed.
     """
 
     label: str
@@ -129,6 +129,7 @@ class Row:
     differences: dict[str, Difference]
     per_class: dict[str, float | None]
     curve: list[float | None]
+    weights: dict[str, list[float]]
 
 
 def groups(runs: Iterable[Mapping]) -> dict[tuple, list]:
@@ -172,6 +173,10 @@ def _row(label, runs, stock, level):
             for name in dict.fromkeys(name for run in runs for name in run["per_class"])
         },
         curve=mean_curve([run["curve"].get("AP50") or [] for run in runs]),
+        weights={
+            slot: [run["weights"][slot] for run in runs if slot in run.get("weights", {})]
+            for slot in dict.fromkeys(slot for run in runs for slot in run.get("weights", {}))
+        },
     )
 
 

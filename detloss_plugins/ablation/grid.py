@@ -104,7 +104,7 @@ def slots_of(losses: Mapping, task: str) -> dict:
         losses = {fitting[0]: losses}
     if "ignore" in losses:
         raise ValueError("Ignored classes change what is measured, so an ablation has none: leave ignore out.")
-    return plain(load_losses(losses, task))
+    return plain(load_losses(losses, task, auto=True))
 
 
 def plain(value: Any) -> Any:

@@ -58,11 +58,11 @@ def place(slot: str, there: Mapping[str, Mapping]) -> str:
 def short(key: str) -> str:
     """The slot of a key: "cls", "box", "dfl", or the last part of another.
 
-    >>> short("bbox_head.loss_bbox"), short("dfl"), short("bbox_head.loss_centerness")
-    ('box', 'dfl', 'loss_centerness')
+    >>> short("bbox_head.loss_bbox"), short("dfl"), short("bbox_head.loss_centerness"), short("loss_class")
+    ('box', 'dfl', 'loss_centerness', 'cls')
     """
     last = key.rpartition(".")[2]
-    return {name: slot for slot, name in SLOTS.items()}.get(last, last)
+    return {"loss_class": "cls", **{name: slot for slot, name in SLOTS.items()}}.get(last, last)
 
 
 def slots_of(losses: Mapping, model: Mapping) -> dict:
@@ -77,7 +77,8 @@ def slots_of(losses: Mapping, model: Mapping) -> dict:
         family = family_of(losses)
         if family not in OF_FAMILY:
             raise ValueError(f"{losses['type']} is a {family} loss: say which it replaces, of {', '.join(there)}.")
-        losses = {OF_FAMILY[family]: losses}
+        of_iou = [key for key in there if key.endswith(".loss_iou")]  # of a DETR, whose loss_bbox is point-wise
+        losses = {of_iou[0] if of_iou and family == "box" else OF_FAMILY[family]: losses}
     found = {}
     for slot, cfg in losses.items():
         where = place(slot, there)

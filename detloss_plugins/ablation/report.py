@@ -168,7 +168,13 @@ def add_group(page: Page, title: str, rows: Sequence[Row]) -> None:
     page.text("AP of each class:")
     page.table(*class_table(rows))
     page.text("The losses:")
-    page.table(["losses", "as a dict"], [[row.label, f"`{row.losses}`"] for row in rows if row.losses])
+    page.table(["losses", "as a dict"], [[row.label, losses_in_words(row)] for row in rows if row.losses])
+
+
+def losses_in_words(row):
+    """The dict of the losses, and the weights that were found for it."""
+    found = [f"{slot}: {', '.join(f'{weight:.3g}' for weight in weights)}" for slot, weights in row.weights.items()]
+    return f"`{row.losses}`" + (f"; weights found, by seed: {'; '.join(found)}" if found else "")
 
 
 def outcome(rows):

@@ -47,7 +47,8 @@ class Study:
             if not self.is_done(run):
                 self.of(run).mkdir(parents=True, exist_ok=True)
                 if read_json(self.of(run) / "run.json") not in (None, run.as_dict()):
-                    (self.of(run) / "weights" / "last.pt").unlink(missing_ok=True)  # of another training
+                    for last in ("weights/last.pt", "last_checkpoint"):  # of another training
+                        (self.of(run) / last).unlink(missing_ok=True)
                 write_json(self.of(run) / "run.json", run.as_dict())
 
     def is_done(self, run: Run) -> bool:
@@ -191,5 +192,5 @@ def as_result(run: Run, found: dict) -> dict:
         "epochs": run.epochs,
         "seed": run.seed,
         **{key: found[key] for key in ("metrics", "per_class", "curve")},
-        **({"resumed": True} if found.get("resumed") else {}),
+        **{key: found[key] for key in ("weights", "resumed") if found.get(key)},
     }

@@ -42,6 +42,7 @@ def check_model(model: str, losses: Mapping) -> dict:
         ValueError, TypeError: if there is no such model, or it is for another task, or a loss does not suit it.
     """
     from detloss_plugins.adapters.ultralytics import check_head, model_task
+    from detloss_plugins.adapters.ultralytics.config import without_weight
 
     try:
         built = open_model(model).model
@@ -54,7 +55,7 @@ def check_model(model: str, losses: Mapping) -> dict:
     for label, own in losses.items():
         try:
             resolved[label] = slots_of(own, task)
-            check_head(built, resolved[label])
+            check_head(built, {slot: without_weight(cfg) for slot, cfg in resolved[label].items()})  # it may be "auto"
         except (TypeError, ValueError) as error:
             raise type(error)(f"{label} with {model}: {error}") from error
     return resolved
@@ -114,8 +115,8 @@ def read_labels(run: Run) -> None:
 
 def train(run: Run, folder: Path, resume_after: float) -> dict:
     """Train in a folder, or go on there, and return what is measured of ``best.pt``, as Ultralytics itself does at
-    the end: ``metrics``, ``per_class`` and ``curve`` of the results, and ``resumed``, whether the training was cut off
-    and went on.
+    the end: ``metrics``, ``per_class``, ``curve`` and ``weights`` of the results, and ``resumed``, whether the training
+    was cut off and went on.
 
     A training that was cut off goes on with its last checkpoint if it has been at it for ``resume_after`` seconds.
     Otherwise it starts again: what Ultralytics stores (weights in half precision, no state of the random numbers) does
@@ -138,7 +139,19 @@ def train(run: Run, folder: Path, resume_after: float) -> dict:
     metrics, per_class = measure(model, model_task(model.model), data_yaml(run), run.args)
     metrics["seconds_per_epoch"] = seconds_per_epoch(columns.get("time", []))
     curve = {"AP50": columns.get("metrics/mAP50(B)", []), "AP": columns.get("metrics/mAP50-95(B)", [])}
-    return {"metrics": metrics, "per_class": per_class, "curve": curve, "resumed": resumed}
+    weights = weights_found(run.losses, best)
+    return {"metrics": metrics, "per_class": per_class, "curve": curve, "weights": weights, "resumed": resumed}
+
+
+def weights_found(losses: Mapping, checkpoint: Path) -> dict[str, float]:
+    """The weights that a training has found for those of its losses whose weight is "auto", by slot."""
+    from detloss_plugins.adapters.ultralytics import trained_losses
+    from detloss_plugins.adapters.ultralytics.config import waiting, weights_of
+
+    if not waiting(losses):
+        return {}
+    found = weights_of(losses, trained_losses(checkpoint)["losses"])
+    return {".".join(map(str, place)): weight for place, weight in found.items()}
 
 
 def start(run: Run, folder: Path, resume: bool) -> None:

@@ -80,9 +80,9 @@ def command(losses, models, data, seeds, epochs, out, jobs, ray, cores, resume_a
     """
     try:
         study, runs = prepare(losses, {"models": [*models], "data": [*data], "seeds": seeds, "epochs": epochs}, out)
-        train(study, runs, jobs, (ray, cores), 60 * resume_after)
     except (TypeError, ValueError) as error:
         raise UsageError(error) from error
+    train(study, runs, jobs, (ray, cores), 60 * resume_after)
     finish(study)
 
 

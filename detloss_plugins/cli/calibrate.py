@@ -114,8 +114,6 @@ def unique(candidates):
 
 def of_yolo(words, slots, model, data, steps, overrides, verified):
     """Suggestions of Ultralytics and, if ``verified`` has epochs and seeds, what trainings say of them."""
-    from ultralytics import RTDETR, YOLO
-
     from detloss_plugins.adapters.ultralytics import calibrate as adapter
     from detloss_plugins.adapters.ultralytics import check_head, model_task
     from detloss_plugins.cli.train import UNREADABLE, check_yolo, yaml_of, yolo_data
@@ -123,11 +121,10 @@ def of_yolo(words, slots, model, data, steps, overrides, verified):
 
     try:
         with quiet():
-            built = (RTDETR if "rtdetr" in Path(model).stem else YOLO)(model).model
+            built = adapter.load(model).model
     except (OSError, *UNREADABLE) as error:
         raise UsageError(first_line(error)) from error
     task = model_task(built)
-    adapter.check_model(built)
     candidates = [adapter.candidate(cfg, task, slot, label) for w in words for label, slot, cfg in losses_of(w)]
     for each in candidates:
         check_head(built, {each.slot: each.cfg})

@@ -40,23 +40,21 @@ def check_yolo(path, model=None, data=None):
     from ultralytics.utils import DEFAULT_CFG
 
     from detloss_plugins.adapters.ultralytics import describe, load_losses
-    from detloss_plugins.adapters.ultralytics.config import check_waiting, waiting, with_weights
+    from detloss_plugins.adapters.ultralytics.config import waiting, with_weights
 
     given, losses, found = train.yolo_losses(path, {}), {}, Found()
     name = model or MODELS[fitting_task(given)]
     task, model = yolo_model(name)
     for slot, cfg in given.items():
         try:
-            checked = load_losses({slot: cfg}, task, auto=True)
-            check_waiting(checked, task)
-            losses |= checked
+            losses |= load_losses({slot: cfg}, task, auto=True)
         except (TypeError, ValueError) as error:
             found.problems.append(str(error))
     refused = tuple(f"{slot}: stock" for slot in given if slot not in losses)
     places = waiting(losses)
-    losses = with_weights(losses, dict.fromkeys(places, 1.0))
     active = [line for line in describe(losses, DEFAULT_CFG, task) if not line.startswith(refused)]
-    active += [f"{where_of(place)}: its weight, 1 above, is found by a short stock training first" for place in places]
+    active += [f"{where_of(place)}: its weight is found by a short stock training first" for place in places]
+    losses = with_weights(losses, dict.fromkeys(places, 1.0))
     found.lines = [f"{path} in {name} ({task}):", *(f"  {line}" for line in active)]
     if data is not None:
         content = yolo_content(data, task)

@@ -6,13 +6,33 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner
-from support.ultralytics import SETTINGS, branches, detector, known, model_file, ours, since, third
-from ultralytics import YOLO
+from support.ultralytics import (
+    SETTINGS,
+    STOCK_RTDETR,
+    branches,
+    detector,
+    known,
+    loss_and_gradients,
+    model_file,
+    ours,
+    overlapping,
+    since,
+    third,
+)
+from ultralytics import RTDETR, YOLO
+from ultralytics.cfg import get_cfg
 
 from detloss_plugins.adapters.calibrate import STOCK, Gradients
 from detloss_plugins.adapters.ultralytics import calibrate as module
-from detloss_plugins.adapters.ultralytics import criterion_state, load_losses, make_trainer, trained_losses
-from detloss_plugins.adapters.ultralytics.calibrate import Look, calibrate, candidate, fitting
+from detloss_plugins.adapters.ultralytics import (
+    criterion_state,
+    describe,
+    install,
+    load_losses,
+    make_trainer,
+    trained_losses,
+)
+from detloss_plugins.adapters.ultralytics.calibrate import Look, RTDETRLook, calibrate, candidate, fitting
 from detloss_plugins.adapters.ultralytics.config import waiting, weights_of, with_weights
 from detloss_plugins.cli import main
 
@@ -137,6 +157,30 @@ def test_branches_count_with_their_weights(name, batches):
     assert amounts(both, "cls", STOCK)[0] == pytest.approx(0.75 * many + 0.25 * one, rel=1e-5)
 
 
+def test_rtdetr_layer_by_layer(batches, monkeypatch):
+    """Its stock losses have weight one, as ours that equal them, and half of one that is twice as large."""
+    overlapping(monkeypatch)
+    model, batch = detector("yolov8n-rtdetr"), batches["rtdetr"]
+    twice = {"type": "JointLoss", "losses": [{"type": "GIoULoss", "loss_weight": 2.0}]}
+    wanted = [candidate(cfg, "rtdetr") for cfg in STOCK_RTDETR.values()]
+    wanted += [candidate(twice, "rtdetr", label="twice"), candidate({"type": "WIoULoss", "momentum": 0.5}, "rtdetr")]
+    install(model, {})
+    values = []
+    for looks in (False, True):
+        model.criterion = model.init_criterion()
+        found = Gradients()
+        if looks:
+            look = RTDETRLook(model, model.criterion, wanted, found, (1,), lambda: 1)
+        values.append(loss_and_gradients(model, batch))
+    assert torch.equal(values[0][0], values[1][0])
+    weights = [each.weight for each in found.suggestions(wanted)]
+    assert weights[:4] == [pytest.approx(1.0, abs=0.005)] * 3 + [pytest.approx(0.5, abs=0.005)]
+    shares = [each.positives for each in found.suggestions(wanted)]
+    assert 0 < shares[0] < 1
+    assert shares[1:] == [1.0] * 4
+    assert look.criteria[-1].built["loss_giou"].mean != 1
+
+
 def test_what_fits_a_slot():
     """Every loss of a family that the slot takes, but those made of others and those for a head of their own."""
     labels = {slot: {each.label for each in fitting(slot)} for slot in ("cls", "box", "dfl")}
@@ -176,12 +220,18 @@ def test_the_places_that_wait_for_a_weight():
     assert weights_of(losses, other) == {}
 
 
+def test_losses_that_wait_are_described():
+    cls, box, _ = describe(load_losses(AUTO, auto=True), get_cfg())
+    assert cls.startswith("cls: VarifocalLoss(")
+    assert cls.endswith("weight auto x gain 0.5")
+    assert "weight 1 x" in box
+
+
 @pytest.mark.parametrize(
     ("make", "says"),
     [
         (lambda: load_losses(AUTO), '"auto" of VarifocalLoss has no meaning here'),
         (lambda: ours(detector("yolov8n"), AUTO), '"auto" of VarifocalLoss has no meaning here'),
-        (lambda: make_trainer({"loss_giou": {"type": "GIoULoss", "loss_weight": "auto"}}, "rtdetr"), "RT-DETR"),
         (
             lambda: make_trainer({"cls": {"type": "JointLoss", "losses": [AUTO["cls"]]}}),
             '"auto" of VarifocalLoss has no meaning here',
@@ -279,12 +329,6 @@ def test_mistakes_are_said_before_anything_is_trained(words, says, monkeypatch):
     assert says in output
 
 
-def test_rtdetr_is_refused(tmp_path):
-    code, output = run("GIoULoss", "--model", model_file("yolov8n-rtdetr", tmp_path))
-    assert code == 2
-    assert "RT-DETR calls its losses layer by layer" in output
-
-
 def test_the_command(datasets, tmp_path):
     """Of names, a file and a slot; the table, lines to copy and the JSON say the same."""
     file = tmp_path / "mine.yaml"
@@ -329,3 +373,16 @@ def test_the_figures_of_the_prototype():
     settings = {**DIGITS_ARGS, "data": str(build_digits() / "digits.yaml"), "pretrained": False}
     for found in calibrate([candidate(name) for name in expected], **settings):
         assert found.weight == pytest.approx(expected[found.label], rel=0.35), found
+
+
+@pytest.mark.slow
+def test_rtdetr_by_the_command_and_auto(quick, tmp_path):
+    model = model_file("yolov8n-rtdetr", tmp_path)
+    settings = [f"{name}={SETTINGS[name]}" for name in ("imgsz", "batch", "nbs", "device")]
+    code, output = run("GIoULoss", "VarifocalLoss", "--model", model, "--data", quick["data"], "--steps", 2, *settings)
+    assert code == 0, output
+    assert "loss_giou: {type: GIoULoss, loss_weight: 1.0}" in output
+    yolo = RTDETR(model)
+    losses = {"loss_giou": {"type": "GIoULoss", "loss_weight": "auto"}}
+    yolo.train(trainer=make_trainer(losses, "rtdetr"), name="rtdetr", **{**quick, "epochs": 1})
+    assert yolo.trainer.plugin_losses["loss_giou"]["loss_weight"] == pytest.approx(1.0, abs=0.01)

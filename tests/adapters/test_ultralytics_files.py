@@ -359,20 +359,37 @@ def test_the_command_resumes_with_other_losses_where_it_is_told_to(own_run, caps
     assert trained_losses(own_run)["losses"] == load_losses({**STATEFUL, "box": {"type": "GIoULoss"}})
 
 
-def test_the_command_starts_anew_without_resume(monkeypatch):
-    given = {}
+@pytest.fixture
+def given(monkeypatch):
+    """What ``detloss train`` hands to a training, given words; nothing is trained."""
+    settings = {}
 
-    def stop(_, **settings):
-        given.update(settings)
+    def stop(_, **words):
+        settings.update(words)
         raise Interrupted
 
     monkeypatch.setattr(YOLO, "train", stop)
     monkeypatch.setattr(train, "yolo_data", lambda *_: ("own.yaml", {}))
     monkeypatch.setattr(train, "check_yolo", lambda _: None)
-    with pytest.raises(Interrupted):
-        train.train_yolo(train.Arguments(*train.parsed_words(["resume=false", "epochs=1"])))
-    assert (given["data"], given["epochs"]) == ("own.yaml", 1)
-    assert "resume" not in given
+
+    def give(*words):
+        with pytest.raises(Interrupted):
+            train.train_yolo(train.Arguments(*train.parsed_words(words)))
+        return settings
+
+    return give
+
+
+def test_the_command_starts_anew_without_resume(given):
+    settings = given("resume=false", "epochs=1")
+    assert (settings["data"], settings["epochs"]) == ("own.yaml", 1)
+    assert "resume" not in settings
+
+
+def test_the_command_keeps_the_weights_of_a_model_that_has_some(given, own_run):
+    # Ultralytics starts from none if it is told that they are not to be used.
+    assert given(f"model={own_run}")["pretrained"] is True
+    assert given("model=yolov8n.yaml")["pretrained"] is False
 
 
 KILLED = """

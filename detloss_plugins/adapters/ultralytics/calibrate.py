@@ -5,10 +5,11 @@ import copy
 import logging
 import random
 import tempfile
+from pathlib import Path
 
 import numpy as np
 import torch
-from ultralytics import YOLO
+from ultralytics import RTDETR, YOLO
 from ultralytics.utils import LOGGER
 from ultralytics.utils.torch_utils import init_seeds
 
@@ -120,6 +121,48 @@ class Look:
         self.found.add(self.step, slot, label, self.weight() * amount)
 
 
+class RTDETRLook:
+    """The same beside RT-DETR's stock losses, which it calls layer by layer on what it has matched.
+
+    Gradients are those at the class scores and the matched boxes of each layer, denoising queries included.
+
+    Args:
+        model, criterion, candidates, found, at: as of :class:`Look`.
+        step: a function without arguments, the step that runs.
+    """
+
+    def __init__(self, model, criterion, candidates, found, at, step):
+        self.candidates, self.found, self.at, self.step, self.criterion = candidates, found, at, step, criterion
+        self.criteria = [type(criterion)(model, {c.slot: c.cfg}) for c in candidates]
+        self.stateful = [has_state(own.built[c.slot]) for own, c in zip(self.criteria, candidates, strict=True)]
+        for name, slots in (("_get_loss_class", ("loss_class",)), ("_get_loss_bbox", ("loss_bbox", "loss_giou"))):
+            setattr(criterion, name, self.watched(getattr(criterion, name), name, slots))
+
+    def watched(self, method, name, slots):
+        """A method of the criterion that looks at each of its calls."""
+
+        def call(pred, *rest):
+            found, looks = method(pred, *rest), self.step() in self.at
+            positive = rest[0] != self.criterion.nc if slots == ("loss_class",) else True
+            if looks:
+                for slot in slots:
+                    self.add(slot, STOCK, found, pred, positive)
+            for candidate, own, keeps in zip(self.candidates, self.criteria, self.stateful, strict=True):
+                if candidate.slot in slots and (looks or keeps):
+                    own.image_size = self.criterion.image_size
+                    values = getattr(own, name)(pred, *rest)
+                    if looks:
+                        self.add(candidate.slot, candidate.label, values, pred, positive)
+            return found
+
+        return call
+
+    def add(self, slot, label, values, pred, positive):
+        (value,) = (value for name, value in values.items() if name.startswith(slot))
+        if found := gradients(value, [pred]):
+            self.found.add(self.step(), slot, label, amounts(found[0], positive))
+
+
 def _in_float32(value):
     """Nested predictions with float32 for half precision, in which small gradients would be 0."""
     if isinstance(value, torch.Tensor):
@@ -184,12 +227,9 @@ def _first_that_fits(name, cls, slot, task):
     return None
 
 
-def check_model(model):
-    """Raise ``ValueError`` for a model whose losses cannot be calibrated."""
-    if model_task(model) == "rtdetr":
-        raise ValueError(
-            "RT-DETR calls its losses layer by layer on what it has matched, and cannot be calibrated: write weights."
-        )
+def load(model):
+    """A ``YOLO`` or ``RTDETR`` of a YAML file or checkpoint."""
+    return (RTDETR if "rtdetr" in Path(model).stem else YOLO)(model)
 
 
 def calibrate(
@@ -213,10 +253,9 @@ def calibrate(
     Raises:
         ValueError: if a loss does not suit the model.
     """
-    yolo = None if isinstance(model, torch.nn.Module) else YOLO(model)
+    yolo = None if isinstance(model, torch.nn.Module) else load(model)
     given = yolo.model if yolo else model
     task = model_task(given)
-    check_model(given)
     for each in candidates:
         check_head(given, {each.slot: each.cfg})
     found, when = Gradients(), look_steps(steps, looks)
@@ -246,6 +285,9 @@ def calibrate(
             counts = class_counts(self.train_loader.dataset, self.data["nc"])
             ready = [Candidate(c.label, c.slot, counted(c.cfg, counts), c.default) for c in candidates]
             criterion = criterion_of(self)
+            if task == "rtdetr":
+                RTDETRLook(trained, criterion, ready, found, when, lambda: self.done + 1)
+                return
             for name, branch in branches(criterion).items():
                 weight = (lambda name=name: branch_weight(criterion, name)) if name != "criterion" else lambda: 1.0
                 branch.curves = Look(trained, branch, ready, found, when, weight)
@@ -256,7 +298,7 @@ def calibrate(
             yolo.train(trainer=Calibrating, **settings)
         else:
             name = model.yaml.get("yaml_file", "model.yaml")  # nothing is read there
-            run = Calibrating(overrides={**settings, "model": name, "task": task})
+            run = Calibrating(overrides={**settings, "model": name, "task": "detect" if task == "rtdetr" else task})
             run.model = copy.deepcopy(model)
             run.train()
     return found.suggestions(candidates)
@@ -333,7 +375,7 @@ def verify(suggestion, model="yolov8n.yaml", seeds=2, factors=FACTORS, told=None
     for seed in range(seeds):
         for factor, values in found.items():
             ((slot, cfg),) = suggestion.losses.items()
-            yolo = YOLO(model)
+            yolo = load(model)
             trainer = make_trainer({slot: {**cfg, "loss_weight": cfg["loss_weight"] * factor}}, model_task(yolo.model))
             with tempfile.TemporaryDirectory() as folder:
                 quick = {**QUICK, "save": True, "project": folder, "seed": seed}

@@ -189,12 +189,6 @@ def waiting(losses):
     return found
 
 
-def check_waiting(losses, task):
-    """Raise ``ValueError`` if a checked dict waits for a weight, and the task's losses cannot be calibrated."""
-    if task == "rtdetr" and waiting(losses):
-        raise ValueError('RT-DETR\'s losses cannot be calibrated: write a number in place of loss_weight "auto".')
-
-
 def at(losses, place):
     """The config at a place of :func:`waiting`; None if there is none."""
     slot, *number = place

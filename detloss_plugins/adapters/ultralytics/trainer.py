@@ -20,7 +20,6 @@ from ultralytics.utils import DEFAULT_CFG, LOGGER, RANK
 from detloss_plugins.adapters.ultralytics import compat
 from detloss_plugins.adapters.ultralytics.config import (
     at,
-    check_waiting,
     counted,
     default_gain,
     default_prior,
@@ -43,7 +42,7 @@ from detloss_plugins.adapters.ultralytics.curves import EVERY, Curves, append, s
 from detloss_plugins.adapters.ultralytics.ignore import ignored_classes, make_validator
 from detloss_plugins.adapters.ultralytics.model import RECORD, install, student
 from detloss_plugins.facts import Rule, checked
-from detloss_plugins.loss import Loss
+from detloss_plugins.loss import AUTO, Loss
 from detloss_plugins.losses import ScheduledLoss, set_progress
 from detloss_plugins.registry import build_loss
 
@@ -102,13 +101,15 @@ def default_weights(losses):
 
 def describe(losses: Mapping[str, Any], args: Any, task: str = "detect") -> list[str]:
     """One line per slot: the active loss, its settings, its weight and the training's gain for the slot."""
-    lines = []
+    lines, asked = [], waiting(losses)
+    losses = with_weights(losses, default_weights(losses))
     for slot, gain in slot_gains(args, task).items():
         line = "stock loss"
         if slot in losses:
             loss = build_loss(losses[slot])
             compiled = ", compiled" if loss.compiled and not loss.facts.counts_positives else ""
-            line = f"{_in_words(loss)}{compiled}, weight {loss.loss_weight:g}"
+            weight = AUTO if (slot,) in asked else f"{loss.loss_weight:g}"
+            line = f"{_in_words(loss)}{compiled}, weight {weight}"
         lines.append(f"{slot}: {line} x gain {gain:g}")
     if "ignore" in losses:
         classes = ", ".join(map(repr, losses["ignore"]["classes"]))
@@ -230,7 +231,6 @@ def make_trainer(
         losses = {slot: cfg if slot == "ignore" else {**cfg, "compile": True} for slot, cfg in losses.items()}
     base = trainer or TRAINERS[task]
     asked, places = losses, waiting(losses)  # for what, and where, weights are to be found
-    check_waiting(losses, task)
     losses = with_weights(losses, default_weights(losses))  # until they are
     scheduled = any(isinstance(build_loss(cfg), ScheduledLoss) for slot, cfg in losses.items() if slot != "ignore")
     of_classes = losses.get("cls") or losses.get("loss_class")
