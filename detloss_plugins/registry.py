@@ -48,7 +48,8 @@ def loss_class(name: str | type) -> type:
             found = get_object_from_string(name)
     if not (isinstance(found, type) and hasattr(found, "fn") and hasattr(found, "facts")):
         key = name.__name__ if isinstance(name, type) else str(name).rpartition(".")[2]
-        nearest = difflib.get_close_matches(key, known, n=3, cutoff=0.4)
+        by_lower = {name.lower(): name for name in known}
+        nearest = [by_lower[near] for near in difflib.get_close_matches(key.lower(), by_lower, n=3, cutoff=0.4)]
         hint = f"did you mean {', '.join(nearest)}?" if nearest else f"there are {', '.join(sorted(known))}."
         raise ValueError(f"There is no loss named {name!r} in {SCOPE}; {hint}")
     return found

@@ -59,6 +59,10 @@ def test_configuration_is_not_modified():
 def test_errors():
     with pytest.raises(ValueError, match=r"'CIoULos'.*did you mean CIoULoss"):
         build_loss({"type": "CIoULos"})
+    with pytest.raises(ValueError, match=r"'varifocal'.*did you mean VarifocalLoss"):  # whatever the case
+        build_loss({"type": "varifocal"})
+    with pytest.raises(ValueError, match=r"'ciou'.*did you mean CIoULoss"):
+        build_loss({"type": "ciou"})
     for bad in ("CIoULoss", {"loss_weight": 1.0}, None):
         with pytest.raises(TypeError, match="'type'"):
             build_loss(bad)

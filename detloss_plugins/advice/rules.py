@@ -57,9 +57,7 @@ RULES = (
         lambda found: "one class, as of the tree crowns, the study's only photographs",
     ),
 )
-PLAIN = Rule(
-    "plain", lambda found: True, lambda found: "what holds on plain data comes after what holds on data like this"
-)
+PLAIN = Rule("plain", lambda found: True, lambda found: "every data set is, so what the study says of it comes last")
 SCENARIOS = tuple(rule.scenario for rule in (*RULES, PLAIN))
 
 

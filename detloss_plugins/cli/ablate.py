@@ -56,10 +56,10 @@ INSTALL = {
     default=10.0,
     show_default=True,
     metavar="MINUTES",
-    help="A training that was cut off before begins again, later it goes on.",
+    help="A training that was cut off goes on if it had run for this long, and begins again if not.",
 )
 def command(losses, models, data, seeds, epochs, out, jobs, ray, cores, resume_after):
-    """Train with losses beside the stock ones, on several seeds, and report which are better.
+    """Train LOSSES beside the stock ones; say which are better.
 
     \b
       detloss ablate VarifocalLoss:4.2 WIoULoss --seeds 3
@@ -68,9 +68,9 @@ def command(losses, models, data, seeds, epochs, out, jobs, ray, cores, resume_a
       detloss ablate grid.yaml --out runs/study --jobs 2
 
     Each of LOSSES is the name of a loss, maybe with its weight, for the slot that it fits; a YAML file of losses or the
-    name of a config that comes with the package; LABEL=LOSSES, with a dict in YAML; or a YAML file of a whole grid,
-    with the keys losses (label -> dict), models, data, seeds, epochs and args. Any other KEY=VALUE is an argument of
-    the trainings.
+    name of a config that comes with the package, such as qfl; LABEL=LOSSES, with a dict in YAML; or a YAML file of a
+    whole grid, with the keys losses (label -> dict), models, data, seeds, epochs and args. Any other KEY=VALUE is an
+    argument of the trainings, such as imgsz=320.
 
     Of MMDetection, the losses of a config are replaced, which are called cls, box and dfl too, or by their keys; the
     config's own are the stock. Arguments with a dot are for its trainings.

@@ -19,7 +19,7 @@ from detloss_plugins.cli.train import coco_split
     "--scenario", type=click.Choice(SCENARIOS), multiple=True, help="Say what the data is like, such as noisy."
 )
 def command(data, split, imgsz, scenario):
-    """Say what is in DATA, and which losses the study gives reason to try on it.
+    """Say what is in DATA, and which losses to try on it.
 
     \b
       detloss advise data.yaml                 a data YAML of Ultralytics, of any task with boxes, or its folder

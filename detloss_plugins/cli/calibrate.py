@@ -26,7 +26,7 @@ EPOCHS, SEEDS = 6, 2  # of --verify
 @click.option("--seeds", type=click.IntRange(2), default=SEEDS, show_default=True, help="Such trainings of a weight.")
 @click.option("--json", "file", type=Path, metavar="FILE", help="Write what was found here too.")
 def command(words, slots, model, data, steps, verify, epochs, seeds, file):
-    """Find the weights with which LOSSES pull as hard as the stock losses.
+    """Find weights with which LOSSES pull as hard as the stock ones.
 
     \b
       detloss calibrate VarifocalLoss QualityFocalLoss     on the embedded digits set with yolov8n

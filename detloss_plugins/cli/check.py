@@ -286,7 +286,8 @@ def command(ctx, what, model, data, lite, wants_report):
       detloss check my_losses.py:MyLoss                a loss class: does it keep what is promised of losses?
       detloss check --report
 
-    Says what is active, with which weight and gain, and what does not suit: then the exit status is 1.
+    Says what would be active, with which weight and gain, and what does not suit the model or the data; the exit
+    status is 1 if anything does not.
     """
     if not what and not wants_report:
         raise click.UsageError("say what to check, or give --report.", ctx)

@@ -16,13 +16,14 @@ from detloss_plugins.cli._common import UsageError, check_folder
     help="Where the report goes.  [default: DIR, if it is one folder]",
 )
 def command(results, out):
-    """Write the report of an ablation again: report.md, report.html and pictures.
+    """Write the report of an ablation again, maybe of several.
 
     \b
       detloss report runs/ablation
       detloss report runs/digits runs/trees results.json --out runs/both
 
-    DIR is a folder of detloss ablate, finished or not, or a results.json; several are reported together.
+    Writes report.md, report.html and pictures. DIR is a folder of detloss ablate, finished or not, or a results.json;
+    several are reported together.
     """
     from detloss_plugins.ablation.report import read_results, write_report
 

@@ -466,6 +466,9 @@ def command(words, data, work_dir, new_losses, lite):
       detloss train obb model=yolov8n-obb.yaml         oriented boxes, here of turned digits
       detloss train resume=runs/x/weights/last.pt      goes on with the losses of that run; others: --new-losses
 
+    A .yaml of losses has the slots of the model, each optional, such as box: {type: CIoULoss}; what is not named stays
+    stock. detloss list has the losses.
+
     KEY=VALUE overrides: for Ultralytics a training argument (epochs=3) or a setting of a slot's loss
     (box.type=CIoULoss); for mmengine a dotted key that the config has (train_cfg.max_epochs=2, which stretches the
     schedule of the learning rate too).
