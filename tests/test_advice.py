@@ -96,7 +96,12 @@ def test_the_figures_of_a_data_set(tmp_path):
 
 
 def test_what_is_no_data_set_is_refused_in_a_sentence(tmp_path):
-    broken = {"0 0.5 0.5 x 0.1": "line 1 is no label", "3 0.5 0.5 0.1 0.1": "has the class 3", "0 0.5 0.5": "2 numbers"}
+    broken = {
+        "0 0.5 0.5 x 0.1": "line 1 is no label",
+        "0 0.5 0.5 nan 0.1": "line 1 is no label",
+        "3 0.5 0.5 0.1 0.1": "has the class 3",
+        "0 0.5 0.5": "2 numbers",
+    }
     for number, (line, message) in enumerate(broken.items()):
         with pytest.raises(LabelsError, match=message):
             read_labels(write_yolo(tmp_path / str(number), [[line]]))
@@ -106,6 +111,12 @@ def test_what_is_no_data_set_is_refused_in_a_sentence(tmp_path):
     path.write_text("train: nowhere\nnames: [a]\n", encoding="utf-8")
     with pytest.raises(LabelsError, match=r"nowhere, train of .* is not there"):
         read_labels(path)
+    for text, says in (("names:", "nc"), ("names: 3", "nc"), ("nc: two", "nc"), ("names: [a]\ntrain: 5", "train is a")):
+        path.write_text(f"train: images/train\n{text}\n", encoding="utf-8")
+        with pytest.raises(LabelsError, match=says):
+            read_labels(path)
+    with pytest.raises(LabelsError, match="bbox is"):
+        read_labels(write_coco(tmp_path, [[(3, 10, 10, float("nan"), 5)]]))
     (tmp_path / "x.json").write_text("{}", encoding="utf-8")
     with pytest.raises(LabelsError, match="is no annotation file of COCO"):
         read_labels(tmp_path / "x.json")

@@ -13,6 +13,7 @@ from support.commands import detloss, last_line
 import detloss_plugins
 from detloss_plugins.cli import _facts, main, train
 from detloss_plugins.cli._common import INSTALL
+from detloss_plugins.cli.check import wrong_label
 from detloss_plugins.configs import find
 from detloss_plugins.losses import CIoULoss, FocalLoss, GIoULoss, L1Loss
 from detloss_plugins.registry import registered_losses
@@ -236,6 +237,39 @@ def test_check_losses_of_yolo(capsys, tmp_path):
     wanted = "did you mean CIoULoss", "no slot 'nose'", "over 16 bins", "3 class weights, and the model 80 classes"
     assert [any(words in error for error in errors) for words in wanted] == [True] * 4
     assert len(errors) == 4
+
+
+def test_check_of_a_weight_that_is_found_at_the_start(capsys, tmp_path):
+    pytest.importorskip("ultralytics")
+    parts = "[{type: VarifocalLoss, loss_weight: auto}, {type: FocalLoss, loss_weight: 3}]"
+    text = f"cls: {{type: ScheduledLoss, at: [1], losses: {parts}}}\nbox: {{type: CIoULoss, loss_weight: auto}}"
+    out, errors = checked(capsys, write(tmp_path, "auto.yaml", text))
+    assert "box: its weight is found by" in out
+    assert "cls, loss 1: its weight is found by" in out
+    assert "loss 2" not in out
+    assert not errors
+    assert "weight auto x gain 7.5" in out
+
+
+def test_a_file_that_is_no_text_is_named(capsys, tmp_path):
+    pytest.importorskip("ultralytics")
+    path = tmp_path / "binary.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+    _, (error,) = checked(capsys, path, status=2)
+    assert error.startswith(f"error: {path} cannot be read: ")
+    for command in ("calibrate", "ablate"):
+        with pytest.raises(SystemExit) as stop:
+            main([command, str(path)], prog_name="detloss")
+        assert (stop.value.code, str(path) in capsys.readouterr().err) == (2, True), command
+
+
+@pytest.mark.parametrize("line", ["0 .5 .5 x .5", "0 .5 .5", "0 .5 nan .5 .5", "\xff"])
+def test_a_line_that_is_no_label(line, tmp_path):
+    file = tmp_path / "1.txt"
+    file.write_bytes(f"\n0 .5 .5 .1 .1\n{line}\n".encode("latin-1"))
+    assert "line 3 is no label" in wrong_label([file], 1)
+    file.write_text("\n0 .5 .5 .1 .1\n", encoding="utf-8")
+    assert wrong_label([file], 1) is None
 
 
 def test_check_the_data_of_yolo(capsys, tmp_path):

@@ -70,6 +70,13 @@ def test_pages_of_a_few(tmp_path, monkeypatch):
     assert all(f"]({name}.md)" in index for name in registered_losses())
 
 
+def test_a_name_that_there_is_not(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        gallery.main(["CIoULos", "--docs", str(tmp_path)])
+    assert (stop.value.code, "no loss named CIoULos" in capsys.readouterr().err) == (2, True)
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_own_loss_is_drawn_by_its_family_or_refused():
     class Own(Loss, fn=lambda pred, target: (pred - target).abs(), family="regression", one_per_row=False):
         pass

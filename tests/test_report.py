@@ -19,7 +19,7 @@ from detloss_plugins.ablation.compare import (
 )
 from detloss_plugins.ablation.files import write_json
 from detloss_plugins.ablation.page import Page
-from detloss_plugins.ablation.report import write_report
+from detloss_plugins.ablation.report import read_results, write_report
 from detloss_plugins.cli import main
 
 
@@ -176,5 +176,23 @@ def test_what_is_no_result(tmp_path):
         words = [str(tmp_path / word) if word[0] != "-" else word for word in arguments]
         done = CliRunner().invoke(main, ["report", *words])
         assert (done.exit_code, says in done.output) == (2, True), done.output
+    for runs, says in (([{"label": "stock"}], "a run has no curve, data"), (["stock"], "a run is 'stock'")):
+        write_json(tmp_path / "x.json", {"runs": runs})
+        with pytest.raises(ValueError, match=says):
+            read_results(tmp_path / "x.json")
+    write_json(tmp_path / "x.json", {"runs": [run("stock", "0", 0.5)]})
+    with pytest.raises(ValueError, match="seed of a run is '0'"):
+        read_results(tmp_path / "x.json")
+    write_json(tmp_path / "x.json", {"runs": []})
+    write_report([read_results(tmp_path / "x.json")], tmp_path / "none")
+    assert "0 trainings on a machine not named.\n" in (tmp_path / "none" / "report.md").read_text(encoding="utf-8")
+    nothing = {**RESULTS, "versions": {}, "machine": "", "runs": [], "unfinished": ["a", "b"]}
+    write_report([nothing], tmp_path / "none")
+    assert "\n0 trainings. 2 not finished.\n" in (tmp_path / "none" / "report.md").read_text(encoding="utf-8")
+    (tmp_path / "study" / "runs" / "a").mkdir(parents=True)
+    for text, says in (("{", "run.json is no JSON"), ('{"of": "another"}', "another version")):
+        (tmp_path / "study" / "runs" / "a" / "run.json").write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match=says):
+            read_results(tmp_path / "study")
     with pytest.raises(ValueError, match="in one and"):
         write_report([{**RESULTS, "runs": GOOD}, {**RESULTS, "runs": [run("GoodLoss", 4, 0.1, losses={})]}], tmp_path)

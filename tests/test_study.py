@@ -106,6 +106,9 @@ def test_results_join_a_study(tmp_path):
     assert study.studies(folder) == [joined]
     with pytest.raises(UsageError):
         study.add(tmp_path / "nowhere.json", "mine", folder)
+    with pytest.raises(UsageError, match="no trainings that have finished"):
+        study.add(written(tmp_path / "results.json", results()), "another", folder)
+    assert not (folder / "another.json").exists()
     assert file.read_text(encoding="utf-8").count("\n") == 9 + 7, "a training a line"
 
 

@@ -241,6 +241,8 @@ def main(argv=None):
     parser.add_argument("names", nargs="*", metavar="NAME", help="losses to draw (default: all)")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", metavar="DIR", help="where (default docs)")
     args = parser.parse_args(argv)
+    if unknown := [name for name in args.names if name not in registered_losses()]:
+        parser.error(f"there is no loss named {unknown[0]}; detloss list has the names")
     write(args.docs, args.names)
     print(f"gallery: {args.docs / 'gallery'}")
     return 0

@@ -81,6 +81,8 @@ def add(path: Path, name: str, folder: Path = FOLDER) -> Path:
         runs = [kept(run) for run in merged(new)]
     except ValueError as error:
         raise UsageError(error) from error
+    if not runs:
+        raise UsageError(f"{path} has no trainings that have finished")
     runs.sort(key=lambda run: (run["data"], run["model"], run["label"] != STOCK, run["label"], run["seed"]))
     study = {
         "name": name,

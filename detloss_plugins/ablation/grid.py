@@ -163,7 +163,7 @@ def read_mapping(path: str | Path) -> dict:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     if content is not None and not isinstance(content, dict):
         raise ValueError(f"{path} must hold a dict, such as {{cls: {{type: VarifocalLoss}}}}.")

@@ -32,6 +32,19 @@ DETAILS = {
     "calibration_error": "calibration error",
     "seconds_per_epoch": "seconds per epoch",
 }
+# What every run of a results file has.
+OF_A_RUN = {
+    "label": str,
+    "slot": str,
+    "losses": dict,
+    "model": str,
+    "data": str,
+    "epochs": int,
+    "seed": int,
+    "metrics": dict,
+    "per_class": dict,
+    "curve": dict,
+}
 METHOD = """\
 AP50, AP and AP75 are those of Ultralytics' own final validation, of `best.pt`, the epoch that was best on the \
 validation set: all are a little flattered by that choice, stock and others alike. For MMDetection they are those of \
@@ -57,15 +70,26 @@ def read_results(path: str | Path) -> dict:
     if (path / "runs").is_dir():
         from detloss_plugins.ablation.study import Study
 
-        return Study(path).results()
+        try:
+            return Study(path).results()
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path / 'runs'} has files of another version of this package: {error}.") from error
     path = path / RESULTS if path.is_dir() else path
     try:
         content = read_json(path)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is no file of results: {error}") from error
+        raise ValueError(f"There are no results in {path}: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("runs"), list):
         raise ValueError(f"There are no results in {path}.")
-    return content
+    for run in content["runs"]:
+        if not isinstance(run, dict) or (missing := sorted(OF_A_RUN.keys() - run.keys())):
+            what = f"has no {', '.join(missing)}" if isinstance(run, dict) else f"is {run!r}"
+            raise ValueError(f"{path} is no file of results: a run {what}.")
+        for key, kind in OF_A_RUN.items():
+            if not isinstance(run[key], kind):
+                raise ValueError(f"{path} is no file of results: {key} of a run is {run[key]!r}.")
+    # What is said in words, and may be missing in a file that was put together by hand.
+    return {"name": path.absolute().parent.name, "versions": {}, "machine": "a machine not named", **content}
 
 
 def write_report(results: Sequence[Mapping], folder: str | Path) -> None:
@@ -101,11 +125,12 @@ def summary(results, runs):
     versions = dict.fromkeys(f"{name} {v}" for result in results for name, v in result["versions"].items())
     failed = sum(len(result.get("failed", [])) for result in results)
     resumed = sum(bool(run.get("resumed")) for run in runs)
-    text = f"{len(runs)} trainings on {machines}, with {', '.join(versions)}."
+    where = f" on {machines}" if machines else ""  # of a study whose first training has not finished, nothing is known
+    text = f"{len(runs)} trainings{where}{', with ' if versions else ''}{', '.join(versions)}."
     if failed:
         text += f" {failed} failed, see below."
     if unfinished := sum(len(result.get("unfinished", [])) for result in results):
-        text += f" {unfinished} have not finished."
+        text += f" {unfinished} not finished."
     if resumed:
         text += f" {resumed} were cut off and went on from their last checkpoint, which is not quite the same training."
     return text

@@ -47,7 +47,7 @@ class Suggestion:
         label, slot, default: as of the candidate.
         losses: ``{slot: config}`` with that weight, ready to train with.
         weight: the median over the steps, three digits of it; None if the loss has no gradient there.
-        ratios: step -> what the weight would be by this step alone.
+        ratios: step -> what the weight would be by this step alone, of the steps whose batches have objects.
         positives, stock_positives: which share of the gradient falls on positive anchors, of the loss and of the stock
             one; None of a loss without one.
     """
@@ -126,7 +126,9 @@ class Gradients:
     def suggestion(self, candidate: Candidate) -> Suggestion:
         """The weight of a candidate."""
         own, stock = (self.found.get((candidate.slot, label), {}) for label in (candidate.label, STOCK))
-        ratios = {step: _ratio(stock[step][0], amount[0]) for step, amount in own.items() if step in stock}
+        # A batch without objects says how hard the background pulls, and nothing of the losses' balance.
+        steps = [step for step in own if step in stock and stock[step][1] > 0]
+        ratios = {step: _ratio(stock[step][0], own[step][0]) for step in steps}
         ratios = {step: ratio for step, ratio in ratios.items() if ratio}
         weight = _three_digits(statistics.median(ratios.values())) if ratios else None
         cfg = {name: value for name, value in candidate.cfg.items() if name != "loss_weight"}
@@ -183,15 +185,22 @@ class Verified:
 
     @property
     def noise(self) -> float:
-        """Twice the standard error of the difference of two factors' means, from the spread of seeds around each mean.
+        """What the difference of two factors' means has to exceed, by the spread of seeds around each mean.
+
+        Student's 95 % interval of the spread of all factors together, for as many comparisons as one factor has with
+        the others (Bonferroni): the largest of some means is above the rest by chance alone.
 
         >>> suggestion = Suggestion("FocalLoss", "cls", 16.0, {}, 15.0, {25: 15.0}, 1.0, 0.8)
         >>> verified = Verified(suggestion, 6, {1.0: [0.50, 0.54], 2.0: [0.60, 0.64]})
-        >>> round(verified.noise, 4)  # 2 * sqrt(2 / 2 * 0.0008)
-        0.0566
+        >>> round(verified.noise, 4)  # 4.3027, of 2 degrees of freedom, * sqrt(2 / 2 * 0.0008)
+        0.1217
         """
-        seeds = min(map(len, self.map50.values()))
-        return 2 * math.sqrt(2 / seeds * statistics.fmean(map(statistics.variance, self.map50.values())))
+        from scipy.stats import t
+
+        seeds, others = min(map(len, self.map50.values())), len(self.map50) - 1
+        freedom = sum(len(values) - 1 for values in self.map50.values())
+        error = math.sqrt(2 / seeds * statistics.fmean(map(statistics.variance, self.map50.values())))
+        return float(t.ppf(1 - 0.05 / 2 / others, freedom)) * error
 
     @property
     def gain(self) -> float:

@@ -2,6 +2,7 @@
 
 import glob
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +81,8 @@ def _of_coco(path: Path) -> Labels:
         rows = []
         for one in kept:
             x, y, w, h = one["bbox"]
+            if not math.isfinite(x + y + w + h):
+                raise ValueError(f"a bbox is {one['bbox']}")
             rows.append((images[one["image_id"]], classes[one["category_id"]], x, y, x + w, y + h))
         names = [str(category["name"]) for category in content["categories"]]
     except (OSError, ValueError, KeyError, TypeError) as error:  # a broken file is a ValueError
@@ -94,8 +97,13 @@ def _of_yolo(path: Path, split: str) -> Labels:
         raise LabelsError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict) or not data.get(split):
         raise LabelsError(f"{path} is no data YAML with a key {split}.")
-    names = data.get("names", range(data.get("nc", 0)))
-    names = [str(name) for name in (names.values() if isinstance(names, dict) else names)]
+    try:
+        names = data["names"] if "names" in data else range(data.get("nc", 0))
+        names = [str(name) for name in (names.values() if isinstance(names, dict) else names)]
+    except TypeError as error:
+        raise LabelsError(f"{path} has neither a list or dict of names nor their number, nc.") from error
+    if not isinstance(data[split], str | list) or not all(isinstance(place, str) for place in data[split]):
+        raise LabelsError(f"{path}: {split} is a folder, a file or a list of these, not {data[split]!r}.")
     sizes, rows = [], []
     for number, image in enumerate(_images(path, data, split)):
         try:
@@ -145,6 +153,8 @@ def _rows(file: Path, size: tuple[int, int], pose: bool, classes: int) -> Iterat
             label, *values = map(float, line.split())
         except ValueError as error:
             raise LabelsError(f"{file}, line {number} is no label: {line.strip()[:60]}") from error
+        if not all(map(math.isfinite, values)):
+            raise LabelsError(f"{file}, line {number} is no label: {line.strip()[:60]}")
         if not (label.is_integer() and 0 <= label < classes):
             raise LabelsError(f"{file}, line {number} has the class {label:g}, but the classes are 0 to {classes - 1}.")
         if len(values) == 4 or (pose and len(values) > 4):

@@ -77,7 +77,7 @@ def mmdet_config(word):
 
 def losses_of(word):
     """``(label, slot or None, config)`` of each loss that a word means."""
-    from detloss_plugins.cli.train import yaml_of
+    from detloss_plugins.cli.train import yaml_file
     from detloss_plugins.configs import find
     from detloss_plugins.registry import loss_class
 
@@ -94,7 +94,7 @@ def losses_of(word):
             raise UsageError(f"{word} is no loss and no file of losses. {error}") from error
     if not path.is_file():
         raise UsageError(f"there is no {path}")
-    losses = yaml_of(path.read_text(encoding="utf-8"), path)
+    losses = yaml_file(path)
     if not isinstance(losses, dict) or not all(isinstance(cfg, dict) for cfg in losses.values()):
         raise UsageError(f"{path} must hold a dict of losses such as {{cls: {{type: VarifocalLoss}}}}.")
     return [(f"{cfg.get('type')} of {path.stem}", slot, cfg) for slot, cfg in losses.items() if slot != "ignore"]
@@ -211,7 +211,9 @@ def show(found, checked):
 
     console = Console()
     steps = ", ".join(str(step) for step in max((each.ratios for each in found), key=len))
-    table = Table(box=SIMPLE, title=f"gradient of the stock loss over that of the loss, at steps {steps}")
+    table = Table(
+        box=SIMPLE, title=f"gradient of the stock loss over that of the loss, at steps {steps or 'with objects'}"
+    )
     table.add_column("loss", no_wrap=True)
     for name in ("weight", "range", "on positives", "default"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -220,7 +222,8 @@ def show(found, checked):
         table.add_row(f"stock loss of {slot}", "", "", share(of_slot[0].stock_positives), "")
         for each in of_slot:
             low_high = f"{each.range[0]:.2g} - {each.range[1]:.2g}" if each.range else ""
-            weight = "no gradient" if each.weight is None else f"{each.weight:g}"
+            nothing = "no gradient" if each.stock_positives else "no objects"
+            weight = nothing if each.weight is None else f"{each.weight:g}"
             table.add_row(each.label, weight, low_high, share(each.positives), f"{each.default:g}")
         table.add_section()
     console.print(table)

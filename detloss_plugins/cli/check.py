@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import math
 import os
 import platform
 from dataclasses import dataclass, field
@@ -39,17 +40,21 @@ def check_yolo(path, model=None, data=None):
     from ultralytics.utils import DEFAULT_CFG
 
     from detloss_plugins.adapters.ultralytics import describe, load_losses
+    from detloss_plugins.adapters.ultralytics.config import waiting, with_weights
 
     given, losses, found = train.yolo_losses(path, {}), {}, Found()
     name = model or MODELS[fitting_task(given)]
     task, model = yolo_model(name)
     for slot, cfg in given.items():
         try:
-            losses |= load_losses({slot: cfg}, task)
+            losses |= load_losses({slot: cfg}, task, auto=True)
         except (TypeError, ValueError) as error:
             found.problems.append(str(error))
     refused = tuple(f"{slot}: stock" for slot in given if slot not in losses)
+    places = waiting(losses)
     active = [line for line in describe(losses, DEFAULT_CFG, task) if not line.startswith(refused)]
+    active += [f"{where_of(place)}: its weight is found by a short stock training first" for place in places]
+    losses = with_weights(losses, dict.fromkeys(places, 1.0))
     found.lines = [f"{path} in {name} ({task}):", *(f"  {line}" for line in active)]
     if data is not None:
         content = yolo_content(data, task)
@@ -60,13 +65,19 @@ def check_yolo(path, model=None, data=None):
     return found
 
 
+def where_of(place):
+    """A place of a weight in words."""
+    slot, *number = place
+    return slot if not number else f"{slot}, loss {number[0] + 1}"
+
+
 def fitting_task(losses):
     """The task into whose slots losses fit; "detect" or "rtdetr", by the slots' names, if there is none."""
     from detloss_plugins.adapters.ultralytics import load_losses
 
     for task in MODELS:
         try:
-            load_losses(losses, task)
+            load_losses(losses, task, auto=True)
         except (TypeError, ValueError):
             continue
         return task
@@ -133,9 +144,12 @@ def yolo_faults(content):
 def wrong_label(files, classes):
     """The first label in files of YOLO's form that is none, or of a class that there is not; None if all are well."""
     for file in files:
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
             try:
-                index = int(float(line.split()[0])) if line.strip() else 0
+                index, *box = [float(word) for word in line.split()] or [0, 0, 0, 0, 0]
+                if len(box) < 4 or not all(map(math.isfinite, (index, *box))):
+                    raise ValueError
+                index = int(index)
             except ValueError:
                 return f"{file}, line {number} is no label: {line[:40]!r}."
             if not 0 <= index < classes:

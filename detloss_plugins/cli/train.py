@@ -55,12 +55,20 @@ def yaml_of(text, where):
         raise UsageError(f"{where} is no YAML: {' '.join(str(error).split())}") from error
 
 
+def yaml_file(path):
+    """The content of a YAML file; ``UsageError`` if it is none."""
+    try:
+        return yaml_of(path.read_text(encoding="utf-8"), path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read: {first_line(error)}") from error
+
+
 def yolo_losses(losses, overrides):
     """A dict of losses, or that of a YAML file, with ``slot.key`` overrides taken out of ``overrides``."""
     from detloss_plugins.adapters.ultralytics import SLOTS
 
     if not isinstance(losses, dict):
-        path, losses = losses, yaml_of(losses.read_text(encoding="utf-8"), losses) or {}
+        path, losses = losses, yaml_file(losses) or {}
         if not isinstance(losses, dict):
             raise UsageError(f"{path} must hold a dict of losses such as {{cls: {{type: VarifocalLoss}}}}.")
     losses = dict(losses)
@@ -124,8 +132,11 @@ def check_yolo(settings):
     from ultralytics.cfg import get_cfg
     from ultralytics.data.utils import check_det_dataset
 
+    from detloss_plugins.ablation.yolo import quiet
+
     try:
-        get_cfg(overrides=settings)
+        with quiet():
+            get_cfg(overrides=settings)
     except (SyntaxError, TypeError, ValueError) as error:
         raise UsageError(first_line(error)) from error
     try:

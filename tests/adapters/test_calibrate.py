@@ -35,6 +35,13 @@ def test_the_weight_is_the_median_of_the_ratios():
     assert (stored["default"], stored["ratios"]) == (16.0, {"1": 30.0, "2": 10.0, "3": 20.0})
 
 
+def test_batches_without_objects_are_no_measure():
+    stock, own = {1: [60.0, 0.0], 2: [40.0, 30.0]}, {1: [0.01, 0.0], 2: [4.0, 4.0]}
+    assert found(stock, own).suggestion(CANDIDATE).ratios == {2: 10.0}
+    suggestion = found({1: [60.0, 0.0]}, {1: [0.01, 0.0]}).suggestion(CANDIDATE)
+    assert (suggestion.weight, suggestion.losses["cls"]["loss_weight"]) == (None, 16.0)
+
+
 def test_branches_and_levels_are_added_up():
     gradients = found({1: [60.0, 30.0]}, {1: [2.0, 1.0]})
     gradients.add(1, "cls", "FocalLoss", torch.tensor([4.0, 1.0]))
@@ -55,6 +62,14 @@ def test_no_gradient_no_weight(own):
         ([[0.1, 0.3], [0.70, 0.72], [0.80, 0.82]], 2.0, 0.10, "the calibrated weight", False),
         ([[0.59, 0.6], [0.70, 0.71], [0.80, 0.81]], 2.0, 0.10, "the calibrated weight", True),
         ([[0.59, 0.6], [0.70, 0.71], [0.69, 0.70]], 1.0, 0.01, "the next best", False),
+        (
+            [[0.69, 0.7], [0.70, 0.71], [0.72, 0.73]],
+            2.0,
+            0.02,
+            "the calibrated weight",
+            False,
+        ),  # twice the error: 0.014
+        ([[0.69, 0.7], [0.70, 0.71], [0.74, 0.75]], 2.0, 0.04, "the calibrated weight", True),  # 4.177 errors: 0.0295
         ([[0.7, 0.7], [0.7, 0.7], [0.7, 0.7]], 1.0, 0.0, "the next best", False),
     ],
 )

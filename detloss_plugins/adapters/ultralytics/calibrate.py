@@ -327,7 +327,11 @@ def auto_weights(trainer, losses, task, base=None):
     weights = {}
     for place, each in zip(wanted, found, strict=True):
         weights[place] = each.default if each.weight is None else each.weight
-        low_high = f"{each.range[0]:.3g} to {each.range[1]:.3g}" if each.range else "no gradient, so the default"
+        low_high = (
+            f"{each.range[0]:.3g} to {each.range[1]:.3g}"
+            if each.range
+            else "no gradient or no objects there, so the default"
+        )
         LOGGER.info(
             f"detloss_plugins: {place[0]}: weight {weights[place]:g} for {at(losses, place)['type']}, found in {STEPS} "
             f"steps with stock losses ({low_high})"
