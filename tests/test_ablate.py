@@ -20,6 +20,7 @@ from detloss_plugins.ablation.grid import check_grid, contradiction, losses_of_w
 from detloss_plugins.ablation.measure import evaluate
 from detloss_plugins.ablation.progress import Bar
 from detloss_plugins.cli import main
+from detloss_plugins.cli.ablate import told_how_to_go_on
 
 RUN = Run(
     "vfl", {"cls": {"type": "VarifocalLoss", "loss_weight": 4.0}}, "yolov8n.yaml", "digits", "", 2, 0, {"batch": 4}
@@ -183,7 +184,7 @@ def test_a_failure_does_not_stop_the_others_and_what_has_finished_is_kept(tmp_pa
     assert (len(results["failed"]), results["unfinished"]) == (2, [])
     first = results["runs"][3]
     expected = {"label": "vfl", "slot": "cls", "losses": RUN.losses, "model": "yolov8n.yaml", "data": "digits"}
-    expected |= {"epochs": 2, "seed": 0, "metrics": {"AP50": 0.0}, "per_class": {}, "curve": {}}
+    expected |= {"epochs": 2, "seed": 0, "args": {"batch": 4}, "metrics": {"AP50": 0.0}, "per_class": {}, "curve": {}}
     assert first == expected
     assert (results["name"], results["data"], results["epochs"], results["machine"]) == ("own", "digits", 2, "m")
 
@@ -204,6 +205,12 @@ def test_results_of_another_grid_are_refused_and_what_has_not_finished_may_chang
     ours.train(ours.runs(), 1)
     with pytest.raises(ValueError, match=r"results of another grid: .* epochs 5, not 2, or take another folder"):
         ours.add([RUN])
+
+
+def test_who_stops_an_ablation_is_told_that_it_goes_on(tmp_path, capsys):
+    with pytest.raises(KeyboardInterrupt), told_how_to_go_on(Study(tmp_path / "out")):
+        raise KeyboardInterrupt
+    assert "the same command goes on" in capsys.readouterr().err
 
 
 def test_the_bar_counts_epochs(tmp_path, capsys):

@@ -5,19 +5,23 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from support.commands import detloss, last_line
 
 import detloss_plugins
+from detloss_plugins import configs
 from detloss_plugins.cli import _facts, main, train
-from detloss_plugins.cli._common import INSTALL
+from detloss_plugins.cli._common import INSTALL, DataSet, UsageError
 from detloss_plugins.cli.check import wrong_label
+from detloss_plugins.cli.train import yolo_data
 from detloss_plugins.configs import find
 from detloss_plugins.losses import CIoULoss, FocalLoss, GIoULoss, L1Loss
 from detloss_plugins.registry import registered_losses
 from detloss_plugins.testing import checks, training_tensors
+from detloss_plugins.testing.digits import digits_dir
 
 COMMANDS = main.list_commands(None)
 
@@ -118,6 +122,29 @@ def test_list_of_a_family(capsys):
     assert ciou["settings"][0] == {"name": "alpha_gate", "default": None, "allowed": "a number in [0, 1] or None"}
     error = last_line(capsys, "list", "--family", "boxes", status=2)
     assert error.startswith("error: There is no family 'boxes'; there are box, classification, ")
+
+
+def test_list_of_the_configs(capsys):
+    lines = [line.split() for line in detloss(capsys, "list", "--configs").splitlines()]
+    assert ["mmdetection", "retinanet_r18_fpn_digits"] in lines
+    assert sorted(name for _, name in lines) == configs.names()
+    assert json.loads(detloss(capsys, "list", "--configs", "--json"))["ultralytics"] == configs.names("ultralytics")
+    assert "--configs lists none" in last_line(capsys, "list", "--configs", "--family", "box", status=2)
+
+
+def test_the_digits_are_a_data_set_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert DataSet().convert("digits:small", None, None) == digits_dir(scenario="small")
+    assert (digits_dir(scenario="small") / "digits.yaml").is_file()
+    assert DataSet().convert("mine/data.yaml", None, None) == Path("mine/data.yaml")
+    with pytest.raises(UsageError, match="scenarios plain, long-tail"):
+        DataSet().convert("digits:large", None, None)
+    Path("digits").mkdir()
+    assert DataSet().convert("digits", None, None) == Path("digits")  # the user's own folder
+
+
+def test_the_digits_by_name_are_those_of_the_task():
+    assert yolo_data(digits_dir(), "obb")[0] == digits_dir("obb") / "digits.yaml"
 
 
 def test_show_says_what_is_known(capsys):

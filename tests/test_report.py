@@ -124,6 +124,14 @@ def test_results_are_put_together():
         merged([first, {"runs": [run("GoodLoss", 3, 0.5, losses={})]}])
 
 
+def test_trainings_with_other_arguments_are_not_compared():
+    small, large = ({"runs": [run("stock", seed, 0.5, args={"imgsz": size})]} for seed, size in ((0, 128), (1, 640)))
+    unknown = {"runs": [run("stock", 2, 0.5)]}
+    assert len(merged([small, unknown])) == 2
+    with pytest.raises(ValueError, match=r"has \{'imgsz': 128\} in one and \{'imgsz': 640\} in another"):
+        merged([small, large])
+
+
 def test_the_page(tmp_path):
     (tmp_path / "a.png").write_bytes(b"png")
     page = Page("A & B", tmp_path)
@@ -152,7 +160,7 @@ def test_the_report(tmp_path):
     assert "0.613 ± 0.012 | +0.103 [+0.089, +0.118], boot. [+0.100, +0.110] | better |" in line
     assert text.index("| GoodLoss") < text.index("| stock") < text.index("| SameLoss") < text.index("| BadLoss")
     assert "RuntimeError: it broke" in text
-    assert "about 0.2 of them" in text, "3 x 5 %"
+    assert "Of 3 comparisons in AP50, about 0.2 would" in text, "3 x 5 %"
     pictures = re.findall(r"!\[.*\]\((.*)\)", text)
     assert len(pictures) == 2
     html = (out / "report.html").read_text(encoding="utf-8")

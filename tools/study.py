@@ -142,10 +142,12 @@ def verdicts_in_words(rows: Sequence[Row], metric: str) -> str:
     )
 
 
-def section(key: tuple, rows: Sequence[Row]) -> Iterable[str]:
-    """The section of a data set, model and number of epochs."""
+def section(key: tuple, rows: Sequence[Row], args: Mapping | None) -> Iterable[str]:
+    """The section of a data set, model and number of epochs, which were trained with some arguments."""
     data, model, epochs = key
     yield f"## {data}, {model}, {epochs} epochs"
+    if args:
+        yield f"Training arguments: `{' '.join(f'{name}={value}' for name, value in args.items())}`."
     if own := judged(rows):
         yield from slot_tables(rows)
         yield from (verdicts_in_words(own, metric) for metric in JUDGED)
@@ -198,7 +200,8 @@ def content(found: Sequence[Mapping]) -> str:
     if not found:
         return "The study has no trainings yet.\n"
     runs = merged(found)
-    tables = {key: table(own) for key, own in groups(runs).items()}
+    by_group = groups(runs)
+    tables = {key: table(own) for key, own in by_group.items()}
     seconds = sum(run["metrics"].get("seconds_per_epoch") or 0 for run in runs for _ in range(run["epochs"]))
     versions = ", ".join(f"{name} {version}" for name, version in joined([one["versions"] for one in found]).items())
     machines = "; ".join(dict.fromkeys(one["machine"] for one in found))
@@ -212,7 +215,7 @@ def content(found: Sequence[Mapping]) -> str:
         "\n".join(comes_out(tables)) or nothing,
         "## What does not come out",
         "\n".join(does_not_come_out(tables)) or nothing,
-        *(part for key, rows in tables.items() for part in section(key, rows)),
+        *(part for key, rows in tables.items() for part in section(key, rows, by_group[key][0].get("args"))),
     ]
     return "\n\n".join(parts) + "\n"
 

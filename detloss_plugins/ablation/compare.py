@@ -194,11 +194,15 @@ def merged(results: Sequence[Mapping]) -> list[dict]:
     """The runs of several results, each once.
 
     Raises:
-        ValueError: if two of the same label, model, data set, epochs and seed have other losses.
+        ValueError: if two of the same label, model, data set, epochs and seed have other losses, or two of the same
+            model, data set and epochs were trained with other arguments.
     """
-    found, losses = {}, {}
+    found, losses, args = {}, {}, {}
     for run in (run for result in results for run in result["runs"]):
         key = (run["label"], run["model"], run["data"], run["epochs"])
+        own = run.get("args")  # which a file that was put together by hand may not have
+        if own is not None and args.setdefault(key[1:], own) != own:
+            raise ValueError(f"{run['data']} with {run['model']} has {args[key[1:]]} in one and {own} in another.")
         if losses.setdefault(key, run["losses"]) != run["losses"]:
             raise ValueError(
                 f"{run['label']} with {run['model']} is {losses[key]} in one and {run['losses']} in another."

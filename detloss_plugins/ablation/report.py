@@ -7,6 +7,7 @@ from pathlib import Path
 from detloss_plugins.ablation import pictures
 from detloss_plugins.ablation.compare import (
     BETTER,
+    FEWEST,
     JUDGED,
     WORSE,
     Difference,
@@ -106,7 +107,7 @@ def write_report(results: Sequence[Mapping], folder: str | Path) -> None:
     page = Page(", ".join(dict.fromkeys(str(result["name"]) for result in results)), folder)
     page.text(summary(results, runs))
     for (data, model, epochs), own in groups(runs).items():
-        add_group(page, f"{data}, {model}, {epochs} epochs", table(own))
+        add_group(page, f"{data}, {model}, {count(epochs, 'epoch')}", table(own))
     failed = [part for result in results for part in result.get("failed", [])]
     if failed:
         page.heading("Failed")
@@ -126,7 +127,7 @@ def summary(results, runs):
     failed = sum(len(result.get("failed", [])) for result in results)
     resumed = sum(bool(run.get("resumed")) for run in runs)
     where = f" on {machines}" if machines else ""  # of a study whose first training has not finished, nothing is known
-    text = f"{len(runs)} trainings{where}{', with ' if versions else ''}{', '.join(versions)}."
+    text = f"{count(len(runs), 'training')}{where}{', with ' if versions else ''}{', '.join(versions)}."
     if failed:
         text += f" {failed} failed, see below."
     if unfinished := sum(len(result.get("unfinished", [])) for result in results):
@@ -139,11 +140,22 @@ def summary(results, runs):
 def chance(runs):
     """How many verdicts would come by chance."""
     judged = [row for own in groups(runs).values() for row in table(own) if row.differences]
-    count = sum(row.differences[JUDGED[0]].seeds >= 3 for row in judged)
+    number = sum(row.differences[JUDGED[0]].seeds >= FEWEST for row in judged)
+    if not number:
+        return f"No loss has the {FEWEST} seeds that a verdict takes."
     return (
-        f"There are {count} comparisons in {JUDGED[0]}: if no loss made a difference, about {count * 0.05:.1f} of them "
-        "would still come out as better or worse."
+        f"Of {count(number, 'comparison')} in {JUDGED[0]}, about {number * 0.05:.1f} would come out as better or worse "
+        "if no loss made a difference."
     )
+
+
+def count(number: int, word: str) -> str:
+    """A number of things in words.
+
+    >>> count(1, "epoch"), count(12, "epoch")
+    ('1 epoch', '12 epochs')
+    """
+    return f"{number} {word}{'' if number == 1 else 's'}"
 
 
 def add_group(page: Page, title: str, rows: Sequence[Row]) -> None:

@@ -191,6 +191,7 @@ def as_result(run: Run, found: dict) -> dict:
         "data": run.data,
         "epochs": run.epochs,
         "seed": run.seed,
+        "args": run.setting["args"],
         **{key: found[key] for key in ("metrics", "per_class", "curve")},
         **{key: found[key] for key in ("weights", "resumed") if found.get(key)},
     }

@@ -64,6 +64,32 @@ def check_folder(path: str | Path) -> None:
         raise UsageError(f"cannot write {path}: {there} is no folder that you may write in")
 
 
+class DataSet(click.ParamType):
+    """The path of a data set; "digits" and "digits:SCENARIO" mean the embedded one's folder, which is built."""
+
+    name = "path"
+
+    def convert(self, value: str | Path, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """The path that was meant."""
+        path = Path(value)
+        if str(value).partition(":")[0] != "digits" or path.exists():
+            return path
+        from detloss_plugins.ablation.data import digits_folder
+
+        try:
+            return digits_folder(str(value))
+        except ValueError as error:
+            raise UsageError(error) from error
+
+
+data_option = click.option(
+    "--data",
+    type=DataSet(),
+    metavar="PATH",
+    help="A data.yaml or its folder; for mmengine a folder in COCO layout; digits or digits:SCENARIO.",
+)
+
+
 def check_file(path: Path | None) -> None:
     """Make the folder of a file that a command is to write, None for no file, or raise :class:`UsageError`."""
     if path is None:

@@ -1,5 +1,6 @@
 """The subcommand that trains with losses beside the stock ones."""
 
+import contextlib
 import importlib.util
 from pathlib import Path
 
@@ -112,6 +113,16 @@ def check_installed(name):
         raise RunError(f"{name} is not installed: {INSTALL[name]}.")
 
 
+@contextlib.contextmanager
+def told_how_to_go_on(study):
+    """Say, if the user ends the trainings, that they are not lost."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo(f"stopped: what has finished is in {study.folder}, and the same command goes on from it", err=True)
+        raise
+
+
 def train(study, runs, jobs, cluster, resume_after):
     """Train with a progress bar, here or on a cluster: its address and the cores of a training there."""
     from detloss_plugins.ablation.progress import Bar
@@ -119,7 +130,7 @@ def train(study, runs, jobs, cluster, resume_after):
 
     todo, (address, cores) = [run for run in runs if not study.is_done(run)], cluster
     click.echo(f"{len(runs)} trainings, {len(runs) - len(todo)} of them finished before; {study.folder}")
-    with Bar(study, todo) as bar:
+    with Bar(study, todo) as bar, told_how_to_go_on(study):
         if address is None:
             study.train(todo, jobs or default_jobs(), bar.tick, resume_after)
             return

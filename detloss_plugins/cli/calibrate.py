@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from detloss_plugins.cli._common import RunError, UsageError, check_folder, first_line
+from detloss_plugins.cli._common import RunError, UsageError, check_folder, data_option, first_line
 
 MODEL = "yolov8n.yaml"
 EPOCHS, SEEDS = 6, 2  # of --verify
@@ -19,7 +19,7 @@ EPOCHS, SEEDS = 6, 2  # of --verify
     "--slot", "slots", multiple=True, help="Besides LOSSES every loss of ours that this slot takes: cls, box."
 )
 @click.option("--model", metavar="FILE", help=f"What YOLO takes, a YAML file or a checkpoint.  [default: {MODEL}]")
-@click.option("--data", type=Path, metavar="PATH", help="Your data: a data.yaml; for mmengine a folder in COCO layout.")
+@data_option
 @click.option("--steps", type=click.IntRange(1), default=100, show_default=True, help="Steps of the stock training.")
 @click.option("--verify", is_flag=True, help="Train with 1/2, 1, 2 and 4 times each weight, and say which is best.")
 @click.option("--epochs", type=click.IntRange(1), default=EPOCHS, show_default=True, help="Of each such training.")

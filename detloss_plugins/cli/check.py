@@ -12,7 +12,15 @@ import click
 
 from detloss_plugins import __version__
 from detloss_plugins.cli import train
-from detloss_plugins.cli._common import RunError, UsageError, complete_config, first_line, loss_class_of, require
+from detloss_plugins.cli._common import (
+    RunError,
+    UsageError,
+    complete_config,
+    data_option,
+    first_line,
+    loss_class_of,
+    require,
+)
 from detloss_plugins.configs import find
 from detloss_plugins.registry import build_loss, registered_losses
 
@@ -273,7 +281,7 @@ def check(what, model=None, data=None):
 @click.command()
 @click.argument("what", required=False, metavar="[FILE | NAME | MODULE:CLASS]", shell_complete=complete_config)
 @click.option("--model", metavar="M", help="The model that losses of Ultralytics are for, such as yolo26n.yaml.")
-@click.option("--data", type=Path, metavar="D", help="What it is to be trained on: a data.yaml; a folder as COCO's.")
+@data_option
 @click.option("--lite", is_flag=True, help="torchvision's operators where mmcv has no compiled ones.")
 @click.option("--report", "wants_report", is_flag=True, help="Versions and device: what a report of a bug needs.")
 @click.pass_context

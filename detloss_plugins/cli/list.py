@@ -6,6 +6,7 @@ import click
 
 from detloss_plugins.cli import _facts
 from detloss_plugins.cli._common import UsageError
+from detloss_plugins.configs import FRAMEWORKS, names
 
 
 def losses(family=None):
@@ -43,20 +44,34 @@ def lines(rows):
     return ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in columns]
 
 
+def config_names():
+    """``{framework: names}`` of the package's configs."""
+    return {framework: names(framework) for framework in FRAMEWORKS}
+
+
+def config_lines(by_framework):
+    """The framework and the name of each config, a line each."""
+    return [f"{framework:<13}{name}" for framework, found in by_framework.items() for name in found]
+
+
 @click.command()
 @click.option("--family", metavar="F", help="Only the losses of this family, such as box.")
+@click.option("--configs", is_flag=True, help="The configs that come with the package, in place of losses.")
 @click.option("--json", "as_json", is_flag=True, help="As JSON, with the values that each setting may have.")
-def command(family, as_json):
+def command(family, configs, as_json):
     """List the losses, one a line.
 
     \b
       detloss list
       detloss list --family box
+      detloss list --configs
       detloss list --json | jq -r '.[].type'
 
     A line has the family, the names, the packages that have an equal loss, the paper, and the settings with their
     defaults.
     """
-    rows = losses(family)
-    for line in [json.dumps(rows, indent=1)] if as_json else lines(rows):
+    if configs and family is not None:
+        raise UsageError("--family is of losses, and --configs lists none")
+    rows = config_names() if configs else losses(family)
+    for line in [json.dumps(rows, indent=1)] if as_json else config_lines(rows) if configs else lines(rows):
         click.echo(line)

@@ -16,6 +16,7 @@ from detloss_plugins.cli._common import (
     UsageError,
     check_folder,
     complete_config,
+    data_option,
     first_line,
     require,
 )
@@ -147,9 +148,9 @@ def check_yolo(settings):
 
 def yolo_data(data, task):
     """Path of the data YAML and the training arguments that go with it."""
-    from detloss_plugins.testing.digits import build_digits, cache_folder
+    from detloss_plugins.testing.digits import build_digits, cache_folder, digits_dir
 
-    if data is None:
+    if data is None or data == digits_dir():
         return build_digits("detect" if task == "rtdetr" else task) / "digits.yaml", DIGITS_ARGS
     if data.is_dir():
         found = sorted([*data.glob("*.yaml"), *data.glob("*.yml")])
@@ -450,7 +451,7 @@ def train(args):
 
 @click.command()
 @click.argument("words", nargs=-1, metavar="[CONFIG] [KEY=VALUE ...]", shell_complete=complete_config)
-@click.option("--data", type=Path, metavar="PATH", help="Your data: a data.yaml; for mmengine a folder in COCO layout.")
+@data_option
 @click.option("--work-dir", type=Path, metavar="DIR", help="Where checkpoints and logs go.")
 @click.option("--new-losses", is_flag=True, help="Resume with other losses than the run was started with.")
 @click.option("--lite", is_flag=True, help="torchvision's operators where mmcv has no compiled ones.")

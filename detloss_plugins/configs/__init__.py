@@ -46,7 +46,7 @@ def find(name: str) -> Path:
     paths = _paths(FRAMEWORKS)
     if name not in paths:
         nearest = difflib.get_close_matches(name, paths, n=3)
-        hint = f"did you mean {', '.join(nearest)}?" if nearest else "detloss_plugins.configs.names() lists them."
+        hint = f"did you mean {', '.join(nearest)}?" if nearest else "`detloss list --configs` lists them."
         raise ValueError(f"There is no config named {name!r}; {hint}")
     return paths[name]
 
