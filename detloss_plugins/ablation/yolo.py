@@ -28,20 +28,13 @@ def model_name(word: str) -> str:
     return word if Path(word).suffix in {".yaml", ".yml", ".pt"} else f"{word}.yaml"
 
 
-def open_model(model: str):
-    """``YOLO(model)`` or ``RTDETR(model)``."""
-    from ultralytics import RTDETR, YOLO
-
-    return (RTDETR if "rtdetr" in Path(model).stem else YOLO)(model)
-
-
 def check_model(model: str, losses: Mapping) -> dict:
     """Label -> losses by slot, of a model.
 
     Raises:
         ValueError, TypeError: if there is no such model, or it is for another task, or a loss does not suit it.
     """
-    from detloss_plugins.adapters.ultralytics import check_head, model_task
+    from detloss_plugins.adapters.ultralytics import check_head, model_task, open_model
     from detloss_plugins.adapters.ultralytics.config import without_weight
 
     try:
@@ -123,7 +116,7 @@ def train(run: Run, folder: Path, resume_after: float) -> dict:
     not make the training that would have been without the interruption, and then nothing differs.
     """
     from detloss_plugins.ablation.measure import measure
-    from detloss_plugins.adapters.ultralytics import model_task
+    from detloss_plugins.adapters.ultralytics import model_task, open_model
     from detloss_plugins.testing.digits import cache_folder
 
     resumed = prepare(folder, resume_after)
@@ -156,7 +149,7 @@ def weights_found(losses: Mapping, checkpoint: Path) -> dict[str, float]:
 
 def start(run: Run, folder: Path, resume: bool) -> None:
     """The training itself, to its end."""
-    from detloss_plugins.adapters.ultralytics import make_trainer, model_task
+    from detloss_plugins.adapters.ultralytics import make_trainer, model_task, open_model
 
     model = open_model(str(folder / LAST) if resume else run.model)
     settings = {

@@ -115,13 +115,13 @@ def unique(candidates):
 def of_yolo(words, slots, model, data, steps, overrides, verified):
     """Suggestions of Ultralytics and, if ``verified`` has epochs and seeds, what trainings say of them."""
     from detloss_plugins.adapters.ultralytics import calibrate as adapter
-    from detloss_plugins.adapters.ultralytics import check_head, model_task
+    from detloss_plugins.adapters.ultralytics import check_head, model_task, open_model
     from detloss_plugins.cli.train import UNREADABLE, check_yolo, yaml_of, yolo_data
     from detloss_plugins.testing.training_tensors import quiet
 
     try:
         with quiet():
-            built = adapter.load(model).model
+            built = open_model(model).model
     except (OSError, *UNREADABLE) as error:
         raise UsageError(first_line(error)) from error
     task = model_task(built)

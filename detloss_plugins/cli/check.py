@@ -94,12 +94,10 @@ def fitting_task(losses):
 
 def yolo_model(name):
     """The task of a model of Ultralytics, and the model."""
-    from ultralytics import RTDETR, YOLO
-
-    from detloss_plugins.adapters.ultralytics import model_task
+    from detloss_plugins.adapters.ultralytics import model_task, open_model
 
     try:
-        model = (RTDETR if "rtdetr" in Path(name).stem else YOLO)(name).model
+        model = open_model(name).model
         return model_task(model), model
     except (OSError, TypeError, ValueError, *train.UNREADABLE) as error:
         raise UsageError(first_line(error)) from error

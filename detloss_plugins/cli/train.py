@@ -163,9 +163,7 @@ def yolo_data(data, task):
 
 def train_yolo(args):
     """Train with Ultralytics and print what came out."""
-    from ultralytics import RTDETR, YOLO
-
-    from detloss_plugins.adapters.ultralytics import check_head, describe, make_trainer, model_task
+    from detloss_plugins.adapters.ultralytics import check_head, describe, make_trainer, model_task, open_model
     from detloss_plugins.adapters.ultralytics.compat import TooOldError
     from detloss_plugins.adapters.ultralytics.ignore import UnknownClassError
     from detloss_plugins.adapters.ultralytics.trainer import NoWeightError
@@ -174,7 +172,7 @@ def train_yolo(args):
     last = yolo_checkpoint(args, overrides)
     model = str(last or overrides.pop("model", "yolov8n.yaml"))
     try:
-        yolo = (RTDETR if "rtdetr" in Path(model).stem else YOLO)(model)  # YOLO knows a checkpoint's, not a YAML's
+        yolo = open_model(model)
         task = model_task(yolo.model)
         losses = losses_to_resume_with(args, overrides, last, task) if last else yolo_losses(args.config, overrides)
         trainer = make_trainer(losses, task)

@@ -23,7 +23,7 @@ from detloss_plugins.adapters.ultralytics.criterion import (
     model_task,
 )
 from detloss_plugins.adapters.ultralytics.ignore import make_validator
-from detloss_plugins.adapters.ultralytics.model import install, trained_losses
+from detloss_plugins.adapters.ultralytics.model import install, open_model, trained_losses
 from detloss_plugins.adapters.ultralytics.per_image import LossesByImage, per_image
 from detloss_plugins.adapters.ultralytics.trainer import TRAINERS, describe, make_trainer, tune
 
@@ -45,6 +45,7 @@ __all__ = [
     "make_trainer",
     "make_validator",
     "model_task",
+    "open_model",
     "per_image",
     "trained_losses",
     "tune",

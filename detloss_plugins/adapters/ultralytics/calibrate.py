@@ -5,11 +5,9 @@ import copy
 import logging
 import random
 import tempfile
-from pathlib import Path
 
 import numpy as np
 import torch
-from ultralytics import RTDETR, YOLO
 from ultralytics.utils import LOGGER
 from ultralytics.utils.torch_utils import init_seeds
 
@@ -30,7 +28,7 @@ from detloss_plugins.adapters.ultralytics import compat
 from detloss_plugins.adapters.ultralytics.config import SLOTS, at, counted, filled, load_losses, waiting, without_weight
 from detloss_plugins.adapters.ultralytics.criterion import branches, check_head, model_task
 from detloss_plugins.adapters.ultralytics.curves import Slots, as_leaves
-from detloss_plugins.adapters.ultralytics.model import student
+from detloss_plugins.adapters.ultralytics.model import open_model, student
 from detloss_plugins.adapters.ultralytics.per_image import branch_weight
 from detloss_plugins.adapters.ultralytics.trainer import class_counts, criterion_of, make_trainer
 from detloss_plugins.losses import ScheduledLoss
@@ -227,11 +225,6 @@ def _first_that_fits(name, cls, slot, task):
     return None
 
 
-def load(model):
-    """A ``YOLO`` or ``RTDETR`` of a YAML file or checkpoint."""
-    return (RTDETR if "rtdetr" in Path(model).stem else YOLO)(model)
-
-
 def calibrate(
     candidates, model="yolov8n.yaml", steps=STEPS, looks=LOOKS, told=None, ignore=None, trainer=None, **settings
 ):
@@ -253,7 +246,7 @@ def calibrate(
     Raises:
         ValueError: if a loss does not suit the model.
     """
-    yolo = None if isinstance(model, torch.nn.Module) else load(model)
+    yolo = None if isinstance(model, torch.nn.Module) else open_model(model)
     given = yolo.model if yolo else model
     task = model_task(given)
     for each in candidates:
@@ -375,7 +368,7 @@ def verify(suggestion, model="yolov8n.yaml", seeds=2, factors=FACTORS, told=None
     for seed in range(seeds):
         for factor, values in found.items():
             ((slot, cfg),) = suggestion.losses.items()
-            yolo = load(model)
+            yolo = open_model(model)
             trainer = make_trainer({slot: {**cfg, "loss_weight": cfg["loss_weight"] * factor}}, model_task(yolo.model))
             with tempfile.TemporaryDirectory() as folder:
                 quick = {**QUICK, "save": True, "project": folder, "seed": seed}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ultralytics import RTDETR, YOLO
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.nn.tasks import BaseModel, torch_safe_load
 from ultralytics.utils import LOGGER
@@ -87,6 +88,11 @@ class _WithLosses:
         twin = memo[id(self)] = object.__new__(type(self))
         vars(twin).update(copy.deepcopy(vars(self), memo))
         return twin
+
+
+def open_model(model: str | Path) -> YOLO | RTDETR:
+    """``RTDETR(model)`` if the file's name says so, as ``YOLO`` knows such a checkpoint, but no such YAML."""
+    return (RTDETR if "rtdetr" in Path(model).stem else YOLO)(model)
 
 
 @functools.cache
