@@ -5,7 +5,11 @@ import json
 import pytest
 import study
 
+from detloss_plugins.ablation.compare import groups, merged, table
 from detloss_plugins.cli._common import UsageError
+from detloss_plugins.cli.train import DEFAULT_CONFIG
+from detloss_plugins.configs import find
+from detloss_plugins.study import studies
 
 
 def trained(label, data, aps, slot="cls", weight=2.0):
@@ -133,3 +137,15 @@ def test_the_page_is_that_of_the_study():
     assert study.updated(study.PAGE.read_text(encoding="utf-8"), study.studies()) == study.PAGE.read_text(
         encoding="utf-8"
     ), "run tools/study.py"
+
+
+def test_the_default_losses_are_not_worse_than_stock_anywhere_in_the_study():
+    default = pytest.importorskip("detloss_plugins.adapters.ultralytics").load_losses(find(DEFAULT_CONFIG))
+    seen = []
+    for where, runs in groups(merged(studies())).items():
+        rows = {row.label: row for row in table(runs)}
+        (row,) = (row for row in rows.values() if row.losses == default)
+        assert len(row.seeds) >= 3, where
+        assert row.spreads["AP50"].mean >= rows["stock"].spreads["AP50"].mean - 0.02, where
+        seen.append(where[:2])
+    assert len(seen) >= 4

@@ -44,11 +44,11 @@ def test_train_refuses_in_one_sentence(capsys, tmp_path, monkeypatch):
     assert "there is no" in refused(capsys, "--data", "no-such-folder", status=2)
     (tmp_path / "losses.txt").touch()
     assert ".yaml" in refused(capsys, "losses.txt", status=2)
-    assert "accepts alpha, class_counts" in refused(capsys, "cls.gama=2", status=2)
+    assert "accepts class_counts, class_weight" in refused(capsys, "cls.gama=2", status=2)
     assert "did you mean CIoULoss" in refused(capsys, "box.type=CIoULos", status=2)
     assert "exactly one data YAML" in refused(capsys, "--data", str(tmp_path), status=2)
     assert "no-such-model.yaml" in refused(capsys, "model=no-such-model.yaml", status=2)
-    assert "reg_max=1" in refused(capsys, "model=yolo26n.yaml", status=2), "the default third slot needs bins"
+    assert "reg_max=1" in refused(capsys, "vfl_eiou_dfl", "model=yolo26n.yaml", status=2), "its third slot needs bins"
     assert "'no_such_argument' is not a valid YOLO argument" in refused(capsys, "no_such_argument=1", status=2)
 
 
@@ -153,8 +153,8 @@ DATA = "train: images\nval: images\nnames: [a]\n"
         (["list.yaml"], "list.yaml must hold a dict of losses"),
         (["null.yaml"], "A loss is configured by a dict"),
         (["cls.gamma=[1"], "cls.gamma=[1 is no YAML"),
-        (["cls.loss_weight=null"], "loss_weight of VarifocalLoss must be"),
-        (["cls.gamma={a: 1}"], "gamma of VarifocalLoss must be"),
+        (["cls.loss_weight=null"], "loss_weight of AdaptiveThresholdFocalLoss must be"),
+        (["cls.detach_gamma={a: 1}"], "detach_gamma of AdaptiveThresholdFocalLoss must be"),
         (["cls.type=[1]"], "There is no loss named [1]"),
         (["epochs=abc"], "'epochs=abc' is of invalid type str"),
         (["epochs=[1]"], "'epochs=[1]' is of invalid type list"),
@@ -170,7 +170,7 @@ def test_a_training_with_ultralytics_that_cannot_be(words, message, capsys, tmp_
     for name, content in (("broken", "cls: [1"), ("list", "[1]"), ("null", "cls:"), ("data", DATA)):
         (tmp_path / f"{name}.yaml").write_text(content, encoding="utf-8")
     assert message in refused(capsys, *words, status=2)
-    assert not (tmp_path / "runs" / "vfl_eiou_dfl").exists()
+    assert not (tmp_path / "runs").exists()
 
 
 def test_labels_that_ultralytics_refuses(capsys, tmp_path, monkeypatch):
@@ -266,9 +266,9 @@ def test_train_overrides_losses(tmp_path):
     overrides = {"cls.loss_weight": 2, "box.type": "GIoULoss", "epochs": 3}
     losses = train.yolo_losses(find(train.DEFAULT_CONFIG), overrides)
     assert overrides == {"epochs": 3}
-    assert losses["cls"] == {"type": "VarifocalLoss", "loss_weight": 2}
+    assert losses["cls"] == {"type": "AdaptiveThresholdFocalLoss", "loss_weight": 2}
     assert losses["box"] == {"type": "GIoULoss"}
-    assert losses["dfl"] == {"type": "DistributionFocalLoss"}
+    assert losses.keys() == {"cls", "box"}
 
 
 def coco(folder, ann, images, first):

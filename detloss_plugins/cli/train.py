@@ -22,7 +22,7 @@ from detloss_plugins.cli._common import (
 )
 from detloss_plugins.configs import find
 
-DEFAULT_CONFIG = "vfl_eiou_dfl"
+DEFAULT_CONFIG = "atfl_mpdiou"
 # Small images, few of them, glyphs that must not be mirrored: enough for a detector that works after 12 epochs.
 DIGITS_ARGS = {
     "imgsz": 128,
