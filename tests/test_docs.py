@@ -3,7 +3,8 @@
 How a shell block is tried: the words of ``detloss`` are parsed by the subcommand's own parser, with the files that they
 name in place, and configs are looked up. Names of sessions, groups and extras, pinned versions and what CI runs are
 looked up where they are defined. The slow tests look for the options of our tools in their ``--help``, and run the
-commands of ``detloss`` that :data:`SMALLER` can make small. What installs is not run.
+commands of ``detloss`` that :data:`SMALLER` can make small, and its trainings on the digits for an epoch. What installs
+is not run.
 """
 
 import ast
@@ -18,8 +19,9 @@ import click
 import pytest
 from support.pages import PAGES, ROOT, anchors, blocks, commands, links
 
-from detloss_plugins import build_loss
+from detloss_plugins import build_loss, study
 from detloss_plugins.cli import main
+from detloss_plugins.cli.train import DEFAULT_CONFIG
 from detloss_plugins.configs import find
 
 PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
@@ -206,7 +208,7 @@ def test_options_of_the_tools(line):
         assert all(re.search(rf"{option}\b", done.stdout) for option in options)
 
 
-# What makes a command small; a command of another kind is parsed only (compare takes minutes and has tests of its own).
+# What makes a command small; compare, which takes minutes, has tests of its own.
 SMALLER = {
     "list": [],
     "show": [],
@@ -214,7 +216,16 @@ SMALLER = {
     "advise": [],
     "calibrate": ["--steps", "4", "imgsz=64"],
     "ablate": ["--seeds", "1", "--epochs", "1", "imgsz=64", "fraction=0.1"],
+    "report": [],
 }
+# By the kind of a config.
+SHORTER = {".yaml": ["epochs=1", "imgsz=64", "fraction=0.1"], ".py": ["train_cfg.max_epochs=1"]}
+# On the digits, or the file that the tests have in place; a resumed one and COCO's would have to be there.
+TRAININGS = [
+    line
+    for line, words in DETLOSS.items()
+    if words[0] == "train" and not re.search(r"resume=|path/to|my_config\.py", line)
+]
 
 
 # Of those that differ in their options, as a training takes long.
@@ -233,15 +244,25 @@ def test_detloss_runs_the_command(line, data):
         shutil.copy(find(config), data / name)
     there = (ROOT / "detloss_plugins/losses/regression.py").read_text(encoding="utf-8")
     (example,) = [block.code for block in blocks("python") if "class LogCoshLoss" in block.code]
+    (data / "ablation").mkdir()
+    shutil.copy(study.FOLDER / "digits.json", data / "ablation" / "results.json")
     (data / "my_losses.py").write_text(there[: there.index("__all__")] + example, encoding="utf-8")
     in_place(words, data)
-    run = (
-        "from detloss_plugins.cli import main; main(prog_name='detloss')"  # apart, as a loss of one's own is registered
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", run, subcommand, *words, *SMALLER[subcommand]],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    run_apart(subcommand, *words, *SMALLER[subcommand])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", TRAININGS)
+def test_detloss_trains_as_told(line, data):
+    config = next((word for word in DETLOSS[line][1:] if "=" not in word and not word.startswith("--")), DEFAULT_CONFIG)
+    if find(config).suffix == ".py":
+        pytest.importorskip("mmdet")
+    assert "mAP50" in run_apart(*DETLOSS[line], *SHORTER[find(config).suffix])
+
+
+def run_apart(*words):
+    """Run ``detloss`` in a process of its own, as losses and models are registered there; what it printed."""
+    command = [sys.executable, "-m", "detloss_plugins", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
