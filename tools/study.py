@@ -27,7 +27,7 @@ from detloss_plugins.ablation.compare import (
     merged,
     table,
 )
-from detloss_plugins.ablation.files import write_text
+from detloss_plugins.ablation.files import write_whole
 from detloss_plugins.ablation.report import (
     METHOD,
     chance,
@@ -92,7 +92,7 @@ def add(path: Path, name: str, folder: Path = FOLDER) -> Path:
         "machine": "; ".join(dict.fromkeys(one["machine"] for one in reversed(new))),
         "runs": runs,
     }
-    write_text(file, as_json(study))
+    write_whole(file, as_json(study))
     return file
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from detloss_plugins import configs
 from detloss_plugins.ablation.data import digits_folder
-from detloss_plugins.ablation.files import seconds_between, write_text
+from detloss_plugins.ablation.files import seconds_between, write_whole
 from detloss_plugins.ablation.grid import Run, family_of, plain
 from detloss_plugins.registry import SCOPE, build_loss, loss_class
 
@@ -159,7 +159,7 @@ def train(run: Run, folder: Path, resume_after: float) -> dict:
     if not resumed:
         (folder / "last_checkpoint").unlink(missing_ok=True)
         (folder / CONFIG).parent.mkdir(exist_ok=True)
-        write_text(folder / CONFIG, config_text(run, folder))
+        write_whole(folder / CONFIG, config_text(run, folder))
     overrides = {"train_cfg.max_epochs": run.epochs, **run.args, **({"resume": True} if resumed else {})}
     data, lite = data_folder(run), os.environ.get("DETLOSS_LITE") == "1"
     words = {key: str(value) for key, value in overrides.items()}

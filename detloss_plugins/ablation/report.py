@@ -17,7 +17,7 @@ from detloss_plugins.ablation.compare import (
     merged,
     table,
 )
-from detloss_plugins.ablation.files import read_json, write_json, write_text
+from detloss_plugins.ablation.files import read_json, write_json, write_whole
 from detloss_plugins.ablation.page import Page
 
 RESULTS = "results.json"
@@ -116,8 +116,8 @@ def write_report(results: Sequence[Mapping], folder: str | Path) -> None:
     page.text(METHOD)
     page.text(SIZES)
     page.text(chance(runs))
-    write_text(folder / "report.md", page.markdown())
-    write_text(folder / "report.html", page.html())
+    write_whole(folder / "report.md", page.markdown())
+    write_whole(folder / "report.html", page.html())
 
 
 def summary(results, runs):

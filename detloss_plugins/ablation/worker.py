@@ -10,7 +10,7 @@ import threading
 import traceback
 from pathlib import Path
 
-from detloss_plugins.ablation.files import locked, read_json, write_json, write_text
+from detloss_plugins.ablation.files import locked, read_json, write_json, write_whole
 from detloss_plugins.ablation.grid import Run
 from detloss_plugins.ablation.machine import machine, versions
 
@@ -61,7 +61,7 @@ def main() -> None:
         work(folder, float(sys.argv[2]))
     except Exception as error:
         traceback.print_exc()
-        write_text(folder / "error.txt", last_line(error) + "\n")
+        write_whole(folder / "error.txt", last_line(error) + "\n")
         sys.exit(1)
 
 

@@ -334,7 +334,7 @@ def test_the_command_refuses_what_a_resume_would_ignore(stopped, tmp_path, capsy
             ["cls.momentum=0.5"],
             "trained with other losses (cls: {'loss_weight': 1.0, 'type': 'GHMC', 'momentum': 0.75})",
         ),
-        ([train.DEFAULT_CONFIG], "dfl: the stock loss): to resume it with yours, give --new-losses"),
+        (["vfl_eiou_dfl"], "dfl: the stock loss): to resume it with yours, give --new-losses"),
         (["--work-dir", tmp_path / "other"], "leave --work-dir out"),
     ):
         assert words in last_line(capsys, "train", resume, *arguments, status=2), arguments
