@@ -305,7 +305,9 @@ def test_check_the_data_of_yolo(capsys, tmp_path):
     ignore = "\nignore: {classes: [dog]}" if can_ignore else ""
     losses = write(tmp_path, "losses.yaml", "cls: {type: FocalLoss, class_weight: [1, 2]}" + ignore)
     data = write(tmp_path, "set/data.yaml", "path: .\ntrain: images/train\nval: images/val\nnames: [cat, dog]\n")
-    data.write_text(data.read_text(encoding="utf-8").replace("path: .", f"path: {data.parent.as_posix()}"))
+    data.write_text(
+        data.read_text(encoding="utf-8").replace("path: .", f"path: {data.parent.as_posix()}"), encoding="utf-8"
+    )
     (_, (error,)) = checked(capsys, losses, "--data", data, status=2)
     assert "data.yaml is no data set" in error
     for split in ("train", "val"):
