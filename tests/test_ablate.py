@@ -175,7 +175,7 @@ def test_a_failure_does_not_stop_the_others_and_what_has_finished_is_kept(tmp_pa
     runs.append(replace(STOCK, seed=2))
     ours.add(runs)
     ours.train(runs, 2)
-    begun = {run.name: len((ours.of(run) / "begun").read_text()) for run in runs}
+    begun = {run.name: len((ours.of(run) / "begun").read_text(encoding="utf-8")) for run in runs}
     assert begun == {run.name: 2 if run.label == "bad" else 1 for run in runs}
     results = ours.results()
     assert [(run["label"], run["seed"]) for run in results["runs"]] == [

@@ -137,7 +137,7 @@ def test_the_command(tmp_path):
     words = ["retinanet_r18_fpn_digits", "QualityFocalLoss", "CIoULoss", "--steps", "4"]
     done = CliRunner().invoke(main, ["calibrate", *words, "--json", str(tmp_path / "found.json")])
     assert done.exit_code == 0, done.output
-    found = json.loads((tmp_path / "found.json").read_text())["suggestions"]
+    found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))["suggestions"]
     assert [each["slot"] for each in found] == ["loss_cls", "loss_bbox"]
     weight = found[1]["weight"]
     assert f"loss_bbox=dict(type='detloss_plugins.CIoULoss', loss_weight={weight})" in done.output

@@ -337,7 +337,9 @@ def test_the_command(datasets, tmp_path):
     words = ["VarifocalLoss", file, "--slot", "dfl", "--data", datasets["detect"], "--steps", 5, *settings]
     code, output = run(*words, "--json", tmp_path / "found.json")
     assert code == 0, output
-    found = {each["label"]: each for each in json.loads((tmp_path / "found.json").read_text())["suggestions"]}
+    found = {
+        each["label"]: each for each in json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))["suggestions"]
+    }
     assert list(found) == ["VarifocalLoss", "JointLoss of mine", "DistributionFocalLoss"]
     assert found["JointLoss of mine"]["weight"] == 0.5
     assert found["DistributionFocalLoss"]["weight"] == 1.0
@@ -354,7 +356,7 @@ def test_verify(datasets, tmp_path):
     words = ["--data", datasets["detect"], "--steps", 4, "--verify", "--epochs", 1, *settings]
     code, output = run("VarifocalLoss", *words, "--json", tmp_path / "found.json")
     assert code == 0, output
-    (verified,) = json.loads((tmp_path / "found.json").read_text())["verified"]
+    (verified,) = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))["verified"]
     assert list(verified["mAP50"]) == ["0.5", "1", "2", "4"]
     assert {len(values) for values in verified["mAP50"].values()} == {2}
     assert "the noise of seeds" in output
