@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.logging import MessageHub
 
 from detloss_plugins import engine
 from detloss_plugins.registry import registered_losses
@@ -26,6 +27,13 @@ def pytest_configure():
         os.environ["OMP_NUM_THREADS"] = str(threads)  # for the processes that a test starts
         cache = os.environ.get("DETLOSS_PLUGINS_CACHE") or Path.home() / ".cache" / "detloss_plugins"
         os.environ["DETLOSS_PLUGINS_CACHE"] = str(Path(cache) / worker)
+
+
+@pytest.fixture(autouse=True)
+def no_runner_is_left_training():
+    """A run that a test breaks off would go on being the one that trains, for every ScheduledLoss after it."""
+    yield
+    MessageHub.get_current_instance().pop_info("loop_stage", None)
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,7 @@ from detloss_plugins.adapters.mmdetection.calibrate import (
     fitting,
 )
 from detloss_plugins.cli import main
+from detloss_plugins.registry import runner_progress
 from detloss_plugins.testing.digits import build_digits
 
 pytestmark = pytest.mark.usefixtures("mmdet_scope")
@@ -63,6 +64,7 @@ def test_the_losses_of_the_config_have_their_own_weights(path):
     head = build_head(cfg)
     wanted = [candidate(type(getattr(head, slot)).__name__, head, slot) for slot in ("loss_cls", "loss_bbox")]
     cls, bbox = calibrate(cfg, wanted, steps=3)
+    assert runner_progress("epoch") is None  # no ScheduledLoss takes itself for trained
     assert (cls.weight, bbox.weight) == (1.0, 2.0)
     assert sorted(cls.ratios) == [1, 2, 3]
     assert 0 < cls.positives == cls.stock_positives < 1

@@ -197,7 +197,10 @@ def calibrate(cfg, candidates, steps=100, looks=LOOKS, told=None):
     with tempfile.TemporaryDirectory() as cfg.work_dir, contextlib.suppress(Finished):
         runner = Runner.from_cfg(cfg)
         runner.register_hook(hook)
-        runner.train()
+        try:
+            runner.train()
+        finally:  # left before its end; a ScheduledLoss would go on believing that a runner trains
+            runner.message_hub.pop_info("loop_stage", None)
     if silent := [slot for slot in {c.slot for c in candidates} if (slot, STOCK) not in hook.found.found]:
         raise ValueError(
             f"{silent[0]} was not called in {hook.step} steps: the head works out this loss by itself, or the training "
