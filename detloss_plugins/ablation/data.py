@@ -20,15 +20,25 @@ def locate(word: str) -> tuple[str, str, dict]:
         return "digits" if scenario in ("", "plain") else word, "", args
     path = Path(word).absolute()
     if path.is_dir():
-        found = sorted([*path.glob("*.yaml"), *path.glob("*.yml")])
-        if not found and (path / "annotations").is_dir():
+        if not yamls_in(path) and (path / "annotations").is_dir():
             return path.name, str(path), {}
-        if len(found) != 1:
-            raise ValueError(f"{path} must hold exactly one data YAML, but holds {len(found)}; give its path.")
-        path = found[0]
+        path = yaml_in(path)
     elif not path.is_file():
         raise ValueError(f"There is no data set {word}: give digits, digits:SCENARIO, a data YAML or its folder.")
     return path.parent.name if path.stem in ("data", "dataset") else path.stem, str(path), {}
+
+
+def yamls_in(folder: Path) -> list[Path]:
+    """The YAML files in a folder."""
+    return sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")])
+
+
+def yaml_in(folder: Path) -> Path:
+    """The data YAML in a folder; ``ValueError`` unless there is exactly one."""
+    found = yamls_in(folder)
+    if len(found) != 1:
+        raise ValueError(f"{folder} must hold exactly one data YAML, but holds {len(found)}; give its path.")
+    return found[0]
 
 
 def digits_folder(name: str) -> Path:

@@ -154,8 +154,7 @@ def of_yolo(words, slots, model, data, steps, overrides, verified):
 
 def of_mmdet(config, words, slots, data, steps, overrides):
     """Suggestions for a config of MMDetection."""
-    from detloss_plugins.cli.train import parsed, point_at, read_config, refuse
-    from detloss_plugins.testing.digits import build_digits, digits_dir
+    from detloss_plugins.cli.train import parsed, provide_data, read_config, refuse
     from detloss_plugins.testing.training_tensors import quiet
 
     try:
@@ -165,10 +164,7 @@ def of_mmdet(config, words, slots, data, steps, overrides):
         raise RunError(error) from error
 
     cfg = read_config(config)
-    if data is not None:
-        point_at(cfg, data)
-    elif Path(cfg.get("data_root", "")) == digits_dir():
-        build_digits()
+    provide_data(cfg, data)
     values = parsed(overrides)
     refuse(unknown_keys(cfg, values))
     cfg.merge_from_dict(values)

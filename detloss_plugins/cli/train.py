@@ -148,15 +148,16 @@ def check_yolo(settings):
 
 def yolo_data(data, task):
     """Path of the data YAML and the training arguments that go with it."""
+    from detloss_plugins.ablation.data import yaml_in
     from detloss_plugins.testing.digits import build_digits, cache_folder, digits_dir
 
     if data is None or data == digits_dir():
         return build_digits("detect" if task == "rtdetr" else task) / "digits.yaml", DIGITS_ARGS
     if data.is_dir():
-        found = sorted([*data.glob("*.yaml"), *data.glob("*.yml")])
-        if len(found) != 1:
-            raise UsageError(f"{data} must hold exactly one data YAML, but holds {len(found)}; give its path.")
-        data = found[0]
+        try:
+            data = yaml_in(data)
+        except ValueError as error:
+            raise UsageError(error) from error
     of_digits = data.name == "digits.yaml" and data.resolve().parents[1] == cache_folder().resolve()  # their scenarios
     return data, DIGITS_ARGS if of_digits else {}
 
@@ -274,6 +275,18 @@ def point_at(cfg, folder):
     set_classes(cfg.model)
 
 
+def provide_data(cfg, folder):
+    """Point a config at a folder in COCO layout or, for None, see to it that the digits are there if it is of them."""
+    from detloss_plugins.testing.digits import build_digits, build_dota, digits_dir
+
+    if folder is not None:
+        point_at(cfg, folder)
+    elif Path(cfg.get("data_root", "")) == digits_dir():
+        build_digits()
+    elif Path(cfg.get("data_root", "")) == digits_dir("obb"):
+        build_dota()
+
+
 def scale_schedule(cfg, stock):
     """Stretch the learning rate's schedule to a number of epochs that is not the ``stock`` config's; says so.
 
@@ -336,7 +349,6 @@ def train_mmdet(args):
     from mmengine.runner import Runner
 
     from detloss_plugins import build_loss
-    from detloss_plugins.testing.digits import build_digits, build_dota, digits_dir
 
     if args.lite:
         os.environ["DETLOSS_LITE"] = "1"
@@ -349,12 +361,7 @@ def train_mmdet(args):
         raise RunError(error) from error
 
     cfg = read_config(args.config)
-    if args.data is not None:
-        point_at(cfg, args.data)
-    elif Path(cfg.get("data_root", "")) == digits_dir():
-        build_digits()
-    elif Path(cfg.get("data_root", "")) == digits_dir("obb"):
-        build_dota()
+    provide_data(cfg, args.data)
     stock, overrides = copy.deepcopy(cfg), parsed(args.overrides)
     refuse(unknown_keys(cfg, overrides))
     cfg.merge_from_dict(overrides)
