@@ -9,6 +9,7 @@ is not run.
 
 import ast
 import contextlib
+import pkgutil
 import re
 import shutil
 import subprocess
@@ -43,6 +44,17 @@ def test_links(page):
         target = (page.parent / path).resolve() if path else page
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("name", ["adapters.mmdetection", "adapters.ultralytics", "testing"])
+def test_the_reference_has_all_public_names(name):
+    """By the paths at which they are defined, which differ from where they are imported from."""
+    package = pytest.importorskip(f"detloss_plugins.{name}")
+    page = (ROOT / "docs" / "api" / f"{name.rpartition('.')[2]}.md").read_text(encoding="utf-8")
+    entries = {path.rpartition(".")[2]: path for path in re.findall(r"^::: (\S+)", page, re.MULTILINE)}
+    assert sorted(entries) == sorted(package.__all__)
+    for public, path in entries.items():
+        assert pkgutil.resolve_name(path) is getattr(package, public)
 
 
 @pytest.mark.parametrize("block", [block for block in PYTHON if block not in TRAINS], ids=str)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from detloss_plugins.cli import _facts, _plot
+from detloss_plugins.cli._plot import numbers
 from detloss_plugins.loss import Loss
 from detloss_plugins.registry import registered_losses
 
@@ -92,19 +93,19 @@ def test_an_own_loss_is_drawn_by_its_family_or_refused():
 )
 def test_the_slope_of_a_curve_is_that_of_its_values(name):
     curves = {
-        "soft label": _plot.soft_label_curves,
-        "heatmap": _plot.heatmap_curves,
-        "regression": _plot.regression_curves,
+        "soft label": numbers.soft_label_curves,
+        "heatmap": numbers.heatmap_curves,
+        "regression": numbers.regression_curves,
     }
     cls = registered_losses()[name]
-    for label, x, value, slope in curves.get(cls.facts.family, _plot.class_curves)(cls.make()):
+    for label, x, value, slope in curves.get(cls.facts.family, numbers.class_curves)(cls.make()):
         middle = (value[2:] - value[:-2]) / (x[2:] - x[:-2])
         torch.testing.assert_close(middle, slope[1:-1], rtol=0.05, atol=0.05 * float(slope.abs().max()), msg=label)
 
 
 def test_a_loss_of_the_batch_is_one_sample_among_others():
     """GHM-C weighs by density: alone in a call, a sample would have the weight 1 everywhere."""
-    curves = _plot.class_curves(registered_losses()["GHMC"].make())
+    curves = numbers.class_curves(registered_losses()["GHMC"].make())
     _, x, value, _ = curves[-1]  # target 0: few of the many negatives score high
     bce = torch.nn.functional.softplus(x)
     assert value[0] / bce[0] < 1 < value[-1] / bce[-1]

@@ -106,7 +106,7 @@ def yolo_model(name):
 def misfits(model, losses):
     """What in checked losses does not suit a model, its head or its number of classes."""
     from detloss_plugins.adapters.ultralytics import check_head
-    from detloss_plugins.adapters.ultralytics.criterion import check_class_weights, check_ignored
+    from detloss_plugins.adapters.ultralytics.building import check_class_weights, check_ignored
 
     found = []
     for fits in (check_head, check_class_weights, check_ignored):

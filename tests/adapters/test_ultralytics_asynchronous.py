@@ -18,7 +18,7 @@ from timing import kernels_and_waits, named_loops
 from ultralytics.utils.tal import RotatedTaskAlignedAssigner, TaskAlignedAssigner
 
 from detloss_plugins.adapters.ultralytics import assigner as before
-from detloss_plugins.adapters.ultralytics import criterion as module
+from detloss_plugins.adapters.ultralytics import slots
 from detloss_plugins.adapters.ultralytics.assigner import FastAssigner, assign, padded
 from detloss_plugins.losses import CIoULoss
 from detloss_plugins.registry import registered_losses
@@ -221,7 +221,7 @@ def test_all_anchors_give_what_the_positive_ones_give(cls, batches, asynchronous
     preds, found, state = model(batch["img"]), [], []
     for everywhere in (False, True):
         takes = lambda self, _, everywhere=everywhere: everywhere and self.box.facts.row_wise  # noqa: E731
-        monkeypatch.setattr(module._BoxCriterion, "takes_all_anchors", takes)
+        monkeypatch.setattr(slots.BoxCriterion, "takes_all_anchors", takes)
         criterion = ours(model, {"box": in_slot(cls), "dfl": {"type": "DistributionFocalLoss"}})
         criterion.targets = before.FastTargets(criterion.assigner, criterion.reg_max) if everywhere else None
         found.append(value_and_gradients(criterion, preds, batch))

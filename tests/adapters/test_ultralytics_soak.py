@@ -13,7 +13,7 @@ import torch
 from support.ultralytics import SETTINGS, branches, detector, head, task_of, without_objects
 
 from detloss_plugins.adapters.ultralytics import SLOTS, install, load_losses, trained_losses
-from detloss_plugins.adapters.ultralytics.criterion import build_losses
+from detloss_plugins.adapters.ultralytics.building import build_losses
 from detloss_plugins.registry import registered_losses
 
 pytestmark = pytest.mark.slow

@@ -12,19 +12,18 @@ losses of its record, and ``BaseTrainer.check_resume`` warns if a run of ours is
 Ultralytics is AGPL-3.0; this module is imported only by those who use it.
 """
 
+from detloss_plugins.adapters.ultralytics.building import check_head, model_task
 from detloss_plugins.adapters.ultralytics.config import SLOTS, default_gain, default_prior, load_losses
 from detloss_plugins.adapters.ultralytics.criterion import (
     PluginDetectionLoss,
-    PluginRTDETRLoss,
-    check_head,
     criterion_class,
     criterion_state,
     load_criterion_state,
-    model_task,
 )
 from detloss_plugins.adapters.ultralytics.ignore import make_validator
 from detloss_plugins.adapters.ultralytics.model import install, open_model, trained_losses
 from detloss_plugins.adapters.ultralytics.per_image import LossesByImage, per_image
+from detloss_plugins.adapters.ultralytics.rtdetr import PluginRTDETRLoss
 from detloss_plugins.adapters.ultralytics.trainer import TRAINERS, describe, make_trainer, tune
 
 __all__ = [

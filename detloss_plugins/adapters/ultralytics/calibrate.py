@@ -25,8 +25,9 @@ from detloss_plugins.adapters.calibrate import (
 )
 from detloss_plugins.adapters.curves import gradients
 from detloss_plugins.adapters.ultralytics import compat
+from detloss_plugins.adapters.ultralytics.building import check_head, model_task
 from detloss_plugins.adapters.ultralytics.config import SLOTS, at, counted, filled, load_losses, waiting, without_weight
-from detloss_plugins.adapters.ultralytics.criterion import branches, check_head, model_task
+from detloss_plugins.adapters.ultralytics.criterion import branches
 from detloss_plugins.adapters.ultralytics.curves import Slots, as_leaves
 from detloss_plugins.adapters.ultralytics.model import open_model, student
 from detloss_plugins.adapters.ultralytics.per_image import branch_weight

@@ -1,305 +1,28 @@
-"""The stock criteria with losses of ours in their slots, for every task of YOLO and for RT-DETR."""
+"""The stock criterion of every task of YOLO with losses of ours in its slots."""
 
 import functools
 from collections.abc import Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from ultralytics.cfg import get_cfg
-from ultralytics.models.utils.loss import RTDETRDetectionLoss
-from ultralytics.nn.tasks import guess_model_task
-from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER
-from ultralytics.utils.loss import BboxLoss, RotatedBboxLoss, v8DetectionLoss
-from ultralytics.utils.ops import xywh2xyxy
-from ultralytics.utils.tal import bbox2dist
+from ultralytics.utils.loss import RotatedBboxLoss, v8DetectionLoss
 
-from detloss_plugins.adapters.curves import part_values
 from detloss_plugins.adapters.ultralytics import compat
-from detloss_plugins.adapters.ultralytics.assigner import (
-    FastAssigner,
-    FastTargets,
-    Scene,
-    Targets,
-    boxes_of,
-    can_replace,
-    padded,
-    sides_of,
-    sum_of_head,
+from detloss_plugins.adapters.ultralytics.assigner import FastAssigner, FastTargets, Scene, Targets, can_replace, padded
+from detloss_plugins.adapters.ultralytics.building import (
+    average_states,
+    build_losses,
+    check_head,
+    check_ignored,
+    model_task,
+    training_args,
 )
-from detloss_plugins.adapters.ultralytics.config import SLOTS, check_task, counted, filled, load_losses
-from detloss_plugins.adapters.ultralytics.ignore import Regions, StockClassLoss, ignored_classes
+from detloss_plugins.adapters.ultralytics.config import load_losses
+from detloss_plugins.adapters.ultralytics.ignore import Regions, StockClassLoss
 from detloss_plugins.adapters.ultralytics.per_image import LossesByImage, per_image
-from detloss_plugins.families import ClassificationLoss
-from detloss_plugins.loss import average_state
-from detloss_plugins.losses import ScheduledLoss, in_turn
-from detloss_plugins.precision import float32, is_asynchronous, without_autocast
-from detloss_plugins.reduction import apply_weight
-from detloss_plugins.registry import build_loss
-
-
-def model_task(model: torch.nn.Module | Mapping[str, Any]) -> str:
-    """The task of a model, or of the dict of its YAML file; RT-DETR's is "rtdetr".
-
-    Raises:
-        ValueError: if losses cannot be swapped for it.
-    """
-    cfg = model if isinstance(model, dict) else model.yaml
-    task = "rtdetr" if cfg["head"][-1][2] == "RTDETRDecoder" else guess_model_task(cfg)
-    check_task(task)
-    return task
-
-
-def slot_gains(args, task="detect"):
-    """The gains on top of each loss's ``loss_weight``: the training arguments', or those of RT-DETR's criterion."""
-    if task == "rtdetr":
-        return {f"loss_{name}": gain for name, gain in RTDETRDetectionLoss().loss_gain.items()}
-    return {slot: getattr(args, slot) for slot in SLOTS[task]}
-
-
-@contextmanager
-def training_args(model):
-    """While a criterion is built, give a model that was never trained Ultralytics' defaults for its ``args``.
-
-    A model of a checkpoint has the few arguments it was saved with, as a dict. The gains are logged in both cases.
-    """
-    given = vars(model).get("args", {})
-    if not isinstance(given, dict):
-        yield
-        return
-    model.args = get_cfg(overrides={name: value for name, value in given.items() if name in DEFAULT_CFG_DICT})
-    gains = ", ".join(f"{slot} {gain:g}" for slot, gain in slot_gains(model.args).items())
-    LOGGER.info(f"detloss_plugins: this model is not in training; its losses have the gains {gains}")
-    try:
-        yield
-    finally:
-        del model.args
-        if given:
-            model.args = given
-
-
-def average_states(losses):
-    """Average the state of those losses that a rank without positives does not call; for every step of training."""
-    if torch.is_grad_enabled():  # validation is of one rank
-        for loss in losses:
-            if not loss.facts.every_rank:
-                average_state(loss)
-
-
-def tell_image_size(loss, image_size):
-    """Hand the size ``(height, width)`` of this batch to the losses that take one, also nested ones."""
-    for part in loss.modules():
-        if hasattr(part, "batch_image_size"):
-            part.batch_image_size = image_size
-
-
-class _ClassSlot:
-    """Stands in for the stock criterion's element-wise BCE; the criterion weights, sums and normalises the result.
-
-    Where nothing weights the classes, the sum is all that it needs, and gets: faster, and in a fraction of the memory.
-    What the ``regions``, if there are any, leave out is a negative target, which every class loss ignores.
-    """
-
-    def __init__(self, loss, weighs, regions=None):
-        self.loss, self.regions = loss, regions
-        self.weighs = weighs  # whether the criterion weights the classes
-        self.of_elements = weighs or loss.family == "ranking" or loss.facts.self_normalized
-
-    def __call__(self, pred_scores, target_scores):
-        if isinstance(self.loss, ScheduledLoss):
-            found = ((slot(pred_scores, target_scores), share) for slot, share in self.in_turn())
-            return sum(share * (values if self.weighs else values.sum()) for values, share in found)
-        target = self.wanted(target_scores)
-        if not self.of_elements:
-            return self.loss(pred_scores, target, reduction_override="sum")
-        # Under autocast the sum of the scores would be rounded to half precision.
-        target_scores, target = float32(target_scores), float32(target)
-        with without_autocast(pred_scores.device):
-            rows = pred_scores.flatten(0, -2), target.flatten(0, -2)
-            seen = self.loss.observe(*rows, None)
-            elements, valid = self.loss.unweighted(*rows, seen)
-        if self.loss.family == "ranking":
-            elements = self.in_their_places(elements, target_scores)
-        elif valid is not None:
-            elements = apply_weight(elements, valid)
-        if self.loss.facts.self_normalized:
-            # The criterion divides the sum by the scores; a loss with a normaliser of its own keeps that.
-            own = self.loss.normalizer(elements.numel(), seen)
-            elements = elements * (target_scores.sum().clamp(min=1) / own)
-        return self.loss.loss_weight * elements.view_as(pred_scores)
-
-    def in_turn(self):
-        """Of a ScheduledLoss, the losses that count now, each in such a slot, and the share of each."""
-        return [(_ClassSlot(loss, self.weighs, self.regions), share) for loss, share in in_turn(self.loss)]
-
-    def wanted(self, target_scores):
-        """The targets, negative in what is left out."""
-        return target_scores if self.regions is None else target_scores.masked_fill(self.regions.left_out(), -1)
-
-    def parts(self, pred_scores, target_scores):
-        """What each loss that the slot's is made of has in the sum."""
-        if not isinstance(self.loss, ScheduledLoss):
-            return part_values(self.loss, pred_scores, self.wanted(target_scores), reduction_override="sum")
-        values = {slot.loss: share * slot(pred_scores, target_scores).sum() for slot, share in self.in_turn()}
-        return [values.get(part, torch.zeros(())) for part in self.loss.losses]
-
-    @staticmethod
-    def in_their_places(losses, target_scores):
-        """The losses of the positives where class weights find them, so scaled that the criterion gives their mean."""
-        share = target_scores.sum().clamp(min=1) / max(len(losses), 1)
-        nothing = torch.zeros(target_scores.shape, dtype=losses.dtype, device=losses.device)
-        return nothing.masked_scatter(target_scores > 0, losses * share)
-
-
-def _in_pixels(boxes, stride):
-    """Boxes ``(..., 4)`` or ``(..., 5)`` of stride units in pixels of the input; an angle stays what it is."""
-    boxes = float32(boxes)
-    return boxes * stride if boxes.shape[-1] == 4 else torch.cat([boxes[..., :4] * stride, boxes[..., 4:]], -1)
-
-
-class _BoxCriterion(BboxLoss):
-    """The stock box criterion with the box loss, the distribution (or distance) loss, or both replaced."""
-
-    def __init__(self, reg_max, box, dfl):
-        super().__init__(reg_max)
-        self.reg_max, self.box, self.dfl = reg_max, box, dfl
-
-    def forward(self, *inputs):
-        dist, boxes, anchors, target, scores, scores_sum, positive, imgsz, stride = compat.box_inputs(self, inputs)
-        stock = super().forward(*inputs) if None in (self.box, self.dfl) else (None, None)
-        places = torch.cat([anchors, stride], -1).expand(len(dist), -1, -1)
-        dist, boxes, target, scores, places = self.rows_of(positive, dist, boxes, target, scores, places)
-        pixels = _in_pixels(boxes, places[..., 2:]), _in_pixels(target, places[..., 2:])
-        found = self.sums(*pixels, dist, target, places, scores.sum(-1), imgsz)
-        return tuple(of_stock if own is None else own / scores_sum for own, of_stock in zip(found, stock, strict=True))
-
-    def takes_all_anchors(self, device):
-        """Whether the losses get all anchors, those that are not positive with weight 0, in place of the positive."""
-        own = [loss for loss in (self.box, self.dfl) if loss is not None]
-        return is_asynchronous(device) and all(loss.compiled and loss.facts.row_wise for loss in own)
-
-    def rows_of(self, positive, *tensors):
-        """Those rows of tensors ``(B, A, ...)`` that the losses get."""
-        if self.takes_all_anchors(positive.device):
-            return tensors
-        index = positive.nonzero(as_tuple=True)
-        return tuple(x[index] for x in tensors)
-
-    def sums(self, boxes, target_boxes, dist, target, places, weight, imgsz):
-        """The summed losses of the two slots; None for a stock one.
-
-        Args:
-            boxes, target_boxes: in pixels, ``(..., 4 or 5)``.
-            dist: what the head predicts, ``(..., 4 * bins)``.
-            target: boxes ``(..., 4 or 5)`` in stride units.
-            places: anchors and strides ``(..., 3)``.
-            weight: the scores ``(...)`` of the anchors' classes, 0 for those that are not positive.
-            imgsz: as in the stock criterion.
-        """
-        loss_box = loss_dfl = None
-        if self.box is not None:
-            tell_image_size(self.box, float32(imgsz))
-            loss_box = self.box(boxes, target_boxes, weight, reduction_override="sum")
-        if self.dfl is not None:
-            loss_dfl = self.sum_of_sides(dist, target, places, weight, imgsz)
-        return loss_box, loss_dfl
-
-    def sums_of_head(self, dist, target, places, weight, imgsz):
-        """The same of both slots, of boxes in pixels and what the head predicts, in a kernel each."""
-        tell_image_size(self.box, imgsz)
-        loss_box = sum_of_head(self.box, boxes_of, self.reg_max, dist, target, places, weight)
-        if self.reg_max > 1:
-            return loss_box, sum_of_head(self.dfl, sides_of, self.reg_max, dist, target, places, weight)
-        return loss_box, self.sum_of_sides(dist, target / places[..., 2:], places, weight, imgsz)
-
-    def sum_of_sides(self, dist, target, places, weight, imgsz):
-        """The summed loss of the ``dfl`` slot; a box counts as the mean of its four sides."""
-        each = (weight / 4).unsqueeze(-1).expand(*weight.shape, 4)
-        return self.dfl(*self.sides(dist, target, places, imgsz), each, reduction_override="sum")
-
-    def sides(self, dist, target, places, imgsz):
-        """What the head predicts for the four sides of a box, and the distances it should predict."""
-        anchors, stride = places.split((2, 1), -1)
-        if self.reg_max > 1:
-            return dist.unflatten(-1, (4, self.reg_max)), self.distances(anchors, target, self.reg_max - 1)
-        # A head without bins regresses the distances themselves, here as shares of the image's sides.
-        to_share = stride / imgsz[[1, 0, 1, 0]]
-        return dist * to_share, self.distances(anchors, target) * to_share
-
-    def distances(self, anchors, target, largest=None):
-        """Distances of the sides of the target boxes from the anchor points, in stride units."""
-        return bbox2dist(anchors, target, largest)
-
-
-class _RotatedBoxCriterion(_BoxCriterion, RotatedBboxLoss):
-    """The same for oriented boxes ``(cx, cy, w, h, theta)``, whose sides are measured in the box's own axes."""
-
-    def distances(self, anchors, target, largest=None):
-        return compat.rbox2dist(target, anchors, largest)
-
-
-def check_head(model: torch.nn.Module, losses: Mapping[str, Any]) -> None:
-    """Raise ``ValueError`` if the loss of the ``dfl`` slot does not suit the model.
-
-    It must be a distribution loss if the head has a distribution over bins, and a point-wise loss if it has none
-    (``reg_max=1``).
-    """
-    if "dfl" not in losses:
-        return
-    name, bins, family = losses["dfl"]["type"], model.model[-1].reg_max, build_loss(losses["dfl"]).family
-    if bins == 1 and family == "distribution":
-        raise ValueError(
-            f"{name} needs a distribution over bins, but this model's head has none (reg_max=1): it regresses the four "
-            "distances directly. Use a point-wise loss such as L1Loss in the 'dfl' slot, or leave it out."
-        )
-    if bins > 1 and family == "regression":
-        raise ValueError(
-            f"{name} regresses distances, but this model's head predicts a distribution over {bins} bins. "
-            "Use DistributionFocalLoss in the 'dfl' slot, or leave it out."
-        )
-
-
-def check_class_weights(model, losses):
-    """Raise ``ValueError`` if a loss has weights, or another setting, for another number of classes than the model."""
-    classes = model.model[-1].nc
-    losses = counted(losses, [1] * classes)  # which may not be known yet
-    for loss in build_losses(losses, classes, "cpu").values():
-        for part in loss.modules():
-            weights = getattr(part, "class_factors", None)
-            if weights is not None and len(weights) != classes:
-                raise ValueError(
-                    f"{type(part).__name__} has {len(weights)} class weights, and the model {classes} classes."
-                )
-            if isinstance(part, ClassificationLoss):
-                part.eval()(torch.zeros(1, classes), torch.zeros(1, classes))  # it says itself what does not fit
-
-
-def check_ignored(model, losses):
-    """The indices of the classes that the losses ignore.
-
-    Raises:
-        ValueError: for a class that the model has not, or a model whose classes are texts.
-        RuntimeError: if this version of Ultralytics cannot leave them out of validation.
-    """
-    if "ignore" not in losses:
-        return []
-    compat.require("ignore")
-    if hasattr(model, "set_classes"):
-        raise ValueError(
-            "The classes of World and YOLOE are texts, which differ from image to image: leave ignore out."
-        )
-    return ignored_classes(losses, model.names)
-
-
-def build_losses(losses, num_classes, device):
-    """The losses of a checked dict on a device; one that must know the number of classes is told."""
-    ignores = "ignore" in losses
-    slots = {slot: cfg for slot, cfg in losses.items() if slot != "ignore"}
-    built = {slot: build_loss(filled(cfg, num_classes=num_classes)).to(device) for slot, cfg in slots.items()}
-    for part in (part for loss in built.values() for part in loss.modules()):
-        part.unchecked, part.may_ignore = 0, ignores  # what the criterion hands over needs no look, which would wait
-    return built
+from detloss_plugins.adapters.ultralytics.slots import BoxCriterion, ClassSlot, RotatedBoxCriterion
+from detloss_plugins.precision import float32, is_asynchronous
 
 
 class PluginDetectionLoss(compat.DetectionCriterion):
@@ -340,9 +63,9 @@ class PluginDetectionLoss(compat.DetectionCriterion):
             regions = Regions(self.assigner, ignored, self.nc, self.device)
             self.bce = StockClassLoss(self.bce, regions)
         if "cls" in self.built:
-            self.bce = _ClassSlot(self.built["cls"], compat.class_weights(self) is not None, regions)
+            self.bce = ClassSlot(self.built["cls"], compat.class_weights(self) is not None, regions)
         if self.built.keys() & {"box", "dfl"}:
-            kind = _RotatedBoxCriterion if isinstance(self.bbox_loss, RotatedBboxLoss) else _BoxCriterion
+            kind = RotatedBoxCriterion if isinstance(self.bbox_loss, RotatedBboxLoss) else BoxCriterion
             self.bbox_loss = kind(self.reg_max, self.built.get("box"), self.built.get("dfl")).to(self.device)
         self.scene, self.targets = Scene(), None
         compiled = any(loss.compiled for loss in self.built.values())
@@ -417,66 +140,6 @@ class PluginDetectionLoss(compat.DetectionCriterion):
             if self.curves is not None and torch.is_grad_enabled():
                 self.curves.look(self, preds, batch)
         return found
-
-
-class PluginRTDETRLoss(RTDETRDetectionLoss):
-    """RT-DETR's criterion with losses of ours for ``loss_class``, ``loss_bbox`` and ``loss_giou``.
-
-    Every loss is summed and divided by the number of objects, in every layer of the decoder and for the denoising
-    queries, and multiplied by the stock gains (class 1, bbox 5, giou 2). A class loss whose target is a quality (MAL,
-    IA-BCE, VFL, QFL, GFL, Slide, the ranking losses) gets the IoU of the matched boxes, any other the classes.
-    ``loss_bbox`` gets ``(cx, cy, w, h)`` as shares of the image, ``loss_giou`` corners in pixels of the network's
-    input. The costs of the matching stay stock.
-
-    Args:
-        model: an RT-DETR model.
-        losses: see :func:`load_losses`; a slot that is absent keeps the stock loss.
-    """
-
-    curves = None  # which look at nothing here but the state
-    image_size = None  # (height, width) of the batch, which the criterion is not given: set it before a call
-
-    def __init__(self, model: torch.nn.Module, losses: Mapping[str, Any] | None = None) -> None:
-        super().__init__(nc=model.model[-1].nc, use_vfl=True)
-        self.losses = load_losses(losses or {}, "rtdetr")
-        # In a dict, so that no state of a loss becomes a part of the model's own.
-        self.built = build_losses(self.losses, self.nc, next(model.parameters()).device)
-
-    def forward(self, *args, **kwargs):
-        """The stock losses; the state of its losses is averaged over the ranks."""
-        found = super().forward(*args, **kwargs)
-        average_states(self.built.values())
-        return found
-
-    def _get_loss_class(self, pred_scores, targets, gt_scores, num_gts, postfix=""):
-        if "loss_class" not in self.built:
-            return super()._get_loss_class(pred_scores, targets, gt_scores, num_gts, postfix)
-        value = 0
-        for loss, share in in_turn(self.built["loss_class"]):
-            of_quality = loss.facts.takes_quality or loss.family == "ranking"
-            target = (targets, gt_scores) if of_quality else targets
-            value = value + share * loss(pred_scores, target, avg_factor=max(num_gts, 1))
-        return {f"loss_class{postfix}": self.loss_gain["class"] * value}
-
-    def _get_loss_bbox(self, pred_bboxes, gt_bboxes, postfix=""):
-        both = self.built.keys() >= {"loss_bbox", "loss_giou"}
-        found = {} if both else super()._get_loss_bbox(pred_bboxes, gt_bboxes, postfix)
-        objects = max(len(gt_bboxes), 1)
-        if "loss_bbox" in self.built:
-            value = self.built["loss_bbox"](pred_bboxes, gt_bboxes, reduction_override="sum")
-            found[f"loss_bbox{postfix}"] = self.loss_gain["bbox"] * value / objects
-        if "loss_giou" in self.built:
-            value = self.built["loss_giou"](*map(self.corners, (pred_bboxes, gt_bboxes)), reduction_override="sum")
-            found[f"loss_giou{postfix}"] = self.loss_gain["giou"] * value / objects
-        return found
-
-    def corners(self, boxes: Tensor) -> Tensor:
-        """Corners in pixels of boxes ``(cx, cy, w, h)`` that are shares of the image."""
-        if self.image_size is None:
-            raise ValueError("Set criterion.image_size to (height, width) of the batch; model.loss does it by itself.")
-        size = torch.tensor(self.image_size, dtype=torch.float32, device=boxes.device)
-        tell_image_size(self.built["loss_giou"], size)
-        return xywh2xyxy(float32(boxes)) * size[[1, 0, 1, 0]]
 
 
 @functools.cache

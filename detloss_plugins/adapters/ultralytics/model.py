@@ -19,19 +19,21 @@ from ultralytics.nn.tasks import BaseModel, torch_safe_load
 from ultralytics.utils import LOGGER
 
 from detloss_plugins.adapters.ultralytics import compat
-from detloss_plugins.adapters.ultralytics.config import load_losses
-from detloss_plugins.adapters.ultralytics.criterion import (
-    PluginRTDETRLoss,
-    branches,
+from detloss_plugins.adapters.ultralytics.building import (
     check_class_weights,
     check_head,
     check_ignored,
-    criterion_class,
-    criterion_state,
-    load_criterion_state,
     model_task,
     training_args,
 )
+from detloss_plugins.adapters.ultralytics.config import load_losses
+from detloss_plugins.adapters.ultralytics.criterion import (
+    branches,
+    criterion_class,
+    criterion_state,
+    load_criterion_state,
+)
+from detloss_plugins.adapters.ultralytics.rtdetr import PluginRTDETRLoss
 
 RECORD = "detloss_plugins"  # the attribute of the model, and so of the checkpoint, that records the losses
 

@@ -18,6 +18,7 @@ from ultralytics.nn.tasks import yaml_model_load
 from ultralytics.utils import DEFAULT_CFG, LOGGER, RANK
 
 from detloss_plugins.adapters.ultralytics import compat
+from detloss_plugins.adapters.ultralytics.building import check_head, model_task, slot_gains
 from detloss_plugins.adapters.ultralytics.config import (
     at,
     counted,
@@ -31,13 +32,7 @@ from detloss_plugins.adapters.ultralytics.config import (
     with_weights,
     without_weight,
 )
-from detloss_plugins.adapters.ultralytics.criterion import (
-    branches,
-    check_head,
-    criterion_state,
-    model_task,
-    slot_gains,
-)
+from detloss_plugins.adapters.ultralytics.criterion import branches, criterion_state
 from detloss_plugins.adapters.ultralytics.curves import EVERY, Curves, append, scalars
 from detloss_plugins.adapters.ultralytics.ignore import ignored_classes, make_validator
 from detloss_plugins.adapters.ultralytics.model import RECORD, install, student
