@@ -13,6 +13,7 @@ from detloss_plugins.ablation.compare import (
     groups,
     mean_curve,
     merged,
+    pooled,
     spread,
     t_interval,
     table,
@@ -57,6 +58,30 @@ def test_bootstrap_of_many_is_drawn_and_the_same_each_time():
     low, high = bootstrap_interval(values)
     assert (low, high) == bootstrap_interval(values)
     assert (low, high) == pytest.approx((0.5 - 1.96 * 0.5 / math.sqrt(40), 0.5 + 1.96 * 0.5 / math.sqrt(40)), abs=0.01)
+
+
+def test_all_losses_at_once():
+    """Variances of 1, 4/3, 4/3 and 7/3 in units of 0.01²: pooled 1.5, and t(1 - 0.05 / 6, 8) is 3.0158."""
+    found = pooled(table([*STOCK, *GOOD, *SAME, *BAD]), "AP50")
+    assert (found.deviation, found.freedom) == (pytest.approx(0.01 * math.sqrt(1.5)), 8)
+    assert found.least == pytest.approx(3.0158 * 0.01 * math.sqrt(1.5) * math.sqrt(2 / 3), abs=1e-5)
+    assert found.verdicts == {"GoodLoss": "better", "SameLoss": "not distinguishable", "BadLoss": "worse"}
+
+
+def test_all_losses_at_once_find_what_three_pairs_cannot():
+    """0.03 above stock, with a deviation of 0.01 each: 2.7764 x 0.01 x sqrt(2 / 3) is 0.023."""
+    some = [run("SomeLoss", seed, ap50) for seed, ap50 in enumerate([0.55, 0.53, 0.54])]
+    rows = table([*STOCK, *some])
+    (row,) = (row for row in rows if row.label == "SomeLoss")
+    assert row.differences["AP50"].verdict == "not distinguishable"
+    assert pooled(rows, "AP50").least == pytest.approx(2.7764 * 0.01 * math.sqrt(2 / 3), abs=1e-5)
+    assert pooled(rows, "AP50").verdicts == {"SomeLoss": "better"}
+
+
+def test_too_few_seeds_are_not_judged_at_once():
+    assert pooled(table([*STOCK, *GOOD[:2]]), "AP50") is None
+    assert pooled(table(GOOD), "AP50") is None
+    assert pooled(table([*STOCK, *GOOD, *BAD[:1]]), "AP50").verdicts.keys() == {"GoodLoss"}
 
 
 @pytest.mark.parametrize(
@@ -160,7 +185,7 @@ def test_the_report(tmp_path):
     assert "0.613 ± 0.012 | +0.103 [+0.089, +0.118], boot. [+0.100, +0.110] | better |" in line
     assert text.index("| GoodLoss") < text.index("| stock") < text.index("| SameLoss") < text.index("| BadLoss")
     assert "RuntimeError: it broke" in text
-    assert "Of 3 comparisons in AP50, about 0.2 would" in text, "3 x 5 %"
+    assert "Of 3 comparisons of pairs, about 0.2 would" in text, "3 x 5 %"
     pictures = re.findall(r"!\[.*\]\((.*)\)", text)
     assert len(pictures) == 2
     html = (out / "report.html").read_text(encoding="utf-8")

@@ -66,16 +66,18 @@ def test_the_page_has_every_loss_beside_stock():
     assert cells[4] == "better"
     assert cells[-3:] == ["0.123 ± 0.000", "-", "3"]
     assert sections[3].count("| stock |") == 2, "one a slot"
-    assert "In AP, better: FocalLoss; worse: none; not distinguishable: GIoULoss." in sections[3]
+    assert "Pairs in AP: better: FocalLoss; worse: none; not distinguishable: GIoULoss." in sections[3]
+    assert "two means of 3 seeds must be 0.044 apart: better: none; worse: none." in sections[3]
+    assert "better: none; worse: FocalLoss." in sections[4]
 
 
 def test_the_page_says_what_does_not_come_out():
     came, text = study.content([results(*RUNS)]).split("## What does not come out")
     assert came.endswith("## What comes out\n\nNothing, at the 3 or more seeds that a verdict takes.\n\n")
     good = study.content([results(*RUNS[:9])]).split("## What comes out")[1]
-    assert good.startswith("\n\n- FocalLoss is better than stock on digits (yolov8n.yaml, 3 epochs).\n")
+    assert good.startswith("\n\n- FocalLoss is better than stock on digits (yolov8n.yaml, 3 epochs: pairs).\n")
     assert "- digits:small, yolov8n.yaml, 3 epochs: none of 1 is better than stock" in text
-    small, plain = "digits:small (yolov8n.yaml, 3 epochs)", "digits (yolov8n.yaml, 3 epochs)"
+    small, plain = "digits:small (yolov8n.yaml, 3 epochs: pairs and at once)", "digits (yolov8n.yaml, 3 epochs: pairs)"
     assert f"- FocalLoss is worse than stock on {small}, though better on {plain}." in text
     assert study.content([]) == "The study has no trainings yet.\n"
     alone = study.content([results(*trained("stock", "digits", (0.4,)))])

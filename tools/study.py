@@ -25,11 +25,13 @@ from detloss_plugins.ablation.compare import (
     Row,
     groups,
     merged,
+    pooled,
     table,
 )
 from detloss_plugins.ablation.files import write_whole
 from detloss_plugins.ablation.report import (
     METHOD,
+    at_once,
     chance,
     difference_in_words,
     in_words,
@@ -138,7 +140,9 @@ def verdicts_in_words(rows: Sequence[Row], metric: str) -> str:
     """Which losses are better than the stock ones in a metric, which are worse, and which neither."""
     found = {word: [r.label for r in rows if r.differences[metric].verdict == word] for word in VERDICTS}
     return (
-        f"In {metric}, " + "; ".join(f"{word}: {', '.join(labels) or 'none'}" for word, labels in found.items()) + "."
+        f"Pairs in {metric}: "
+        + "; ".join(f"{word}: {', '.join(labels) or 'none'}" for word, labels in found.items())
+        + "."
     )
 
 
@@ -150,25 +154,36 @@ def section(key: tuple, rows: Sequence[Row], args: Mapping | None) -> Iterable[s
         yield f"Training arguments: `{' '.join(f'{name}={value}' for name, value in args.items())}`."
     if own := judged(rows):
         yield from slot_tables(rows)
-        yield from (verdicts_in_words(own, metric) for metric in JUDGED)
+        for metric in JUDGED:
+            yield " ".join(filter(None, (verdicts_in_words(own, metric), at_once(rows, metric))))
     else:
         yield "There is nothing beside the stock losses yet."
 
 
-def has(row: Row, verdict: str) -> bool:
-    """Whether a row has a verdict in one of the metrics."""
-    return any(found.verdict == verdict for found in row.differences.values())
+WAYS = ("pairs", "at once")  # in which a loss is judged
+
+
+def ways(rows: Sequence[Row], verdict: str) -> dict[str, list[str]]:
+    """Label -> the ways in which it has a verdict in one of the metrics, of the losses that have it."""
+    together = [found.verdicts for metric in JUDGED if (found := pooled(rows, metric))]
+    has = {
+        row.label: (
+            any(found.verdict == verdict for found in row.differences.values()),
+            any(verdicts.get(row.label) == verdict for verdicts in together),
+        )
+        for row in judged(rows)
+    }
+    return {label: [way for way, yes in zip(WAYS, own, strict=True) if yes] for label, own in has.items() if any(own)}
 
 
 def places(found: Mapping[tuple, Sequence[Row]]) -> dict[str, dict[str, list[str]]]:
     """``{label: {verdict: [where, ...]}}`` of the losses that are better or worse anywhere."""
     where: dict[str, dict[str, list[str]]] = {}
     for (data, model, epochs), rows in found.items():
-        for row in judged(rows):
-            for verdict in (BETTER, WORSE):
-                if has(row, verdict):
-                    of_label = where.setdefault(row.label, {})
-                    of_label.setdefault(verdict, []).append(f"{data} ({model}, {epochs} epochs)")
+        for verdict in (BETTER, WORSE):
+            for label, by in ways(rows, verdict).items():
+                place = f"{data} ({model}, {epochs} epochs: {' and '.join(by)})"
+                where.setdefault(label, {}).setdefault(verdict, []).append(place)
     return where
 
 
@@ -186,7 +201,7 @@ def does_not_come_out(found: Mapping[tuple, Sequence[Row]]) -> list[str]:
     lines = []
     for (data, model, epochs), rows in found.items():
         own = [row for row in judged(rows) if len(row.seeds) >= FEWEST]
-        if own and not any(has(row, BETTER) for row in own):
+        if own and not ways(rows, BETTER):
             lines.append(f"- {data}, {model}, {epochs} epochs: none of {len(own)} is better than stock, in AP50 or AP.")
     for label, where in places(found).items():
         if WORSE in where:

@@ -132,6 +132,49 @@ class Row:
     weights: dict[str, list[float]]
 
 
+@dataclass(frozen=True)
+class Pooled:
+    """What seeds change in one metric, over all rows of a table, and the verdicts that hold for all of them at once.
+
+    Attributes:
+        deviation: the standard deviation over the seeds, pooled.
+        freedom: its degrees of freedom.
+        least: the difference between two means of ``FEWEST`` seeds that is beyond chance.
+        verdicts: label -> "better", "worse" or "not distinguishable", of the losses that have ``FEWEST`` seeds.
+    """
+
+    deviation: float
+    freedom: int
+    least: float
+    verdicts: dict[str, str]
+
+
+def pooled(rows: Sequence[Row], metric: str, level: float = LEVEL) -> Pooled | None:
+    """All losses of a table beside the stock ones at once: Student's test of two means, corrected after Bonferroni.
+
+    It takes the spread over the seeds to be the same for all losses, which three seeds of each cannot tell from one
+    another: so many more degrees of freedom find smaller differences, and the chance that any verdict of the table is
+    wrong stays below ``1 - level``. None if the stock losses or all others have fewer than ``FEWEST`` seeds.
+    """
+    from scipy.stats import t
+
+    known = {row.label: (row.spreads[metric], len(row.seeds)) for row in rows if len(row.seeds) >= FEWEST}
+    spreads = {
+        label: (found, seeds) for label, (found, seeds) in known.items() if found and found.deviation is not None
+    }
+    if STOCK not in spreads or len(spreads) < 2:
+        return None
+    freedom = sum(seeds - 1 for _, seeds in spreads.values())
+    deviation = math.sqrt(sum((seeds - 1) * found.deviation**2 for found, seeds in spreads.values()) / freedom)
+    stock, of_stock = spreads.pop(STOCK)
+    factor = deviation * float(t.ppf(1 - (1 - level) / 2 / len(spreads), freedom))
+    verdicts = {}
+    for label, (found, seeds) in spreads.items():
+        difference, least = found.mean - stock.mean, factor * math.sqrt(1 / seeds + 1 / of_stock)
+        verdicts[label] = NEITHER if abs(difference) <= least else BETTER if difference > 0 else WORSE
+    return Pooled(deviation, freedom, factor * math.sqrt(2 / FEWEST), verdicts)
+
+
 def groups(runs: Iterable[Mapping]) -> dict[tuple, list]:
     """Runs by ``(data, model, epochs)``, which alone can be compared."""
     found = {}

@@ -15,6 +15,7 @@ from detloss_plugins.ablation.compare import (
     Spread,
     groups,
     merged,
+    pooled,
     table,
 )
 from detloss_plugins.ablation.files import read_json, write_json, write_whole
@@ -53,7 +54,9 @@ CocoMetric, of the last epoch. The spread is the standard deviation over the see
 same seed with the stock losses, then the mean over the seeds; behind it are Student's 95 % interval and, after \
 "boot.", the percentile bootstrap over the seeds. The verdict goes by Student's interval: with three seeds the \
 bootstrap is no more than the lowest and the highest of three differences, and too narrow. Fewer than 3 seeds have no \
-verdict."""
+verdict. Three seeds make a wide interval, though, so all losses of a table are also judged at once: their means by \
+the standard deviation pooled over the table, which is taken to be the same for all, with Bonferroni's correction for \
+their number."""
 SIZES = """\
 COCO's sizes are areas below 32², below 96² and above, in pixels of the image; the thirds part the objects of the \
 validation set by area. The calibration error is the mean distance between score and share of correct detections (an \
@@ -144,8 +147,22 @@ def chance(runs):
     if not number:
         return f"No loss has the {FEWEST} seeds that a verdict takes."
     return (
-        f"Of {count(number, 'comparison')} in {JUDGED[0]}, about {number * 0.05:.1f} would come out as better or worse "
-        "if no loss made a difference."
+        f"Of {count(number, 'comparison')} of pairs, about {number * 0.05:.1f} would come out as better or worse in "
+        f"{JUDGED[0]} if no loss made a difference, and as many in {JUDGED[1]}."
+    )
+
+
+def at_once(rows: Sequence[Row], metric: str) -> str:
+    """What the losses of a table come to when all are judged at once; nothing if too few have their seeds."""
+    found = pooled(rows, metric)
+    if found is None:
+        return ""
+    labels = {word: [label for label, verdict in found.verdicts.items() if verdict == word] for word in (BETTER, WORSE)}
+    return (
+        f"Seeds change {metric} by {found.deviation:.3f}, pooled over the table; judged at once, two means of {FEWEST} "
+        f"seeds must be {found.least:.3f} apart: "
+        + "; ".join(f"{word}: {', '.join(own) or 'none'}" for word, own in labels.items())
+        + "."
     )
 
 
@@ -165,6 +182,9 @@ def add_group(page: Page, title: str, rows: Sequence[Row]) -> None:
     page.text(f"Seeds {', '.join(map(str, seeds))}; the best AP50 first. {outcome(rows)}")
     heads = [f"{m}{end}" for m in JUDGED for end in ("", ": difference to stock", ": verdict")]
     page.table(["losses", "slot", *heads], [[*names(row, seeds), *judged_cells(row)] for row in rows])
+    for metric in JUDGED:
+        if words := at_once(rows, metric):
+            page.text(words)
     slug = re.sub(r"[^\w.]+", "_", title)
     if any(row.differences for row in rows):
         file = f"pictures/{slug}-differences.png"
