@@ -18,6 +18,7 @@ from detloss_plugins.loss import Loss
 STEPS = 100  # how long the training with stock losses is
 LOOKS = 4  # at a training, at equal distances, the last at its end
 MOVES = 3.0  # times the smallest ratio, the largest of one that goes on moving
+SOME, ALL = 0.9, 0.98  # of the stock gradient, and nearly all of one
 STOCK = None  # in the place of a candidate's label
 FACTORS = (0.5, 1.0, 2.0, 4.0)  # of a weight, in trainings that verify it
 
@@ -70,6 +71,12 @@ class Suggestion:
     def moves(self) -> bool:
         """Whether the ratio is not the same all along, as it is at the start of a training: the weight says little."""
         return self.range is not None and self.range[1] > MOVES * self.range[0]
+
+    @property
+    def focuses(self) -> bool:
+        """Whether the loss leaves the negatives alone to which the stock loss gives a good part of its gradient."""
+        own, stock = self.positives, self.stock_positives
+        return self.weight is not None and None not in (own, stock) and own > ALL and stock < SOME
 
     def as_dict(self) -> dict:
         """What there is to store, as plain data."""

@@ -228,6 +228,12 @@ def show(found, checked):
             click.echo(to_copy(each))
     if moving := [each.label for each in found if each.moves]:
         click.echo(f"The ratio of {', '.join(moving)} has moved all along: give more --steps, or --verify.")
+    if focusing := [each for each in found if each.focuses]:
+        click.echo(
+            f"Nearly all the gradient of {', '.join(each.label for each in focusing)} is on positives, of the stock "
+            f"loss's {share(focusing[0].stock_positives)}. Trained, such losses needed 3 to 4 times this weight "
+            "(docs/weights.md): --verify tries it."
+        )
     for each in checked:
         click.echo(each.in_words())
 

@@ -7,6 +7,7 @@ from click.testing import CliRunner
 from detloss_plugins import build_loss
 from detloss_plugins.adapters.calibrate import STOCK, Candidate, Gradients, Suggestion, Verified
 from detloss_plugins.cli import main
+from detloss_plugins.cli.calibrate import show
 
 CANDIDATE = Candidate("FocalLoss", "cls", {"type": "FocalLoss", "gamma": 1.5, "loss_weight": 1.0}, 16.0)
 
@@ -89,6 +90,16 @@ def test_a_ratio_that_goes_on_moving_is_no_weight():
     assert not suggestion(10.0, 12.0, 25.0).moves
     assert suggestion(79.0, 30.0, 20.0, 11.0).moves
     assert not suggestion().moves
+
+
+@pytest.mark.parametrize(
+    ("own", "stock", "focuses"), [(1.0, 0.8, True), (0.83, 0.8, False), (1.0, 1.0, False), (None, 0.8, False)]
+)
+def test_a_loss_that_leaves_the_negatives_alone_is_told_so(own, stock, focuses, capsys):
+    one = Suggestion("FocalLoss", "cls", 16.0, {"cls": {"type": "FocalLoss"}}, 15.0, {1: 15.0}, own, stock)
+    assert one.focuses == focuses
+    show([one], [])
+    assert ("3 to 4 times this weight" in capsys.readouterr().out) == focuses
 
 
 def test_auto_has_no_meaning_for_a_loss_alone():
