@@ -286,9 +286,9 @@ def test_what_ultralytics_has_logged(tmp_path):
     ("words", "says"),
     [
         ([], "at least one loss"),
-        (["dfl=DistributionFocalLoss", "--model", "yolo26n"], "needs a distribution over bins"),
+        (["dfl=DistributionFocalLoss", "--model", "yolo26n.yaml"], "needs a distribution over bins"),
         (["GIoULoss", "--data", "digits:tiny"], "no tiny"),
-        (["GIoULoss", "--model", "yolov8n-seg"], "for the task segment"),
+        (["GIoULoss", "--model", "yolov8n-seg.yaml"], "for the task segment"),
         (["GIoULoss", "epochs=3"], "epochs belongs to the grid"),
         (["GIoULoss", "stock=GIoULoss"], "label stock"),
     ],
@@ -457,7 +457,7 @@ def test_a_node_of_a_ray_cluster_is_killed(tmp_path):
 
     args = {"fraction": 0.05, "imgsz": 64, "batch": 8}
     losses = {label: {"type": f"{label}Loss"} for label in ("GIoU", "DIoU", "CIoU")}
-    runs = plan(losses, ["yolov8n"], ["digits"], seeds=1, epochs=6, args=args)
+    runs = plan(losses, ["yolov8n.yaml"], ["digits"], seeds=1, epochs=6, args=args)
     ours = Study(tmp_path / "study")
     ours.add(runs)
     nodes = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1})

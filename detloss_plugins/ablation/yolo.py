@@ -20,12 +20,12 @@ BEST = Path("weights", "best.pt")
 
 
 def model_name(word: str) -> str:
-    """A model as ``YOLO(...)`` takes it: a word without a suffix is one of Ultralytics', untrained.
+    """A model as ``YOLO(...)`` takes it: a word without a suffix is one of Ultralytics' pretrained ones, as there.
 
     >>> model_name("yolov8n")
-    'yolov8n.yaml'
+    'yolov8n.pt'
     """
-    return word if Path(word).suffix in {".yaml", ".yml", ".pt"} else f"{word}.yaml"
+    return word if Path(word).suffix in {".yaml", ".yml", ".pt"} else f"{word}.pt"
 
 
 def check_model(model: str, losses: Mapping) -> dict:
@@ -154,7 +154,7 @@ def start(run: Run, folder: Path, resume: bool) -> None:
     model = open_model(str(folder / LAST) if resume else run.model)
     settings = {
         "data": data_yaml(run),
-        "pretrained": run.model.endswith(".pt"),
+        "pretrained": bool(model.ckpt),
         "project": str(folder.parent.absolute()),
         "name": folder.name,
         "exist_ok": True,

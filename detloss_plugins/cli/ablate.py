@@ -22,7 +22,8 @@ INSTALL = {
     "models",
     multiple=True,
     metavar="M",
-    help=f"Of YOLO, or a config of MMDetection; more than once.  [default: {DEFAULT_MODEL}]",
+    help="Of YOLO (.pt: trained; .yaml: from scratch), or a config of MMDetection; more than once.  "
+    f"[default: {DEFAULT_MODEL}]",
 )
 @click.option(
     "--data",
@@ -64,7 +65,7 @@ def command(losses, models, data, seeds, epochs, out, jobs, ray, cores, resume_a
 
     \b
       detloss ablate VarifocalLoss:4.2 WIoULoss --seeds 3
-      detloss ablate wise='box: {type: WIoULoss}' mine.yaml --model yolo11n --data data.yaml --epochs 50 imgsz=320
+      detloss ablate wise='box: {type: WIoULoss}' mine.yaml --model yolo11n.pt --data data.yaml --epochs 50 imgsz=320
       detloss ablate QualityFocalLoss --model retinanet_r18_fpn_digits
       detloss ablate grid.yaml --out runs/study --jobs 2
 

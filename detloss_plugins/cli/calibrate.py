@@ -121,9 +121,10 @@ def of_yolo(words, slots, model, data, steps, overrides, verified):
 
     try:
         with quiet():
-            built = open_model(model).model
+            yolo = open_model(model)
     except (OSError, *UNREADABLE) as error:
         raise UsageError(first_line(error)) from error
+    built = yolo.model
     task = model_task(built)
     candidates = [adapter.candidate(cfg, task, slot, label) for w in words for label, slot, cfg in losses_of(w)]
     for each in candidates:
@@ -132,7 +133,7 @@ def of_yolo(words, slots, model, data, steps, overrides, verified):
     candidates = unique(candidates)
     place, defaults = yolo_data(data, task)
     values = {key: yaml_of(value, f"{key}={value}") for key, value in overrides.items()}
-    settings = {"data": str(place), "pretrained": Path(model).suffix == ".pt", **defaults, **values}
+    settings = {"data": str(place), "pretrained": bool(yolo.ckpt), **defaults, **values}
     check_yolo(settings)
     try:
         with progress("calibrating", steps) as told, quiet():

@@ -185,7 +185,7 @@ def train_yolo(args):
         data, defaults = yolo_data(args.data, task)
         settings = {
             "data": str(data),
-            "pretrained": model.endswith(".pt"),  # of a checkpoint; a YAML has nothing to load
+            "pretrained": bool(yolo.ckpt),  # a YAML has nothing to load
             "project": str(place.parent.resolve()),
             "name": place.name,
             "exist_ok": args.work_dir is not None,
