@@ -171,6 +171,7 @@ def test_forms_of_a_loss():
     assert config("detloss_plugins.EIoULoss") == {"type": "EfficientIoULoss"}
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path, capsys, monkeypatch):
     """In two processes, and in chunks that both get."""
     monkeypatch.setattr(simulate, "CHUNK", 100)

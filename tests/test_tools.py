@@ -430,6 +430,7 @@ def test_bench_command(tmp_path, capsys, tiny):
     assert "did you mean GIoULoss" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_bench_compiled(tiny):
     args = bench.parse(["--loss", "GIoULoss", "--case", "40", "--runs", "2", "--dtype", "float32", "--device", "cpu"])
     rows = bench.rows(args.names, args)

@@ -177,7 +177,10 @@ ORDERS = {
 }
 
 
-@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
+@pytest.mark.parametrize(
+    "order",
+    [pytest.param(code, id=name, marks=() if "early" in code else pytest.mark.slow) for name, code in ORDERS.items()],
+)
 def test_whichever_is_imported_first(order, tmp_path):
     """A loss that was built before mmdet's were loaded is one too, from then on."""
     (tmp_path / "script.py").write_text(

@@ -216,6 +216,7 @@ def step(*lines):
     return json.loads(python("-c", "\n".join(["import sys, os", path, *lines, STEP])).splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_a_detector_has_the_same_losses():
     if not is_compiled():
         pytest.skip("mmcv is not compiled here, so there is nothing to compare with")
@@ -242,6 +243,7 @@ def test_the_command_without_the_option(tmp_path):
     assert "Traceback" not in error
 
 
+@pytest.mark.slow
 def test_the_command_with_an_operator_that_is_missing(tmp_path):
     roi_layer = "model.roi_head.bbox_roi_extractor.roi_layer.pool_mode=max"
     status, error = command(tmp_path, CONFIGS / "faster-rcnn_r18_fpn_digits.py", "--lite", roi_layer)

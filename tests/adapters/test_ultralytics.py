@@ -551,7 +551,7 @@ def flat(state):
     }
 
 
-@pytest.mark.parametrize("name", ["yolov8n", "yolo26n"])
+@pytest.mark.parametrize("name", [pytest.param("yolov8n", marks=pytest.mark.slow), "yolo26n"])
 def test_state_is_saved_validated_with_and_resumed(name, data, tmp_path):
     """One state a branch; it is in the checkpoint as plain tensors, and validation uses it and leaves it alone."""
     seen = {}
