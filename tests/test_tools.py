@@ -200,6 +200,7 @@ NO_MODEL = "train_dataloader = dict(dataset=dict())\n"
         ([ATSS, "train_cfg.max_epochs=None"], "train_cfg.max_epochs must be a whole number above 0, not None"),
         ([ATSS, "model=3"], "model is a dict of "),
         ([ATSS, "train_dataloader.batch_size=[1,(2]"], "train_dataloader.batch_size=[1,(2]: Imbalanced brackets"),
+        ([ATSS, "model={a: [1, 2]}"], "model={a: [1, 2]}: "),
         ([ATSS, "model.bbox_head.loss_cls.gamma=[1]"], "gamma of FocalLoss must be"),
         ([ATSS, "model.bbox_head.loss_cls=None"], "The detector cannot be built: AttributeError"),
         ([ATSS, "--work-dir", "script.py/run"], "script.py is no folder"),

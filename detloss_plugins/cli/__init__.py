@@ -6,6 +6,7 @@ is imported by the functions that use it, so that ``detloss --help`` is quick an
 
 import importlib
 import pkgutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -74,5 +75,7 @@ def main(ctx: click.Context) -> None:
       detloss show CIoULoss            formula, settings, and what others compute
       detloss COMMAND --help           each with examples
     """
+    # An import of mmengine's, which nobody who types a command can change.
+    warnings.filterwarnings("ignore", "pkg_resources is deprecated")
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())

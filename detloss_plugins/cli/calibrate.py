@@ -34,22 +34,22 @@ def command(words, slots, model, data, steps, verify, epochs, seeds, file):
       detloss calibrate --slot cls --json weights.json     every class loss
       detloss calibrate gfl_r18_fpn_digits FocalLoss       beside the losses of a config of MMDetection
 
-    LOSSES are names of losses, YAML files of losses and names of configs that come with the package. A short training
-    with stock losses is run, and at four of its steps the gradient of the stock loss at the outputs of the head is
-    compared with that of each loss: the weight is the ratio of their L1 norms, of the four the median. KEY=VALUE are
-    arguments of the training.
+    LOSSES are names of losses, YAML files of losses, names of configs that come with the package, and LABEL=LOSSES with
+    a dict in YAML; any other KEY=VALUE is an argument of the training. A short training with stock losses is run. At
+    four of its steps the gradient of the stock loss at the outputs of the head is compared with that of each loss: the
+    weight is the ratio of their L1 norms, of the four the median.
     """
-    overrides = dict(word.split("=", 1) for word in words if "=" in word)
-    words = [word for word in words if "=" not in word]
     if file is not None:
         check_folder(file.absolute().parent)
     try:
-        if words and (config := mmdet_config(words[0])):
+        config = mmdet_config(words[0]) if words else None
+        losses, args = read_words(words[1:] if config else words)
+        if config:
             if verify or model:
                 raise UsageError("--verify and --model are for Ultralytics; leave them out beside a config")
-            found, checked = of_mmdet(config, words[1:], slots, data, steps, overrides), []
+            found, checked = of_mmdet(config, losses, slots, data, steps, args), []
         else:
-            found, checked = of_yolo(words, slots, model or MODEL, data, steps, overrides, verify and (epochs, seeds))
+            found, checked = of_yolo(losses, slots, model or MODEL, data, steps, args, verify and (epochs, seeds))
     except (TypeError, ValueError) as error:
         raise UsageError(error) from error
     show(found, checked)
@@ -75,29 +75,22 @@ def mmdet_config(word):
     return path if path.suffix == ".py" else None
 
 
-def losses_of(word):
-    """``(label, slot or None, config)`` of each loss that a word means."""
-    from detloss_plugins.cli.train import yaml_file
-    from detloss_plugins.configs import find
-    from detloss_plugins.registry import loss_class
+def read_words(words):
+    """``(label, slot or None, config)`` of each loss that words mean, and the arguments of the training."""
+    from detloss_plugins.ablation.grid import parse_words
 
-    path = Path(word)
-    if path.suffix not in (".yaml", ".yml"):
-        with contextlib.suppress(ValueError):
-            loss_class(word)
-            return [(word, None, {"type": word})]
-        try:
-            path = find(word)
-        except ValueError as error:
-            if word[:1].isupper():
-                loss_class(word)  # raises, with the nearest names
-            raise UsageError(f"{word} is no loss and no file of losses. {error}") from error
-    if not path.is_file():
-        raise UsageError(f"there is no {path}")
-    losses = yaml_file(path)
-    if not isinstance(losses, dict) or not all(isinstance(cfg, dict) for cfg in losses.values()):
-        raise UsageError(f"{path} must hold a dict of losses such as {{cls: {{type: VarifocalLoss}}}}.")
-    return [(f"{cfg.get('type')} of {path.stem}", slot, cfg) for slot, cfg in losses.items() if slot != "ignore"]
+    grid, losses, args = parse_words(words)
+    if grid:
+        raise UsageError("a YAML file of a whole grid is for detloss ablate; give a file of losses")
+    found = []
+    for label, content in losses.items():
+        if "type" in content:
+            found.append((label, None, content))
+            continue
+        if not all(isinstance(cfg, dict) for cfg in content.values()):
+            raise UsageError(f"{label} must hold a dict of losses such as {{cls: {{type: VarifocalLoss}}}}.")
+        found += [(f"{cfg.get('type')} of {label}", slot, cfg) for slot, cfg in content.items() if slot != "ignore"]
+    return found, args
 
 
 def unique(candidates):
@@ -112,11 +105,11 @@ def unique(candidates):
     return list(found.values())
 
 
-def of_yolo(words, slots, model, data, steps, overrides, verified):
+def of_yolo(losses, slots, model, data, steps, args, verified):
     """Suggestions of Ultralytics and, if ``verified`` has epochs and seeds, what trainings say of them."""
     from detloss_plugins.adapters.ultralytics import calibrate as adapter
     from detloss_plugins.adapters.ultralytics import check_head, model_task, open_model
-    from detloss_plugins.cli.train import UNREADABLE, check_yolo, yaml_of, yolo_data
+    from detloss_plugins.cli.train import UNREADABLE, check_yolo, yolo_data
     from detloss_plugins.testing.training_tensors import quiet
 
     try:
@@ -126,14 +119,13 @@ def of_yolo(words, slots, model, data, steps, overrides, verified):
         raise UsageError(first_line(error)) from error
     built = yolo.model
     task = model_task(built)
-    candidates = [adapter.candidate(cfg, task, slot, label) for w in words for label, slot, cfg in losses_of(w)]
+    candidates = [adapter.candidate(cfg, task, slot, label) for label, slot, cfg in losses]
     for each in candidates:
         check_head(built, {each.slot: each.cfg})
     candidates += [each for slot in slots for each in adapter.fitting(slot, task) if suits(built, each)]
     candidates = unique(candidates)
     place, defaults = yolo_data(data, task)
-    values = {key: yaml_of(value, f"{key}={value}") for key, value in overrides.items()}
-    settings = {"data": str(place), "pretrained": bool(yolo.ckpt), **defaults, **values}
+    settings = {"data": str(place), "pretrained": bool(yolo.ckpt), **defaults, **args}
     check_yolo(settings)
     try:
         with progress("calibrating", steps) as told, quiet():
@@ -153,9 +145,10 @@ def of_yolo(words, slots, model, data, steps, overrides, verified):
     return found, checked
 
 
-def of_mmdet(config, words, slots, data, steps, overrides):
+def of_mmdet(config, losses, slots, data, steps, args):
     """Suggestions for a config of MMDetection."""
-    from detloss_plugins.cli.train import parsed, provide_data, read_config, refuse
+    from detloss_plugins.ablation.mmdetection import SLOTS
+    from detloss_plugins.cli.train import provide_data, read_config, refuse
     from detloss_plugins.testing.training_tensors import quiet
 
     try:
@@ -166,13 +159,13 @@ def of_mmdet(config, words, slots, data, steps, overrides):
 
     cfg = read_config(config)
     provide_data(cfg, data)
-    values = parsed(overrides)
-    refuse(unknown_keys(cfg, values))
-    cfg.merge_from_dict(values)
+    refuse(unknown_keys(cfg, args))
+    cfg.merge_from_dict(args)
     refuse(check_config(cfg))
     head = adapter.build_head(cfg)
-    candidates = [adapter.candidate(each, head, slot, label) for w in words for label, slot, each in losses_of(w)]
-    candidates = unique(candidates + [each for slot in slots for each in adapter.fitting(slot, head)])
+    candidates = [adapter.candidate(each, head, SLOTS.get(slot, slot), label) for label, slot, each in losses]
+    candidates += [each for slot in slots for each in adapter.fitting(SLOTS.get(slot, slot), head)]
+    candidates = unique(candidates)
     with progress("calibrating", steps) as told, quiet():
         return adapter.calibrate(cfg, candidates, steps, told=told)
 

@@ -331,7 +331,7 @@ def parsed(overrides):
 
     try:
         return {key: DictAction._parse_iterable(value) for key, value in overrides.items()}
-    except AssertionError as error:
+    except (AssertionError, RecursionError) as error:
         raise UsageError(f"{' '.join(f'{k}={v}' for k, v in overrides.items())}: {first_line(error)}") from error
 
 

@@ -113,13 +113,17 @@ def test_auto_has_no_meaning_for_a_loss_alone():
         ([], "give at least one loss, such as VarifocalLoss, or --slot cls"),
         (["VarifocaLoss"], "did you mean VarifocalLoss"),
         (["vfl_eiou_dlf"], "is no loss and no file of losses"),
-        (["none.yaml"], "there is no none.yaml"),
+        (["none.yaml"], "cannot read none.yaml"),
+        (["mine={cls: 3}"], "mine must hold a dict of losses"),
+        (["seeds=3", "grid.yaml"], "a YAML file of a whole grid is for detloss ablate"),
         (["none.py"], "there is no none.py"),
         (["FocalLoss", "--json", f"{__file__}/found.json"], "is no folder that you may write in"),
     ],
 )
-def test_mistakes_are_one_sentence(words, says):
+def test_mistakes_are_one_sentence(words, says, tmp_path, monkeypatch):
     pytest.importorskip("ultralytics")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "grid.yaml").write_text("losses: {a: {type: GIoULoss}}", encoding="utf-8")
     done = CliRunner().invoke(main, ["calibrate", *words])
     assert done.exit_code == 2, done.output
     assert says in done.output

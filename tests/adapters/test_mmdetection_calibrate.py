@@ -121,7 +121,12 @@ def test_detectors_without_a_dense_head_are_refused():
 
 @pytest.mark.parametrize(
     ("words", "says"),
-    [(["FocalLoss", "--verify"], "are for Ultralytics"), (["epochs=1"], "The config has no key epochs")],
+    [
+        (["FocalLoss", "--verify"], "are for Ultralytics"),
+        (["epochs=1"], "The config has no key epochs"),
+        (["mine=box: {type: GIoULoss, epss: 1}"], "has no hyper-parameter 'epss'"),
+        (["mine=dfl: {type: DistributionFocalLoss}"], "which no slot takes that can be calibrated"),
+    ],
 )
 def test_mistakes_are_said_before_anything_is_trained(words, says):
     done = CliRunner().invoke(main, ["calibrate", "gfl_r18_fpn_digits", *words])
@@ -136,7 +141,7 @@ def test_auto_has_no_meaning_in_a_config():
 
 @pytest.mark.slow
 def test_the_command(tmp_path):
-    words = ["retinanet_r18_fpn_digits", "QualityFocalLoss", "CIoULoss", "--steps", "4"]
+    words = ["retinanet_r18_fpn_digits", "QualityFocalLoss", "mine=box: {type: CIoULoss}", "--steps", "4"]
     done = CliRunner().invoke(main, ["calibrate", *words, "--json", str(tmp_path / "found.json")])
     assert done.exit_code == 0, done.output
     found = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))["suggestions"]
