@@ -205,7 +205,7 @@ def checked(owner: str, name: str, value: Any, rule: Rule | None) -> Any:
     if rule is None:
         return value
     value = plain(value)
-    for found in (value, _number_in(value)):
+    for found in (value, number_in(value)):
         if rule.holds(found):
             return found
     fits = isinstance(value, rule.kinds) and (bool in rule.kinds or not isinstance(value, bool))
@@ -213,12 +213,12 @@ def checked(owner: str, name: str, value: Any, rule: Rule | None) -> Any:
     raise error(f"{name} of {owner} must be {rule.words}, not {value!r}.")
 
 
-def _number_in(value):
+def number_in(value: Any) -> Any:
     """The number that a string such as "1e-3" means, also in a list: in YAML, that is no number."""
     if isinstance(value, str) and re.fullmatch(r"[-+]?\d+\.?\d*[eE][-+]?\d+", value):
         number = float(value)
         return int(number) if number.is_integer() else number
-    return type(value)(map(_number_in, value)) if type(value) in (list, tuple) else value
+    return type(value)(map(number_in, value)) if type(value) in (list, tuple) else value
 
 
 def plain(value: Any) -> Any:

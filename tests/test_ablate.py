@@ -17,7 +17,7 @@ from click.testing import CliRunner
 
 from detloss_plugins.ablation import Run, Study, mmdetection, plan, study
 from detloss_plugins.ablation.grid import check_grid, contradiction, losses_of_word, parse_words, seeds_of
-from detloss_plugins.ablation.measure import evaluate
+from detloss_plugins.ablation.measure import evaluate, evaluate_coco
 from detloss_plugins.ablation.progress import Bar
 from detloss_plugins.cli import main
 from detloss_plugins.cli.ablate import told_how_to_go_on
@@ -36,6 +36,8 @@ WORDS = {
     "imgsz=96": ({}, {"imgsz": 96}),
     "optimizer=SGD": ({}, {"optimizer": "SGD"}),
     "cos_lr=true": ({}, {"cos_lr": True}),
+    "lr0=1e-3": ({}, {"lr0": 0.001}),
+    "long=cls: {type: FocalLoss}" + " " * 300: ({"long": {"cls": {"type": "FocalLoss"}}}, {}),
 }
 
 
@@ -68,6 +70,7 @@ def test_files_and_configs_are_words_too(tmp_path):
         ("VarifocalLoss:heavy", "a weight is a number"),
         ("retinanet_r18_fpn_digits", "give it as the model"),
         ("a={type: [}", "is no YAML"),
+        ("nothing" * 50, "no loss and no file of losses"),
     ],
 )
 def test_words_that_mean_nothing(word, says):
@@ -85,6 +88,10 @@ def test_a_grid_file():
     assert grid["losses"]["GIoULoss:2"] == {"type": "GIoULoss", "loss_weight": 2.0}
     assert (grid["models"], grid["data"], grid["seeds"], grid["args"]) == (["yolov8n"], ["digits"], [0, 1], {})
     assert seeds_of([4, 2, 4]) == [2, 4]
+    assert check_grid({"losses": None, "models": None, "args": {"lr0": "1e-3"}}) == {
+        "losses": {},
+        "args": {"lr0": 0.001},
+    }
 
 
 @pytest.mark.parametrize(
@@ -93,6 +100,7 @@ def test_a_grid_file():
         ({"loss": {}}, "and no loss"),
         ({"losses": {"a": 3}}, "a dict, label"),
         ({"losses": {}, "args": [1]}, "The args"),
+        ({"losses": ["GIoULoss", "GIoULoss"]}, "GIoULoss is given twice"),
         ({"losses": {}, "seeds": 0}, "seeds are a number"),
         ({"losses": {}, "seeds": ["0"]}, "seeds are a number"),
     ],
@@ -248,6 +256,19 @@ def test_ap_by_size_and_calibration_by_hand():
         None,
     )
     assert nothing["per_class"] == {"0": 0.0, "1": None}
+
+
+def test_detections_in_a_crowd_are_neither_correct_nor_wrong(tmp_path):
+    pytest.importorskip("pycocotools")
+    box = {"image_id": 0, "category_id": 0}
+    objects = [{**box, "id": 1, "bbox": [5, 5, 40, 40], "area": 1600, "iscrowd": 0}]
+    objects += [{**box, "id": 2, "bbox": [100, 100, 90, 90], "area": 8100, "iscrowd": 1}]
+    images, categories = [{"id": 0, "width": 200, "height": 200}], [{"id": 0, "name": "a"}]
+    file = tmp_path / "val.json"
+    file.write_text(json.dumps({"images": images, "annotations": objects, "categories": categories}), encoding="utf-8")
+    hit = {**box, "bbox": [5, 5, 40, 40], "score": 0.9}
+    inside = [{**box, "bbox": [110 + i, 110, 20, 20], "score": 0.5} for i in range(4)]
+    assert evaluate_coco(str(file), [hit, *inside], 100)["calibration_error"] == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,28 @@ def test_images_are_found_by_list_and_by_pattern(tmp_path):
         assert describe(read_labels(path)).images == images
 
 
+def test_a_data_yaml_means_what_it_does_in_ultralytics(tmp_path):
+    """Names by their numbers, and a folder above that is not there, as Roboflow writes it."""
+    path = write_yolo(tmp_path, [["0 0.5 0.5 0.1 0.1"]])
+    for text in (
+        "names: {1: car, 0: person}\ntrain: ../images/train",
+        "names: [person, car]\ntrain: images/train\npath: .",
+    ):
+        path.write_text(text, encoding="utf-8")
+        found = read_labels(path)
+        assert (found.names, found.cls.tolist()) == (["person", "car"], [0])
+
+
+def test_a_relative_folder_is_looked_up_where_ultralytics_keeps_its_own(tmp_path, monkeypatch):
+    utils = pytest.importorskip("ultralytics.utils")
+    monkeypatch.setattr(utils, "DATASETS_DIR", tmp_path)
+    path = write_yolo(tmp_path / "own", [["0 0.5 0.5 0.1 0.1"]])
+    elsewhere = tmp_path / "yamls" / "own.yaml"
+    elsewhere.parent.mkdir()
+    elsewhere.write_text(path.read_text(encoding="utf-8").replace("path: .", "path: own"), encoding="utf-8")
+    assert len(read_labels(elsewhere).sizes) == 1
+
+
 def test_the_figures_of_a_data_set(tmp_path):
     boxes = [*BOXES, (5, 100, 50, 100, 50), (3, 190, 10, 20, 20), (3, 50, 50, 0, 10), (-3, 0, 0, 9, 9)]
     found = describe(read_labels(write_coco(tmp_path, [boxes, [(3, 0, 0, 10, 10)], []])), size=400)

@@ -110,6 +110,9 @@ def test_results_join_a_study(tmp_path):
     with pytest.raises(UsageError, match=r"FocalLoss with yolov8n\.yaml is"):
         study.add(written(tmp_path / "results.json", other), "mine", folder)
     assert study.studies(folder) == [joined]
+    elsewhere = [{**run, "model": f"/another/folder/{run['model']}"} for run in other["runs"]]
+    with pytest.raises(UsageError, match=r"FocalLoss with yolov8n\.yaml is"):
+        study.add(written(tmp_path / "results.json", {**other, "runs": elsewhere}), "mine", folder)
     with pytest.raises(UsageError):
         study.add(tmp_path / "nowhere.json", "mine", folder)
     with pytest.raises(UsageError, match="no trainings that have finished"):

@@ -272,6 +272,26 @@ def test_train_overrides_losses(tmp_path):
     assert losses.keys() == {"cls", "box"}
 
 
+def test_train_overrides_come_in_any_order():
+    overrides = {"cls.loss_weight": 2, "cls.type": "FocalLoss"}
+    losses = train.yolo_losses(find(train.DEFAULT_CONFIG), overrides)
+    assert losses["cls"] == {"type": "FocalLoss", "loss_weight": 2}
+
+
+def test_a_data_set_is_given_once_and_as_ultralytics_has_it(tmp_path):
+    args = {"data": str(tmp_path / "own.yaml"), "epochs": 3}
+    data = train.given_data(None, args)
+    assert (data, args) == (tmp_path / "own.yaml", {"epochs": 3})
+    assert train.yolo_data(data, "detect") == (data, {}), "not with the arguments of the digits"
+    with pytest.raises(UsageError, match="given twice"):
+        train.given_data(data, {"data": "other.yaml"})
+
+
+def test_numbers_as_people_write_them():
+    assert train.yaml_of("1e-3", "lr0=1e-3") == 0.001
+    assert train.yaml_of("[1e3, a]", "x") == [1000, "a"]
+
+
 def coco(folder, ann, images, first):
     (folder / "annotations").mkdir(exist_ok=True)
     categories = [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}]
@@ -284,6 +304,8 @@ def coco(folder, ann, images, first):
 def test_point_an_mmdet_config_at_ones_own_data(tmp_path):
     coco(tmp_path, "instances_train2017.json", "train2017", "1.jpg")
     coco(tmp_path, "instances_val2017.json", "val2017", "1.jpg")
+    for other in ("captions_train2017.json", "person_keypoints_train2017.json"):  # COCO's own folder has them too
+        (tmp_path / "annotations" / other).write_text("{}", encoding="utf-8")
     loader = {"dataset": {"type": "RepeatDataset", "dataset": {"type": "CocoDataset", "data_root": "elsewhere"}}}
     cfg = ConfigDict(
         train_dataloader=loader,
@@ -301,7 +323,7 @@ def test_point_an_mmdet_config_at_ones_own_data(tmp_path):
     assert inner.metainfo.classes == ("cat", "dog"), "in the file's order, as CocoDataset numbers them"
     assert [head.num_classes for head in cfg.model.roi_head.bbox_head] == [2, 2]
     assert cfg.val_evaluator.ann_file.endswith("instances_val2017.json")
-    coco(tmp_path, "more_train.json", "train2017", "2.jpg")
+    coco(tmp_path, "instances_more_train.json", "train2017", "2.jpg")
     with pytest.raises(UsageError, match="exactly one train"):
         train.point_at(cfg, tmp_path)
 

@@ -59,7 +59,8 @@ def rounded(value):
 def kept(run):
     """What the study keeps of a training: of a model's path the name, of the curves that of AP50, of the losses all."""
     model, curve = Path(run["model"]).name, {key: values for key, values in run["curve"].items() if key == "AP50"}
-    return {**rounded({**run, "curve": curve}), "model": model, "losses": run["losses"]}
+    exact = {key: run[key] for key in ("losses", "args") if key in run}
+    return {**rounded({**run, "curve": curve}), "model": model, **exact}
 
 
 def as_json(study):
@@ -78,7 +79,7 @@ def add(path: Path, name: str, folder: Path = FOLDER) -> Path:
     try:
         new = [read_results(path)]
         new += [json.loads(file.read_text(encoding="utf-8"))] if file.exists() else []
-        runs = [kept(run) for run in merged(new)]
+        runs = merged([{**one, "runs": [kept(run) for run in one["runs"]]} for one in new])
     except ValueError as error:
         raise UsageError(error) from error
     if not runs:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import yaml
 
 from detloss_plugins import configs
+from detloss_plugins.facts import number_in
 from detloss_plugins.registry import build_loss, registered_losses
 
 EPOCHS = 12
@@ -72,7 +74,10 @@ def contradiction(stored: Iterable[Run], new: Iterable[Run]) -> str | None:
                 return f"{run.model} has been trained on {run.data} with {key} {was}, not {is_}"
         known = names.setdefault(run.name, run)
         if (known.label, known.model, known.data) != (run.label, run.model, run.data):
-            return f"two trainings would have the folder {run.name}: give one of them another label"
+            return (
+                f"two trainings would have the folder {run.name}: give one of them another "
+                "label, or its model's file another name"
+            )
     return None
 
 
@@ -181,7 +186,7 @@ def parse_words(words: Iterable[str]) -> tuple[dict, dict, dict]:
     """
     grid, losses, args = {}, {}, {}
     for word in words:
-        if "=" in word and not Path(word).exists():
+        if "=" in word and Path(word).suffix not in {".yaml", ".yml"}:
             key, text = word.split("=", 1)
             value = _yaml(text, word)
             if isinstance(value, str) and value.partition(":")[0] in registered_losses():
@@ -203,7 +208,7 @@ def parse_words(words: Iterable[str]) -> tuple[dict, dict, dict]:
 
 def _yaml(text, where):
     try:
-        return yaml.safe_load(text)
+        return number_in(yaml.safe_load(text))
     except yaml.YAMLError as error:
         raise ValueError(f"{where} is no YAML: {' '.join(str(error).split())}") from error
 
@@ -219,14 +224,18 @@ def check_grid(grid: Mapping) -> dict:
     grid = dict(grid)
     losses = grid.get("losses") or {}
     if isinstance(losses, list):
-        losses = dict(losses_of_word(str(word)) for word in losses)
+        pairs = [losses_of_word(str(word)) for word in losses]
+        if twice := sorted(label for label, number in Counter(label for label, _ in pairs).items() if number > 1):
+            raise ValueError(f"The label {twice[0]} is given twice.")
+        losses = dict(pairs)
     if isinstance(losses, dict):
         losses = {str(k): losses_of_word(v)[1] if isinstance(v, str) else (v or {}) for k, v in losses.items()}
     if not isinstance(losses, dict) or not all(isinstance(value, dict) for value in losses.values()):
         raise ValueError("The losses of a grid are a dict, label: {slot: {type: ...}}.")
     if not isinstance(grid.get("args") or {}, dict):
         raise ValueError("The args of a grid are a dict, such as {imgsz: 256}.")
-    grid["losses"], grid["args"] = losses, grid.get("args") or {}
+    args = {key: number_in(value) for key, value in (grid.get("args") or {}).items()}
+    grid = {**{key: value for key, value in grid.items() if value is not None}, "losses": losses, "args": args}
     for key in ("models", "data"):
         if key in grid:
             grid[key] = [str(part) for part in (grid[key] if isinstance(grid[key], list) else [grid[key]])]

@@ -139,12 +139,14 @@ def _mean(precision):
 
 def matched(evaluation) -> tuple[np.ndarray, np.ndarray]:
     """Scores ``(n,)`` of the detections above ``SHOWN``, and whether each is correct: it has an object at an IoU of
-    0.5, of its class, that no detection with a higher score has."""
+    0.5, of its class, that no detection with a higher score has. Those in a crowd are left out, as COCO does."""
     everywhere = list(evaluation.params.areaRng[0])
     own = [image for image in evaluation.evalImgs if image is not None and list(image["aRng"]) == everywhere]
     scores = np.concatenate([np.zeros(0), *(image["dtScores"] for image in own)])
     correct = np.concatenate([np.zeros(0), *(image["dtMatches"][0] > 0 for image in own)])
-    return scores[scores >= SHOWN], correct[scores >= SHOWN]
+    ignored = np.concatenate([np.zeros(0, bool), *(image["dtIgnore"][0] for image in own)])
+    counted = (scores >= SHOWN) & ~ignored.astype(bool)
+    return scores[counted], correct[counted]
 
 
 def collector(task: str, kept: dict) -> type:

@@ -1,5 +1,6 @@
 """The labels of a data set as arrays: of YOLO's text files or of an annotation file in COCO's form."""
 
+import contextlib
 import glob
 import json
 import math
@@ -99,7 +100,8 @@ def _of_yolo(path: Path, split: str) -> Labels:
         raise LabelsError(f"{path} is no data YAML with a key {split}.")
     try:
         names = data["names"] if "names" in data else range(data.get("nc", 0))
-        names = [str(name) for name in (names.values() if isinstance(names, dict) else names)]
+        names = [names[number] for number in sorted(names)] if isinstance(names, dict) else names
+        names = [str(name) for name in names]
     except TypeError as error:
         raise LabelsError(f"{path} has neither a list or dict of names nor their number, nc.") from error
     if not isinstance(data[split], str | list) or not all(isinstance(place, str) for place in data[split]):
@@ -117,20 +119,43 @@ def _of_yolo(path: Path, split: str) -> Labels:
 
 def _images(path: Path, data: dict, split: str) -> Iterator[Path]:
     """The images of a split: files of a folder, of a pattern, or those that a text file lists."""
-    root = Path(data.get("path") or path.parent)
-    if not root.is_absolute():
-        root = path.parent / root if (path.parent / root).exists() else root.absolute()
+    root = _root(path, data)
     places = data[split] if isinstance(data[split], list) else [data[split]]
-    for place in (root / place for place in places):
+    for place in (_place(root, place) for place in places):
         if place.is_dir():
             yield from sorted(file for file in place.rglob("*") if file.suffix.lower() in PICTURES)
         elif place.is_file():
-            listed = place.read_text(encoding="utf-8").split("\n")
+            listed = _text(place).split("\n")
             yield from (place.parent / line.strip() for line in listed if line.strip())
         elif found := sorted(glob.glob(str(place), recursive=True)):
             yield from (Path(file) for file in found if Path(file).suffix.lower() in PICTURES)
         else:
             raise LabelsError(f"{place}, {split} of {path}, is not there.")
+
+
+def _root(path: Path, data: dict) -> Path:
+    """The folder of a data set: a relative one is beside the YAML file, here, or where Ultralytics keeps its own."""
+    root = Path(data.get("path") or path.parent)
+    for folder in (path.parent / root, root.absolute()):
+        if folder.exists():
+            return folder
+    with contextlib.suppress(ImportError):
+        from ultralytics.utils import DATASETS_DIR
+
+        root = Path(DATASETS_DIR) / root
+    return root.absolute()
+
+
+def _place(root: Path, place: str) -> Path:
+    """A split in its folder; Roboflow's exports begin with a "../" that Ultralytics leaves out too."""
+    return root / place[3:] if place.startswith("../") and not (root / place).exists() else root / place
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise LabelsError(f"{file} cannot be read: {error}") from error
 
 
 def _label_file(image: Path) -> Path:
@@ -146,7 +171,7 @@ def _rows(file: Path, size: tuple[int, int], pose: bool, classes: int) -> Iterat
     if not file.exists():
         return
     width, height = size
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(_text(file).splitlines(), 1):
         if not line.strip():
             continue
         try:

@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import os
 import sys
+import unicodedata
 from pathlib import Path
 
 import click
@@ -96,8 +97,11 @@ def check_file(path: Path | None) -> None:
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        there = path.exists()
         with path.open("a", encoding="utf-8"):
             pass
+        if not there:  # until there is something to write
+            path.unlink()
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror}") from error
 
@@ -145,5 +149,6 @@ def _module(name):
 
 
 def first_line(error: object) -> str:
-    """What an error says first, in plain characters."""
-    return (str(error).encode("ascii", "ignore").decode().strip() or type(error).__name__).splitlines()[0].strip()
+    """What an error says first, without the pictures that Ultralytics puts into its messages."""
+    words = "".join(char for char in str(error) if unicodedata.category(char) != "So" and char != "\ufe0f").strip()
+    return (words or type(error).__name__).splitlines()[0].strip()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from detloss_plugins.cli._common import RunError, UsageError, check_folder, data_option, first_line
+from detloss_plugins.cli._common import RunError, UsageError, check_file, data_option, first_line
 
 MODEL = "yolov8n.yaml"
 EPOCHS, SEEDS = 6, 2  # of --verify
@@ -39,8 +39,7 @@ def command(words, slots, model, data, steps, verify, epochs, seeds, file):
     four of its steps the gradient of the stock loss at the outputs of the head is compared with that of each loss: the
     weight is the ratio of their L1 norms, of the four the median.
     """
-    if file is not None:
-        check_folder(file.absolute().parent)
+    check_file(file)
     try:
         config = mmdet_config(words[0]) if words else None
         losses, args = read_words(words[1:] if config else words)
@@ -58,7 +57,6 @@ def command(words, slots, model, data, steps, verify, epochs, seeds, file):
             "suggestions": [suggestion.as_dict() for suggestion in found],
             "verified": [each.as_dict() for each in checked],
         }
-        file.absolute().parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
@@ -109,7 +107,7 @@ def of_yolo(losses, slots, model, data, steps, args, verified):
     """Suggestions of Ultralytics and, if ``verified`` has epochs and seeds, what trainings say of them."""
     from detloss_plugins.adapters.ultralytics import calibrate as adapter
     from detloss_plugins.adapters.ultralytics import check_head, model_task, open_model
-    from detloss_plugins.cli.train import UNREADABLE, check_yolo, yolo_data
+    from detloss_plugins.cli.train import UNREADABLE, check_yolo, given_data, yolo_data
     from detloss_plugins.testing.training_tensors import quiet
 
     try:
@@ -124,7 +122,7 @@ def of_yolo(losses, slots, model, data, steps, args, verified):
         check_head(built, {each.slot: each.cfg})
     candidates += [each for slot in slots for each in adapter.fitting(slot, task) if suits(built, each)]
     candidates = unique(candidates)
-    place, defaults = yolo_data(data, task)
+    place, defaults = yolo_data(given_data(data, args), task)
     settings = {"data": str(place), "pretrained": bool(yolo.ckpt), **defaults, **args}
     check_yolo(settings)
     try:

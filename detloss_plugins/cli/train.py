@@ -4,7 +4,7 @@ import copy
 import json
 import os
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
@@ -12,6 +12,7 @@ import yaml
 
 from detloss_plugins.cli._common import (
     INSTALL,
+    DataSet,
     RunError,
     UsageError,
     check_folder,
@@ -21,6 +22,7 @@ from detloss_plugins.cli._common import (
     require,
 )
 from detloss_plugins.configs import find
+from detloss_plugins.facts import number_in
 
 DEFAULT_CONFIG = "atfl_mpdiou"
 # Small images, few of them, glyphs that must not be mirrored: enough for a detector that works after 12 epochs.
@@ -51,7 +53,7 @@ def config_path(word):
 def yaml_of(text, where):
     """The content of some YAML; ``UsageError`` says where it comes from."""
     try:
-        return yaml.safe_load(text)
+        return number_in(yaml.safe_load(text))
     except yaml.YAMLError as error:
         raise UsageError(f"{where} is no YAML: {' '.join(str(error).split())}") from error
 
@@ -74,7 +76,8 @@ def yolo_losses(losses, overrides):
             raise UsageError(f"{path} must hold a dict of losses such as {{cls: {{type: VarifocalLoss}}}}.")
     losses = dict(losses)
     slots = {"ignore", *(slot for of_task in SLOTS.values() for slot in of_task)}
-    for key in [key for key in overrides if key.split(".")[0] in slots and "." in key]:
+    of_slots = [key for key in overrides if key.split(".")[0] in slots and "." in key]
+    for key in sorted(of_slots, key=lambda key: not key.endswith(".type")):  # which begins a loss anew
         slot, name = key.split(".", 1)
         value = overrides.pop(key)
         losses[slot] = {"type": value} if name == "type" else {**(losses.get(slot) or {}), name: value}
@@ -146,6 +149,16 @@ def check_yolo(settings):
         raise UsageError(f"{settings['data']} is no data set: {first_line(error)}") from error
 
 
+def given_data(data, args):
+    """The data set of ``--data``, or of ``data=``, which is taken out of the training arguments."""
+    if "data" not in args:
+        return data
+    word = args.pop("data")
+    if data is not None:
+        raise UsageError(f"The data set is given twice: leave data={word} or --data {data} out.")
+    return DataSet().convert(str(word), None, None)
+
+
 def yolo_data(data, task):
     """Path of the data YAML and the training arguments that go with it."""
     from detloss_plugins.ablation.data import yaml_in
@@ -170,6 +183,7 @@ def train_yolo(args):
     from detloss_plugins.adapters.ultralytics.trainer import NoWeightError
 
     overrides = {key: yaml_of(value, f"{key}={value}") for key, value in args.overrides.items()}
+    args = replace(args, data=given_data(args.data, overrides))
     last = yolo_checkpoint(args, overrides)
     model = str(last or overrides.pop("model", "yolov8n.yaml"))
     try:
@@ -233,6 +247,8 @@ def coco_content(path):
 def coco_split(folder, split):
     """Annotation file and image folder (both relative to ``folder``) of "train" or "val" in a COCO layout."""
     files = sorted(f for f in (folder / "annotations").glob("*.json") if split in f.stem)
+    if len(files) > 1:  # COCO's own folder has captions and keypoints too
+        files = [file for file in files if file.stem.startswith("instances")]
     if len(files) != 1:
         raise UsageError(f"{folder}/annotations must hold exactly one {split} .json, but holds {len(files)}.")
     first = coco_content(files[0])["images"][0]["file_name"]

@@ -117,7 +117,9 @@ def test_auto_has_no_meaning_for_a_loss_alone():
         (["mine={cls: 3}"], "mine must hold a dict of losses"),
         (["seeds=3", "grid.yaml"], "a YAML file of a whole grid is for detloss ablate"),
         (["none.py"], "there is no none.py"),
-        (["FocalLoss", "--json", f"{__file__}/found.json"], "is no folder that you may write in"),
+        (["FocalLoss", "--json", "."], "cannot write .: Is a directory"),
+        (["FocalLos", "--json", "new.json"], "did you mean FocalLoss"),
+        (["FocalLoss", "--json", f"{__file__}/found.json"], "cannot write "),
     ],
 )
 def test_mistakes_are_one_sentence(words, says, tmp_path, monkeypatch):
@@ -128,3 +130,4 @@ def test_mistakes_are_one_sentence(words, says, tmp_path, monkeypatch):
     assert done.exit_code == 2, done.output
     assert says in done.output
     assert len(done.output.strip().splitlines()) == 1
+    assert not (tmp_path / "new.json").exists()
