@@ -2,6 +2,8 @@
 
 import copy
 import logging
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -507,10 +509,13 @@ def test_resume_continues_with_our_losses(interrupted, trained):
     assert trained_losses(run / "weights" / "best.pt")["losses"] == load_losses(losses, task)
 
 
+# As a process of a launch, but for the other processes: the group has this one alone.
 WORKER = """
 import sys, torch
-from ultralytics.utils import DEFAULT_CFG_DICT
+from ultralytics.utils import DEFAULT_CFG_DICT, RANK
 from ultralytics.utils.patches import torch_load
+assert RANK == 1
+torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
 state = torch_load(sys.argv[1], map_location="cpu")
 cfg = DEFAULT_CFG_DICT.copy()
 cfg.update(save_dir="")
@@ -518,6 +523,12 @@ trainer = state["trainer"](cfg=cfg, overrides=state["args"], _callbacks=state["c
 trainer.model = state["model"]
 trainer._setup_train()
 criterion = trainer.model.init_criterion()
+trainer.epoch, trainer.metrics = 0, None  # as all but the first rank have them
+for event in ("on_train_epoch_start", "on_train_epoch_end", "on_fit_epoch_end"):
+    trainer.run_callbacks(event)
+kind = type(trainer)
+here, there = vars(sys.modules[kind.__module__]), [getattr(x, "__globals__", {}) for x in vars(kind).values()]
+print({name for values in there for name in here.keys() & values.keys() if here[name] != values[name]})
 print(type(criterion).__name__, criterion.losses)
 """
 
@@ -529,14 +540,17 @@ print(type(criterion).__name__, criterion.losses)
 def test_workers_of_a_multi_gpu_launch_build_the_same_criterion(name, datasets, tmp_path):
     losses, task, model = losses_for(name), task_of(name), model_file(name, tmp_path)
     overrides = {**SETTINGS, "data": datasets[task], "model": model, "project": str(tmp_path)}
-    trainer = make_trainer(losses, task)(overrides=overrides)
+    trainer = make_trainer(losses, task, curves=True)(overrides=overrides)
     trainer.model = trainer.get_model(cfg=model, verbose=False)
     script = generate_ddp_file(trainer)
-    state = script.replace(".py", ".pt")
-    done = subprocess.run([sys.executable, "-c", WORKER, state], capture_output=True, text=True, check=False)
+    shutil.rmtree(trainer.save_dir)  # as a launch does, and its first rank makes it again
+    worker = [sys.executable, "-c", WORKER, script.replace(".py", ".pt")]
+    rank = {**os.environ, "RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
+    done = subprocess.run(worker, capture_output=True, text=True, check=False, env=rank)
     assert done.returncode == 0, done.stderr
+    assert not list(trainer.save_dir.glob("losses.*")), "another rank than the first writes"
     kind = {"detect": "PluginDetectionLoss", "obb": "PluginOBBLoss", "rtdetr": "PluginRTDETRLoss"}[task]
-    assert done.stdout.splitlines()[-1] == f"{kind} {load_losses(losses, task)}"
+    assert done.stdout.splitlines()[-2:] == ["set()", f"{kind} {load_losses(losses, task)}"]
 
 
 STATEFUL = {"cls": {"type": "GHMC", "momentum": 0.75}, "box": {"type": "WIoULoss"}}

@@ -27,7 +27,7 @@ import inspect
 import os
 
 import torch
-from ultralytics import __version__
+from ultralytics import __version__, utils
 from ultralytics.engine import trainer as engine
 from ultralytics.utils import DEFAULT_CFG_DICT, ops, tal, torch_utils
 from ultralytics.utils import loss as stock
@@ -77,6 +77,15 @@ def check_arguments(arguments):
         require("cls_pw")
     if "LOCAL_RANK" not in os.environ and device_count(arguments.get("device")) > 1:
         require("devices")
+
+
+def rank():
+    """The place of this process in a multi-GPU launch, from 0; -1 if it is in none.
+
+    A name of the trainer's module would not do: the trainer is sent to the processes of a launch with the values that
+    the names in its methods have where it starts.
+    """
+    return utils.RANK
 
 
 def device_count(device):

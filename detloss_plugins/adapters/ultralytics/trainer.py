@@ -15,7 +15,7 @@ from ultralytics.models.yolo.obb import OBBTrainer
 from ultralytics.models.yolo.pose import PoseTrainer
 from ultralytics.models.yolo.segment import SegmentationTrainer
 from ultralytics.nn.tasks import yaml_model_load
-from ultralytics.utils import DEFAULT_CFG, LOGGER, RANK
+from ultralytics.utils import DEFAULT_CFG, LOGGER
 
 from detloss_plugins.adapters.ultralytics import compat
 from detloss_plugins.adapters.ultralytics.building import check_head, model_task, slot_gains
@@ -240,7 +240,7 @@ def make_trainer(
             given = (overrides or {}).get("task", task)
             if (given, task) != ("detect", "rtdetr"):  # to Ultralytics, RT-DETR detects
                 self.check_same_task(given)
-            if places and (RANK != -1 or compat.device_count((overrides or {}).get("device")) > 1):
+            if places and (compat.rank() != -1 or compat.device_count((overrides or {}).get("device")) > 1):
                 raise NoWeightError(
                     'loss_weight "auto" is for a training on one device: find the weights with detloss calibrate, and '
                     "write them for one on several."
@@ -251,7 +251,7 @@ def make_trainer(
             super().__init__(cfg, overrides, _callbacks)
             if "ignore" in losses and (self.args.single_cls or self.args.classes is not None):
                 raise ValueError("single_cls and classes change the labels that ignore reads: leave one of them out.")
-            if RANK in {-1, 0}:
+            if compat.rank() in {-1, 0}:
                 self.write_losses(asked)
 
         def write_losses(self, losses):
@@ -350,7 +350,7 @@ def make_trainer(
             """
             if scheduled and event in TELLS:
                 TELLS[event](self)
-            if every and RANK in {-1, 0}:
+            if every and compat.rank() in {-1, 0}:
                 if event == "on_train_epoch_start":
                     add_curves(self, every)
                 if event == "on_train_epoch_end":
