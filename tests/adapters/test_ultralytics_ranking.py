@@ -11,6 +11,7 @@ from support.ultralytics import (
     detector,
     head,
     in_slot,
+    older,
     ours,
     result,
     since,
@@ -120,6 +121,23 @@ def test_a_new_head_starts_at_the_prior_and_loaded_weights_stay(name, datasets, 
     assert (biases(trainer.get_model(f"{name}.yaml", weights=weights, verbose=False)) == -3).all()
     other = make_trainer({"cls": {"type": "FocalLoss"}}, task)(overrides=overrides)
     assert torch.equal(biases(other.get_model(f"{name}.yaml", verbose=False)), biases(detector(name)))
+
+
+def test_a_model_of_more_classes_leaves_its_new_head_the_prior(datasets, tmp_path):
+    """Ultralytics makes the layers of the classes anew there; those of a class that has the same name are kept."""
+    names = {**{number: f"class {number}" for number in range(79)}, 79: "3"}
+    weights = copy.deepcopy(detector("yolov8n", classes=80))
+    weights.names = names
+    for layer in head(weights).cv3:
+        torch.nn.init.constant_(layer[-1].bias, -3.0)
+    overrides = {**SETTINGS, "data": datasets["detect"], "model": "yolov8n.yaml", "project": str(tmp_path)}
+    trainer = make_trainer({"cls": {"type": "DRLoss"}})(overrides=overrides)
+    trainer.data["names"] = {number: f"digit {number}" for number in range(10)} | {3: "3"}
+    found = biases(trainer.get_model("yolov8n.yaml", weights=weights, verbose=False)).view(-1, 10)
+    kept = torch.arange(10) == 3
+    wanted = torch.full_like(found, 0.1)
+    torch.testing.assert_close(found.sigmoid()[:, ~kept], wanted[:, ~kept])
+    assert older("8.4.104") or (found[:, kept] == -3).all()
 
 
 def test_a_joint_loss_of_ranking_losses(batch):

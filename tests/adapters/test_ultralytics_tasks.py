@@ -39,6 +39,7 @@ from table import ultralytics_detectors
 from ultralytics import RTDETR, YOLO
 from ultralytics.cfg import get_cfg
 from ultralytics.models.utils.loss import RTDETRDetectionLoss
+from ultralytics.models.yolo import yoloe
 from ultralytics.models.yolo.world import WorldTrainer
 from ultralytics.nn.tasks import (
     DetectionModel,
@@ -429,6 +430,25 @@ def test_visual_prompts_are_refused(batches):
     install(model, LOSSES)
     with pytest.raises(ValueError, match="visual prompts"):
         model.loss({**batches["detect"], "visuals": torch.zeros(8, 1, 8, 8)})
+
+
+@since("8.4.190", "it asks a text encoder, whose weights would be downloaded")
+@pytest.mark.parametrize("task", ["detect", "segment"])
+def test_linear_probing_goes_on_with_its_weights(task):
+    """It must have some: here those of a head that its texts are fused into, as another such training leaves it."""
+    base = {"detect": yoloe.YOLOEPETrainer, "segment": yoloe.YOLOEPESegTrainer}[task]
+    trainer = object.__new__(make_trainer({"cls": {"type": "RankSortLoss"}}, task, trainer=base))
+    names = {number: str(number) for number in range(10)}
+    trainer.data, trainer.args, trainer.resume = {"nc": 10, "channels": 3, "names": names}, get_cfg(), False
+    trainer.args.task = task
+    name = "yoloe-v8s" if task == "detect" else "yoloe-v8s-seg"
+    weights = text_model(name).eval()
+    weights.set_classes(list(names.values()), torch.zeros(1, 10, head(weights).embed))
+    head(weights).fuse(weights.pe)
+    for bias in class_biases(head(weights)):
+        torch.nn.init.constant_(bias, -3.0)
+    model = trainer.get_model(f"{name}.yaml", weights=weights, verbose=False)
+    assert all((bias == -3).all() for bias in class_biases(head(model)))
 
 
 def test_any_trainer_can_be_the_base():

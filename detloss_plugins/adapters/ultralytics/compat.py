@@ -79,6 +79,11 @@ def check_arguments(arguments):
         require("devices")
 
 
+def probes(trainer):
+    """Whether a class of trainer does YOLOE's linear probing; some versions have none, or no common base."""
+    return any(base.__name__ in ("YOLOEPETrainer", "YOLOEPESegTrainer") for base in trainer.__mro__)
+
+
 def rank():
     """The place of this process in a multi-GPU launch, from 0; -1 if it is in none.
 

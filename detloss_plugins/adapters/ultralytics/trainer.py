@@ -75,11 +75,26 @@ def class_biases(head):
     return [layer.bias for layer in layers]
 
 
-def start_at_prior(model, prior):
-    """Give a new head the class scores that its class loss should start with."""
-    for bias in class_biases(model.model[-1]):
-        torch.nn.init.constant_(bias, math.log(prior / (1 - prior)))
+def start_at_prior(model, prior, weights=None):
+    """Give a new head the class scores that its class loss should start with, and load weights if there are any.
+
+    If the model of the weights has another number of classes, loading them makes the layers of the classes anew and
+    calls the head's ``bias_init``: those start at the prior too.
+    """
+    head = model.model[-1]
+
+    def set_biases():
+        for bias in class_biases(head):
+            torch.nn.init.constant_(bias, math.log(prior / (1 - prior)))
+
+    set_biases()
     LOGGER.info(f"detloss_plugins: class scores start at {prior:g}, unless weights are loaded")
+    if weights:
+        head.bias_init = lambda: (type(head).bias_init(head), set_biases())
+        try:
+            model.load(weights)
+        finally:
+            del head.bias_init
 
 
 def class_counts(dataset, classes, ignored=()):
@@ -229,7 +244,8 @@ def make_trainer(
     losses = with_weights(losses, default_weights(losses))  # until they are
     scheduled = any(isinstance(build_loss(cfg), ScheduledLoss) for slot, cfg in losses.items() if slot != "ignore")
     of_classes = losses.get("cls") or losses.get("loss_class")
-    prior = default_prior(build_loss(of_classes)) if of_classes else None
+    # Linear probing must have weights, and trains on with them.
+    prior = default_prior(build_loss(of_classes)) if of_classes and not compat.probes(base) else None
     waits_for_counts = counted(losses, []) != losses
 
     class PluginTrainer(base):
@@ -285,9 +301,7 @@ def make_trainer(
             model = super().get_model(cfg, weights if prior is None else None, verbose)
             check_head(model, self.plugin_losses)
             if prior is not None:
-                start_at_prior(model, prior)
-                if weights:
-                    model.load(weights)
+                start_at_prior(model, prior, weights)
             if self.resume and places:
                 self.settle(self.weights_to_go_on_with(getattr(weights, RECORD, {"losses": {}})))
             if self.resume:
