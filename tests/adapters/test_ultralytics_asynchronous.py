@@ -327,6 +327,16 @@ def test_a_cpu_keeps_the_stock_way(batches):
     assert isinstance(criterion.assigner, TaskAlignedAssigner)
 
 
+@pytest.mark.parametrize("rotated", [False, True])
+def test_a_batch_without_objects_is_left_to_the_stock_assigner(rotated):
+    """Which criteria of other tasks and those that are observed call with no column for them."""
+    stock = stock_assigner(rotated, 10, 10)
+    scores, pred, points, *objects = scene(0, "plain", 2, 3, rotated, (8, 8))
+    inputs = scores, pred, points, *(x[:, :0] for x in objects)
+    for found, expected in zip(FastAssigner(stock)(*inputs), stock(*inputs), strict=True):
+        assert torch.equal(found, expected)
+
+
 def test_out_of_memory_goes_image_by_image(batches, asynchronous, monkeypatch):
     def full(*_):
         raise torch.cuda.OutOfMemoryError

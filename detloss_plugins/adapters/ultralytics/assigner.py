@@ -115,10 +115,13 @@ class FastAssigner:
         self.fast = compiled(functools.partial(assign, copied), "The assigner", key)
 
     @torch.no_grad()
-    def __call__(self, *inputs):
+    def __call__(self, scores, boxes, points, labels, objects, valid):
         """See :func:`assign`."""
+        inputs = scores, boxes, points, labels, objects, valid
+        if not objects.shape[1]:
+            return self.stock(*inputs)
         try:
-            with without_autocast(inputs[0].device):
+            with without_autocast(scores.device):
                 return self.fast(*inputs)[:5]
         except torch.cuda.OutOfMemoryError:
             return self.stock(*inputs)  # which goes image by image
