@@ -370,6 +370,9 @@ class ConfidenceWeightedLoss(
     def observe(self, pred, target, weight):
         return self.base.observe(pred, target, weight)
 
+    def normalizer(self, count, seen):
+        return self.base.normalizer(count, seen)
+
     def unweighted(self, pred, target, seen):
         elements, valid = self.base.unweighted(pred, target, seen)
         elements = self.base.loss_weight * elements

@@ -179,6 +179,34 @@ def test_a_loss_with_a_normaliser_of_its_own_keeps_it(weights, batch):
         torch.testing.assert_close(items["cls_loss"], expected.detach(), rtol=1e-3 if half else 1e-5, atol=0)
 
 
+@pytest.mark.parametrize(
+    "weights",
+    [
+        pytest.param(None, id="plain"),
+        pytest.param(torch.arange(1.0, 11), id="class weights", marks=NO_CLASS_WEIGHTS),
+    ],
+)
+def test_a_loss_with_a_normaliser_of_its_own_keeps_it_in_another(weights, batch):
+    """Beside a loss without one, in a JointLoss or two; and as the base of another."""
+    model = detector("yolov8n")
+
+    def cls_loss(cfg):
+        model.class_weights = weights
+        criterion = ours(model, {"cls": cfg})
+        model.class_weights = None
+        return result(model, criterion, batch)[1]["cls_loss"]
+
+    ghm, bce = {"type": "GHMC", "loss_weight": 3.0}, {"type": "BinaryCrossEntropyLoss"}
+    alone = cls_loss(ghm)
+    inner = {"type": "JointLoss", "losses": [bce, ghm], "loss_weight": 0.5}
+    torch.testing.assert_close(cls_loss(inner), 0.5 * (alone + cls_loss(bce)))
+    outer = {"type": "JointLoss", "losses": [inner, bce], "loss_weight": 2.0}
+    torch.testing.assert_close(cls_loss(outer), alone + 3 * cls_loss(bce))
+    wrapped = {"type": "ConfidenceWeightedLoss", "base": ghm, "power": 0.0, "loss_weight": 1.0}
+    assert 0.9 * alone < cls_loss(wrapped) < alone  # (1 - Q_fg)^0 Q_bg is about 1 at first
+    assert 0.9 * alone < cls_loss({"type": "SlideLoss", "base": ghm}) < 3 * alone  # its weights are 1 to e
+
+
 def test_a_rebuilt_criterion_compiles_nothing_again(batch, monkeypatch):
     """A loss has one kernel for training and one for validation, and every criterion of the process shares them."""
     made, losses = [], {**LOSSES, "dfl": {"type": "DistributionFocalLoss"}}

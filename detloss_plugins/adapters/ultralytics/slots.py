@@ -7,7 +7,8 @@ from ultralytics.utils.tal import bbox2dist
 from detloss_plugins.adapters.curves import part_values
 from detloss_plugins.adapters.ultralytics import compat
 from detloss_plugins.adapters.ultralytics.assigner import boxes_of, sides_of, sum_of_head
-from detloss_plugins.losses import ScheduledLoss, in_turn
+from detloss_plugins.loss import Loss
+from detloss_plugins.losses import JointLoss, ScheduledLoss, in_turn
 from detloss_plugins.precision import float32, is_asynchronous, without_autocast
 from detloss_plugins.reduction import apply_weight
 
@@ -30,9 +31,11 @@ class ClassSlot:
         self.loss, self.regions = loss, regions
         self.weighs = weighs  # whether the criterion weights the classes
         self.of_elements = weighs or loss.family == "ranking" or loss.facts.self_normalized
+        own = any(part.facts.self_normalized for part in loss.modules() if isinstance(part, Loss))
+        self.by_parts = isinstance(loss, ScheduledLoss) or (own and isinstance(loss, JointLoss))
 
     def __call__(self, pred_scores, target_scores):
-        if isinstance(self.loss, ScheduledLoss):
+        if self.by_parts:
             found = ((slot(pred_scores, target_scores), share) for slot, share in self.in_turn())
             return sum(share * (values if self.weighs else values.sum()) for values, share in found)
         target = self.wanted(target_scores)
@@ -55,8 +58,10 @@ class ClassSlot:
         return self.loss.loss_weight * elements.view_as(pred_scores)
 
     def in_turn(self):
-        """Of a ScheduledLoss, the losses that count now, each in such a slot, and the share of each."""
-        return [(ClassSlot(loss, self.weighs, self.regions), share) for loss, share in in_turn(self.loss)]
+        """The losses that a joint or scheduled one is made of and count now, each in such a slot, and their shares."""
+        parts = [(part, self.loss.loss_weight) for part in self.loss.losses]
+        parts = in_turn(self.loss) if isinstance(self.loss, ScheduledLoss) else parts
+        return [(ClassSlot(loss, self.weighs, self.regions), share) for loss, share in parts]
 
     def wanted(self, target_scores):
         """The targets, negative in what is left out."""
@@ -64,7 +69,7 @@ class ClassSlot:
 
     def parts(self, pred_scores, target_scores):
         """What each loss that the slot's is made of has in the sum."""
-        if not isinstance(self.loss, ScheduledLoss):
+        if not self.by_parts:
             return part_values(self.loss, pred_scores, self.wanted(target_scores), reduction_override="sum")
         values = {slot.loss: share * slot(pred_scores, target_scores).sum() for slot, share in self.in_turn()}
         return [values.get(part, torch.zeros(())) for part in self.loss.losses]

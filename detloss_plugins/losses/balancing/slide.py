@@ -124,6 +124,9 @@ class SlideLoss(
     def observe(self, pred, target, weight):
         return {**super().observe(pred, target, weight), "base": self.base.observe(pred, target, weight)}
 
+    def normalizer(self, count, seen):
+        return self.base.normalizer(count, seen["base"])
+
     def unweighted(self, pred, target, seen):
         of_base, valid = self.base.unweighted(pred, target, seen["base"])  # the target in its form, which may say more
         given = {"mean_iou": seen["mean_iou"], "elements": self.base.loss_weight * of_base}

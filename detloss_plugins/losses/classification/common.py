@@ -85,10 +85,14 @@ class SoftmaxOrSigmoid(ClassificationLoss):
 
 
 def over_base(facts: Facts, base: Loss) -> Facts:
-    """The facts of a classification loss that weighs the per-element losses of another one."""
+    """The facts of a classification loss that weighs the per-element losses of another one.
+
+    If that has a normaliser of its own, it is the weighed one's too, whose ``normalizer`` must give it.
+    """
     return facts.but(
         row_wise=facts.row_wise and base.facts.row_wise,
         sums_classes=base.facts.sums_classes,
+        self_normalized=base.facts.self_normalized,
         one_per_row=base.facts.one_per_row,
         true_gradient=facts.true_gradient and base.facts.true_gradient,
         needs_mining=base.facts.needs_mining,
