@@ -1,6 +1,8 @@
 """Class weights and label smoothing in the ``cls`` slot of YOLO."""
 
+import copy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +20,9 @@ from support.ultralytics import (
     task_of,
 )
 from ultralytics import YOLO
+from ultralytics.cfg import get_cfg
 from ultralytics.data.utils import check_det_dataset
+from ultralytics.utils.torch_utils import ModelEMA
 
 from detloss_plugins.adapters.ultralytics import install, make_trainer, trained_losses
 from detloss_plugins.adapters.ultralytics.config import counted, load_losses, unlike
@@ -138,3 +142,20 @@ def test_effective_weights_of_a_training_are_those_of_its_labels(name, datasets,
     yolo = YOLO(str(tmp_path / "run" / "weights" / "last.pt"))
     yolo.train(resume=True, trainer=make_trainer(tmp_path / "run" / "losses.yaml", task_of(name)))
     assert "resumes with another" not in caplog.text
+
+
+def test_effective_weights_reach_a_copy_that_was_made_before_them(batches):
+    """As the model that validates is in Ultralytics before 8.4.140."""
+    trainer = object.__new__(make_trainer({"cls": {"type": "FocalLoss", "class_weight": "effective"}}))
+    trainer.model, trainer.args = copy.deepcopy(detector("yolov8n")), get_cfg()
+    trainer.data = {"nc": 10, "names": {number: str(number) for number in range(10)}}
+    dataset = SimpleNamespace(labels=[{"cls": torch.arange(10.0).repeat_interleave(torch.arange(10) + 1)}])
+    trainer.train_loader = SimpleNamespace(dataset=dataset)
+    trainer.set_model_attributes()
+    trainer.ema = ModelEMA(trainer.model)
+    trainer.set_class_weights()
+    loss = trainer.model.loss(batches["detect"])[0]
+    trainer.hand_state_to_ema()
+    copied = trainer.ema.ema.train()
+    torch.testing.assert_close(copied.loss(batches["detect"])[0], loss)
+    assert trained_losses(copied)["losses"]["cls"]["class_counts"] == list(range(1, 11))

@@ -385,9 +385,13 @@ def make_trainer(
             return super().validate()
 
         def hand_state_to_ema(self):
-            """Validation and the checkpoint are the EMA model's; the state is the training criterion's."""
+            """Validation and the checkpoint are the EMA model's; the state is the training criterion's.
+
+            So are the losses: before Ultralytics 8.4.140, that model is copied before the objects are counted.
+            """
             model, ema = student(compat.unwrap_model(self.model)), student(self.ema.ema)
-            getattr(ema, RECORD)["state"] = criterion_state(model.criterion)
+            losses, state = getattr(model, RECORD)["losses"], criterion_state(model.criterion)
+            getattr(ema, RECORD).update(losses=losses, state=state)
             if ema.criterion is not None:  # of the validation before
                 ema.criterion = ema.init_criterion()
 
