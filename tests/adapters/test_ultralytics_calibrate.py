@@ -18,6 +18,7 @@ from support.ultralytics import (
     overlapping,
     since,
     third,
+    without_objects,
 )
 from ultralytics import RTDETR, YOLO
 from ultralytics.cfg import get_cfg
@@ -123,6 +124,20 @@ def test_the_gradients_are_those_of_a_training_with_the_loss(batches):
                 expected = (norm[slot].sum(1) * mask).sum().item()
                 assert positive * gains[slot] * images == pytest.approx(expected, rel=1e-4)
                 assert positive < 0.999 * total
+
+
+@pytest.mark.parametrize("name", ["yolov8n", "yolov8n-obb"])
+def test_a_batch_without_objects_is_no_measure(name, batches):
+    """Some criteria call no box criterion there."""
+    task, box = ("obb", "KLDLoss") if name.endswith("obb") else ("detect", "CIoULoss")
+    model, batch = detector(name), without_objects(batches[task])
+    wanted = [candidate(box, task), candidate("VarifocalLoss", task)]
+    criterion = ours(model, {})
+    found = looking(criterion, model, wanted)
+    criterion(model(batch["img"]), batch)
+    assert all(amounts(found, "box", label) == [0, 0] for label in (STOCK, wanted[0].label))
+    assert amounts(found, "cls", STOCK)[0] > 0
+    assert [suggestion.weight for suggestion in found.suggestions(wanted)] == [None, None]
 
 
 def test_looking_changes_nothing_and_states_see_every_batch(batches):

@@ -65,6 +65,8 @@ class _Kept(Slots):
     def of_slot(self, other, slot):
         """The amounts of the gradient that the loss of a slot has, in ``other`` of the same batch, or in itself."""
         call = "cls" if slot == "cls" else "box"
+        if call not in self.called:  # without positives, not every box criterion is
+            return torch.zeros(2)
         (at, *_) = self.called[call]
         if other is not self:
             other.normalizer = self.normalizer
