@@ -424,6 +424,27 @@ def test_every_detector_of_the_readme_takes_steps(task, head_name, batches):
     assert sum(moved) > len(moved) / 2
 
 
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("class_weight", {"type": "QualityFocalLoss", "class_weight": [2.0] * 10}),
+        ("class_weight", {"type": "SlideLoss", "base": {"type": "FocalLoss", "class_weight": "effective"}}),
+        ("class_weight", {"type": "CrossEntropyLoss", "use_sigmoid": True, "class_weight": [2.0] * 10}),
+        ("alpha", {"type": "FocalLoss", "alpha": [0.5] * 10}),
+        ("pos_weight", {"type": "BinaryCrossEntropyLoss", "pos_weight": [2.0] * 10}),
+    ],
+)
+def test_weights_of_classes_that_are_texts_are_refused(name, settings):
+    """Where the channels are those of the prompts of an image; not where the texts are fused into the head."""
+    model = text_model("yoloe-v8s").eval()
+    for losses in (settings, {"type": "ScheduledLoss", "losses": [{"type": "GHMC"}, settings], "at": [1]}):
+        with pytest.raises(ValueError, match=f"are texts, which differ from image to image: leave {name} out"):
+            install(model, {"cls": losses})
+    model.set_classes([str(number) for number in range(10)], torch.zeros(1, 10, head(model).embed))
+    head(model).fuse(model.pe)
+    install(model, {"cls": settings})
+
+
 def test_visual_prompts_are_refused(batches):
     """They have a criterion of their own, and would train the stock losses without a word."""
     model = text_model("yoloe-v8s")

@@ -88,11 +88,18 @@ def check_head(model: torch.nn.Module, losses: Mapping[str, Any]) -> None:
 
 
 def check_class_weights(model, losses):
-    """Raise ``ValueError`` if a loss has weights, or another setting, for another number of classes than the model."""
-    classes = model.model[-1].nc
+    """Raise ``ValueError`` if a loss has weights, or another setting, for another number of classes than the model.
+
+    Of a model whose channels are those of the texts of an image, for any number.
+    """
+    head = model.model[-1]
+    classes, texts = head.nc, hasattr(model, "set_classes") and not getattr(head, "is_fused", False)
     losses = counted(losses, [1] * classes)  # which may not be known yet
     for loss in build_losses(losses, classes, "cpu").values():
         for part in loss.modules():
+            for name in ("class_weight", "alpha", "pos_weight"):
+                if texts and isinstance(getattr(part, name, None), list | tuple | str):
+                    refuse_for_texts(name)
             weights = getattr(part, "class_factors", None)
             if weights is not None and len(weights) != classes:
                 raise ValueError(
@@ -100,6 +107,11 @@ def check_class_weights(model, losses):
                 )
             if isinstance(part, ClassificationLoss):
                 part.eval()(torch.zeros(1, classes), torch.zeros(1, classes))  # it says itself what does not fit
+
+
+def refuse_for_texts(name):
+    """Say that something has no meaning for World and YOLOE."""
+    raise ValueError(f"The classes of World and YOLOE are texts, which differ from image to image: leave {name} out.")
 
 
 def check_ignored(model, losses):
@@ -113,9 +125,7 @@ def check_ignored(model, losses):
         return []
     compat.require("ignore")
     if hasattr(model, "set_classes"):
-        raise ValueError(
-            "The classes of World and YOLOE are texts, which differ from image to image: leave ignore out."
-        )
+        refuse_for_texts("ignore")
     return ignored_classes(losses, model.names)
 
 
