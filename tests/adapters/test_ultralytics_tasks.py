@@ -563,6 +563,16 @@ def test_tuning_trains_our_losses(name, datasets, tmp_path):
 
 
 @since("8.4.76", "its tuner takes no trainer")
+def test_tuning_by_ray_is_refused(monkeypatch):
+    """It would tune the stock losses without a word."""
+    from ultralytics.utils import tuner
+
+    monkeypatch.setattr(tuner, "run_ray_tune", lambda *_, **__: None)
+    with pytest.raises(ValueError, match="leave use_ray out"):
+        tune(YOLO("yolov8n.yaml"), make_trainer(LOSSES), iterations=1, use_ray=True, data="coco8.yaml")
+
+
+@since("8.4.76", "its tuner takes no trainer")
 def test_tuning_leaves_the_stock_class(datasets):
     from ultralytics.engine import trainer as engine
 

@@ -417,8 +417,11 @@ def tune(model: Any, trainer: type, iterations: int = 10, **settings: Any) -> An
 
     Raises:
         RuntimeError: if this version of Ultralytics is older than 8.4.76, whose tuner takes no trainer.
+        ValueError: for ``use_ray``: that search trains the stock losses.
     """
     compat.require("tune")
+    if settings.get("use_ray"):
+        raise ValueError("Ray's search takes no trainer and would tune the stock losses: leave use_ray out.")
     from ultralytics.engine import trainer as engine
 
     stock = engine.MultiTrainer
