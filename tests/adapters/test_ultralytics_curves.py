@@ -8,7 +8,7 @@ from support.ultralytics import SETTINGS, branches, called, detector, known, old
 from ultralytics import YOLO
 
 from detloss_plugins.adapters.ultralytics import criterion_state, make_trainer
-from detloss_plugins.adapters.ultralytics.curves import Curves, scalars
+from detloss_plugins.adapters.ultralytics.curves import Curves, append, scalars
 from detloss_plugins.losses import set_progress
 
 LOSSES = {
@@ -152,6 +152,27 @@ def test_every_logger_gets_them_and_results_csv_does_not(data, tmp_path):
     assert rows[0].keys() == {"epoch", *LOOKS, *STATE}
     assert float(rows[1]["losses/cls/progress"]) == 1
     assert not (tmp_path / "without" / "losses.csv").exists()
+
+
+def test_a_row_stands_below_its_own_columns(tmp_path):
+    """Also of a run that resumes with another loss."""
+    file = tmp_path / "losses.csv"
+    for epoch, values in enumerate(({"a": 1.0, "b": 2.0}, {"b": 3.0, "c": 4.0}, {"a": 5.0, "b": 6.0}), 1):
+        append(file, epoch, values)
+    assert file.read_text(encoding="utf-8").splitlines() == ["epoch,a,b,c", "1,1,2,", "2,,3,4", "3,5,6,"]
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("curves", [True, False])
+def test_a_run_in_the_folder_of_another_keeps_none_of_its_rows(curves, data, tmp_path):
+    """As Ultralytics keeps none of results.csv."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "losses.csv").write_text("epoch\n1\n", encoding="utf-8")
+    settings = {**SETTINGS, "data": data, "model": "yolov8n.yaml", "project": str(tmp_path), "name": "run"}
+    trainer = make_trainer(LOSSES, curves=curves)
+    assert trainer(overrides={**settings, "exist_ok": True}).save_dir == folder
+    assert not (folder / "losses.csv").exists()
 
 
 def test_tensorboard(data, tmp_path, monkeypatch):

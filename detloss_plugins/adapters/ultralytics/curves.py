@@ -115,13 +115,18 @@ def scalars(criterion):
 
 
 def append(file, epoch, values):
-    """Add a row to a CSV file whose columns are those of its first row."""
-    new = not file.exists()
-    with file.open("a", encoding="utf-8", newline="") as stream:
-        writer = csv.writer(stream)
-        if new:
-            writer.writerow(["epoch", *values])
-        writer.writerow([epoch, *(f"{value:.6g}" for value in values.values())])
+    """Add a row to a CSV file; a column that is new is empty in the rows before it, one that is gone in this one."""
+    rows = []
+    if file.exists():
+        with file.open(encoding="utf-8", newline="") as stream:
+            rows = list(csv.DictReader(stream))
+    rows.append({"epoch": epoch, **{name: f"{value:.6g}" for name, value in values.items()}})
+    beside = file.with_suffix(".unfinished")  # as a run may be killed
+    with beside.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, list(dict.fromkeys(name for row in rows for name in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+    beside.replace(file)
 
 
 def gradient_norm(value, outputs):

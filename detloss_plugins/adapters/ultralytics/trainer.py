@@ -269,6 +269,8 @@ def make_trainer(
                 raise ValueError("single_cls and classes change the labels that ignore reads: leave one of them out.")
             if compat.rank() in {-1, 0}:
                 self.write_losses(asked)
+                if not self.resume:  # what is there is another run's, as it is of results.csv
+                    (self.save_dir / CURVES_FILE).unlink(missing_ok=True)
 
         def write_losses(self, losses):
             text = LOSSES_HEAD + yaml.safe_dump(losses, sort_keys=False)
