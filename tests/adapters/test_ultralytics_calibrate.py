@@ -140,6 +140,23 @@ def test_a_batch_without_objects_is_no_measure(name, batches):
     assert [suggestion.weight for suggestion in found.suggestions(wanted)] == [None, None]
 
 
+@since("8.4.37", "it counts no objects")
+def test_a_candidate_counts_the_objects_that_a_training_with_it_counts(datasets, tmp_path, monkeypatch):
+    """Without those of a class that is ignored."""
+    ready = []
+
+    def begins(model, criterion, candidates, *_):
+        ready.extend(candidates)
+        raise module.Finished
+
+    monkeypatch.setattr(module, "Look", begins)
+    wanted = [candidate({"type": "FocalLoss", "class_weight": "effective"})]
+    settings = {**SETTINGS, "data": datasets["detect"], "epochs": 1}
+    calibrate(wanted, "yolov8n.yaml", steps=1, looks=1, ignore={"classes": ["3", 7]}, **settings)
+    counts = ready[0].cfg["class_counts"]
+    assert [index for index, count in enumerate(counts) if not count] == [3, 7]
+
+
 def test_looking_changes_nothing_and_states_see_every_batch(batches):
     """A candidate with a state has the one that it would have in a training, and no step sees it twice."""
     model, batch = detector("yolov8n"), batches["detect"]

@@ -29,6 +29,7 @@ from detloss_plugins.adapters.ultralytics.building import check_head, model_task
 from detloss_plugins.adapters.ultralytics.config import SLOTS, at, counted, filled, load_losses, waiting, without_weight
 from detloss_plugins.adapters.ultralytics.criterion import branches
 from detloss_plugins.adapters.ultralytics.curves import Slots, as_leaves
+from detloss_plugins.adapters.ultralytics.ignore import ignored_classes
 from detloss_plugins.adapters.ultralytics.model import open_model, student
 from detloss_plugins.adapters.ultralytics.per_image import branch_weight
 from detloss_plugins.adapters.ultralytics.trainer import class_counts, criterion_of, make_trainer
@@ -278,7 +279,8 @@ def calibrate(
             self.done = 0
             self.epochs = max(self.epochs, -(-steps // len(self.train_loader)))  # of a small set
             trained = student(compat.unwrap_model(self.model))
-            counts = class_counts(self.train_loader.dataset, self.data["nc"])
+            ignored = ignored_classes(self.plugin_losses, trained.names)
+            counts = class_counts(self.train_loader.dataset, self.data["nc"], ignored)
             ready = [Candidate(c.label, c.slot, counted(c.cfg, counts), c.default) for c in candidates]
             criterion = criterion_of(self)
             if task == "rtdetr":
