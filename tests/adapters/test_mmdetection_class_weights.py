@@ -1,12 +1,16 @@
 """Class weights and label smoothing in the heads of mmdet."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from support.mmdetection import DIGITS, backward, build, config, run, small
 
+from detloss_plugins.adapters.mmdetection import ClassCountsHook
 from detloss_plugins.families import effective_weights
+from detloss_plugins.losses import FocalLoss
 
 WEIGHTS = [0.5, 2.0, 0.25, 1.0, 3.0, 0.25, 1.5, 1.0, 0.75, 4.0]
 
@@ -41,11 +45,13 @@ class Look(Hook):
 
 
 def test_the_hook_counts_the_training_set(tmp_path, mmdet_scope):
+    """Before EMAHook copies the model, as its updates pair the buffers of the two by their order."""
     look = Look()
     loss = {"type": "detloss_plugins.QualityFocalLoss", "use_sigmoid": True, "class_weight": "effective"}
     cfg = small(DIGITS)
     cfg.model.bbox_head.loss_cls = loss
-    hooks = [{"type": "detloss_plugins.adapters.mmdetection.ClassCountsHook"}]
+    averages = {"type": "EMAHook", "ema_type": "ExpMomentumEMA", "update_buffers": True, "priority": 49}  # RTMDet's
+    hooks = [averages, {"type": "detloss_plugins.adapters.mmdetection.ClassCountsHook"}]
     run(tmp_path, look, model=cfg.model, custom_hooks=hooks, train_cfg={**config(DIGITS).train_cfg, "max_epochs": 1})
     options = {**config(DIGITS).train_dataloader}
     dataset = Runner.build_dataloader({**options, "dataset": {**options["dataset"], "indices": 8}}, seed=0).dataset
@@ -53,3 +59,11 @@ def test_the_hook_counts_the_training_set(tmp_path, mmdet_scope):
     expected = effective_weights([labels.count(index) for index in range(10)])
     assert len(set(expected)) > 1
     assert look.weights == pytest.approx(expected)
+
+
+def test_nothing_is_counted_before_a_test(mmdet_scope):
+    """mmengine calls the hooks of a test in the same place; its runner has the config of an optimizer, or none."""
+    for optimizer in (None, config(DIGITS).optim_wrapper):
+        loss = FocalLoss(class_weight="effective")
+        ClassCountsHook().before_run(SimpleNamespace(optim_wrapper=optimizer, model=loss))
+        assert loss.class_counts is None
