@@ -65,6 +65,37 @@ def test_channels_of_seesaw_loss():
     assert build(stock).roi_head.bbox_head.fc_cls.out_features == 12
 
 
+@pytest.mark.parametrize("name", ["detr/detr_r50_8xb2-150e_coco", "maskformer/maskformer_r50_ms-16xb1-75e_coco"])
+def test_weights_of_classes_that_a_head_reads_from_the_config(name):
+    """MaskFormer's, as Mask2Former's, cannot be built without, and DETR's makes them of two numbers."""
+    cfg = get_config(f"mmdet::{name}.py")
+    cfg.model.backbone.init_cfg = None
+    head = cfg.model.get("panoptic_head", cfg.model.get("bbox_head"))
+    for part in (cfg.model.get("encoder"), cfg.model.get("decoder"), head.get("transformer_decoder")):
+        if part:
+            part.num_layers = 1
+    given = dict(head.loss_cls)
+    head.loss_cls.type = "detloss_plugins.CrossEntropyLoss"
+    stock = stock_config(cfg).model
+    loss = stock.get("panoptic_head", stock.get("bbox_head")).loss_cls
+    assert loss.type == "mmdet.CrossEntropyLoss"
+    for key in ("class_weight", "bg_cls_weight"):
+        assert loss.get(key) == given.get(key)
+
+
+def test_a_config_that_cannot_be_written_ends_no_training(tmp_path, caplog):
+    """Whatever the reason, such as an operator that cannot be built a second time."""
+
+    class Runner:
+        work_dir, cfg = tmp_path, small(DIGITS)
+        logger = __import__("logging").getLogger("stock")
+
+    Runner.cfg.model.bbox_head.type = "NoHead"
+    StockConfigHook().before_train(Runner)
+    assert "No config for inference was written: KeyError" in caplog.text
+    assert not list(tmp_path.iterdir())
+
+
 def test_hooks_and_imports_of_ours_go():
     cfg = Config({**small(DIGITS), "custom_imports": dict(imports=["detloss_plugins", "json"])})
     cfg.custom_hooks = [dict(type="SyncBuffersHook"), dict(type="detloss_plugins.adapters.mmdetection.StockConfigHook")]

@@ -10,8 +10,8 @@ from mmengine.hooks import Hook
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.utils import get_object_from_string
 
-from detloss_plugins.adapters.mmdetection.check import our_losses
-from detloss_plugins.registry import SCOPE, build_loss
+from detloss_plugins.adapters.mmdetection.check import build_alone, our_losses
+from detloss_plugins.registry import SCOPE
 
 # Of each family, a loss that makes a head of mmdet the same at inference.
 STOCK = {
@@ -26,6 +26,8 @@ STOCK = {
 }
 # Of ours that a head looks at by name, as they say more of it than their family, and what of their settings it is.
 BY_NAME = {"SeesawLoss": ("num_classes", "p", "q", "return_dict"), "SmoothL1Loss": (), "MSELoss": ()}
+# Settings that MaskFormer's, Mask2Former's and DETR's head take out of the config of their class loss.
+READ_FROM_CONFIG = ("class_weight", "bg_cls_weight")
 
 
 class NotStockError(ValueError):
@@ -59,13 +61,15 @@ def stock_config(cfg: Config) -> Config:
 
 
 def _stock_loss(loss):
-    built, name = build_loss(loss), type(build_loss(loss)).__name__
+    built = build_alone(loss)
+    name = type(built).__name__
     if built.family not in STOCK:
         raise NotStockError(f"mmdet has no loss like {name}.")
     made = {"type": f"mmdet.{name if name in BY_NAME else STOCK[built.family]}"}
     made |= {key: getattr(built, key) for key in BY_NAME.get(name, ())}
     if STOCK[built.family] == "CrossEntropyLoss" and name not in BY_NAME:
         made |= {"use_sigmoid": built.use_sigmoid}
+        made |= {key: loss[key] for key in READ_FROM_CONFIG if isinstance(loss.get(key), float | list)}
         if getattr(built, "use_mask", False):
             made = {"type": "mmdet.CrossEntropyLoss", "use_mask": True}
     return made
@@ -129,5 +133,7 @@ class StockConfigHook(Hook):
             stock_config(runner.cfg).dump(path)
         except NotStockError as error:
             runner.logger.info(f"detloss_plugins is needed at inference too: {error}")
+        except Exception as error:  # without which the training is what it was
+            runner.logger.warning(f"No config for inference was written: {type(error).__name__} {error}")
         else:
             runner.logger.info(f"for inference where detloss_plugins is not installed: {path}")
