@@ -55,6 +55,9 @@ def check_fit(head: nn.Module, name: str, loss: nn.Module, whole: nn.Module | No
         )
     if has_bins(loss) and type(head).__module__.startswith(("mmdet.models.", "detloss_plugins.")):
         raise ValueError(f"{where} decodes by bins 0, 1, 2 and so on; leave bins out of {kind}.")
+    if _is_skipped(head, name):
+        for part in (part for part in loss.modules() if isinstance(part, Loss)):
+            part.facts = part.facts.but(every_rank=False)
     if not loss.facts.every_rank and any(True for _ in loss.buffers()):
         loss.register_forward_pre_hook(_is_it_averaged)
     if name != "loss_cls":
@@ -73,6 +76,12 @@ def check_fit(head: nn.Module, name: str, loss: nn.Module, whole: nn.Module | No
             f"{where} is called level by level, where {kind} would rank each level for itself: take RankingRetinaHead "
             "or RankingATSSHead of detloss_plugins.adapters.mmdetection, or PluginSSDHead."
         )
+
+
+def _is_skipped(head, name):
+    """Whether a head calls a loss of classes in steps with positives only, which are not those of the other ranks."""
+    yolox = any(base.__name__ == "YOLOXHead" for base in type(head).__mro__)
+    return name == "loss_centerness" or (name == "loss_cls" and yolox)
 
 
 _asked = set()  # types of losses, once in a process
