@@ -6,13 +6,24 @@ import numpy as np
 import pytest
 import torch
 from mmdet.apis import inference_detector, init_detector
+from mmdet.models.dense_heads import GFLHead
+from mmdet.models.losses import GIoULoss
 from mmengine.config import Config
+from mmengine.hooks import SyncBuffersHook
 from mmengine.hub import get_config
+from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner.checkpoint import load_state_dict
 from support.commands import python
 from support.mmdetection import CONFIG_DIR, DIGITS, Interrupt, build, run, shrink, small
 
-from detloss_plugins.adapters.mmdetection import NotStockError, StockConfigHook, stock_config
+from detloss_plugins.adapters.mmdetection import (
+    LossCurvesHook,
+    NotStockError,
+    PixelGFLHead,
+    StockConfigHook,
+    stock_config,
+)
+from detloss_plugins.losses import CIoULoss
 from detloss_plugins.testing.digits import build_digits
 
 pytestmark = pytest.mark.usefixtures("mmdet_scope")
@@ -104,6 +115,19 @@ def test_hooks_and_imports_of_ours_go():
     assert [hook.type for hook in stock.custom_hooks] == ["SyncBuffersHook"]
     cfg.custom_imports = dict(imports=["detloss_plugins"])
     assert stock_config(cfg).custom_imports is None
+
+
+def test_a_config_with_classes_in_place_of_names():
+    """Which mmengine's lazy configs have, without a default scope."""
+    cfg = small(DIGITS)
+    cfg.model.bbox_head.update(type=PixelGFLHead, loss_bbox=dict(type=CIoULoss))
+    cfg.custom_hooks = [dict(type=SyncBuffersHook), dict(type=StockConfigHook), dict(type=LossCurvesHook)]
+    stock = stock_config(cfg)
+    assert [hook.type for hook in stock.custom_hooks] == [SyncBuffersHook]
+    with DefaultScope.overwrite_default_scope(None):
+        head = MODELS.build(stock.model.bbox_head)
+    assert type(head) is GFLHead
+    assert type(head.loss_bbox) is GIoULoss
 
 
 def test_init_detector_without_this_package(tmp_path):

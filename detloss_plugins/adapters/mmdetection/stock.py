@@ -48,7 +48,7 @@ def stock_config(cfg: Config) -> Config:
         *parents, last = path.split(".")
         _inside(stock.model, parents)[int(last) if last.isdigit() else last] = _stock_loss(loss)
     for part in _dicts(stock.model):
-        if str(part.get("type")).startswith(f"{SCOPE}."):
+        if _is_ours(part):
             part.update(_stock_part(part))
             part.pop("self_balance_period", None)  # of RankingRetinaHead
     for key in ("custom_hooks", "custom_imports"):
@@ -75,13 +75,23 @@ def _stock_loss(loss):
     return made
 
 
+def _is_ours(part):
+    """Whether a dict configures something of this package."""
+    return _path(part.get("type")).startswith(f"{SCOPE}.")
+
+
+def _path(kind):
+    """The name of what a config has as a type, which in lazy ones is a class."""
+    return f"{kind.__module__}.{kind.__qualname__}" if isinstance(kind, type) else str(kind)
+
+
 def _stock_part(part):
     """The type of mmdet's class that a head of ours adds nothing to at inference."""
-    ours = get_object_from_string(part["type"])
+    ours = get_object_from_string(_path(part["type"]))
     theirs = next(base for base in ours.__mro__ if base.__module__.startswith(("mmdet.", "torch.")))
     if not (ours.__name__.startswith(("Gathered", "Pixel")) or ours.__name__ == "RankingRetinaHead"):
         raise NotStockError(f"{ours.__name__} is more than mmdet's {theirs.__name__} at inference too.")
-    return {"type": theirs.__name__}
+    return {"type": f"mmdet.{theirs.__name__}"}
 
 
 def _layers(model):
@@ -114,7 +124,7 @@ def _without_ours(entry):
     if isinstance(entry, dict):
         imports = [name for name in entry.get("imports", []) if name.split(".")[0] != SCOPE]
         return {**entry, "imports": imports} if imports else None
-    return [hook for hook in entry or [] if not str(hook.get("type")).startswith(f"{SCOPE}.")]
+    return [hook for hook in entry or [] if not _is_ours(hook)]
 
 
 class StockConfigHook(Hook):
