@@ -12,8 +12,11 @@ def class_counts(dataset) -> list[int]:
     return counts
 
 
-def count(model, runner) -> None:
-    """Give the counts of the training set of a runner to the losses in a model that wait for them."""
+def count_for(model, runner) -> None:
+    """Give the numbers of objects in the training set of a runner to the losses in a model that wait for them.
+
+    Their weights are then on the device of the runner's model.
+    """
     modules = (module for module in model.modules() if hasattr(module, "count_classes"))
     waiting = [loss for loss in modules if loss.class_weight == "effective" and loss.class_counts is None]
     if waiting:
@@ -38,4 +41,4 @@ class ClassCountsHook(Hook):
     def before_run(self, runner) -> None:
         """Count, if it is a training: a test has no optimizer, or the config of one."""
         if hasattr(runner.optim_wrapper, "step"):
-            count(runner.model, runner)
+            count_for(runner.model, runner)
