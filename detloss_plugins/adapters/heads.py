@@ -68,9 +68,7 @@ def check_fit(head: nn.Module, name: str, loss: nn.Module, whole: nn.Module | No
             f"Write use_sigmoid={use_sigmoid} in the config of {where}: the head chooses the number of channels by it, "
             f"and {type(whole or loss).__name__} is a loss with use_sigmoid={use_sigmoid}."
         )
-    weights, classes = getattr(loss, "class_factors", None), getattr(head, "num_classes", None)
-    if weights is not None and classes is not None and len(weights) != classes:
-        raise ValueError(f"{where} has {len(weights)} class weights, and the head {classes} classes.")
+    _check_class_weights(head, loss, where)
     if loss.family == "ranking" and _goes_by_level(type(head)):
         raise ValueError(
             f"{where} is called level by level, where {kind} would rank each level for itself: take RankingRetinaHead "
@@ -78,10 +76,26 @@ def check_fit(head: nn.Module, name: str, loss: nn.Module, whole: nn.Module | No
         )
 
 
+def _check_class_weights(head, loss, where):
+    weights, classes = getattr(loss, "class_factors", None), getattr(head, "num_classes", None)
+    background = _is_a(head, "BBoxHead", "SABLHead")  # which have a channel for it beside a sigmoid loss too
+    has = f"{classes} classes" + " and one for the background" * background
+    if weights is not None and classes is not None and len(weights) != classes + background:
+        raise ValueError(f"{where} has {len(weights)} class weights, and the head {has}.")
+    if background and weights is None and getattr(loss, "class_weight", None) == "effective":
+        raise ValueError(
+            f'class_weight="effective" has no meaning for {where}, as the head has {has}: write {classes + 1} numbers.'
+        )
+
+
 def _is_skipped(head, name):
     """Whether a head calls a loss of classes in steps with positives only, which are not those of the other ranks."""
-    yolox = any(base.__name__ == "YOLOXHead" for base in type(head).__mro__)
-    return name == "loss_centerness" or (name == "loss_cls" and yolox)
+    return name == "loss_centerness" or (name == "loss_cls" and _is_a(head, "YOLOXHead"))
+
+
+def _is_a(head, *names):
+    """Whether a head is, or is based on, one of mmdet's of these names."""
+    return any(base.__name__ in names for base in type(head).__mro__)
 
 
 _asked = set()  # types of losses, once in a process

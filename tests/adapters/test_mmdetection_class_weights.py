@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from mmdet.registry import MODELS
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from support.mmdetection import DIGITS, backward, build, config, run, small
@@ -37,6 +38,23 @@ def test_a_head_weighs_its_classes(mmdet_scope, batch):
 def test_a_head_with_other_classes_is_refused(mmdet_scope):
     with pytest.raises(ValueError, match="loss_cls of GFLHead has 2 class weights, and the head 10 classes"):
         build(with_loss(class_weight=[1.0, 2.0]))
+
+
+def test_a_head_with_a_channel_for_the_background(mmdet_scope):
+    """That of two-stage detectors has one beside a sigmoid loss too, and a weight for it, the last."""
+    options = dict(type="Shared2FCBBoxHead", in_channels=4, fc_out_channels=8, roi_feat_size=1, num_classes=4)
+    focal = dict(type="detloss_plugins.FocalLoss", use_sigmoid=True)
+    logits, label = torch.randn(6, 5), torch.tensor([0, 1, 2, 3, 4, 4])
+    values = []
+    for weights in ([1.0] * 5, [1.0] * 4 + [2.0]):
+        head = MODELS.build(dict(options, loss_cls=dict(focal, class_weight=weights)))
+        values.append(head.loss_cls(logits, label, reduction_override="none"))
+    torch.testing.assert_close(values[1], values[0] * torch.tensor([1.0, 1, 1, 1, 2]))
+    with pytest.raises(ValueError, match="has 4 class weights, and the head 4 classes and one for the background"):
+        MODELS.build(dict(options, loss_cls=dict(focal, class_weight=[1.0] * 4)))
+    with pytest.raises(ValueError, match="one for the background: write 5 numbers"):
+        MODELS.build(dict(options, loss_cls=dict(focal, class_weight="effective")))
+    MODELS.build(dict(options, loss_cls=dict(focal, class_weight="effective", class_counts=[9, 4, 2, 1, 0])))
 
 
 class Look(Hook):
