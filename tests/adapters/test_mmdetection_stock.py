@@ -122,7 +122,9 @@ def test_a_config_with_classes_in_place_of_names():
     cfg = small(DIGITS)
     cfg.model.bbox_head.update(type=PixelGFLHead, loss_bbox=dict(type=CIoULoss))
     cfg.custom_hooks = [dict(type=SyncBuffersHook), dict(type=StockConfigHook), dict(type=LossCurvesHook)]
+    random_numbers = torch.get_rng_state()
     stock = stock_config(cfg)
+    assert torch.equal(torch.get_rng_state(), random_numbers), "rank 0 alone writes the config when a training begins"
     assert [hook.type for hook in stock.custom_hooks] == [SyncBuffersHook]
     with DefaultScope.overwrite_default_scope(None):
         head = MODELS.build(stock.model.bbox_head)

@@ -4,6 +4,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.config import Config
 from mmengine.dist import master_only
 from mmengine.hooks import Hook
@@ -53,7 +54,8 @@ def stock_config(cfg: Config) -> Config:
             part.pop("self_balance_period", None)  # of RankingRetinaHead
     for key in ("custom_hooks", "custom_imports"):
         stock[key] = _without_ours(stock.get(key))
-    with DefaultScope.overwrite_default_scope(cfg.get("default_scope", "mmdet")):
+    scope = cfg.get("default_scope", "mmdet")
+    with DefaultScope.overwrite_default_scope(scope), torch.random.fork_rng(devices=[]):
         layers, ours = (_layers(config.model) for config in (stock, cfg))
     if layers != ours:
         raise NotStockError(f"mmdet's own detector has no {', '.join(sorted(ours.keys() ^ layers.keys())[:3])} ...")
