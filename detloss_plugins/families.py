@@ -243,7 +243,7 @@ class ClassificationLoss(Loss, family="classification", every_rank=True, needs_m
                 f"as integers, a dense target {tuple(pred.shape)} or a (label, quality) tuple, "
                 f"not {label.dtype} {tuple(label.shape)}."
             )
-        classes = torch.arange(pred.shape[-1], device=label.device, dtype=label.dtype)
+        classes = torch.arange(pred.shape[-1], device=label.device)
         return torch.where(label.unsqueeze(-1) == classes, value.unsqueeze(-1), 0), label >= 0
 
 
@@ -271,7 +271,8 @@ class RankingLoss(ClassificationLoss, family="ranking", needs_mining=False, coun
         if isinstance(target, (tuple, list)):
             target, valid = self.dense(pred, above_zero(target, pred.dtype))
         elif target.shape == pred.shape:
-            return pred, target, None
+            signed = target.is_floating_point() or (target.dtype.is_signed and target.dtype != torch.bool)
+            return pred, target if signed else target.to(pred.dtype), None  # what is ignored will be below 0
         else:
             target, valid = self.one_hot(pred, target, torch.ones((), dtype=torch.int8, device=pred.device))
         return pred, target.masked_fill(~valid.unsqueeze(-1), -1), None

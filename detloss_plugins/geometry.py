@@ -32,11 +32,13 @@ def ratio(numerator: Tensor, denominator: Tensor, tiny: Tensor | float) -> Tenso
 def power(base: Tensor, exponent: float, tiny: float) -> Tensor:
     """``base ** exponent`` for a base in [0, inf), and zero without a gradient where the base is at most ``tiny``.
 
-    A power below one has an infinite slope at zero.
+    A power below one has an infinite slope at zero; the power 0 is 1 everywhere.
 
     >>> power(torch.tensor([4.0, 0.0]), 0.5, 1e-7)
     tensor([2., 0.])
     """
+    if not isinstance(exponent, Tensor) and exponent == 0:
+        return torch.ones_like(base)
     return torch.where(base <= tiny, 0.0, base.clamp(min=tiny).pow(exponent))
 
 

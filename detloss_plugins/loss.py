@@ -150,6 +150,10 @@ class Loss(nn.Module, metaclass=_Checked):
 
     # What a family or a loss may state.
 
+    def arranged(self, pred: Tensor, target: Any, weight: Tensor | None) -> tuple[Tensor, Any, Tensor | None]:
+        """The input of a call in the form that the rest takes."""
+        return pred, target, weight
+
     def prepare(self, pred: Tensor, target: Any) -> tuple[Tensor, Tensor, Tensor | None]:
         """Some rows in the form that ``fn`` takes: pred, target, and a mask of the valid rows or elements, or None."""
         return pred, target.to(pred.dtype), None
@@ -160,7 +164,8 @@ class Loss(nn.Module, metaclass=_Checked):
 
     def look(self, pred: Any, target: Any) -> None:
         """A look at the input of a call before it is run."""
-        if not isinstance(target, (Tensor, tuple, list)):
+        parts = target if isinstance(target, (tuple, list)) else (target,)
+        if not all(part is None or isinstance(part, Tensor) for part in parts) or target is None:
             raise TypeError(
                 f"The target of {type(self).__name__} must be a tensor, or a tuple of some, not {target!r}."
             )
@@ -197,7 +202,10 @@ class Loss(nn.Module, metaclass=_Checked):
     def weigh(self, loss: Tensor, valid: Tensor | None, weight: Tensor | None) -> Tensor:
         """Per-element losses times weight and mask, summed over the classes if that is the loss's way."""
         summed = not self.facts.sums_classes
-        for factor in (weight, valid):
+        factors = weight, valid
+        if weight is not None and valid is not None and weight.dim() < valid.dim():
+            factors = valid, weight  # what is of classes first, as there are none after the sum
+        for factor in factors:
             if not summed and factor is not None and factor.dim() < loss.dim():
                 loss, summed = loss.sum(-1), True  # there is less to weigh
             loss = apply_weight(loss, factor)
@@ -259,6 +267,9 @@ class Loss(nn.Module, metaclass=_Checked):
         Returns:
             A float32 (or float64) scalar, or the per-element losses for "none".
         """
+        if weight is not None and not isinstance(weight, Tensor):
+            raise TypeError(f"The weight of {type(self).__name__} must be a tensor or None, not {weight!r}.")
+        pred, target, weight = self.arranged(pred, target, weight)
         return self.reduced(pred, target, weight, avg_factor, reduction_override, self.loss_weight)
 
     def reduced(
@@ -273,7 +284,7 @@ class Loss(nn.Module, metaclass=_Checked):
         """The loss times a factor."""
         reduction = check_reduction(self.reduction if reduction is None else reduction, avg_factor)
         self.look(pred, target)
-        shape = pred.shape[: self.leading(pred)]
+        shape, given = pred.shape[: self.leading(pred)], pred.dim()
         with without_autocast(pred.device):
             pred, target, weight = self.as_rows(pred, target, weight)
             seen = self.observe(pred, target, weight)
@@ -283,7 +294,7 @@ class Loss(nn.Module, metaclass=_Checked):
                 whole = torch.is_grad_enabled() and any(x.requires_grad for x in (*call.rows, *call.shared))
                 found = [call.losses()] if whole else call.of_each_chunk()
                 loss = torch.cat(found) if len(found) > 1 else found[0]
-                loss = loss.unflatten(0, shape) if self.facts.row_wise and len(shape) > 1 else loss
+                loss = loss.unflatten(0, shape) if pred.dim() < given else loss
                 return times(loss, factor)
             total = self.summed(pred, target, weight, seen)
             return self.normalized(total, pred, seen, avg_factor, reduction, factor)

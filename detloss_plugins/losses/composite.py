@@ -13,7 +13,7 @@ from detloss_plugins.facts import Facts, Increasing, NonNegative, Parts
 from detloss_plugins.families import ClassificationLoss
 from detloss_plugins.loss import Loss, check_use_sigmoid
 from detloss_plugins.losses.classification import confidence_weight
-from detloss_plugins.losses.classification.common import over_base
+from detloss_plugins.losses.classification.common import OverBase
 from detloss_plugins.precision import float32, outside_graph, without_autocast
 from detloss_plugins.reduction import apply_weight, check_reduction, times
 from detloss_plugins.registry import MODELS, build_loss, build_part, runner_progress
@@ -41,13 +41,20 @@ def _added(parts):
     return sum(part if part.dim() == fewest else part.sum(-1) for part in parts)
 
 
+def check_channels(loss: Any) -> None:
+    """Raise ``ValueError`` if one of the losses of another needs logits that the others do not."""
+    if any(getattr(part, "custom_cls_channels", False) for part in loss.losses):
+        raise ValueError(f"losses of {type(loss).__name__} must not need channels of their own, as SeesawLoss does.")
+
+
 def facts_of_sum(losses: Sequence[Loss]) -> Facts:
     """What is known of the sum of some losses."""
     facts = [loss.facts for loss in losses]
     return facts[0].but(
-        row_wise=all(f.row_wise for f in facts),
+        row_wise=all(f.row_wise and not f.root for f in facts),
         one_per_row=all(f.one_per_row for f in facts),
         mean_of_rows=len({f.one_per_row or f.sums_classes for f in facts}) == 1 and all(f.mean_of_rows for f in facts),
+        root=False,
         keeps_little=all(f.keeps_little for f in facts),
         counts_positives=any(f.counts_positives for f in facts),
         true_gradient=all(f.true_gradient for f in facts),
@@ -84,9 +91,13 @@ class JointLoss(Loss, fn=joint_loss):
         families = {loss.family for loss in self.losses}
         if len(families) != 1:
             raise ValueError("losses of JointLoss must be one or more config dicts of losses of one family.")
+        check_channels(self)
         self.facts = facts_of_sum([*self.losses])
         self.use_sigmoid = all(getattr(loss, "use_sigmoid", True) for loss in self.losses)
         check_use_sigmoid(self, use_sigmoid)
+
+    def leading(self, pred):
+        return self.losses[0].leading(pred)
 
     def reduced(self, pred, target, weight, avg_factor, reduction, factor):
         """The sum of the parts, each called with the same arguments; of rows in one pass, which keeps one gradient."""
@@ -95,6 +106,8 @@ class JointLoss(Loss, fn=joint_loss):
             pred = float32(pred)  # once, so that half-precision gradients are not added up in half precision
             parts = (loss(pred, target, weight, avg_factor, reduction) for loss in self.losses)
             return times(_added(parts), factor)
+        found = (loss.arranged(pred, target, weight) for loss in self.losses)
+        pred, target, weight = next((each for each in found if each[0] is not pred), (pred, target, weight))
         self.look(pred, target)
         with without_autocast(pred.device):
             pred, target, weight = self.as_rows(pred, target, weight)
@@ -214,8 +227,7 @@ class ScheduledLoss(Loss, fn=scheduled_loss):
             raise ValueError(
                 f"losses of ScheduledLoss must be of one family, or classification and ranking losses, not {families}."
             )
-        if any(getattr(loss, "custom_cls_channels", False) for loss in self.losses):
-            raise ValueError("losses of ScheduledLoss must not need channels of their own, as SeesawLoss does.")
+        check_channels(self)
         if "classification" in families and len({loss.use_sigmoid for loss in self.losses}) > 1:
             raise ValueError("losses of ScheduledLoss must have one use_sigmoid, as a head keeps its channels.")
 
@@ -332,7 +344,7 @@ def confidence_weighted_loss(
 
 @MODELS.register_module()
 class ConfidenceWeightedLoss(
-    ClassificationLoss,
+    OverBase,
     fn=confidence_weighted_loss,
     row_wise=True,
     true_gradient=False,
@@ -352,7 +364,6 @@ class ConfidenceWeightedLoss(
         ValueError: if ``base`` is no classification loss, or ``use_sigmoid`` does not fit it.
     """
 
-    instead = "write it in the dict of its base"
     sigmoid_only = False
 
     def __init__(self, *, base: Mapping | None = None, use_sigmoid: bool | None = None, **settings):
@@ -361,16 +372,8 @@ class ConfidenceWeightedLoss(
             raise ValueError(f"base of ConfidenceWeightedLoss must be a classification loss, not {part}.")
         super().__init__(use_sigmoid=part.use_sigmoid, **settings)
         check_use_sigmoid(self, use_sigmoid)
-        self.base = part
-        self.facts = over_base(self.facts, part)
-
-    def look(self, pred, target):
-        self.base.look(pred, target)
-
-    def observe(self, pred, target, weight):
-        return self.base.observe(pred, target, weight)
+        self.take(part)
 
     def unweighted(self, pred, target, seen):
-        elements, valid = self.base.unweighted(pred, target, seen)
-        elements = self.base.loss_weight * elements
+        elements, valid = self.of_base(pred, target, seen)
         return self.fn(pred, elements, **self.settings, use_sigmoid=self.use_sigmoid, elements=elements), valid

@@ -12,7 +12,7 @@ from detloss_plugins.families import ClassificationLoss, of_one_type
 from detloss_plugins.loss import rank_mean
 from detloss_plugins.losses.classification.common import bce
 from detloss_plugins.precision import float32, is_asynchronous, is_compiling
-from detloss_plugins.reduction import apply_weight, check_reduction, scaled
+from detloss_plugins.reduction import check_reduction, counts, scaled
 from detloss_plugins.registry import MODELS
 
 __all__ = ["EQLV2Loss", "SeesawLoss", "eqlv2_loss", "eqlv2_weight", "seesaw_loss"]
@@ -125,7 +125,7 @@ class SeesawLoss(
                 f"SeesawLoss with num_classes={self.num_classes} takes logits (N, {self.num_classes + 2}) and labels "
                 f"(N,), not {tuple(pred.shape)} and {tuple(target.shape)}."
             )
-        return pred, target, target >= 0
+        return pred, target.long(), target >= 0
 
     def observe(self, pred, target, weight):
         _, label, valid = self.prepare(pred, target)
@@ -159,7 +159,7 @@ class SeesawLoss(
         rows = super().reduced(pred, target, weight, None, "none", factor)
         positives = ((target >= 0) & (target < self.num_classes)).sum().clamp(min=1)
         parts = {
-            "loss_cls_objectness": (rows[..., 1], max(len(rows), 1)),
+            "loss_cls_objectness": (rows[..., 1], max(rows[..., 1].numel(), 1)),
             "loss_cls_classes": (rows[..., 0], positives),
         }
         if reduction != "none":
@@ -264,7 +264,7 @@ class EQLV2Loss(
 
     def statistics(self, pred, target, valid, weight):
         size = (pred.sigmoid() - target).abs() * eqlv2_weight(target, self.pos_neg, **self.settings)
-        size = apply_weight(size, valid)[..., : self.num_classes].flatten(0, -2)
+        size = (size * counts(size, valid, weight))[..., : self.num_classes].flatten(0, -2)
         positive = size * target[..., : self.num_classes].flatten(0, -2)
         return {"positive": positive.nansum(0), "negative": (size - positive).nansum(0)}
 

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from detloss_plugins.facts import Positive, Share
-from detloss_plugins.families import ClassificationLoss, of_one_type
+from detloss_plugins.families import of_one_type
 from detloss_plugins.loss import rank_mean
-from detloss_plugins.losses.classification.common import bce, over_base
+from detloss_plugins.losses.classification.common import OverBase, bce
 from detloss_plugins.precision import float32
+from detloss_plugins.reduction import counts
 from detloss_plugins.registry import MODELS, build_part
 
 __all__ = ["SlideLoss", "slide_loss", "slide_weight"]
@@ -63,7 +64,7 @@ def _mean(total, count, otherwise=0.5):
 
 @MODELS.register_module()
 class SlideLoss(
-    ClassificationLoss,
+    OverBase,
     fn=slide_loss,
     paper="https://arxiv.org/abs/2208.02019",
     row_wise=True,
@@ -87,15 +88,13 @@ class SlideLoss(
         ValueError: if ``base`` is no sigmoid classification loss.
     """
 
-    instead = "write it in the dict of its base"
-
     def __init__(self, *, base: Mapping | None = None, decay: Share | None = None, tau: Positive = 2000.0, **settings):
         super().__init__(**settings)
         self.decay, self.tau = decay, tau
-        self.base = build_part({"type": "BinaryCrossEntropyLoss"} if base is None else base)
-        if self.base.family != "classification" or not self.base.use_sigmoid:
-            raise ValueError(f"base of SlideLoss must be a sigmoid classification loss, not {self.base}.")
-        self.facts = over_base(self.facts, self.base)
+        part = build_part({"type": "BinaryCrossEntropyLoss"} if base is None else base)
+        if part.family != "classification" or not part.use_sigmoid:
+            raise ValueError(f"base of SlideLoss must be a sigmoid classification loss, not {part}.")
+        self.take(part)
         self.register_buffer("mean_iou", torch.tensor(0.5 if decay is None else 1.0))
         self.register_buffer("updates", None if decay is None else torch.tensor(0.0))
 
@@ -104,7 +103,7 @@ class SlideLoss(
         return self.learning
 
     def statistics(self, pred, target, valid, weight):
-        total, count = _positives(target)
+        total, count = _positives(target * counts(target, weight))
         return {"total": total, "count": count}
 
     def summarise(self, sums):
@@ -121,11 +120,8 @@ class SlideLoss(
         moved = decay * self.mean_iou + (1 - decay) * total / count.clamp(min=1)
         return torch.where(count > 0, moved, self.mean_iou)
 
-    def observe(self, pred, target, weight):
-        return {**super().observe(pred, target, weight), "base": self.base.observe(pred, target, weight)}
-
     def unweighted(self, pred, target, seen):
-        of_base, valid = self.base.unweighted(pred, target, seen["base"])  # the target in its form, which may say more
-        given = {"mean_iou": seen["mean_iou"], "elements": self.base.loss_weight * of_base}
+        elements, valid = self.of_base(pred, target, seen)  # the target in its form, which may say more
+        given = {"mean_iou": seen["mean_iou"], "elements": elements}
         pred, iou, _ = self.prepare(float32(pred), target)
         return self.elements(pred, iou, given), valid

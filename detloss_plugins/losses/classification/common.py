@@ -6,7 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detloss_plugins.facts import Facts
 from detloss_plugins.families import ClassificationLoss, above_zero
 from detloss_plugins.loss import Loss
 
@@ -84,13 +83,39 @@ class SoftmaxOrSigmoid(ClassificationLoss):
         )
 
 
-def over_base(facts: Facts, base: Loss) -> Facts:
-    """The facts of a classification loss that weighs the per-element losses of another one."""
-    return facts.but(
-        row_wise=facts.row_wise and base.facts.row_wise,
-        sums_classes=base.facts.sums_classes,
-        one_per_row=base.facts.one_per_row,
-        true_gradient=facts.true_gradient and base.facts.true_gradient,
-        needs_mining=base.facts.needs_mining,
-        takes_quality=facts.takes_quality or base.facts.takes_quality,
-    )
+class OverBase(ClassificationLoss):
+    """A loss that weighs the per-element losses of another one, its ``base``, which reduces them in its own way."""
+
+    instead = "write it in the dict of its base"
+    base: Loss
+
+    def take(self, base: Loss) -> None:
+        """Make a loss the base."""
+        self.base, theirs = base, base.facts
+        self.facts = self.facts.but(
+            row_wise=self.facts.row_wise and theirs.row_wise,
+            sums_classes=theirs.sums_classes,
+            one_per_row=theirs.one_per_row,
+            mean_of_rows=theirs.mean_of_rows,
+            self_normalized=theirs.self_normalized,
+            true_gradient=self.facts.true_gradient and theirs.true_gradient,
+            needs_mining=theirs.needs_mining,
+            takes_quality=self.facts.takes_quality or theirs.takes_quality,
+        )
+
+    def look(self, pred, target):
+        self.base.look(pred, target)
+
+    def observe(self, pred, target, weight):
+        return {**super().observe(pred, target, weight), "base": self.base.observe(pred, target, weight)}
+
+    def of_base(self, pred: Tensor, target: Any, seen: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """What the base gives ``unweighted``, times its weight."""
+        loss, valid = self.base.unweighted(pred, target, seen["base"])
+        return self.base.loss_weight * loss, valid
+
+    def weigh(self, loss, valid, weight):
+        return self.base.weigh(loss, valid, weight)
+
+    def normalizer(self, count, seen):
+        return self.base.normalizer(count, seen["base"])

@@ -45,14 +45,17 @@ def cross_entropy_loss(
     if use_sigmoid:
         smooth = target * (1 - label_smoothing) + label_smoothing / 2 if label_smoothing else target
         return bce(pred, smooth.to(pred.dtype), pos_weight=weight)
+    shape = pred.shape[:-1]
+    rows = pred.flatten(0, -2) if shape else pred
     if target.is_floating_point():
-        target = target.to(pred.dtype).flatten(0, -2)
+        target = target.to(pred.dtype).reshape(rows.shape)
     else:
-        target = target.masked_fill((target < 0) | (target == ignore_index), -100).flatten()
+        target = target.long()  # a byte has no -100
+        target = target.masked_fill((target < 0) | (target == ignore_index), -100).reshape(rows.shape[:-1])
     loss = F.cross_entropy(
-        pred.flatten(0, -2), target, weight=weight, reduction="none", ignore_index=-100, label_smoothing=label_smoothing
+        rows, target, weight=weight, reduction="none", ignore_index=-100, label_smoothing=label_smoothing
     )
-    return loss.reshape(pred.shape[:-1])
+    return loss.reshape(shape)
 
 
 @MODELS.register_module()
@@ -106,8 +109,8 @@ class CrossEntropyLoss(
     def check_labels(self, pred, label):
         super().check_labels(pred, self._without_ignored(label))
 
-    def forward(self, pred, target, weight=None, avg_factor=None, reduction_override=None):
-        """As that of any loss; with ``use_mask`` the third argument is the class of each mask."""
+    def arranged(self, pred, target, weight):
+        """Classes last; with ``use_mask`` the third argument of a call is the class of each mask, and no weight."""
         if self.use_mask:
             if weight is None or weight.dtype != torch.long:
                 raise ValueError(
@@ -120,12 +123,13 @@ class CrossEntropyLoss(
                     f"The classes of logits {tuple(pred.shape)} may be dimension 1 or 3; flatten them to (N, C)."
                 )
             pred = pred.movedim(1, -1)
-        return super().forward(pred, target, weight, avg_factor, reduction_override)
+        return pred, target, weight
 
     def prepare(self, pred, target):
         of_labels = isinstance(target, Tensor) and target.shape == pred.shape[:-1] and not target.is_floating_point()
         if of_labels and not self.use_sigmoid:
-            return pred, target.long(), (target >= 0) & (target != self.ignore_index)
+            target = target.long()  # an index to ignore would be another number in a byte
+            return pred, target, (target >= 0) & (target != self.ignore_index)
         if isinstance(target, (tuple, list)):
             target = self._without_ignored(target[0]), target[1]
         elif of_labels or (target.shape == pred.shape and self.use_sigmoid):
@@ -133,8 +137,8 @@ class CrossEntropyLoss(
         return super().prepare(pred, target)
 
     def _without_ignored(self, target):
-        ignored = target == self.ignore_index
-        return (target.int() if target.dtype in (torch.bool, torch.uint8) else target).masked_fill(ignored, -1)
+        target = target.int() if target.dtype in (torch.bool, torch.uint8) else target
+        return target.masked_fill(target == self.ignore_index, -1)
 
     @property
     def observes(self):
