@@ -390,9 +390,12 @@ def average_state(loss: nn.Module) -> None:
         buffer.copy_(rank_mean(buffer))
 
 
-def rank_mean(tensor: Tensor) -> Tensor:
-    """The mean of a tensor over the ranks of a distributed run; the tensor itself in a single process."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+def rank_mean(tensor: Tensor, every_rank: bool = True) -> Tensor:
+    """The mean of a tensor over the ranks of a distributed run.
+
+    The tensor itself in a single process, or if not ``every_rank`` gets here.
+    """
+    if not (every_rank and torch.distributed.is_available() and torch.distributed.is_initialized()):
         return tensor
     total = tensor.clone()
     torch.distributed.all_reduce(total)

@@ -1,6 +1,6 @@
 _base_ = "mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py"
 
-# The mask loss stays mmdet's: its head hands over the masks of all classes, which no other loss takes.
+# The mask loss stays mmdet's; of ours, CrossEntropyLoss with use_mask=True takes its masks too, one for every class.
 model = dict(
     rpn_head=dict(
         loss_cls=dict(_delete_=True, type="detloss_plugins.CrossEntropyLoss", use_sigmoid=True),

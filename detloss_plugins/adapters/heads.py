@@ -55,6 +55,9 @@ def check_fit(head: nn.Module, name: str, loss: nn.Module, whole: nn.Module | No
         )
     if has_bins(loss) and type(head).__module__.startswith(("mmdet.models.", "detloss_plugins.")):
         raise ValueError(f"{where} decodes by bins 0, 1, 2 and so on; leave bins out of {kind}.")
+    if _is_skipped(head, name):
+        for part in (part for part in loss.modules() if isinstance(part, Loss)):
+            part.facts = part.facts.but(every_rank=False)
     if not loss.facts.every_rank and any(True for _ in loss.buffers()):
         loss.register_forward_pre_hook(_is_it_averaged)
     if name != "loss_cls":
@@ -65,14 +68,34 @@ def check_fit(head: nn.Module, name: str, loss: nn.Module, whole: nn.Module | No
             f"Write use_sigmoid={use_sigmoid} in the config of {where}: the head chooses the number of channels by it, "
             f"and {type(whole or loss).__name__} is a loss with use_sigmoid={use_sigmoid}."
         )
-    weights, classes = getattr(loss, "class_factors", None), getattr(head, "num_classes", None)
-    if weights is not None and classes is not None and len(weights) != classes:
-        raise ValueError(f"{where} has {len(weights)} class weights, and the head {classes} classes.")
+    _check_class_weights(head, loss, where)
     if loss.family == "ranking" and _goes_by_level(type(head)):
         raise ValueError(
             f"{where} is called level by level, where {kind} would rank each level for itself: take RankingRetinaHead "
             "or RankingATSSHead of detloss_plugins.adapters.mmdetection, or PluginSSDHead."
         )
+
+
+def _check_class_weights(head, loss, where):
+    weights, classes = getattr(loss, "class_factors", None), getattr(head, "num_classes", None)
+    background = _is_a(head, "BBoxHead", "SABLHead")  # which have a channel for it beside a sigmoid loss too
+    has = f"{classes} classes" + " and one for the background" * background
+    if weights is not None and classes is not None and len(weights) != classes + background:
+        raise ValueError(f"{where} has {len(weights)} class weights, and the head {has}.")
+    if background and weights is None and getattr(loss, "class_weight", None) == "effective":
+        raise ValueError(
+            f'class_weight="effective" has no meaning for {where}, as the head has {has}: write {classes + 1} numbers.'
+        )
+
+
+def _is_skipped(head, name):
+    """Whether a head calls a loss of classes in steps with positives only, which are not those of the other ranks."""
+    return name == "loss_centerness" or (name == "loss_cls" and _is_a(head, "YOLOXHead"))
+
+
+def _is_a(head, *names):
+    """Whether a head is, or is based on, one of mmdet's of these names."""
+    return any(base.__name__ in names for base in type(head).__mro__)
 
 
 _asked = set()  # types of losses, once in a process

@@ -22,7 +22,7 @@ from detloss_plugins.cli._common import (
     require,
 )
 from detloss_plugins.configs import find
-from detloss_plugins.registry import build_loss, registered_losses
+from detloss_plugins.registry import registered_losses
 
 # Without --model, that of the first of these tasks into whose slots the losses fit.
 MODELS = {"detect": "yolov8n.yaml", "obb": "yolov8n-obb.yaml", "rtdetr": "rtdetr-l.yaml"}
@@ -171,7 +171,7 @@ def check_mmdet(path, data=None):
     """
     require("mmdet")
     try:
-        from detloss_plugins.adapters.mmdetection.check import check_config, our_losses
+        from detloss_plugins.adapters.mmdetection.check import build_alone, check_config, our_losses
     except AssertionError as error:  # how mmdet refuses a version of mmcv or mmengine
         raise RunError(first_line(error)) from error
 
@@ -182,7 +182,7 @@ def check_mmdet(path, data=None):
     found.problems = check_config(cfg)
     for key, loss in our_losses(cfg.model):
         try:
-            built = build_loss(loss)
+            built = build_alone(loss)
         except (TypeError, ValueError):
             continue  # which is among the problems
         weight = getattr(built, "loss_weight", 1.0)

@@ -364,12 +364,10 @@ def train_mmdet(args):
     import torch
     from mmengine.runner import Runner
 
-    from detloss_plugins import build_loss
-
     if args.lite:
         os.environ["DETLOSS_LITE"] = "1"
     try:
-        from detloss_plugins.adapters.mmdetection.check import check_config, our_losses, unknown_keys
+        from detloss_plugins.adapters.mmdetection.check import build_alone, check_config, our_losses, unknown_keys
         from detloss_plugins.adapters.mmdetection.counts import ClassCountsHook
         from detloss_plugins.adapters.mmdetection.lite import MissingOperatorError
         from detloss_plugins.adapters.mmdetection.stock import StockConfigHook
@@ -384,7 +382,7 @@ def train_mmdet(args):
     cfg.work_dir = str(args.work_dir or Path("work_dirs") / args.config.stem)
     check_folder(cfg.work_dir)
     refuse(check_config(cfg, stock, overrides))
-    active = [f"{key}: {build_loss(loss)}" for key, loss in our_losses(cfg.model)]
+    active = [f"{key}: {build_alone(loss)}" for key, loss in our_losses(cfg.model)]
     notes = [] if any(key.startswith("param_scheduler") for key in overrides) else scale_schedule(cfg, stock)
     work_dir = Path(cfg.work_dir).resolve()
     # What a training of ours has written there holds more than tensors.

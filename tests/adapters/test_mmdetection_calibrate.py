@@ -2,12 +2,14 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from click.testing import CliRunner
 from mmdet.registry import MODELS
 from mmengine.hooks import Hook
+from mmengine.structures import InstanceData
 from support.mmdetection import CONFIG_DIR, DIGITS, run, small
 
 from detloss_plugins.adapters.calibrate import STOCK
@@ -59,10 +61,12 @@ class Outputs(Hook):
 
 @pytest.mark.parametrize("path", [DIGITS, RETINANET], ids=lambda path: path.stem)
 def test_the_losses_of_the_config_have_their_own_weights(path):
-    """Level by level, through the decoding of boxes; nothing of the training changes."""
+    """Level by level, through the decoding of boxes; nothing of the training changes. Classes are counted in both."""
     cfg = config(path)
+    effective = {"class_weight": "effective"}
+    cfg.model.bbox_head.loss_cls.update(effective)
     head = build_head(cfg)
-    wanted = [candidate(type(getattr(head, slot)).__name__, head, slot) for slot in ("loss_cls", "loss_bbox")]
+    wanted = [candidate({"type": type(head.loss_cls).__name__, **effective}, head), candidate("GIoULoss", head)]
     cls, bbox = calibrate(cfg, wanted, steps=3)
     assert runner_progress("epoch") is None  # no ScheduledLoss takes itself for trained
     assert (cls.weight, bbox.weight) == (1.0, 2.0)
@@ -87,6 +91,30 @@ def test_the_gradients_are_those_of_a_training_with_the_loss(tmp_path):
         for label, training in ((STOCK, stock), (loss["type"].partition(".")[2], swapped)):
             total, _ = looks.found.found[slot, label][1].tolist()
             assert total == pytest.approx(training.norm(kind), rel=1e-4)
+
+
+def test_a_head_whose_losses_are_sums():
+    """YOLOX's divides them itself, so that a mean would be next to nothing there."""
+    torch.manual_seed(0)
+    assigner = dict(type="SimOTAAssigner", center_radius=2.5)
+    own = dict(type="GIoULoss", reduction="sum", loss_weight=5.0)
+    options = dict(num_classes=10, in_channels=16, feat_channels=16, stacked_convs=1, loss_bbox=own)
+    head = MODELS.build(dict(type="YOLOXHead", **options, train_cfg=dict(assigner=assigner), test_cfg=dict()))
+    cls, box = (candidate(loss, head) for loss in ("CrossEntropyLoss", "GIoULoss"))
+    assert candidate(dict(type="GIoULoss", reduction="mean"), head).cfg["reduction"] == "mean"
+    looks = CalibrationHook([cls, box], steps=2)
+    model = torch.nn.Module()
+    model.bbox_head = head
+    looks.before_train(SimpleNamespace(model=model))
+    meta = dict(img_shape=(128, 128), pad_shape=(128, 128), scale_factor=(1, 1))
+    for looks.step, number in ((1, 2), (2, 20)):
+        corners = torch.rand(number, 2) * 90
+        boxes = torch.cat([corners, corners + 10 + torch.rand(number, 2) * 25], 1)
+        outputs = head([torch.randn(1, 16, 128 // stride, 128 // stride) for stride in (8, 16, 32)])
+        head.loss_by_feat(*outputs, [InstanceData(bboxes=boxes, labels=torch.arange(number) % 10)], [meta])
+    of_class, of_box = looks.found.suggestions([cls, box])
+    assert (of_class.weight, of_box.weight) == (1.0, 5.0)
+    assert of_box.losses["loss_bbox"] == {"type": "detloss_plugins.GIoULoss", "reduction": "sum", "loss_weight": 5.0}
 
 
 def test_what_fits():

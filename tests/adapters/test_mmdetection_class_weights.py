@@ -1,12 +1,17 @@
 """Class weights and label smoothing in the heads of mmdet."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from mmdet.registry import MODELS
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from support.mmdetection import DIGITS, backward, build, config, run, small
 
+from detloss_plugins.adapters.mmdetection import ClassCountsHook
 from detloss_plugins.families import effective_weights
+from detloss_plugins.losses import FocalLoss
 
 WEIGHTS = [0.5, 2.0, 0.25, 1.0, 3.0, 0.25, 1.5, 1.0, 0.75, 4.0]
 
@@ -35,17 +40,36 @@ def test_a_head_with_other_classes_is_refused(mmdet_scope):
         build(with_loss(class_weight=[1.0, 2.0]))
 
 
+def test_a_head_with_a_channel_for_the_background(mmdet_scope):
+    """That of two-stage detectors has one beside a sigmoid loss too, and a weight for it, the last."""
+    options = dict(type="Shared2FCBBoxHead", in_channels=4, fc_out_channels=8, roi_feat_size=1, num_classes=4)
+    focal = dict(type="detloss_plugins.FocalLoss", use_sigmoid=True)
+    logits, label = torch.randn(6, 5), torch.tensor([0, 1, 2, 3, 4, 4])
+    values = []
+    for weights in ([1.0] * 5, [1.0] * 4 + [2.0]):
+        head = MODELS.build(dict(options, loss_cls=dict(focal, class_weight=weights)))
+        values.append(head.loss_cls(logits, label, reduction_override="none"))
+    torch.testing.assert_close(values[1], values[0] * torch.tensor([1.0, 1, 1, 1, 2]))
+    with pytest.raises(ValueError, match="has 4 class weights, and the head 4 classes and one for the background"):
+        MODELS.build(dict(options, loss_cls=dict(focal, class_weight=[1.0] * 4)))
+    with pytest.raises(ValueError, match="one for the background: write 5 numbers"):
+        MODELS.build(dict(options, loss_cls=dict(focal, class_weight="effective")))
+    MODELS.build(dict(options, loss_cls=dict(focal, class_weight="effective", class_counts=[9, 4, 2, 1, 0])))
+
+
 class Look(Hook):
     def after_train_iter(self, runner, *_, **__):
         self.weights = runner.model.bbox_head.loss_cls.class_factors.tolist()
 
 
 def test_the_hook_counts_the_training_set(tmp_path, mmdet_scope):
+    """Before EMAHook copies the model, as its updates pair the buffers of the two by their order."""
     look = Look()
     loss = {"type": "detloss_plugins.QualityFocalLoss", "use_sigmoid": True, "class_weight": "effective"}
     cfg = small(DIGITS)
     cfg.model.bbox_head.loss_cls = loss
-    hooks = [{"type": "detloss_plugins.adapters.mmdetection.ClassCountsHook"}]
+    averages = {"type": "EMAHook", "ema_type": "ExpMomentumEMA", "update_buffers": True, "priority": 49}  # RTMDet's
+    hooks = [averages, {"type": "detloss_plugins.adapters.mmdetection.ClassCountsHook"}]
     run(tmp_path, look, model=cfg.model, custom_hooks=hooks, train_cfg={**config(DIGITS).train_cfg, "max_epochs": 1})
     options = {**config(DIGITS).train_dataloader}
     dataset = Runner.build_dataloader({**options, "dataset": {**options["dataset"], "indices": 8}}, seed=0).dataset
@@ -53,3 +77,11 @@ def test_the_hook_counts_the_training_set(tmp_path, mmdet_scope):
     expected = effective_weights([labels.count(index) for index in range(10)])
     assert len(set(expected)) > 1
     assert look.weights == pytest.approx(expected)
+
+
+def test_nothing_is_counted_before_a_test(mmdet_scope):
+    """mmengine calls the hooks of a test in the same place; its runner has the config of an optimizer, or none."""
+    for optimizer in (None, config(DIGITS).optim_wrapper):
+        loss = FocalLoss(class_weight="effective")
+        ClassCountsHook().before_run(SimpleNamespace(optim_wrapper=optimizer, model=loss))
+        assert loss.class_counts is None

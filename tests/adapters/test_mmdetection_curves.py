@@ -1,10 +1,15 @@
 """The curves of a training with mmengine's Runner, as its visualizers have them."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from mmengine.hooks import Hook
 from support.mmdetection import DIGITS, run, small
 
+from detloss_plugins.adapters.mmdetection import LossCurvesHook
+from detloss_plugins.adapters.mmdetection.curves import positives
+from detloss_plugins.losses import CrossEntropyLoss, FocalLoss
 from detloss_plugins.testing.digits import build_digits
 
 pytestmark = pytest.mark.usefixtures("mmdet_scope")
@@ -86,3 +91,34 @@ def test_every_so_many_iterations_and_without_an_influence(tmp_path):
     for row, other in zip(rows, plain, strict=True):
         assert row["loss"] == other["loss"]
         assert row["loss_bbox"] == other["loss_bbox"]
+
+
+def gradient(scale, dtype):
+    """What the hook writes down of the gradient for logits of that type, of a loss that is scaled by so much."""
+    model, written = torch.nn.Module(), {}
+    model.loss_cls = FocalLoss(use_sigmoid=True)
+    optimizer = SimpleNamespace(loss_scaler=SimpleNamespace(get_scale=lambda: scale)) if scale > 1 else None
+    hub = SimpleNamespace(update_scalar=written.__setitem__)
+    runner = SimpleNamespace(model=model, iter=0, optim_wrapper=optimizer, message_hub=hub)
+    hook = LossCurvesHook(interval=1)
+    hook.before_train_iter(runner, 0)
+    logits = torch.randn(64, 8, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    (scale * model.loss_cls(logits, torch.arange(64) % 9, avg_factor=1.0)).backward()
+    if optimizer:
+        optimizer.loss_scaler.get_scale = lambda: 2 * scale  # as at the end of a step
+    hook.after_train_iter(runner, 0)
+    assert written["train/curves/cls/positives"] == 57
+    return written.get("train/curves/cls/gradient")
+
+
+def test_the_gradient_of_mixed_precision():
+    """Not that of the scaled loss, whose square is beyond float16; none where the gradient itself is."""
+    whole = gradient(1, torch.float32)
+    assert gradient(2.0**12, torch.float16) == pytest.approx(whole, rel=1e-3)
+    assert gradient(2.0**30, torch.float16) is None
+
+
+def test_positives_of_logits_in_a_row():
+    """As centerness has them: one a positive, with a target above 0."""
+    target = torch.tensor([0.5, 0.1, 0.0, 1.0])
+    assert positives(CrossEntropyLoss(use_sigmoid=True), torch.zeros(4), target, None) == 3

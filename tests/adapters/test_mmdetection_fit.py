@@ -8,9 +8,10 @@ import torch
 from mmdet.models.dense_heads import RetinaHead
 from mmdet.registry import MODELS as MMDET_MODELS
 from mmengine.config import Config
-from support.mmdetection import CONFIG_DIR, config
+from mmengine.hub import get_config
+from support.mmdetection import CONFIG_DIR, config, shrink
 
-from detloss_plugins.adapters.mmdetection.check import check_config, our_losses, unknown_keys
+from detloss_plugins.adapters.mmdetection.check import build_alone, check_config, our_losses, unknown_keys
 from detloss_plugins.losses import CIoULoss, FocalLoss
 from detloss_plugins.registry import build_loss, registered_losses
 
@@ -185,6 +186,20 @@ def test_our_losses_of_a_config():
     assert dict(our_losses(config(RETINANET).model)).keys() == {"bbox_head.loss_cls", "bbox_head.loss_bbox"}
     node = [{"type": CIoULoss}, {"type": "mmdet.CIoULoss"}, {"a": {"type": "detloss_plugins.losses.CIoULoss"}}]
     assert [path for path, _ in our_losses(node)] == ["0", "2.a"]
+
+
+def test_weights_of_classes_that_detrs_head_makes_of_two_numbers():
+    cfg = shrink(get_config("mmdet::detr/detr_r50_8xb2-150e_coco.py"))
+    loss = cfg.model.bbox_head.loss_cls
+    loss.type = "detloss_plugins.CrossEntropyLoss"
+    assert loss.bg_cls_weight == 0.1
+    assert check_config(cfg) == []
+    assert build_alone(loss).loss_weight == 1
+    loss.gamma = 2.0
+    (found,) = check_config(cfg)
+    assert "has no hyper-parameter 'gamma'" in found
+    (found,) = problems({f"{FOCAL}.type": "detloss_plugins.FocalLoss", f"{FOCAL}.bg_cls_weight": 0.1})
+    assert "has no hyper-parameter 'bg_cls_weight'" in found, "of another head"
 
 
 @pytest.mark.slow

@@ -5,16 +5,20 @@ import csv
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from mmdet.registry import MODELS
+from mmdet.structures.bbox import HorizontalBoxes
 from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.registry import DATASETS
 from mmengine.runner import Runner, set_random_seed
 from support import mmdetection_detr
 from support.mmdetection import CONFIG_DIR, DIGITS, Interrupt, build, run, small
+from support.mmdetection_features import CLASSES, STRIDES, features, samples
 
 from detloss_plugins.adapters.mmdetection import image_losses, per_image
 from detloss_plugins.testing.digits import build_digits
@@ -172,6 +176,30 @@ def test_boxes_are_in_pixels_of_the_file(dataset):
     twice.pipeline = Compose([load, annotations, resize, pack])
     (_, boxes), *_ = image_losses(build(small(DIGITS)), twice, boxes=True)
     assert [float(number) for number in boxes[0]["box"].split()] == dataset.get_data_info(0)["instances"][0]["bbox"]
+
+
+def test_boxes_of_a_type():
+    """Which a pipeline gives where the data preprocessor has boxtype2tensor=False."""
+    sample = SimpleNamespace(metainfo={"scale_factor": (2.0, 0.5)})
+    for boxes in (HorizontalBoxes([[2.0, 1, 20, 6]]), torch.tensor([[2.0, 1, 20, 6]])):
+        assert per_image._box(sample, boxes[0]) == "1.0 2.0 10.0 12.0"
+
+
+def test_a_head_that_keeps_predictions_of_the_last_step():
+    """CondInst's does, for its masks, and no tensor with a past can be copied."""
+    options = dict(num_classes=CLASSES, in_channels=16, feat_channels=16, stacked_convs=1, num_params=9)
+    levels = dict(strides=STRIDES, regress_ranges=((-1, 64), (64, 128), (128, 1e8)), norm_cfg=dict(type="BN"))
+    head = MODELS.build(dict(type="CondInstBboxHead", **options, **levels))
+    head.data_preprocessor = torch.nn.Identity()
+    objects = samples("objects")
+    metas = [sample.metainfo for sample in objects]
+    head.loss_by_feat(*head(features()), [sample.gt_instances for sample in objects], metas)
+    (kept, *_) = head._raw_positive_infos["param_preds"]
+    assert not kept.is_leaf
+    twin = per_image._for_losses(head)
+    assert torch.equal(twin.conv_cls.weight, head.conv_cls.weight)
+    assert twin.conv_cls.weight is not head.conv_cls.weight
+    assert head._raw_positive_infos["param_preds"][0] is kept
 
 
 # Annotations of the training set, of large digits on their own, whose class is made another one.

@@ -121,6 +121,20 @@ def test_losses_are_over_all_levels(name, loss, scene):
     assert found.keys() == dict(model.named_parameters()).keys()
 
 
+@pytest.mark.parametrize("scope", ["detloss_plugins", "mmdet"])
+@pytest.mark.parametrize("loss", ["ALRPLoss", "RankSortLoss"])
+def test_a_box_loss_without_weight(loss, scope):
+    """The class loss still reads how well boxes fit."""
+    found = []
+    for weight in (2.0, 0.0):
+        model = head("RetinaHead", loss, loss_bbox=dict(type=f"{scope}.GIoULoss", loss_weight=weight))
+        found.append(model.loss(features(), samples("objects")))
+        assert model.loss_bbox.loss_weight == weight
+    assert torch.equal(found[0]["loss_cls"], found[1]["loss_cls"])
+    assert found[0]["loss_bbox"] > 0 == found[1]["loss_bbox"]
+    assert all(slope.isfinite().all() for slope in grads(model, found[1]).values())
+
+
 @every_head
 def test_scenes_are_what_they_say(name):
     model = head(name, "APLoss")

@@ -6,13 +6,24 @@ import numpy as np
 import pytest
 import torch
 from mmdet.apis import inference_detector, init_detector
+from mmdet.models.dense_heads import GFLHead
+from mmdet.models.losses import GIoULoss
 from mmengine.config import Config
+from mmengine.hooks import SyncBuffersHook
 from mmengine.hub import get_config
+from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner.checkpoint import load_state_dict
 from support.commands import python
 from support.mmdetection import CONFIG_DIR, DIGITS, Interrupt, build, run, shrink, small
 
-from detloss_plugins.adapters.mmdetection import NotStockError, StockConfigHook, stock_config
+from detloss_plugins.adapters.mmdetection import (
+    LossCurvesHook,
+    NotStockError,
+    PixelGFLHead,
+    StockConfigHook,
+    stock_config,
+)
+from detloss_plugins.losses import CIoULoss
 from detloss_plugins.testing.digits import build_digits
 
 pytestmark = pytest.mark.usefixtures("mmdet_scope")
@@ -65,6 +76,37 @@ def test_channels_of_seesaw_loss():
     assert build(stock).roi_head.bbox_head.fc_cls.out_features == 12
 
 
+@pytest.mark.parametrize("name", ["detr/detr_r50_8xb2-150e_coco", "maskformer/maskformer_r50_ms-16xb1-75e_coco"])
+def test_weights_of_classes_that_a_head_reads_from_the_config(name):
+    """MaskFormer's, as Mask2Former's, cannot be built without, and DETR's makes them of two numbers."""
+    cfg = get_config(f"mmdet::{name}.py")
+    cfg.model.backbone.init_cfg = None
+    head = cfg.model.get("panoptic_head", cfg.model.get("bbox_head"))
+    for part in (cfg.model.get("encoder"), cfg.model.get("decoder"), head.get("transformer_decoder")):
+        if part:
+            part.num_layers = 1
+    given = dict(head.loss_cls)
+    head.loss_cls.type = "detloss_plugins.CrossEntropyLoss"
+    stock = stock_config(cfg).model
+    loss = stock.get("panoptic_head", stock.get("bbox_head")).loss_cls
+    assert loss.type == "mmdet.CrossEntropyLoss"
+    for key in ("class_weight", "bg_cls_weight"):
+        assert loss.get(key) == given.get(key)
+
+
+def test_a_config_that_cannot_be_written_ends_no_training(tmp_path, caplog):
+    """Whatever the reason, such as an operator that cannot be built a second time."""
+
+    class Runner:
+        work_dir, cfg = tmp_path, small(DIGITS)
+        logger = __import__("logging").getLogger("stock")
+
+    Runner.cfg.model.bbox_head.type = "NoHead"
+    StockConfigHook().before_train(Runner)
+    assert "No config for inference was written: KeyError" in caplog.text
+    assert not list(tmp_path.iterdir())
+
+
 def test_hooks_and_imports_of_ours_go():
     cfg = Config({**small(DIGITS), "custom_imports": dict(imports=["detloss_plugins", "json"])})
     cfg.custom_hooks = [dict(type="SyncBuffersHook"), dict(type="detloss_plugins.adapters.mmdetection.StockConfigHook")]
@@ -73,6 +115,21 @@ def test_hooks_and_imports_of_ours_go():
     assert [hook.type for hook in stock.custom_hooks] == ["SyncBuffersHook"]
     cfg.custom_imports = dict(imports=["detloss_plugins"])
     assert stock_config(cfg).custom_imports is None
+
+
+def test_a_config_with_classes_in_place_of_names():
+    """Which mmengine's lazy configs have, without a default scope."""
+    cfg = small(DIGITS)
+    cfg.model.bbox_head.update(type=PixelGFLHead, loss_bbox=dict(type=CIoULoss))
+    cfg.custom_hooks = [dict(type=SyncBuffersHook), dict(type=StockConfigHook), dict(type=LossCurvesHook)]
+    random_numbers = torch.get_rng_state()
+    stock = stock_config(cfg)
+    assert torch.equal(torch.get_rng_state(), random_numbers), "rank 0 alone writes the config when a training begins"
+    assert [hook.type for hook in stock.custom_hooks] == [SyncBuffersHook]
+    with DefaultScope.overwrite_default_scope(None):
+        head = MODELS.build(stock.model.bbox_head)
+    assert type(head) is GFLHead
+    assert type(head.loss_bbox) is GIoULoss
 
 
 def test_init_detector_without_this_package(tmp_path):

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmengine.dist import all_reduce_params
 from mmengine.registry import DefaultScope
@@ -88,6 +89,41 @@ def test_a_runner_without_the_hook_is_warned(hooks, tmp_path, monkeypatch):
             found = [str(warning.message) for warning in seen if WARNING in str(warning.message)]
             assert len(found) == (ranks == 2 and not hooks)
             assert all("state of WIoULoss" in message for message in found)
+
+
+def waits(loss, monkeypatch):
+    """Whether a training step of a loss of classes waits for the other rank."""
+    waited = []
+    with monkeypatch.context() as two:
+        two.setattr(torch.distributed, "is_initialized", lambda: True)
+        two.setattr(torch.distributed, "get_world_size", lambda: 2)
+        two.setattr(torch.distributed, "all_reduce", waited.append)
+        loss(torch.zeros(4, 3, requires_grad=True), torch.rand(4, 3))
+    return bool(waited)
+
+
+OF_STATE = [
+    {"type": "SlideLoss"},
+    {"type": "SlideLoss", "decay": 0.9},
+    {"type": "GHMC", "momentum": 0.5},
+    {"type": "EqualizedFocalLoss", "num_classes": 3},
+    {"type": "JointLoss", "losses": [{"type": "SlideLoss"}, {"type": "FocalLoss"}]},
+]
+
+
+@pytest.mark.parametrize("cfg", OF_STATE, ids=str)
+def test_a_head_that_skips_its_class_loss_without_positives(cfg, monkeypatch):
+    """YOLOX's: there a state of a class loss is averaged as that of a box loss, and not by the call."""
+    cfg = {**cfg, "type": f"detloss_plugins.{cfg['type']}", "use_sigmoid": True}
+    options = {"num_classes": 3, "in_channels": 8, "feat_channels": 8, "stacked_convs": 1}
+    monkeypatch.setattr(heads, "_ranks", lambda: 2)
+    for name, skips in (("YOLOXHead", True), ("RetinaHead", False)):
+        with DefaultScope.overwrite_default_scope("mmdet"), warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            monkeypatch.setattr(heads, "_asked", set())
+            loss = MODELS.build({"type": name, **options, "loss_cls": cfg}).loss_cls
+            assert waits(loss, monkeypatch) != skips
+        assert any(WARNING in str(warning.message) for warning in seen) == skips
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from mmengine.runner import Runner
 from detloss_plugins.adapters.calibrate import LOOKS, STOCK, Candidate, Gradients, amounts, has_state, look_steps
 from detloss_plugins.adapters.curves import gradients
 from detloss_plugins.adapters.heads import check_fit
+from detloss_plugins.adapters.mmdetection.counts import ClassCountsHook, count_for
 from detloss_plugins.adapters.mmdetection.curves import object_rows
 from detloss_plugins.losses import ScheduledLoss
 from detloss_plugins.nested import flatten
@@ -51,8 +52,11 @@ class CalibrationHook(Hook):
         head = model.bbox_head
         self.classes = head.num_classes
         head.register_forward_hook(self.keep_outputs)
+        losses = torch.nn.ModuleList(build_loss(candidate.cfg) for candidate in self.candidates)
+        count_for(losses, runner)
+        losses.to(next(head.parameters()).device)
         for slot in {candidate.slot for candidate in self.candidates}:
-            own = [(c, build_loss(c.cfg).to(next(head.parameters()).device)) for c in self.candidates if c.slot == slot]
+            own = [pair for pair in zip(self.candidates, losses, strict=True) if pair[0].slot == slot]
             getattr(head, slot).register_forward_hook(self.looking(slot, own), with_kwargs=True)
 
     def keep_outputs(self, head, args, outputs):
@@ -141,6 +145,9 @@ def candidate(loss, head, slot=None, label=None):
     check_slot(slot)
     check_fit(head, slot, built)
     stock = type(getattr(head, slot)).__name__
+    reduction = getattr(getattr(head, slot), "reduction", "mean")
+    if reduction != "mean":  # YOLOX's sums losses, and divides them itself
+        cfg = {"reduction": reduction, **cfg}
     same = registered_losses().get(stock)  # ours, or mmdet's of that name
     if slot == "loss_bbox" and same and same.facts.family != built.family:
         raise ValueError(
@@ -196,6 +203,7 @@ def calibrate(cfg, candidates, steps=100, looks=LOOKS, told=None):
     hook = CalibrationHook(candidates, steps, looks, told)
     with tempfile.TemporaryDirectory() as cfg.work_dir, contextlib.suppress(Finished):
         runner = Runner.from_cfg(cfg)
+        runner.register_hook(ClassCountsHook())
         runner.register_hook(hook)
         try:
             runner.train()

@@ -34,6 +34,15 @@ def our_losses(node: Any, path: str = "") -> Iterator[tuple[str, Mapping]]:
             yield from our_losses(value, where)
 
 
+def build_alone(loss: Mapping) -> Loss:
+    """A loss of a config, without the weights of classes that DETRHead makes of two numbers there.
+
+    Its ``class_weight`` is one number, ``bg_cls_weight`` beside it another, and the loss gets one a class.
+    """
+    of_head = ("class_weight", "bg_cls_weight") if isinstance(loss.get("class_weight"), float) else ()
+    return build_loss({key: value for key, value in loss.items() if key not in of_head})
+
+
 def check_config(cfg: Config, stock: Config | None = None, overrides: Mapping[str, Any] = {}) -> list[str]:
     """What does not fit in a config, one sentence each; an empty list if all is well.
 
@@ -51,7 +60,7 @@ def check_config(cfg: Config, stock: Config | None = None, overrides: Mapping[st
     with DefaultScope.overwrite_default_scope(scope), torch.random.fork_rng(devices=[]):
         try:
             for _, loss in our_losses(cfg.model):
-                build_loss(loss)  # which knows the nearest name
+                build_alone(loss)  # which knows the nearest name
             MODELS.build(copy.deepcopy(cfg.model))
         except (TypeError, ValueError) as error:  # a sentence of ours, or as good
             found.append(str(error))

@@ -1,6 +1,7 @@
 """Curves of the losses of a training with mmengine's Runner, for its log and every visualizer that is on."""
 
 import inspect
+import math
 from collections.abc import Callable
 
 import torch
@@ -19,8 +20,9 @@ class LossCurvesHook(Hook):
     In every so many iterations, under ``train/curves/``, the loss's place in the model and a name: ``gradient``, the
     norm of the gradient of the training loss for what the loss is called with (logits, boxes or deltas), and
     ``positives``, the rows with an object, both over all calls of the iteration (levels, layers, images); the value of
-    each part of a JointLoss or ScheduledLoss; and the state. It costs a wait for the device and, of a loss made of
-    parts, another call of these::
+    each part of a JointLoss or ScheduledLoss; and the state. A number that is not finite is left out, such as the
+    gradient in a step that a loss scaler skips. It costs a wait for the device and, of a loss made of parts, another
+    call of these::
 
         custom_hooks = [dict(type="detloss_plugins.adapters.mmdetection.LossCurvesHook", interval=50)]
 
@@ -32,13 +34,15 @@ class LossCurvesHook(Hook):
 
     def __init__(self, interval: int = 50) -> None:
         self.interval = interval
-        self.hooks, self.seen = [], {}
+        self.hooks, self.seen, self.scale = [], {}, 1.0
 
     def before_train_iter(self, runner, batch_idx, data_batch=None):
         """Have the calls of this iteration noted, if it is one of those."""
         if not self.every_n_train_iters(runner, self.interval):
             return
         self.seen = {}
+        scaler = getattr(runner.optim_wrapper, "loss_scaler", None)  # of mixed precision; the step changes its scale
+        self.scale = scaler.get_scale() if scaler else 1.0
         for name, loss in losses_of(runner.model):
             self.hooks.append(loss.register_forward_hook(self.noting(name), with_kwargs=True))
 
@@ -55,7 +59,10 @@ class LossCurvesHook(Hook):
             for key, value in found.items():
                 seen[key] = seen.get(key, 0) + value
             if isinstance(pred, torch.Tensor) and pred.requires_grad:
-                pred.register_hook(lambda slope: seen.update({SQUARES: seen.get(SQUARES, 0) + slope.square().sum()}))
+                pred.register_hook(add)
+
+        def add(slope):
+            seen[SQUARES] = seen.get(SQUARES, 0) + slope.float().square().sum()
 
         return note
 
@@ -67,9 +74,10 @@ class LossCurvesHook(Hook):
             self.hooks.pop().remove()
         for name, loss in losses_of(runner.model):
             found = {**self.seen[name], **state_scalars(loss)}
-            found["gradient"] = found.pop(SQUARES, torch.zeros(())).sqrt()
+            found["gradient"] = found.pop(SQUARES, torch.zeros(())).sqrt() / self.scale
             for key, value in found.items():
-                runner.message_hub.update_scalar(f"train/curves/{name}/{key}", float(value))
+                if math.isfinite(number := float(value)):
+                    runner.message_hub.update_scalar(f"train/curves/{name}/{key}", number)
 
 
 def losses_of(model):
@@ -95,6 +103,11 @@ def positives(loss, pred, target, weight):
 
 
 def object_rows(pred, target, classes):
-    """Which rows of the logits ``(N, C)`` of a call have an object, a mask ``(N,)``; ``classes`` have no background."""
+    """Which rows of the logits ``(N, C)`` or ``(N,)`` of a call have an object, a mask ``(N,)``.
+
+    ``classes``: without the background.
+    """
     label = target[0] if isinstance(target, (tuple, list)) else target
-    return (label > 0).any(-1) if label.shape == pred.shape else (label >= 0) & (label < classes)
+    if label.shape == pred.shape:
+        return label > 0 if label.dim() == 1 else (label > 0).any(-1)
+    return (label >= 0) & (label < classes)

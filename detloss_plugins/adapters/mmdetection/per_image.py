@@ -15,10 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 from mmdet.registry import DATASETS
+from mmdet.structures.bbox import get_box_tensor
 from mmengine.dataset import pseudo_collate
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
+
+from detloss_plugins.nested import flatten
 
 # In eval mode, mmdet's detectors and heads prepare for predictions: FCOS scales its boxes, DINO has no denoising.
 _STAY_IN_TRAINING = tuple(f"mmdet.models.{part}." for part in ("detectors", "dense_heads", "roi_heads", "seg_heads"))
@@ -107,7 +110,10 @@ def image_losses(model: torch.nn.Module, dataset: Any, boxes: bool = False) -> I
 
 def _for_losses(model):
     """A copy that gives the losses of training without moving anything."""
-    model = copy.deepcopy(model.module if is_model_wrapper(model) else model).eval()
+    model = model.module if is_model_wrapper(model) else model
+    # CondInst's head keeps predictions of the last step, and no tensor with a past can be copied.
+    kept = [x for module in model.modules() for x in flatten(vars(module))[0] if not x.is_leaf]
+    model = copy.deepcopy(model, {id(x): x.detach() for x in kept}).eval()
     for module in model.modules():
         bases = (f"{base.__module__}." for base in type(module).__mro__)
         module.training = any(base.startswith(_STAY_IN_TRAINING) for base in bases)
@@ -152,7 +158,7 @@ def _random_numbers_of(seed):
 
 def _box(sample, box):
     """The numbers of a box in one string."""
-    box = box.detach().cpu().double().reshape(-1)
+    box = get_box_tensor(box).detach().cpu().double().reshape(-1)
     box[:4] /= box.new_tensor(sample.metainfo.get("scale_factor", (1.0, 1.0))).repeat(2)
     return " ".join(f"{number:.1f}" for number in box.tolist())
 

@@ -109,8 +109,12 @@ class _Ranking(GathersLevels):
         return dict(loss_cls=loss_cls, loss_bbox=loss_bbox)
 
     def box_errors(self, boxes, targets):
-        """The box loss of each positive, without its weight."""
-        return self.loss_bbox(boxes, targets, reduction_override="none") / self.loss_bbox.loss_weight
+        """The box loss of each positive, without its weight, which may be 0."""
+        weight, self.loss_bbox.loss_weight = self.loss_bbox.loss_weight, 1.0
+        try:
+            return self.loss_bbox(boxes, targets, reduction_override="none")
+        finally:
+            self.loss_bbox.loss_weight = weight
 
     @torch.no_grad()
     def _renew_balance(self, losses):

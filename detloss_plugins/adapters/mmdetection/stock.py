@@ -4,14 +4,15 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.config import Config
 from mmengine.dist import master_only
 from mmengine.hooks import Hook
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.utils import get_object_from_string
 
-from detloss_plugins.adapters.mmdetection.check import our_losses
-from detloss_plugins.registry import SCOPE, build_loss
+from detloss_plugins.adapters.mmdetection.check import build_alone, our_losses
+from detloss_plugins.registry import SCOPE
 
 # Of each family, a loss that makes a head of mmdet the same at inference.
 STOCK = {
@@ -26,6 +27,8 @@ STOCK = {
 }
 # Of ours that a head looks at by name, as they say more of it than their family, and what of their settings it is.
 BY_NAME = {"SeesawLoss": ("num_classes", "p", "q", "return_dict"), "SmoothL1Loss": (), "MSELoss": ()}
+# Settings that MaskFormer's, Mask2Former's and DETR's head take out of the config of their class loss.
+READ_FROM_CONFIG = ("class_weight", "bg_cls_weight")
 
 
 class NotStockError(ValueError):
@@ -46,12 +49,13 @@ def stock_config(cfg: Config) -> Config:
         *parents, last = path.split(".")
         _inside(stock.model, parents)[int(last) if last.isdigit() else last] = _stock_loss(loss)
     for part in _dicts(stock.model):
-        if str(part.get("type")).startswith(f"{SCOPE}."):
+        if _is_ours(part):
             part.update(_stock_part(part))
             part.pop("self_balance_period", None)  # of RankingRetinaHead
     for key in ("custom_hooks", "custom_imports"):
         stock[key] = _without_ours(stock.get(key))
-    with DefaultScope.overwrite_default_scope(cfg.get("default_scope", "mmdet")):
+    scope = cfg.get("default_scope", "mmdet")
+    with DefaultScope.overwrite_default_scope(scope), torch.random.fork_rng(devices=[]):
         layers, ours = (_layers(config.model) for config in (stock, cfg))
     if layers != ours:
         raise NotStockError(f"mmdet's own detector has no {', '.join(sorted(ours.keys() ^ layers.keys())[:3])} ...")
@@ -59,25 +63,37 @@ def stock_config(cfg: Config) -> Config:
 
 
 def _stock_loss(loss):
-    built, name = build_loss(loss), type(build_loss(loss)).__name__
+    built = build_alone(loss)
+    name = type(built).__name__
     if built.family not in STOCK:
         raise NotStockError(f"mmdet has no loss like {name}.")
     made = {"type": f"mmdet.{name if name in BY_NAME else STOCK[built.family]}"}
     made |= {key: getattr(built, key) for key in BY_NAME.get(name, ())}
     if STOCK[built.family] == "CrossEntropyLoss" and name not in BY_NAME:
         made |= {"use_sigmoid": built.use_sigmoid}
+        made |= {key: loss[key] for key in READ_FROM_CONFIG if isinstance(loss.get(key), float | list)}
         if getattr(built, "use_mask", False):
             made = {"type": "mmdet.CrossEntropyLoss", "use_mask": True}
     return made
 
 
+def _is_ours(part):
+    """Whether a dict configures something of this package."""
+    return _path(part.get("type")).startswith(f"{SCOPE}.")
+
+
+def _path(kind):
+    """The name of what a config has as a type, which in lazy ones is a class."""
+    return f"{kind.__module__}.{kind.__qualname__}" if isinstance(kind, type) else str(kind)
+
+
 def _stock_part(part):
     """The type of mmdet's class that a head of ours adds nothing to at inference."""
-    ours = get_object_from_string(part["type"])
+    ours = get_object_from_string(_path(part["type"]))
     theirs = next(base for base in ours.__mro__ if base.__module__.startswith(("mmdet.", "torch.")))
     if not (ours.__name__.startswith(("Gathered", "Pixel")) or ours.__name__ == "RankingRetinaHead"):
         raise NotStockError(f"{ours.__name__} is more than mmdet's {theirs.__name__} at inference too.")
-    return {"type": theirs.__name__}
+    return {"type": f"mmdet.{theirs.__name__}"}
 
 
 def _layers(model):
@@ -110,7 +126,7 @@ def _without_ours(entry):
     if isinstance(entry, dict):
         imports = [name for name in entry.get("imports", []) if name.split(".")[0] != SCOPE]
         return {**entry, "imports": imports} if imports else None
-    return [hook for hook in entry or [] if not str(hook.get("type")).startswith(f"{SCOPE}.")]
+    return [hook for hook in entry or [] if not _is_ours(hook)]
 
 
 class StockConfigHook(Hook):
@@ -129,5 +145,7 @@ class StockConfigHook(Hook):
             stock_config(runner.cfg).dump(path)
         except NotStockError as error:
             runner.logger.info(f"detloss_plugins is needed at inference too: {error}")
+        except Exception as error:  # without which the training is what it was
+            runner.logger.warning(f"No config for inference was written: {type(error).__name__} {error}")
         else:
             runner.logger.info(f"for inference where detloss_plugins is not installed: {path}")

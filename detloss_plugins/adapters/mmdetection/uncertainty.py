@@ -251,6 +251,8 @@ class UncertaintyBBoxHead(_Uncertainty, ConvFCBBoxHead):
 class UncertaintyRoIHead(StandardRoIHead):
     """StandardRoIHead that looks at ``test_cfg.voting`` when it is built, before a run has trained for hours.
 
+    Beside a mask head, it scales the sigmas as the boxes.
+
     Raises:
         ValueError: if ``voting`` is anything but ``dict(sigma_t=...)`` with a positive number, or there is one but
             ``bbox_head`` is not UncertaintyBBoxHead.
@@ -260,6 +262,14 @@ class UncertaintyRoIHead(StandardRoIHead):
         super().__init__(*args, **kwargs)
         if _sigma_t(self.test_cfg) is not None and not isinstance(self.bbox_head, UncertaintyBBoxHead):
             raise ValueError("voting in test_cfg needs UncertaintyBBoxHead as bbox_head, which predicts the sigmas.")
+
+    def predict_mask(self, x, batch_img_metas, results_list, rescale=False):
+        """The parent's, which scales the boxes that the box head leaves alone beside masks; so are the sigmas here."""
+        found = super().predict_mask(x, batch_img_metas, results_list, rescale)
+        for results, meta in zip(found, batch_img_metas, strict=True):
+            if rescale and "sigmas" in results:
+                results.sigmas = results.sigmas / results.sigmas.new_tensor(meta["scale_factor"]).repeat(2)
+        return found
 
 
 class UncertaintyRetinaHead(_Uncertainty, RetinaHead):

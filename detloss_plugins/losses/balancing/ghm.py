@@ -108,7 +108,7 @@ class _Harmonised:
 
     def summarise(self, sums):
         if self.acc_sum is not None and self.learning:
-            seen = rank_mean(sums["bins"]) if self.facts.every_rank else sums["bins"]
+            seen = rank_mean(sums["bins"], self.facts.every_rank)
             moved = self.momentum * self.acc_sum + (1 - self.momentum) * seen
             self.acc_sum.copy_(torch.where(seen > 0, moved, self.acc_sum))
         total = sums["total"].clamp(min=1)

@@ -132,7 +132,8 @@ class SeesawLoss(
         if self.learning:
             seen = torch.zeros_like(self.cum_samples)
             slot = torch.where(valid, label, self.num_classes).flatten()
-            self.cum_samples.add_(rank_mean(seen.scatter_add(0, slot, valid.flatten().to(seen.dtype))))
+            seen = seen.scatter_add(0, slot, valid.flatten().to(seen.dtype))
+            self.cum_samples.add_(rank_mean(seen, self.facts.every_rank))
         return {"counts": self.cum_samples[:-1].clone()}
 
     def unweighted(self, pred, target, seen):
@@ -220,7 +221,7 @@ class GradientRatio(ClassificationLoss):
         ratio = self.pos_neg.clone()
         if sums:
             for buffer, name in ((self.pos_grad, "positive"), (self.neg_grad, "negative")):
-                found = rank_mean(sums[name].to(buffer.dtype))
+                found = rank_mean(sums[name].to(buffer.dtype), self.facts.every_rank)
                 buffer[: len(found)].add_(found)
             seen = self.pos_grad + self.neg_grad > 0
             found = self.pos_grad / (self.neg_grad + 1e-10)

@@ -108,15 +108,15 @@ class SlideLoss(
 
     def summarise(self, sums):
         if sums:
-            mean = _mean(sums["total"], sums["count"], self.mean_iou)
-            self.mean_iou.copy_(rank_mean(mean if self.decay is None else self.moved(**sums)))
+            mean = _mean(sums["total"], sums["count"], self.mean_iou) if self.decay is None else self.moved(**sums)
+            self.mean_iou.copy_(rank_mean(mean, self.facts.every_rank))
         return {"mean_iou": self.mean_iou.clamp(min=0.2)}
 
     def moved(self, total: Tensor, count: Tensor) -> Tensor:
         """The moving mean after another batch, whose positives count as one update."""
         updates = self.updates + (count > 0)
         decay = -self.decay * torch.expm1(-updates / self.tau)  # type: ignore[operator]  # it is not None here
-        self.updates.copy_(rank_mean(updates))
+        self.updates.copy_(rank_mean(updates, self.facts.every_rank))
         moved = decay * self.mean_iou + (1 - decay) * total / count.clamp(min=1)
         return torch.where(count > 0, moved, self.mean_iou)
 
