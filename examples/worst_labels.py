@@ -26,7 +26,7 @@ BROKEN = {"0017": (0, "class"), "0203": (1, "box")}  # image -> which of its lin
 
 
 def break_labels(root):
-    """Give one object another class and move another's box by its own width and height."""
+    """Give one object another class and move another's box by half its width and height."""
     for image, (number, what) in BROKEN.items():
         file = root / "labels" / "train" / f"{image}.txt"
         lines = [line.split() for line in file.read_text(encoding="utf-8").splitlines()]

@@ -14,6 +14,8 @@ from detloss_plugins.geometry import Pair
 from detloss_plugins.losses import CIoULoss
 from detloss_plugins.reduction import reduce
 from detloss_plugins.testing import check_loss, checks, instances
+from detloss_plugins.testing.check import NoWaiting
+from detloss_plugins.testing.twins import load
 
 ROW_WISE = RegressionLoss.facts.but(row_wise=True)
 
@@ -371,10 +373,67 @@ class Overflows(ClassificationLoss):
         return -(target * pred.sigmoid().log() + (1 - target) * (1 - pred.sigmoid()).log())
 
 
+def cross_entropy(pred, target):
+    """Binary cross entropy of each class."""
+    return nn.functional.binary_cross_entropy_with_logits(pred, target, reduction="none")
+
+
+@breaks("ignored")
+class TrainsOnWhatIsIgnored(ClassificationLoss):
+    fn = staticmethod(cross_entropy)
+
+    def prepare(self, pred, target):
+        return *super().prepare(pred, target)[:2], None
+
+
+@breaks("state")
+class KeepsItsStateToItself(Running):
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        del self.mean
+        self.mean = torch.tensor(1.0)
+
+
+def sum_of_classes(pred, target):
+    """The sum of the classes' cross entropies."""
+    return cross_entropy(pred, target).sum(-1)
+
+
+@breaks("reductions")
+class OneARowUnsaid(ClassificationLoss):
+    fn = staticmethod(sum_of_classes)
+
+
 @pytest.mark.parametrize(("cls", "promise"), BROKEN, ids=lambda x: getattr(x, "__name__", ""))
 def test_a_broken_promise_is_named(cls, promise):
     with pytest.raises(AssertionError, match=f'^{cls.__name__} breaks the promise "{promise}": [^\n]*\\.$'):
         check_loss(cls)
+
+
+def test_what_helps_is_named():
+    with pytest.raises(AssertionError, match="or its facts state one_per_row=True"):
+        check_loss(OneARowUnsaid)
+
+
+def test_settings_that_every_loss_has():
+    check_loss(CIoULoss, loss_weight=2.0)
+    with pytest.raises(ValueError, match="leave reduction out"):
+        check_loss(CIoULoss, reduction="sum")
+
+
+def test_a_counterpart_that_is_not_there_is_no_missing_package():
+    assert load("a_package_that_nobody_has.losses.Loss") is None
+    for path in ("torch.nn.funktional.mse_loss", "torch.nn.functional.mse_los"):
+        with pytest.raises((ImportError, AttributeError)):
+            load(path)
+
+
+def test_what_counts_positives_may_index_by_them():
+    scores, positive = torch.rand(4), torch.tensor([True, False, True, False])
+    with NoWaiting("nonzero"):
+        assert len(scores[positive]) == 2
+    with NoWaiting(), pytest.raises(AssertionError, match="index makes the host wait"):
+        scores[positive]
 
 
 def test_only_losses_are_checked():

@@ -7,6 +7,7 @@ import gallery
 import pytest
 import torch
 
+from detloss_plugins import build_loss
 from detloss_plugins.cli import _facts, _plot
 from detloss_plugins.cli._plot import numbers
 from detloss_plugins.loss import Loss
@@ -118,3 +119,14 @@ def test_pages_and_pictures_of_all(tmp_path):
         check_page(tmp_path / "gallery", name, cls)
     assert len(list((tmp_path / "gallery").glob("*.md"))) == len(registered_losses()) + 1
     assert (tmp_path / "playground" / "losses.js").exists()
+
+
+@pytest.mark.parametrize("cls", registered_losses().values(), ids=lambda cls: cls.__name__)
+def test_a_loss_as_a_dict(cls):
+    """It can be built, and has the word that MMDetection's heads count their channels by."""
+    assert type(build_loss(eval(_facts.as_dict(cls)))) is cls
+    written = eval(_facts.as_dict(cls, "detloss_plugins."))
+    loss = build_loss(written)
+    assert written["type"] == f"detloss_plugins.{cls.__name__}"
+    if cls.facts.family in ("classification", "ranking"):
+        assert written.get("use_sigmoid", False) == loss.use_sigmoid

@@ -115,8 +115,6 @@ def use(name: str, cls: type) -> str:
     """How it is written for Ultralytics, if it fits a slot there, and for MMDetection."""
     from detloss_plugins.adapters.ultralytics import default_gain  # the formulas are read without Ultralytics too
 
-    example = ", ".join(f"{key}={value!r}" for key, value in cls.facts.example.items())
-    built = f'dict(type="{SCOPE}.{name}"{", " + example if example else ""})'
     key, lines = HEADS.get(cls.facts.family), []
     for slot, tasks in _facts.yolo_slots(cls).items():
         weight = 1.0 if slot == "loss_class" else default_gain(cls)  # RT-DETR's stock has the weight 1
@@ -124,8 +122,8 @@ def use(name: str, cls: type) -> str:
         lines.append(f"- Ultralytics, slot `{slot}` of {words}: weight {weight:g} unless you give `loss_weight`.")
     lines = lines or ["- Ultralytics: it fits no slot there."]
     if key:
-        lines.append(f"- MMDetection, in a head's `{key}`: `{key}={built}`.")
-    return "\n".join([*lines, f"- Anywhere: `build_loss({built.replace(SCOPE + '.', '')})`, or `losses.{name}`."])
+        lines.append(f"- MMDetection, in a head's `{key}`: `{key}={_facts.as_dict(cls, f'{SCOPE}.')}`.")
+    return "\n".join([*lines, f"- Anywhere: `build_loss({_facts.as_dict(cls)})`, or `losses.{name}`."])
 
 
 def elsewhere(cls: type) -> str:

@@ -45,6 +45,16 @@ def title(cls: type[Loss]) -> str:
     return (inspect.getdoc(cls) or cls.__name__).splitlines()[0].rstrip(".")
 
 
+def as_dict(cls: type[Loss], prefix: str = "") -> str:
+    """How a loss is written as a dict; with the ``prefix`` of a config of MMDetection, as its heads want it."""
+    given = dict(cls.facts.example)
+    of_classes = cls.facts.family in ("classification", "ranking")
+    if prefix and of_classes and "use_sigmoid" in cls.rules and cls.make().use_sigmoid:  # type: ignore[attr-defined]
+        given = {"use_sigmoid": True, **given}  # they count their channels by it
+    words = [f'type="{prefix}{cls.__name__}"', *(f"{name}={value!r}" for name, value in given.items())]
+    return f"dict({', '.join(words)})"
+
+
 def settings(cls: type[Loss]) -> list[Setting]:
     """The settings of a loss without those that every loss of its kind has."""
     common = {*SHARED, *set(OF_CLASSES) - set(cls.hyper)}

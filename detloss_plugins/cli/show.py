@@ -70,7 +70,7 @@ def upstream_lines(cls):
 
 def use_lines(cls):
     """The lines of how it is written in a config, and its weight in YOLO if Ultralytics is installed."""
-    lines = ["In a config", f'  MMDetection: dict(type="{SCOPE}.{cls.__name__}")']
+    lines = ["In a config", f"  MMDetection: {_facts.as_dict(cls, f'{SCOPE}.')}"]
     if importlib.util.find_spec("ultralytics") is None:
         return [*lines, "  Ultralytics: not installed here"]
     from detloss_plugins.adapters.ultralytics import default_gain

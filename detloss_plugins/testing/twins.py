@@ -14,11 +14,16 @@ from detloss_plugins.loss import Loss
 
 
 def load(path: str) -> Any:
-    """The object at a dotted path, or None where its package is absent."""
+    """The object at a dotted path, or None where its package, or one that it needs, is absent.
+
+    ``ImportError`` or ``AttributeError`` if the package is there, and nothing at that path.
+    """
     module, name = path.rsplit(".", 1)
     try:
         return getattr(importlib.import_module(module), name)
-    except ImportError:
+    except ImportError as error:
+        if (error.name or "").startswith(f"{module.partition('.')[0]}."):
+            raise
         return None
 
 

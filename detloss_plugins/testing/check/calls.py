@@ -7,6 +7,7 @@ import math
 
 import torch
 
+from detloss_plugins.facts import Facts
 from detloss_plugins.nested import each_tensor, flatten
 from detloss_plugins.reduction import AVG_FACTOR_EPS, REDUCTIONS
 from detloss_plugins.testing.check.subject import (
@@ -74,6 +75,7 @@ def bounds(s: Subject) -> None:
     """The per-element losses are finite and within the bounds that the facts state."""
     rows = s.make()(*s.input(500, torch.float64), **NONE)
     (low, high), least, most = s.cls.facts.bounds, rows.min().item(), rows.max().item()
+    low, high = (side * s.make().loss_weight for side in (low, high))
     require(rows.isfinite().all(), "a loss is not finite")
     require(least >= low - 1e-12, f"a loss is {least:.6g}, below its bound {low}")
     require(most <= high + 1e-12, f"a loss is {most:.6g}, above its bound {high}")
@@ -109,6 +111,10 @@ def reductions(s: Subject) -> None:
     rows, mean, total = (call(reduction_override=reduction) for reduction in REDUCTIONS)
     same(total, rows.sum(), '"sum" must be the sum of "none"')
     if loss.facts.mean_of_rows:
+        one = loss.facts.one_per_row or loss.facts.sums_classes or loss.facts.counts_positives
+        wanted = rows.numel() if loss.facts.counts_positives else len(pred) if one else pred.numel()
+        words = f'"none" must give {wanted} losses, not {rows.numel()}, or its facts state one_per_row={not one}'
+        require(rows.numel() == wanted, words)
         same(mean, rows.mean(), '"mean" must be the mean of "none"')
     for factor in (3.0, 0.0, torch.tensor(3.0, device=s.device)):
         expected = mean if loss.facts.self_normalized else total / (factor + AVG_FACTOR_EPS)
@@ -176,6 +182,23 @@ def weights(s: Subject) -> None:
         same(call(pred, target, weight=several, **NONE), expected, "a weight an element must multiply")
     for shape in ((n + 1,), (1, n), (n, 1, 1, 1)):
         refuses(ValueError, "weight", lambda weight: loss(pred, target, weight=s.random(*weight)), weight=shape)
+
+
+def of_classes(facts: Facts) -> bool:
+    """Whether a loss takes the targets of a class loss."""
+    return facts.family in ("classification", "ranking")
+
+
+@promise("take the mask of what is valid from the family's prepare, and leave it to Loss.weigh", only=of_classes)
+def ignored(s: Subject) -> None:
+    """A row whose label, or whose dense target, is negative costs nothing and has no gradient."""
+    pred, target = s.input()
+    forms = [target] if target.shape != pred.shape else [target, target.max(-1).indices]
+    for form in forms:
+        form = form.clone()
+        form[0] = -1
+        _, gradient = both(s.make(), pred, form, **SUM)
+        require(not gradient[0].count_nonzero(), f"a negative target {tuple(form.shape)} must have no gradient")
 
 
 @promise("multiply the reduced loss by loss_weight once, as Loss.forward does")
