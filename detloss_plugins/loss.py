@@ -267,9 +267,7 @@ class Loss(nn.Module, metaclass=_Checked):
         Returns:
             A float32 (or float64) scalar, or the per-element losses for "none".
         """
-        if weight is not None and not isinstance(weight, Tensor):
-            raise TypeError(f"The weight of {type(self).__name__} must be a tensor or None, not {weight!r}.")
-        pred, target, weight = self.arranged(pred, target, weight)
+        pred, target, weight = self.arranged(pred, target, self.tensor_or_none(weight))
         return self.reduced(pred, target, weight, avg_factor, reduction_override, self.loss_weight)
 
     def reduced(
@@ -348,6 +346,12 @@ class Loss(nn.Module, metaclass=_Checked):
                 key = self.blueprint(), of_rows, of_shared
                 kernel = key, lambda: on_flat(copy.deepcopy(self).weighted), type(self).__name__
         return engine.Call(on_flat(function), tuple(rows), tuple(shared), row_wise, kernel)
+
+    def tensor_or_none(self, weight: Any) -> Tensor | None:
+        """The weight of a call; ``TypeError`` if it is anything else."""
+        if weight is not None and not isinstance(weight, Tensor):
+            raise TypeError(f"The weight of {type(self).__name__} must be a tensor or None, not {weight!r}.")
+        return weight
 
     def learns(self) -> bool:
         """Whether the loss itself has something to learn, which then gets its gradient from autograd."""

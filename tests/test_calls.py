@@ -39,8 +39,22 @@ def test_a_joint_loss_takes_what_its_parts_take():
         part = {"type": "CrossEntropyLoss", **cfg}
         joint = build_loss({"type": "JointLoss", "losses": [part, {**part, "loss_weight": 2.0}]})
         torch.testing.assert_close(joint(*call), 3 * build_loss(part)(*call))
+    softmax = [{"type": "CrossEntropyLoss"}, {"type": "FocalLoss", "use_sigmoid": False}]
+    nested = {"type": "JointLoss", "losses": [{"type": "JointLoss", "losses": softmax}]}
+    over = {"type": "ConfidenceWeightedLoss", "base": softmax[0]}
+    for cfg in ({"type": "JointLoss", "losses": softmax}, nested, over):
+        rows = build_loss(cfg)(maps.movedim(1, -1), labels, reduction_override="none")
+        torch.testing.assert_close(build_loss(cfg)(maps, labels, reduction_override="none"), rows)
+        torch.testing.assert_close(build_loss(cfg)(maps, labels), rows.mean())
     with pytest.raises(ValueError, match="JointLoss must not need channels of their own"):
         build_loss({"type": "JointLoss", "losses": [{"type": "SeesawLoss", "num_classes": 3}]})
+
+
+@pytest.mark.parametrize("name", ["SlideLoss", "ConfidenceWeightedLoss"])
+def test_bases_that_are_none(name):
+    for base in ({"type": "JointLoss", "losses": [GHMC]}, {"type": "SeesawLoss", "num_classes": 3}):
+        with pytest.raises(ValueError, match=f"base of {name} must be a"):
+            build_loss({"type": name, "base": base})
 
 
 @pytest.mark.parametrize("cfg", OVER_BASE, ids=str)
@@ -110,7 +124,7 @@ def test_weights_of_every_shape_without_a_reduction(name, shape, weight):
 
 
 def test_what_is_no_tensor_is_refused():
-    for name in ("L1Loss", "CIoULoss", "APLoss", "JointLoss"):
+    for name in ("L1Loss", "RMSELoss", "CIoULoss", "APLoss", "ALRPLoss", "JointLoss"):
         with pytest.raises(TypeError, match=rf"The weight of {name} must be a tensor or None, not 2\.0"):
             registered_losses()[name].make()(torch.rand(3, 4), torch.rand(3, 4), 2.0)
     with pytest.raises(TypeError, match="must be a tensor, or a tuple of some"):

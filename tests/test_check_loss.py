@@ -417,8 +417,9 @@ def test_what_helps_is_named():
 
 def test_settings_that_every_loss_has():
     check_loss(CIoULoss, loss_weight=2.0)
-    with pytest.raises(ValueError, match="leave reduction out"):
-        check_loss(CIoULoss, reduction="sum")
+    for settings in ({"reduction": "sum"}, {"loss_weight": 0}):
+        with pytest.raises(ValueError, match="leave it out"):
+            check_loss(CIoULoss, **settings)
 
 
 def test_a_counterpart_that_is_not_there_is_no_missing_package():

@@ -66,7 +66,7 @@ def test_the_page_has_every_loss_beside_stock():
     assert cells[4] == "better"
     assert cells[-3:] == ["0.123 ± 0.000", "-", "3"]
     assert sections[3].count("| stock |") == 2, "one a slot"
-    assert "Pairs in AP: better: FocalLoss; worse: none, of 2." in sections[3]
+    assert "Pairs in AP: better: FocalLoss; worse: none, of 2 with 3 seeds." in sections[3]
     assert "two means of 3 seeds must be 0.044 apart: better: none; worse: none." in sections[3]
     assert "better: none; worse: FocalLoss." in sections[4]
 

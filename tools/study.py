@@ -139,7 +139,8 @@ def verdicts_in_words(rows: Sequence[Row], metric: str) -> str:
     """Which losses are better than the stock ones in a metric and which worse, pair by pair."""
     labels = {word: [row.label for row in rows if row.differences[metric].verdict == word] for word in (BETTER, WORSE)}
     words = "; ".join(f"{word}: {', '.join(own) or 'none'}" for word, own in labels.items())
-    return f"Pairs in {metric}: {words}, of {len(rows)}."
+    number = sum(row.differences[metric].seeds >= FEWEST for row in rows)
+    return f"Pairs in {metric}: {words}, of {number} with {FEWEST} seeds."
 
 
 def section(key: tuple, rows: Sequence[Row], args: Mapping | None) -> Iterable[str]:

@@ -77,20 +77,23 @@ def check_fit(head: nn.Module, name: str, loss: nn.Module, whole: nn.Module | No
 
 
 def _check_class_weights(head, loss, where):
-    weights, classes = getattr(loss, "class_factors", None), getattr(head, "num_classes", None)
+    classes = getattr(head, "num_classes", None)
     background = _is_a(head, "BBoxHead", "SABLHead")  # which have a channel for it beside a sigmoid loss too
     has = f"{classes} classes" + " and one for the background" * background
-    if weights is not None and classes is not None and len(weights) != classes + background:
-        raise ValueError(f"{where} has {len(weights)} class weights, and the head {has}.")
-    if background and weights is None and getattr(loss, "class_weight", None) == "effective":
-        raise ValueError(
-            f'class_weight="effective" has no meaning for {where}, as the head has {has}: write {classes + 1} numbers.'
-        )
+    for part in loss.modules():
+        weights = getattr(part, "class_factors", None)
+        if weights is not None and classes is not None and len(weights) != classes + background:
+            raise ValueError(f"{where} has {len(weights)} class weights, and the head {has}.")
+        if background and weights is None and getattr(part, "class_weight", None) == "effective":
+            raise ValueError(
+                f'class_weight="effective" has no meaning for {where}, as the head has {has}: '
+                f"write {classes + 1} numbers."
+            )
 
 
 def _is_skipped(head, name):
     """Whether a head calls a loss of classes in steps with positives only, which are not those of the other ranks."""
-    return name == "loss_centerness" or (name == "loss_cls" and _is_a(head, "YOLOXHead"))
+    return name in ("loss_centerness", "loss_iou") or (name == "loss_cls" and _is_a(head, "YOLOXHead"))
 
 
 def _is_a(head, *names):

@@ -42,12 +42,13 @@ def command(words, slots, model, data, steps, verify, epochs, seeds, file):
     check_file(file)
     try:
         config = mmdet_config(words[0]) if words else None
-        losses, args = read_words(words[1:] if config else words)
         if config:
             if verify or model:
                 raise UsageError("--verify and --model are for Ultralytics; leave them out beside a config")
-            found, checked = of_mmdet(config, losses, slots, data, steps, args), []
+            words, overrides = without_overrides(words[1:])
+            found, checked = of_mmdet(config, read_words(words)[0], slots, data, steps, overrides), []
         else:
+            losses, args = read_words(words)
             found, checked = of_yolo(losses, slots, model or MODEL, data, steps, args, verify and (epochs, seeds))
     except (TypeError, ValueError) as error:
         raise UsageError(error) from error
@@ -71,6 +72,20 @@ def mmdet_config(word):
     if path.suffix == ".py" and not path.exists():
         raise UsageError(f"there is no {path}")
     return path if path.suffix == ".py" else None
+
+
+def without_overrides(words):
+    """Words without the overrides of a config, and these as text: a key with a dot, or a value that is no loss."""
+    from detloss_plugins.ablation.grid import parse_words
+
+    rest, overrides = [], {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if equals and ("." in key or parse_words([word])[2]):
+            overrides[key] = value
+        else:
+            rest.append(word)
+    return rest, overrides
 
 
 def read_words(words):
@@ -143,10 +158,10 @@ def of_yolo(losses, slots, model, data, steps, args, verified):
     return found, checked
 
 
-def of_mmdet(config, losses, slots, data, steps, args):
+def of_mmdet(config, losses, slots, data, steps, overrides):
     """Suggestions for a config of MMDetection."""
     from detloss_plugins.ablation.mmdetection import SLOTS
-    from detloss_plugins.cli.train import provide_data, read_config, refuse
+    from detloss_plugins.cli.train import parsed, provide_data, read_config, refuse
     from detloss_plugins.testing.training_tensors import quiet
 
     try:
@@ -157,8 +172,9 @@ def of_mmdet(config, losses, slots, data, steps, args):
 
     cfg = read_config(config)
     provide_data(cfg, data)
-    refuse(unknown_keys(cfg, args))
-    cfg.merge_from_dict(args)
+    values = parsed(overrides)
+    refuse(unknown_keys(cfg, values))
+    cfg.merge_from_dict(values)
     refuse(check_config(cfg))
     head = adapter.build_head(cfg)
     candidates = [adapter.candidate(each, head, SLOTS.get(slot, slot), label) for label, slot, each in losses]

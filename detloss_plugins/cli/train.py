@@ -248,7 +248,7 @@ def coco_split(folder, split):
     """Annotation file and image folder (both relative to ``folder``) of "train" or "val" in a COCO layout."""
     files = sorted(f for f in (folder / "annotations").glob("*.json") if split in f.stem)
     if len(files) > 1:  # COCO's own folder has captions and keypoints too
-        files = [file for file in files if file.stem.startswith("instances")]
+        files = [file for file in files if file.stem.startswith("instances")] or files
     if len(files) != 1:
         raise UsageError(f"{folder}/annotations must hold exactly one {split} .json, but holds {len(files)}.")
     first = coco_content(files[0])["images"][0]["file_name"]

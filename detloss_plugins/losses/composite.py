@@ -96,6 +96,11 @@ class JointLoss(Loss, fn=joint_loss):
         self.use_sigmoid = all(getattr(loss, "use_sigmoid", True) for loss in self.losses)
         check_use_sigmoid(self, use_sigmoid)
 
+    def arranged(self, pred, target, weight):
+        """As one of the parts wants it, which then finds it so."""
+        found = (loss.arranged(pred, target, weight) for loss in self.losses)
+        return next((each for each in found if each[0] is not pred), (pred, target, weight))
+
     def leading(self, pred):
         return self.losses[0].leading(pred)
 
@@ -106,8 +111,6 @@ class JointLoss(Loss, fn=joint_loss):
             pred = float32(pred)  # once, so that half-precision gradients are not added up in half precision
             parts = (loss(pred, target, weight, avg_factor, reduction) for loss in self.losses)
             return times(_added(parts), factor)
-        found = (loss.arranged(pred, target, weight) for loss in self.losses)
-        pred, target, weight = next((each for each in found if each[0] is not pred), (pred, target, weight))
         self.look(pred, target)
         with without_autocast(pred.device):
             pred, target, weight = self.as_rows(pred, target, weight)

@@ -7,7 +7,7 @@ from click.testing import CliRunner
 from detloss_plugins import build_loss
 from detloss_plugins.adapters.calibrate import STOCK, Candidate, Gradients, Suggestion, Verified
 from detloss_plugins.cli import main
-from detloss_plugins.cli.calibrate import show
+from detloss_plugins.cli.calibrate import read_words, show, without_overrides
 
 CANDIDATE = Candidate("FocalLoss", "cls", {"type": "FocalLoss", "gamma": 1.5, "loss_weight": 1.0}, 16.0)
 
@@ -90,6 +90,19 @@ def test_a_ratio_that_goes_on_moving_is_no_weight():
     assert not suggestion(10.0, 12.0, 25.0).moves
     assert suggestion(79.0, 30.0, 20.0, 11.0).moves
     assert not suggestion().moves
+
+
+def test_words_of_the_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a=b.yaml").write_text("box: {type: GIoULoss}", encoding="utf-8")
+    losses, args = read_words(["FocalLoss:3", "data=mine.yaml", "x=cls: {type: GHMC}", "lr0=1e-3", "a=b.yaml"])
+    assert args == {"data": "mine.yaml", "lr0": 0.001}
+    assert [label for label, _, _ in losses] == ["FocalLoss:3", "GHMC of x", "GIoULoss of a=b"]
+    words, overrides = without_overrides(
+        ["FocalLoss", "x=box: {type: GIoULoss}", "load_from=None", "model.bbox_head.loss_cls.type=GHMC", "a.b={c: 1}"]
+    )
+    assert words == ["FocalLoss", "x=box: {type: GIoULoss}"]
+    assert overrides == {"load_from": "None", "model.bbox_head.loss_cls.type": "GHMC", "a.b": "{c: 1}"}
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,11 @@ def test_a_head_with_a_channel_for_the_background(mmdet_scope):
         MODELS.build(dict(options, loss_cls=dict(focal, class_weight=[1.0] * 4)))
     with pytest.raises(ValueError, match="one for the background: write 5 numbers"):
         MODELS.build(dict(options, loss_cls=dict(focal, class_weight="effective")))
+    for weights in ([1.0] * 4, "effective"):  # a part is looked at as the loss itself
+        part = {"type": "FocalLoss", "class_weight": weights}
+        for around in ({"type": "JointLoss", "losses": [part]}, {"type": "SlideLoss", "base": part}):
+            with pytest.raises(ValueError, match="one for the background"):
+                MODELS.build(dict(options, loss_cls={**around, "type": f"detloss_plugins.{around['type']}"}))
     MODELS.build(dict(options, loss_cls=dict(focal, class_weight="effective", class_counts=[9, 4, 2, 1, 0])))
 
 

@@ -111,6 +111,15 @@ OF_STATE = [
 ]
 
 
+def test_a_class_loss_of_ious_that_is_skipped_without_positives():
+    """DDODHead's loss_iou, a sigmoid cross entropy, is called in steps with positives only."""
+    loss = {"type": "detloss_plugins.SlideLoss", "use_sigmoid": True}
+    with DefaultScope.overwrite_default_scope("mmdet"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        head = MODELS.build({"type": "DDODHead", "num_classes": 3, "in_channels": 8, "loss_iou": loss})
+    assert not head.loss_iou.facts.every_rank
+
+
 @pytest.mark.parametrize("cfg", OF_STATE, ids=str)
 def test_a_head_that_skips_its_class_loss_without_positives(cfg, monkeypatch):
     """YOLOX's: there a state of a class loss is averaged as that of a box loss, and not by the call."""

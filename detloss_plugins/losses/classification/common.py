@@ -90,7 +90,12 @@ class OverBase(ClassificationLoss):
     base: Loss
 
     def take(self, base: Loss) -> None:
-        """Make a loss the base."""
+        """Make a loss the base; ``ValueError`` for one whose elements are not all that there is to it."""
+        if hasattr(base, "losses") or getattr(base, "custom_cls_channels", False):
+            raise ValueError(
+                f"base of {type(self).__name__} must be a loss of its own, not a {type(base).__name__}; of a "
+                f"JointLoss, put a {type(self).__name__} around each part."
+            )
         self.base, theirs = base, base.facts
         self.facts = self.facts.but(
             row_wise=self.facts.row_wise and theirs.row_wise,
@@ -102,6 +107,9 @@ class OverBase(ClassificationLoss):
             needs_mining=theirs.needs_mining,
             takes_quality=self.facts.takes_quality or theirs.takes_quality,
         )
+
+    def arranged(self, pred, target, weight):
+        return self.base.arranged(pred, target, weight)
 
     def look(self, pred, target):
         self.base.look(pred, target)

@@ -291,6 +291,7 @@ class ALRPLoss(
     def forward(self, pred, target, weight=None, avg_factor=None, reduction_override=None, loc_error=None):
         """Compute the loss; with ``loc_error``, both components."""
         given = {} if loc_error is None else {"loc_error": float32(loc_error)}
+        weight = self.tensor_or_none(weight)
         return self.reduced(pred, target, weight, avg_factor, reduction_override, self.loss_weight, **given)
 
 

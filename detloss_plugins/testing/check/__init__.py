@@ -23,15 +23,15 @@ def check_loss(cls: type[Loss], *, device: str = "cpu", compile: bool = False, *
     Raises:
         AssertionError: naming the first promise that does not hold, and how to keep it.
         TypeError: if it is no loss class.
-        ValueError: for ``reduction`` among the settings, as every one is tried.
+        ValueError: for ``reduction`` among the settings, as every one is tried, or a ``loss_weight`` of 0.
 
     >>> from detloss_plugins.losses import L1Loss
     >>> check_loss(L1Loss)
     """
     if not (isinstance(cls, type) and issubclass(cls, Loss)):
         raise TypeError(f"check_loss takes a subclass of detloss_plugins.loss.Loss, not {cls!r}.")
-    if "reduction" in settings:
-        raise ValueError("check_loss tries every reduction by itself: leave reduction out.")
+    if "reduction" in settings or settings.get("loss_weight", 1) == 0:
+        raise ValueError("check_loss tries every reduction by itself, and a loss_weight of 0 gives none: leave it out.")
     for check in checks(cls):
         check(cls, device=device, compile=compile, **settings)
 
