@@ -9,6 +9,7 @@ import os
 import pickle
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import bench
 import cases
@@ -19,7 +20,8 @@ import timing
 import torch
 from mmengine.config import ConfigDict
 from PIL import Image
-from support.commands import ROOT, last_line
+from support.commands import ROOT, detloss, last_line
+from ultralytics.cfg import get_cfg
 
 from detloss_plugins.adapters.ultralytics import compat
 from detloss_plugins.cli import train
@@ -75,6 +77,18 @@ def test_train_says_which_ultralytics_it_needs(capsys, monkeypatch):
     rest = compat.FEATURES["devices"][1:]
     monkeypatch.setitem(compat.FEATURES, "devices", (False, *rest))
     assert "needs Ultralytics 8.4.140 or newer" in refused(capsys, "device=0,1", "epochs=1", status=2)
+
+
+def test_train_ends_with_what_a_training_on_several_devices_returns(capsys, tmp_path, monkeypatch):
+    """A dict: the metrics themselves stay in the processes of its launch."""
+
+    def launch(self, **_):
+        self.trainer = SimpleNamespace(plugin_losses={}, args=get_cfg(), best=Path("best.pt"))
+        return {"metrics/mAP50(B)": 0.75, "metrics/mAP50-95(B)": 0.5, "fitness": 0.5}
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("ultralytics.engine.model.Model.train", launch)
+    assert detloss(capsys, "train", "qfl", "device=0,1").startswith("mAP50 0.750   mAP50-95 0.500\n")
 
 
 ATSS = str(ROOT / "configs" / "mmdetection" / "atss_r18_fpn_digits.py")

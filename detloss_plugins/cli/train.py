@@ -178,7 +178,7 @@ def yolo_data(data, task):
 def train_yolo(args):
     """Train with Ultralytics and print what came out."""
     from detloss_plugins.adapters.ultralytics import check_head, describe, make_trainer, model_task, open_model
-    from detloss_plugins.adapters.ultralytics.compat import TooOldError
+    from detloss_plugins.adapters.ultralytics.compat import TooOldError, box_aps
     from detloss_plugins.adapters.ultralytics.ignore import UnknownClassError
     from detloss_plugins.adapters.ultralytics.trainer import NoWeightError
 
@@ -223,7 +223,7 @@ def train_yolo(args):
     except RuntimeError as error:  # how it refuses labels and images, or runs out of memory
         raise RunError(f"{type(error).__name__}: {first_line(error)}") from error
     active = describe(yolo.trainer.plugin_losses, yolo.trainer.args, task)
-    report(metrics.box.map50, metrics.box.map, yolo.trainer.best, active)
+    report(*box_aps(metrics), yolo.trainer.best, active)
 
 
 def coco_content(path):

@@ -352,10 +352,11 @@ def run(*words):
         (["FocalLoss", "--slot", "bbox"], "no slot 'bbox'; the slots are cls, box, dfl"),
         (["FocalLoss", "--model", "none.yaml"], "none.yaml"),
         (["FocalLoss", "epoch=1"], "epoch"),
+        (["FocalLoss", "device=0,1"], "by a training on one device"),
     ],
 )
 def test_mistakes_are_said_before_anything_is_trained(words, says, monkeypatch):
-    monkeypatch.setattr(module, "calibrate", interrupt)
+    monkeypatch.setattr("ultralytics.engine.model.Model.train", lambda *_, **settings: interrupt(settings))
     code, output = run(*words)
     assert code == 2
     assert says in output

@@ -248,8 +248,10 @@ def calibrate(
         A :class:`~detloss_plugins.adapters.calibrate.Suggestion` for each candidate, in their order.
 
     Raises:
-        ValueError: if a loss does not suit the model.
+        ValueError: if a loss does not suit the model, or for several devices.
     """
+    if compat.device_count(settings.get("device")) > 1:  # what their processes find would stay there
+        raise ValueError("Weights are found by a training on one device: name one, such as device=0.")
     yolo = None if isinstance(model, torch.nn.Module) else open_model(model)
     given = yolo.model if yolo else model
     task = model_task(given)
@@ -377,7 +379,7 @@ def verify(suggestion, model="yolov8n.yaml", seeds=2, factors=FACTORS, told=None
             trainer = make_trainer({slot: {**cfg, "loss_weight": cfg["loss_weight"] * factor}}, model_task(yolo.model))
             with tempfile.TemporaryDirectory() as folder:
                 quick = {**QUICK, "save": True, "project": folder, "seed": seed}
-                values.append(float(yolo.train(trainer=trainer, **{**settings, **quick}).box.map50))
+                values.append(compat.box_aps(yolo.train(trainer=trainer, **{**settings, **quick}))[0])
             if told:
                 told()
     return Verified(suggestion, yolo.trainer.epochs, found)

@@ -160,6 +160,12 @@ def rbox2dist(boxes, anchors, largest=None):
     return tal.bbox2dist(anchors, ops.xywh2xyxy(boxes[..., :4]), largest)
 
 
+def box_aps(metrics):
+    """AP50 and AP of boxes in what ``YOLO.train`` returns: metrics or, after a launch on several devices, a dict."""
+    found = metrics if isinstance(metrics, dict) else metrics.results_dict
+    return float(found["metrics/mAP50(B)"]), float(found["metrics/mAP50-95(B)"])
+
+
 def class_weights(criterion):
     """The weights ``(1, 1, C)`` that a criterion gives its classes, or None."""
     return getattr(criterion, "class_weights", None)
