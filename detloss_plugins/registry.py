@@ -6,6 +6,7 @@ mmengine imports ``<scope>.registry`` when it meets ``type="<scope>.X"``, so thi
 
 import contextlib
 import difflib
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,6 +54,40 @@ def loss_class(name: str | type) -> type:
         hint = f"did you mean {', '.join(nearest)}?" if nearest else f"there are {', '.join(sorted(known))}."
         raise ValueError(f"There is no loss named {name!r} in {SCOPE}; {hint}")
     return found
+
+
+def importable(cls: type) -> bool:
+    """Whether another process can import a class by its path: not one of a script, a notebook or a function."""
+    return cls.__module__ != "__main__" and getattr(sys.modules.get(cls.__module__), cls.__name__, None) is cls
+
+
+def loss_path(name: str | type) -> str:
+    """What :func:`loss_class` takes for the same class in another process, which has not imported what this one has.
+
+    It is the path of a class from outside this package, or of one that is given as such, and otherwise the name.
+    """
+    cls = loss_class(name)
+    if isinstance(name, str) and (cls.__module__.partition(".")[0] == SCOPE or not importable(cls)):
+        return name
+    return f"{cls.__module__}.{cls.__name__}"
+
+
+def portable(cfg: Any) -> Any:
+    """A copy of a config in which each loss, also a nested one, is named as :func:`loss_path` does.
+
+    Raises:
+        ValueError: for a loss that other processes cannot import.
+    """
+    if isinstance(cfg, list | tuple):
+        return type(cfg)(map(portable, cfg))
+    if not isinstance(cfg, Mapping):
+        return cfg
+    if "type" in cfg and not importable(cls := loss_class(cfg["type"])):
+        raise ValueError(
+            f"{cls.__name__} is of a script or a notebook, from which other processes cannot import it: put the class "
+            "in a file of its own, and import it from there."
+        )
+    return {key: loss_path(value) if key == "type" else portable(value) for key, value in cfg.items()}
 
 
 def build_loss(cfg: Mapping) -> Any:

@@ -1,7 +1,9 @@
 """Any test that asks for ``loss_cls`` runs once for every registered loss, or for those that ``support.only`` leaves;
 ``--device`` moves them to a GPU."""
 
+import importlib
 import os
+import sys
 import warnings
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import torch
 from mmengine.logging import MessageHub
 
 from detloss_plugins import engine
-from detloss_plugins.registry import registered_losses
+from detloss_plugins.registry import MODELS, registered_losses
 
 
 def pytest_addoption(parser):
@@ -46,6 +48,31 @@ def pytest_generate_tests(metafunc):
         says = getattr(metafunc.function, "only", lambda facts: True)
         classes = {name: cls for name, cls in registered_losses().items() if says(cls.facts)}
         metafunc.parametrize("loss_cls", classes.values(), ids=classes.keys())
+
+
+OWN_LOSS = """
+from detloss_plugins import MODELS
+from detloss_plugins.losses import GIoULoss
+
+@MODELS.register_module()
+class FiledLoss(GIoULoss):
+    pass
+"""
+
+
+@pytest.fixture
+def filed_loss(tmp_path, monkeypatch):
+    """A registered loss of a user's own file, ``filed.py``; gives what forgets it, as another process never knew it."""
+    (tmp_path / "filed.py").write_text(OWN_LOSS, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("filed")
+
+    def forget():
+        sys.modules.pop("filed", None)
+        MODELS.module_dict.pop("FiledLoss", None)
+
+    yield forget
+    forget()
 
 
 @pytest.fixture

@@ -16,11 +16,13 @@ import yaml
 from click.testing import CliRunner
 
 from detloss_plugins.ablation import Run, Study, mmdetection, plan, study
-from detloss_plugins.ablation.grid import check_grid, contradiction, losses_of_word, parse_words, seeds_of
+from detloss_plugins.ablation.grid import check_grid, contradiction, losses_of_word, parse_words, seeds_of, slots_of
 from detloss_plugins.ablation.measure import evaluate, evaluate_coco
 from detloss_plugins.ablation.progress import Bar
 from detloss_plugins.cli import main
 from detloss_plugins.cli.ablate import told_how_to_go_on
+from detloss_plugins.losses import GIoULoss
+from detloss_plugins.registry import MODELS, build_loss
 
 RUN = Run(
     "vfl", {"cls": {"type": "VarifocalLoss", "loss_weight": 4.0}}, "yolov8n.yaml", "digits", "", 2, 0, {"batch": 4}
@@ -345,6 +347,40 @@ def test_losses_go_to_their_places_in_a_config():
         mmdetection.slots_of(focal, two_stage)
     with pytest.raises(ValueError, match="has none for 'dfl'"):
         mmdetection.slots_of({"type": "DistributionFocalLoss"}, mmdet_model())
+
+
+@pytest.mark.parametrize("framework", ["ultralytics", "mmdetection"])
+def test_a_process_of_an_ablation_imports_a_loss_of_ones_own(framework, filed_loss):
+    """It is given the losses as JSON, and nothing there has imported the file."""
+    nested = {"type": "WIoULoss", "base": {"type": "FiledLoss"}}
+    if framework == "ultralytics":
+        found = [slots_of(loss, "detect")["box"] for loss in ({"type": "FiledLoss"}, nested)]
+    else:
+        found = [mmdetection.slots_of({"box": loss}, mmdet_model()) for loss in ({"type": "FiledLoss"}, nested)]
+        found = [losses["bbox_head.loss_bbox"] for losses in found]
+    filed_loss()
+    first, second = map(build_loss, json.loads(json.dumps(found)))
+    assert type(first).__name__ == type(second.base).__name__ == "FiledLoss"
+
+
+class OfAScript(GIoULoss):
+    """As if this file was run."""
+
+
+OfAScript.__module__ = "__main__"
+
+
+def test_a_loss_of_a_script_is_none_for_an_ablation(monkeypatch):
+    monkeypatch.setitem(MODELS.module_dict, "OfAScript", OfAScript)
+    for slots in (lambda loss: slots_of(loss, "detect"), lambda loss: mmdetection.slots_of(loss, mmdet_model())):
+        with pytest.raises(ValueError, match="put the class in a file of its own"):
+            slots({"box": {"type": "OfAScript"}})
+
+
+def test_a_training_has_the_modules_of_the_process_that_starts_it(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(study.subprocess, "Popen", lambda command, **how: how["env"])
+    assert str(tmp_path) in study.start(tmp_path, {}, 0.0)["PYTHONPATH"].split(os.pathsep)
 
 
 def test_the_config_of_a_run(tmp_path):

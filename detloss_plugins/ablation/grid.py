@@ -12,7 +12,7 @@ import yaml
 
 from detloss_plugins import configs
 from detloss_plugins.facts import number_in
-from detloss_plugins.registry import build_loss, registered_losses
+from detloss_plugins.registry import build_loss, portable, registered_losses
 
 EPOCHS = 12
 STOCK = "stock"
@@ -109,7 +109,7 @@ def slots_of(losses: Mapping, task: str) -> dict:
         losses = {fitting[0]: losses}
     if "ignore" in losses:
         raise ValueError("Ignored classes change what is measured, so an ablation has none: leave ignore out.")
-    return plain(load_losses(losses, task, auto=True))
+    return plain(portable(load_losses(losses, task, auto=True)))
 
 
 def plain(value: Any) -> Any:

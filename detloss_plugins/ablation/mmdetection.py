@@ -13,7 +13,7 @@ from detloss_plugins import configs
 from detloss_plugins.ablation.data import digits_folder
 from detloss_plugins.ablation.files import seconds_between, write_whole
 from detloss_plugins.ablation.grid import Run, family_of, plain
-from detloss_plugins.registry import SCOPE, build_loss, loss_class
+from detloss_plugins.registry import SCOPE, build_loss, loss_class, portable
 
 SLOTS = {"cls": "loss_cls", "box": "loss_bbox", "dfl": "loss_dfl"}
 OF_FAMILY = {"classification": "cls", "ranking": "cls", "box": "box", "regression": "box", "distribution": "dfl"}
@@ -66,7 +66,7 @@ def short(key: str) -> str:
 
 
 def slots_of(losses: Mapping, model: Mapping) -> dict:
-    """Losses by their dotted keys in a detector's config, each of this package by its full name.
+    """Losses by their dotted keys in a detector's config, each by its full name.
 
     Args:
         losses: ``{slot: config}``, or the config of one loss, which goes where its family fits.
@@ -82,7 +82,9 @@ def slots_of(losses: Mapping, model: Mapping) -> dict:
     found = {}
     for slot, cfg in losses.items():
         where = place(slot, there)
-        found[where] = {**sigmoid(cfg, there[where]), **cfg, "type": f"{SCOPE}.{loss_class(cfg['type']).__name__}"}
+        own = portable(cfg)
+        kind = own["type"] if "." in own["type"] else f"{SCOPE}.{own['type']}"
+        found[where] = {**sigmoid(cfg, there[where]), **own, "type": kind}
         build_loss(found[where])  # raises for an unknown setting
     return plain(found)
 

@@ -60,7 +60,7 @@ from detloss_plugins.adapters.ultralytics import (
 from detloss_plugins.adapters.ultralytics.compat import E2ELoss
 from detloss_plugins.adapters.ultralytics.config import GAINS, PRIORS
 from detloss_plugins.losses import APLoss, FocalLoss, L1Loss
-from detloss_plugins.registry import build_loss, loss_class, registered_losses
+from detloss_plugins.registry import MODELS, build_loss, loss_class, registered_losses
 
 # The stock loss of oriented boxes has a floor on their size, which is not ours to repeat.
 STOCK_BOX = {"box": {"type": "CIoULoss"}}
@@ -634,6 +634,22 @@ def test_a_stock_trainer_keeps_no_record(interrupted, trained, datasets, tmp_pat
     yolo.train(data=datasets[trained[1]], epochs=1, project=str(tmp_path), name="stock", **{**SETTINGS, "val": False})
     assert trained_losses(tmp_path / "stock" / "weights" / "last.pt") is None
     assert not any(isinstance(b, PLUGINS) for b in branches(yolo.trainer.model.init_criterion()))
+
+
+def test_a_loss_of_ones_own_reaches_the_workers_of_a_launch(filed_loss):
+    """They are handed the class of the trainer, and nothing there has imported the file of the loss."""
+    losses = make_trainer({"box": {"type": "WIoULoss", "base": {"type": "FiledLoss"}}}).plugin_losses
+    filed_loss()
+    assert type(build_loss(losses["box"]).base).__name__ == "FiledLoss"
+
+
+def test_a_loss_of_a_script_does_not(monkeypatch):
+    monkeypatch.setattr(Own, "__module__", "__main__")
+    monkeypatch.setitem(MODELS.module_dict, "Own", Own)
+    trainer = make_trainer({"cls": {"type": "Own"}})
+    assert trainer.plugin_losses["cls"]["type"] == "Own"
+    with pytest.raises(ValueError, match=r"Own is of a script.*put the class in a file of its own"):
+        trainer(overrides={"device": "0,1"})
 
 
 @pytest.mark.slow

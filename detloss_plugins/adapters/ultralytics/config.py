@@ -12,7 +12,7 @@ import yaml
 from detloss_plugins.families import has_bins
 from detloss_plugins.loss import AUTO, Loss
 from detloss_plugins.losses import JointLoss, ScheduledLoss
-from detloss_plugins.registry import MODELS, build_loss, loss_class
+from detloss_plugins.registry import MODELS, build_loss, loss_class, loss_path
 
 YOLO_SLOTS = {
     "cls": ("classification", "ranking"),
@@ -132,7 +132,7 @@ def filled(cfg, **values):
     """A copy of a config in which every loss, also a nested one, has those ``values`` that it takes and lacks.
 
     It is plain data, which any process can read: numbers of numpy, arrays and tensors become numbers and lists, and a
-    class given as the type is named by its path.
+    class given as the type, or one from outside this package, is named by its path.
     """
     if getattr(cfg, "requires_grad", False):
         raise ValueError("A setting in a config of losses is not learnt, as no optimizer sees it: give a number.")
@@ -144,8 +144,11 @@ def filled(cfg, **values):
         return (tuple if isinstance(cfg, tuple) else list)(filled(part, **values) for part in cfg)
     if not isinstance(cfg, Mapping):
         return copy.deepcopy(cfg)
-    takes = inspect.signature(loss_class(cfg["type"])).parameters if "type" in cfg else ()
+    if "type" not in cfg:
+        return {name: filled(value, **values) for name, value in cfg.items()}
+    takes = inspect.signature(loss_class(cfg["type"])).parameters
     lacks = {name: value for name, value in values.items() if name in takes and name not in cfg}
+    cfg = {**cfg, "type": loss_path(cfg["type"])}
     return {**lacks, **{name: filled(value, **values) for name, value in cfg.items()}}
 
 

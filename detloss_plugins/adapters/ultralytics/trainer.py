@@ -39,7 +39,7 @@ from detloss_plugins.adapters.ultralytics.model import RECORD, install, student
 from detloss_plugins.facts import Rule, checked
 from detloss_plugins.loss import AUTO, Loss
 from detloss_plugins.losses import ScheduledLoss, set_progress
-from detloss_plugins.registry import build_loss
+from detloss_plugins.registry import build_loss, portable
 
 LOSSES_FILE = "losses.yaml"  # in the folder of the run, beside args.yaml
 CURVES_FILE = "losses.csv"  # beside results.csv
@@ -261,6 +261,8 @@ def make_trainer(
                     'loss_weight "auto" is for a training on one device: find the weights with detloss calibrate, and '
                     "write them for one on several."
                 )
+            if compat.device_count((overrides or {}).get("device")) > 1:
+                portable(losses)  # raises for a loss that their processes cannot import
             compat.check_arguments(overrides or {})
             if waits_for_counts:
                 compat.require("class_counts")
