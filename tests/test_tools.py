@@ -342,6 +342,19 @@ def test_point_an_mmdet_config_at_ones_own_data(tmp_path):
         train.point_at(cfg, tmp_path)
 
 
+def test_both_files_of_ones_own_data_number_the_classes_alike(tmp_path):
+    for split in ("train", "val"):
+        coco(tmp_path, f"{split}.json", split, "1.jpg")
+    content = json.loads((tmp_path / "annotations" / "val.json").read_text(encoding="utf-8"))
+    for categories in (content["categories"][::-1], content["categories"][:1]):
+        content["categories"] = categories
+        (tmp_path / "annotations" / "val.json").write_text(json.dumps(content), encoding="utf-8")
+        with pytest.raises(
+            UsageError, match=r"annotations/val\.json has other categories than annotations/train\.json"
+        ):
+            train.point_at(ConfigDict(), tmp_path)
+
+
 def test_a_documented_difference_that_is_none_fails():
     same = Upstream("mmdet.models.losses.GIoULoss", differs="it does not")
     worst = parity.compare(GIoULoss, same, [sample(GIoULoss)])

@@ -264,8 +264,15 @@ def point_at(cfg, folder):
     """Make a detection config train and validate on a folder in COCO layout, with its classes."""
     folder = folder.resolve()
     splits = {split: coco_split(folder, split) for split in ("train", "val")}
-    annotations = coco_content(folder / splits["train"][0])
-    classes = [category["name"] for category in annotations["categories"]]  # CocoDataset numbers them in this order
+    # CocoDataset numbers classes in the order of each file.
+    classes, of_val = (
+        [category["name"] for category in coco_content(folder / splits[split][0])["categories"]] for split in splits
+    )
+    if of_val != classes:
+        raise UsageError(
+            f"{splits['val'][0]} has other categories than {splits['train'][0]}, or others first: their names must be "
+            "the same, in the same order."
+        )
     for loader, split in (("train_dataloader", "train"), ("val_dataloader", "val"), ("test_dataloader", "val")):
         dataset = cfg[loader].dataset
         while "dataset" in dataset:  # RepeatDataset and its like
