@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import pickle
+import shutil
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -311,7 +312,7 @@ def coco(folder, ann, images, first):
     categories = [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}]
     content = {"images": [{"file_name": first}], "annotations": [], "categories": categories}
     (folder / "annotations" / ann).write_text(json.dumps(content), encoding="utf-8")
-    (folder / images).mkdir(parents=True, exist_ok=True)
+    (folder / images / first).parent.mkdir(parents=True, exist_ok=True)
     (folder / images / first).touch()
 
 
@@ -342,6 +343,24 @@ def test_point_an_mmdet_config_at_ones_own_data(tmp_path):
         train.point_at(cfg, tmp_path)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="links")
+@pytest.mark.parametrize("first", ["1.jpg", "photo[1].jpg", "day/1.jpg"])
+def test_images_of_ones_own_data_may_be_behind_a_link(first, tmp_path):
+    folder, found = tmp_path / "coco", ("annotations/train.json", "images/")
+    folder.mkdir()
+    coco(folder, "train.json", "../elsewhere", first)
+    with pytest.raises(UsageError, match="is nowhere below"):
+        train.coco_split(folder, "train")
+    (folder / "around").symlink_to(folder)
+    (folder / "images").symlink_to(tmp_path / "elsewhere")
+    assert train.coco_split(folder, "train") == found
+    shutil.copytree(tmp_path / "elsewhere", folder / "more")
+    with pytest.raises(UsageError, match="is in several folders, of which none has train in its name"):
+        train.coco_split(folder, "train")
+    (folder / "more").rename(folder / "train")
+    assert train.coco_split(folder, "train") == ("annotations/train.json", "train/")
+
+
 def test_both_files_of_ones_own_data_number_the_classes_alike(tmp_path):
     for split in ("train", "val"):
         coco(tmp_path, f"{split}.json", split, "1.jpg")
@@ -349,9 +368,7 @@ def test_both_files_of_ones_own_data_number_the_classes_alike(tmp_path):
     for categories in (content["categories"][::-1], content["categories"][:1]):
         content["categories"] = categories
         (tmp_path / "annotations" / "val.json").write_text(json.dumps(content), encoding="utf-8")
-        with pytest.raises(
-            UsageError, match=r"annotations/val\.json has other categories than annotations/train\.json"
-        ):
+        with pytest.raises(UsageError, match=r"val\.json has other categories than annotations/train\.json"):
             train.point_at(ConfigDict(), tmp_path)
 
 

@@ -252,12 +252,29 @@ def coco_split(folder, split):
     if len(files) != 1:
         raise UsageError(f"{folder}/annotations must hold exactly one {split} .json, but holds {len(files)}.")
     first = coco_content(files[0])["images"][0]["file_name"]
-    for image in sorted(folder.rglob(Path(first).name)):
-        if image.as_posix().endswith(first):
-            prefix = image.relative_to(folder).as_posix()[: -len(first)]
-            if split in prefix or len({*folder.rglob(Path(first).name)}) == 1:
-                return files[0].relative_to(folder).as_posix(), prefix
-    raise UsageError(f"{first} of {files[0]} is nowhere below {folder}.")
+    others = []
+    for prefix in prefixes(folder, first):
+        if split in prefix:
+            return files[0].relative_to(folder).as_posix(), prefix
+        others.append(prefix)
+    if len(others) != 1:
+        where = f"in several folders, of which none has {split} in its name" if others else f"nowhere below {folder}"
+        raise UsageError(f"{first} of {files[0]} is {where}.")
+    return files[0].relative_to(folder).as_posix(), others[0]
+
+
+def prefixes(folder, name):
+    """Of each place of a file below ``folder``, links followed, what of its path is before its name."""
+    seen = set()
+    for place, folders, _ in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:  # by a link, maybe one to where it is itself
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        if Path(place, name).is_file():
+            prefix = Path(place).relative_to(folder).as_posix()
+            yield "" if prefix == "." else f"{prefix}/"
 
 
 def point_at(cfg, folder):
