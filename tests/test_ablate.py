@@ -39,6 +39,8 @@ WORDS = {
     "optimizer=SGD": ({}, {"optimizer": "SGD"}),
     "cos_lr=true": ({}, {"cos_lr": True}),
     "lr0=1e-3": ({}, {"lr0": 0.001}),
+    "project=runs/set #2": ({}, {"project": "runs/set #2"}),
+    "name='1' # one": ({}, {"name": "1"}),
     "long=cls: {type: FocalLoss}" + " " * 300: ({"long": {"cls": {"type": "FocalLoss"}}}, {}),
 }
 

@@ -303,8 +303,13 @@ def test_a_data_set_is_given_once_and_as_ultralytics_has_it(tmp_path):
 
 
 def test_numbers_as_people_write_them():
-    assert train.yaml_of("1e-3", "lr0=1e-3") == 0.001
-    assert train.yaml_of("[1e3, a]", "x") == [1000, "a"]
+    assert train.values({"lr0": "1e-3", "x": "[1e3, a]"}) == {"lr0": 0.001, "x": [1000, "a"]}
+
+
+@pytest.mark.parametrize("word", ["/x/my set #2/data.yaml", "https://host/coco8.zip"])
+def test_a_data_set_is_where_the_word_says(word):
+    data = train.given_data(None, train.values({"data": word}))
+    assert str(train.yolo_data(data, "detect")[0]) == str(word if "://" in word else Path(word))
 
 
 def coco(folder, ann, images, first):

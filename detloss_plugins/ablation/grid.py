@@ -188,7 +188,7 @@ def parse_words(words: Iterable[str]) -> tuple[dict, dict, dict]:
     for word in words:
         if "=" in word and not _is_file(word):
             key, text = word.split("=", 1)
-            value = _yaml(text, word)
+            value = value_of(text, word)
             if isinstance(value, str) and value.partition(":")[0] in registered_losses():
                 value = losses_of_word(value)[1]
             if not isinstance(value, dict):
@@ -213,11 +213,27 @@ def _is_file(word):
         return False
 
 
-def _yaml(text, where):
+def value_of(text: str, word: str) -> Any:
+    """What the text after ``KEY=`` means in YAML; what is a text there, and not in quotes, is as it was typed.
+
+    To YAML, a path would end where it has " #".
+
+    Args:
+        text: the text.
+        word: all of it, for the error.
+
+    Raises:
+        ValueError: if that is no YAML.
+
+    >>> [value_of(text, f"project={text}") for text in ("runs/set #2", "'1'", "1e-3")]
+    ['runs/set #2', '1', 0.001]
+    """
     try:
-        return number_in(yaml.safe_load(text))
+        value = number_in(yaml.safe_load(text))
     except yaml.YAMLError as error:
-        raise ValueError(f"{where} is no YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{word} is no YAML: {' '.join(str(error).split())}") from error
+    as_typed = isinstance(value, str) and text.strip()[0] not in "'\""
+    return text.strip() if as_typed else value
 
 
 def check_grid(grid: Mapping) -> dict:

@@ -50,18 +50,22 @@ def config_path(word):
     return find(word)
 
 
-def yaml_of(text, where):
-    """The content of some YAML; ``UsageError`` says where it comes from."""
+def values(overrides):
+    """The values of ``KEY=VALUE``; ``UsageError`` if one is no YAML."""
+    from detloss_plugins.ablation.grid import value_of
+
     try:
-        return number_in(yaml.safe_load(text))
-    except yaml.YAMLError as error:
-        raise UsageError(f"{where} is no YAML: {' '.join(str(error).split())}") from error
+        return {key: value_of(text, f"{key}={text}") for key, text in overrides.items()}
+    except ValueError as error:
+        raise UsageError(error) from error
 
 
 def yaml_file(path):
     """The content of a YAML file; ``UsageError`` if it is none."""
     try:
-        return yaml_of(path.read_text(encoding="utf-8"), path)
+        return number_in(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} cannot be read: {first_line(error)}") from error
 
@@ -150,13 +154,13 @@ def check_yolo(settings):
 
 
 def given_data(data, args):
-    """The data set of ``--data``, or of ``data=``, which is taken out of the training arguments."""
+    """The data set of ``--data``, or of ``data=``, which is taken out of the training arguments; an address is text."""
     if "data" not in args:
         return data
     word = args.pop("data")
     if data is not None:
         raise UsageError(f"The data set is given twice: leave data={word} or --data {data} out.")
-    return DataSet().convert(str(word), None, None)
+    return word if "://" in str(word) else DataSet().convert(str(word), None, None)
 
 
 def yolo_data(data, task):
@@ -166,6 +170,8 @@ def yolo_data(data, task):
 
     if data is None or data == digits_dir():
         return build_digits("detect" if task == "rtdetr" else task) / "digits.yaml", DIGITS_ARGS
+    if "://" in str(data):
+        return data, {}
     if data.is_dir():
         try:
             data = yaml_in(data)
@@ -182,7 +188,7 @@ def train_yolo(args):
     from detloss_plugins.adapters.ultralytics.ignore import UnknownClassError
     from detloss_plugins.adapters.ultralytics.trainer import NoWeightError
 
-    overrides = {key: yaml_of(value, f"{key}={value}") for key, value in args.overrides.items()}
+    overrides = values(args.overrides)
     args = replace(args, data=given_data(args.data, overrides))
     last = yolo_checkpoint(args, overrides)
     model = str(last or overrides.pop("model", "yolov8n.yaml"))
