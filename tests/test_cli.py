@@ -341,6 +341,15 @@ def test_check_a_config_of_mmdetection(capsys, tmp_path):
     assert "--model is for Ultralytics" in error
 
 
+def test_a_file_of_losses_names_a_class_in_the_working_directory(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place])
+    source = "from detloss_plugins.losses import GIoULoss\n\nclass Mine(GIoULoss):\n    pass\n"
+    (tmp_path / "beside.py").write_text(source, encoding="utf-8")
+    (tmp_path / "losses.yaml").write_text("box: {type: beside.Mine}\n", encoding="utf-8")
+    assert "box: Mine(" in detloss(capsys, "check", "losses.yaml")
+
+
 WRONG = """
 from detloss_plugins.losses import L1Loss
 

@@ -6,6 +6,7 @@ is imported by the functions that use it, so that ``detloss --help`` is quick an
 
 import importlib
 import pkgutil
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,5 +78,8 @@ def main(ctx: click.Context) -> None:
     """
     # An import of mmengine's, which nobody who types a command can change.
     warnings.filterwarnings("ignore", "pkg_resources is deprecated")
+    # Losses of the user's are in the working directory, where ``python -m`` looks; a command has its own folder there.
+    if "" not in sys.path:
+        sys.path.insert(0, "")
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())

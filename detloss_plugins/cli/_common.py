@@ -134,8 +134,6 @@ def loss_class_of(word: str) -> type[Loss]:
 
 
 def _module(name):
-    if os.getcwd() not in sys.path:  # the command's own folder is there in its place
-        sys.path.insert(0, os.getcwd())
     try:
         if not name.endswith(".py"):
             return importlib.import_module(name)
