@@ -103,7 +103,7 @@ class _GradientInForward(torch.autograd.Function):
 
     @staticmethod
     def gradient(ctx, outer):
-        gradient, pred, *others = ctx.saved_tensors
+        gradient, pred, *others = ctx.saved_tensors  # once in a backward, as torch.utils.checkpoint wants it
         if torch.is_grad_enabled():
             return torch.func.vjp(lambda x: ctx.call.filled((x, *others)).losses().sum(), pred)[1](outer)[0]
         if gradient.dtype == pred.dtype:
@@ -115,7 +115,7 @@ class _GradientInForward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, outer, _):
-        return None, None, _GradientInForward.gradient(ctx, outer), *[None] * (len(ctx.saved_tensors) - 2)
+        return None, None, _GradientInForward.gradient(ctx, outer), *[None] * (len(ctx.needs_input_grad) - 3)
 
     @staticmethod
     def jvp(ctx, *tangents):
@@ -151,7 +151,8 @@ def _by_kernel(call: Call, backward: bool) -> Tensor | None:
     except (MemoryError, torch.cuda.OutOfMemoryError):
         return None  # chunks take less
     except Exception as error:
-        call.losses()  # if the arguments are at fault, this says it
+        with torch.no_grad():
+            call.of_each_chunk()  # if the arguments are at fault, this says it
         _failed.add(key)
         reason = next((line for line in str(error).splitlines() if line.strip() and not line.endswith("raised:")), "")
         told = f"{name} runs uncompiled: torch.compile failed with {type(error).__name__}: {reason.strip()}"

@@ -263,6 +263,8 @@ class RankingLoss(ClassificationLoss, family="ranking", needs_mining=False, coun
     The per-element losses are one per positive, ``(P,)``, in the order of ``pred.flatten()``; their mean is over the
     positives. ``weight`` 0 takes a row or a cell out of the ranking; any other weight multiplies the loss of a positive
     and has no effect on a negative. Without positives the loss is zero.
+
+    With ``torch.use_deterministic_algorithms(True)`` torch refuses running sums on a GPU, which all but DRLoss take.
     """
 
     instead = "it ranks scores, and its targets say no more than which are positives"

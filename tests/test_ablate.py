@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from click.testing import CliRunner
 
 from detloss_plugins.ablation import Run, Study, mmdetection, plan, study
 from detloss_plugins.ablation.grid import check_grid, contradiction, losses_of_word, parse_words, seeds_of, slots_of
-from detloss_plugins.ablation.measure import evaluate, evaluate_coco
+from detloss_plugins.ablation.measure import evaluate, evaluate_coco, measure
 from detloss_plugins.ablation.progress import Bar
 from detloss_plugins.cli import main
 from detloss_plugins.cli.ablate import told_how_to_go_on
@@ -260,6 +261,24 @@ def test_ap_by_size_and_calibration_by_hand():
         None,
     )
     assert nothing["per_class"] == {"0": 0.0, "1": None}
+
+
+def test_what_is_measured_is_what_was_trained():
+    """The classes and the split of the training, for one."""
+
+    class Model:
+        names: ClassVar = {0: "a", 1: "b", 2: "c"}
+
+        def val(self, **settings):
+            self.settings = settings
+            raise KeyboardInterrupt
+
+    pytest.importorskip("ultralytics")
+    model = Model()
+    with pytest.raises(KeyboardInterrupt):
+        measure(model, "detect", "data.yaml", {"classes": [0, 2], "split": "test", "lr0": 0.1})
+    assert (model.settings["classes"], model.settings["split"]) == ([0, 2], "test")
+    assert "lr0" not in model.settings
 
 
 def test_detections_in_a_crowd_are_neither_correct_nor_wrong(tmp_path):

@@ -92,6 +92,21 @@ def test_a_data_yaml_means_what_it_does_in_ultralytics(tmp_path):
         assert (found.names, found.cls.tolist()) == (["person", "car"], [0])
 
 
+def test_files_of_windows_and_of_phones(tmp_path):
+    """A mark at the beginning of a label file, and a photograph that is stored on its side."""
+    path = write_yolo(tmp_path, [["0 0.5 0.5 0.5 0.5"]])
+    label, image = tmp_path / "labels" / "train" / "0.txt", tmp_path / "images" / "train" / "0.png"
+    label.write_text("0 0.5 0.5 0.5 0.5\n", encoding="utf-8-sig")
+    assert read_labels(path).sizes.tolist() == [[200, 100]]
+    with Image.open(image) as picture:
+        exif = picture.getexif()
+        exif[274] = 6
+        picture.save(image, exif=exif)
+    found = read_labels(path)
+    assert found.sizes.tolist() == [[100, 200]]
+    assert found.boxes.tolist() == [[25, 50, 75, 150]]
+
+
 def test_a_relative_folder_is_looked_up_where_ultralytics_keeps_its_own(tmp_path, monkeypatch):
     utils = pytest.importorskip("ultralytics.utils")
     monkeypatch.setattr(utils, "DATASETS_DIR", tmp_path)

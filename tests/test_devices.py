@@ -9,7 +9,8 @@ from support.commands import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from detloss_plugins import precision
+from detloss_plugins import build_loss, precision
+from detloss_plugins.adapters.curves import state_scalars
 from detloss_plugins.losses import DRLoss, FocalLoss
 from detloss_plugins.testing import sample
 
@@ -36,6 +37,13 @@ def test_no_float64_where_there_is_none(loss_cls, device, without_float64):
     with NoFloat64():
         loss(pred, target).backward()
     assert pred.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("cfg", [{"type": "WIoULoss"}, {"type": "EQLV2Loss", "num_classes": 3}], ids=str)
+def test_the_curves_of_a_state_make_none(cfg, device, without_float64):
+    loss = build_loss(cfg).to(device)
+    with NoFloat64():
+        assert state_scalars(loss)
 
 
 def test_a_float64_is_noticed():

@@ -11,6 +11,7 @@ import pytest
 import torch
 from support import counted_graphs, needs_compiler, plain, sample_for
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import detloss_plugins
 from detloss_plugins import engine, precision
@@ -130,6 +131,14 @@ def test_a_second_backward_through_one_graph(device):
     value = 3 * FocalLoss()(pred, target)
     first, second = (torch.autograd.grad(value, pred, retain_graph=True)[0] for _ in range(2))
     close(first, second)
+
+
+def test_activations_may_be_worked_out_again(device):
+    """What a checkpoint saves may be asked for once."""
+    pred, target = many(device)
+    loss = FocalLoss()
+    value = checkpoint(lambda x: loss(x, target), pred, use_reentrant=False)
+    close(torch.autograd.grad(value, pred), torch.autograd.grad(loss(pred, target), pred))
 
 
 @pytest.mark.parametrize("kind", [DiceLoss, JaccardLoss])
@@ -354,6 +363,21 @@ def test_a_failed_compilation_warns_for_each_loss_and_says_why(device, broken):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             loss(pred, target)
+
+
+@needs_compiler
+def test_a_failed_compilation_takes_no_more_memory_than_a_call(device, broken, monkeypatch):
+    """The arguments are looked at in chunks and without a graph."""
+    broken(FAULT)
+    pred, target = many(device)
+    loss, seen = FocalLoss(compile=True), []
+    function = FocalLoss.fn
+    spy = lambda x, *args, **kwargs: seen.append((len(x), torch.is_grad_enabled())) or function(x, *args, **kwargs)  # noqa: E731
+    monkeypatch.setattr(FocalLoss, "fn", staticmethod(spy))
+    with pytest.warns(UserWarning, match="runs uncompiled"):
+        loss(pred, target)
+    assert max(rows for rows, _ in seen) == 25
+    assert seen[0] == (25, False)
 
 
 @needs_compiler

@@ -11,7 +11,8 @@ SHOWN = 0.05  # detections with a lower score do not count in the calibration er
 BINS = 10
 COCO_AREAS = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, 1e10)}  # in pixels of the image
 # Arguments of a training that its validation has too.
-OF_VALIDATION = ("imgsz", "batch", "device", "single_cls", "workers", "iou", "conf", "max_det", "agnostic_nms", "rect")
+OF_VALIDATION = ("imgsz", "batch", "device", "single_cls", "classes", "split", "workers", "iou", "conf", "max_det")
+OF_VALIDATION += ("agnostic_nms", "rect")
 THIRDS = ("first_third", "second_third", "last_third")
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from detloss_plugins.loss import Loss
 from detloss_plugins.losses import JointLoss, ScheduledLoss
+from detloss_plugins.precision import longest
 
 FEW = 16  # a buffer of so many numbers is drawn number by number
 
@@ -23,7 +24,7 @@ def state_scalars(loss: Loss) -> dict[str, Tensor]:
     for name, buffer in loss.named_buffers():
         if name not in state:  # it is of the settings, as the weights of classes are
             continue
-        values = buffer.detach().double().flatten()
+        values = longest(buffer.detach()).flatten()
         if values.numel() == 1:
             found[name] = buffer.detach().reshape(())
         elif values.numel() <= FEW:

@@ -14,6 +14,7 @@ from PIL import Image
 
 __all__ = ["Labels", "LabelsError", "read_labels"]
 
+ORIENTATION, SIDEWAYS = 274, (5, 6, 7, 8)  # of a photograph's EXIF data
 PICTURES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
 
 
@@ -110,7 +111,8 @@ def _of_yolo(path: Path, split: str) -> Labels:
     for number, image in enumerate(_images(path, data, split)):
         try:
             with Image.open(image) as picture:  # reads the header only
-                sizes.append(picture.size)
+                turned = picture.getexif().get(ORIENTATION) in SIDEWAYS
+                sizes.append(picture.size[::-1] if turned else picture.size)
         except OSError as error:
             raise LabelsError(f"{image} is no image that can be read: {error}") from error
         rows += [(number, *row) for row in _rows(_label_file(image), sizes[-1], "kpt_shape" in data, len(names))]
@@ -153,7 +155,7 @@ def _place(root: Path, place: str) -> Path:
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")  # Windows' editors begin a file with a mark
     except (OSError, UnicodeDecodeError) as error:
         raise LabelsError(f"{file} cannot be read: {error}") from error
 

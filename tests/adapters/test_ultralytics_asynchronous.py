@@ -304,6 +304,22 @@ def test_branches_share_the_objects_of_a_batch(batches, asynchronous, monkeypatc
     assert len(counted) == 1
 
 
+def test_objects_with_the_same_boxes_and_other_classes(batches, asynchronous):
+    model, batch = detector("yolov8n"), batches["detect"]
+    criterion, stock = ours(model, stock_equivalents("yolov8n")), stock_criterion(model)
+    for classes in (batch["cls"], (batch["cls"] + 1) % CLASSES):
+        other, preds = {**batch, "cls": classes}, model(batch["img"])
+        assert_near([criterion(preds, other)[0]], [stock(preds, other)[0]])
+
+
+def test_a_training_after_a_validation_in_inference_mode(batches, asynchronous):
+    model, batch = detector("yolov8n"), batches["detect"]
+    criterion = ours(model, stock_equivalents("yolov8n"))
+    with torch.inference_mode():
+        criterion(model(batch["img"]), batch)
+    value_and_gradients(criterion, model(batch["img"]), batch)
+
+
 def test_padded_objects_are_the_stock_criterions(batches):
     """Classes and corners to the bit, for every size of batch."""
     model, batch = detector("yolov8n"), batches["detect"]

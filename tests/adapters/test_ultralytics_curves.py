@@ -1,6 +1,7 @@
 """The curves of an Ultralytics training: what is in them, who gets them, and that they change nothing."""
 
 import csv
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from ultralytics import YOLO
 
 from detloss_plugins.adapters.ultralytics import criterion_state, make_trainer
 from detloss_plugins.adapters.ultralytics.curves import Curves, append, scalars
+from detloss_plugins.adapters.ultralytics.trainer import add_curves
 from detloss_plugins.losses import set_progress
 
 LOSSES = {
@@ -56,6 +58,30 @@ def test_what_is_seen(name, batches):
     last = branches(criterion)[-1]
     assert seen[f"{start}box/losses.0.mean"] == pytest.approx(last.built["box"].losses[0].mean.item())
     assert seen[f"{start}positives"] > 10
+
+
+@pytest.mark.parametrize("kind", ["JointLoss", "ScheduledLoss"])
+def test_parts_keep_no_graph(kind, batches):
+    """It would be there until the end of the epoch."""
+    whole = {
+        "type": kind,
+        "losses": [{"type": "GHMC"}, {"type": "FocalLoss"}],
+        **({"at": [9]} if kind[0] == "S" else {}),
+    }
+    model = detector("yolov8n")
+    criterion = ours(model, {"cls": whole})
+    looked_at(model, criterion, batches["detect"])
+    assert not any(value.requires_grad for look in criterion.curves.seen for value in look.values())
+
+
+def test_an_epoch_that_begins_again_keeps_no_looks_of_the_first_time(batches):
+    model = detector("yolov8n")
+    criterion = ours(model, LOSSES)
+    trainer = SimpleNamespace(model=SimpleNamespace(criterion=criterion))
+    for _ in range(2):
+        add_curves(trainer, 1)
+        criterion(model(batches["detect"]["img"]), batches["detect"])
+    assert len(criterion.curves.seen) == 1
 
 
 @pytest.mark.parametrize("kind", ["JointLoss", "ScheduledLoss"])

@@ -64,6 +64,15 @@ def test_images_add_up_to_the_batch(name, kind, batches):
     assert 0 < found.weight.sum() <= weights + 1e-4
 
 
+def test_in_inference_mode(batches):
+    """In which Ultralytics validates and calls the callbacks of that."""
+    model, criterion = made("yolov8n", "ours")
+    expected = per_image(criterion, model(batches["detect"]["img"]), batches["detect"])
+    with torch.inference_mode():
+        found = per_image(criterion, model(batches["detect"]["img"]), batches["detect"])
+    torch.testing.assert_close(found.images, expected.images)
+
+
 @pytest.mark.parametrize("kind", ["stock", "ours"])
 @pytest.mark.parametrize("name", known("yolov8n", "yolov8n-obb"))
 def test_an_object_costs_what_its_anchors_cost(name, kind, batches):

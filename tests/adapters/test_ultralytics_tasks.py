@@ -268,6 +268,22 @@ def test_rtdetr_state_stays_out_of_the_model(images, monkeypatch):
     assert torch.equal(model.criterion.built["loss_giou"].mean, mean)
 
 
+def test_rtdetr_waits_for_other_ranks_equally_often(images, monkeypatch):
+    """A batch without objects has no denoising queries, and so fewer calls of the class loss."""
+    waited = []
+    model = with_losses(RTDETR_NAME, {"loss_class": {"type": "SlideLoss"}, "loss_giou": {"type": "WIoULoss"}})
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: waited.append(len(waited)))
+    counts = []
+    for objects in (slice(None), slice(0)):
+        batch = {**images, **{name: images[name][objects] for name in ("cls", "bboxes", "batch_idx")}}
+        waited.clear()
+        model.loss(batch)
+        counts.append(len(waited))
+    assert counts[0] == counts[1] > 0
+
+
 def test_rtdetr_slots_are_checked():
     words = (
         "no slot 'cls' of task='rtdetr'; it is one of task='detect' .*; the slots are loss_class, loss_bbox, loss_giou"

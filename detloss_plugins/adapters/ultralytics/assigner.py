@@ -203,6 +203,7 @@ class Scene:
         self.sizes = self.batch = self.repeated = None
         self.constants = {}
 
+    @torch.inference_mode(False)  # as what is kept is also used in training
     def resize(self, features, strides):
         """Take the size of an image from its feature maps; ``strides`` is the head's."""
         sizes = features[0].dtype, features[0].device, *(x.shape[2:] for x in features)
@@ -215,12 +216,14 @@ class Scene:
             height, width = self.image_size.tolist()
             self.to_pixels = torch.tensor([1, width, height, width / 2, height / 2], device=strides.device)
 
+    @torch.inference_mode(False)
     def places_of(self, images):
         """The places of a batch, ``(B, A, 3)``, made once."""
         if self.repeated is None or len(self.repeated) != images:
             self.repeated = self.places.repeat(images, 1, 1)
         return self.repeated
 
+    @torch.inference_mode(False)
     def constant(self, *numbers):
         """Numbers as a tensor on the device, made once."""
         if numbers not in self.constants:
@@ -232,15 +235,16 @@ class Scene:
 
         It waits once, for the largest number of objects in an image.
         """
-        if self.batch is not batch["bboxes"]:
-            of_image, classes, boxes = (batch[name].to(self.points.device) for name in ("batch_idx", "cls", "bboxes"))
+        given = [batch[name] for name in ("batch_idx", "cls", "bboxes")]
+        if self.batch is None or any(one is not other for one, other in zip(self.batch, given, strict=True)):
+            of_image, classes, boxes = (x.to(self.points.device) for x in given)
             rows = torch.cat([classes.view(-1, 1), boxes], 1) * self.to_pixels
             if len(rows) < 2:  # sizes of 0 and 1 would be compiled for themselves
                 rows = torch.cat([rows, rows.new_zeros(2, 5)])
             numbers = torch.arange(images + 1, device=rows.device, dtype=of_image.dtype)
             first = torch.searchsorted(of_image.view(-1), numbers)
             slots = torch.arange(max(int(first.diff().max()), 2), device=rows.device)
-            self.found, self.batch = (rows, first, slots), batch["bboxes"]
+            self.found, self.batch = (rows, first, slots), given
         return self.found
 
 

@@ -41,7 +41,7 @@ from detloss_plugins.registry import build_loss, registered_losses
 QUICK = {"val": False, "save": False, "plots": False, "exist_ok": True, "name": "run"}
 
 # Training arguments that a training on the side has of its own.
-OF_A_RUN = ("project", "name", "exist_ok", "save_dir", "resume", "mode", "task")
+OF_A_RUN = ("project", "name", "exist_ok", "save_dir", "resume", "mode", "task", "time")
 
 
 class Finished(Exception):

@@ -26,6 +26,7 @@ class LossesByImage(NamedTuple):
     weight: Tensor  # (M,), the share of each object in the target scores of the batch
 
 
+@torch.inference_mode(False)  # in which Ultralytics validates, and nothing has a derivative
 def per_image(criterion: Any, preds: Any, batch: Mapping[str, Any]) -> LossesByImage:
     """The losses of a batch, image by image and object by object; no state moves, and nothing has a gradient.
 

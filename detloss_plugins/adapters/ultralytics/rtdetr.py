@@ -11,6 +11,7 @@ from ultralytics.utils.ops import xywh2xyxy
 from detloss_plugins.adapters.ultralytics.building import average_states, build_losses
 from detloss_plugins.adapters.ultralytics.config import load_losses
 from detloss_plugins.adapters.ultralytics.slots import tell_image_size
+from detloss_plugins.loss import Loss
 from detloss_plugins.losses import in_turn
 from detloss_plugins.precision import float32
 
@@ -37,6 +38,9 @@ class PluginRTDETRLoss(RTDETRDetectionLoss):
         self.losses = load_losses(losses or {}, "rtdetr")
         # In a dict, so that no state of a loss becomes a part of the model's own.
         self.built = build_losses(self.losses, self.nc, next(model.parameters()).device)
+        # A batch without objects has no denoising queries, and their calls of the class loss: no call may wait.
+        for part in (part for loss in self.built.values() for part in loss.modules() if isinstance(part, Loss)):
+            part.facts = part.facts.but(every_rank=False)
 
     def forward(self, *args, **kwargs):
         """The stock losses; the state of its losses is averaged over the ranks."""

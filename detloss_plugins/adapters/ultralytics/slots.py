@@ -67,6 +67,7 @@ class ClassSlot:
         """The targets, negative in what is left out."""
         return target_scores if self.regions is None else target_scores.masked_fill(self.regions.left_out(), -1)
 
+    @torch.no_grad()
     def parts(self, pred_scores, target_scores):
         """What each loss that the slot's is made of has in the sum."""
         if not self.by_parts:

@@ -196,6 +196,7 @@ def add_curves(trainer, every):
     """Have the losses of the model that is trained looked at in every so many steps."""
     for branch in branches(criterion_of(trainer)).values():
         branch.curves = branch.curves or Curves(every)
+        branch.curves.seen = []  # those of an epoch that Ultralytics begins again do not count
 
 
 def make_trainer(
