@@ -29,7 +29,7 @@ def ratio(numerator: Tensor, denominator: Tensor, tiny: Tensor | float) -> Tenso
     return numerator / denominator.masked_fill(vanishes, math.inf)
 
 
-def power(base: Tensor, exponent: float, tiny: float) -> Tensor:
+def power(base: Tensor, exponent: float | Tensor, tiny: float) -> Tensor:
     """``base ** exponent`` for a base in [0, inf), and zero without a gradient where the base is at most ``tiny``.
 
     A power below one has an infinite slope at zero; the power 0 is 1 everywhere.
@@ -39,7 +39,8 @@ def power(base: Tensor, exponent: float, tiny: float) -> Tensor:
     """
     if not isinstance(exponent, Tensor) and exponent == 0:
         return torch.ones_like(base)
-    return torch.where(base <= tiny, 0.0, base.clamp(min=tiny).pow(exponent))
+    vanishes = (base <= tiny) & (exponent != 0) if isinstance(exponent, Tensor) else base <= tiny
+    return torch.where(vanishes, 0.0, base.clamp(min=tiny).pow(exponent))
 
 
 def root(x: Tensor) -> Tensor:

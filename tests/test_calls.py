@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from detloss_plugins import build_loss
+from detloss_plugins.geometry import power
 from detloss_plugins.registry import registered_losses
 from detloss_plugins.testing import sample
 
@@ -52,7 +53,8 @@ def test_a_joint_loss_takes_what_its_parts_take():
 
 @pytest.mark.parametrize("name", ["SlideLoss", "ConfidenceWeightedLoss"])
 def test_bases_that_are_none(name):
-    for base in ({"type": "JointLoss", "losses": [GHMC]}, {"type": "SeesawLoss", "num_classes": 3}):
+    masks = [{"type": "CrossEntropyLoss", "use_mask": True}] * (name == "ConfidenceWeightedLoss")
+    for base in ({"type": "JointLoss", "losses": [GHMC]}, {"type": "SeesawLoss", "num_classes": 3}, *masks):
         with pytest.raises(ValueError, match=f"base of {name} must be a"):
             build_loss({"type": name, "base": base})
 
@@ -149,6 +151,26 @@ def test_one_row_alone():
 def test_a_focusing_power_of_0_is_no_focusing():
     apart = torch.tensor([[0.0, 0, 1, 1]]), torch.tensor([[5.0, 5, 7, 8]])
     assert build_loss({"type": "FocalEIoULoss", "gamma": 0})(*apart) == build_loss({"type": "EIoULoss"})(*apart) > 1
+
+
+def test_an_infinite_log_variance_counts_as_the_largest():
+    """As a head in half precision gives it."""
+    loss, zero = build_loss({"type": "UncertaintyKLLoss"}), torch.zeros(1)
+    largest = loss(zero, zero, torch.tensor([1e30]))
+    variance = torch.tensor([float("inf")], requires_grad=True)
+    torch.testing.assert_close(loss(zero, zero, variance), largest)
+    assert torch.autograd.grad(loss(zero, zero, variance), variance)[0].isfinite().all()
+
+
+def test_a_power_of_0_that_is_a_tensor():
+    assert power(torch.tensor([0.0, 2.0]), torch.tensor(0.0), 1e-7).tolist() == [1, 1]
+    assert power(torch.tensor([0.0, 2.0]), torch.tensor(2.0), 1e-7).tolist() == [0, 4]
+
+
+def test_a_ranking_loss_has_none_for_each_anchor():
+    loss = build_loss({"type": "MultiBoxLoss", "loss_cls": {"type": "APLoss"}, "reduction": "none"})
+    with pytest.raises(ValueError, match="has a loss for each anchor, and a ranking loss has not"):
+        loss((torch.rand(2, 6, 3), torch.rand(2, 6, 4)), (torch.zeros(2, 6).long(), torch.rand(2, 6, 4)))
 
 
 def test_the_mean_of_seesaw_counts_all_rows():

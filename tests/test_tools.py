@@ -373,8 +373,19 @@ def test_both_files_of_ones_own_data_number_the_classes_alike(tmp_path):
     for categories in (content["categories"][::-1], content["categories"][:1]):
         content["categories"] = categories
         (tmp_path / "annotations" / "val.json").write_text(json.dumps(content), encoding="utf-8")
-        with pytest.raises(UsageError, match=r"val\.json has other categories than annotations/train\.json"):
+        with pytest.raises(UsageError, match=r"val\.json lacks categories of annotations/train\.json, or has them"):
             train.point_at(ConfigDict(), tmp_path)
+
+
+def test_images_at_absolute_paths_and_folders_that_are_there_twice(tmp_path):
+    for split in ("train", "val"):
+        coco(tmp_path, f"{split}.json", f"images/{split}", "1.jpg")
+    (tmp_path / "a-link").symlink_to(tmp_path / "images" / "train")
+    (tmp_path / "images" / "up").symlink_to(tmp_path)
+    assert train.coco_split(tmp_path, "train") == ("annotations/train.json", "images/train/")
+    assert train.coco_split(tmp_path, "val") == ("annotations/val.json", "images/val/")
+    coco(tmp_path, "train.json", "images/train", str(tmp_path / "images" / "train" / "1.jpg"))
+    assert train.coco_split(tmp_path, "train") == ("annotations/train.json", "")
 
 
 def test_a_documented_difference_that_is_none_fails():

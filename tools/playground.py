@@ -323,6 +323,9 @@ def numbers_of(cls: type[Loss]) -> list[str]:
     return found
 
 
+APART = {"d": (0.0, 0.9), "u": (0.91, 1.0)}  # of FocalerIoULoss, whose d must be below its u
+
+
 def slider(cls: type[Loss], name: str) -> dict[str, Any]:
     """Name, default and range of a setting."""
     value, rule = inspect.signature(cls.fn).parameters[name].default, cls.rules.get(name)
@@ -330,6 +333,8 @@ def slider(cls: type[Loss], name: str) -> dict[str, Any]:
     def first(*values):
         return next((v for v in values if rule is None or rule.holds(v)), value)
 
+    if name in APART:
+        return {"name": name, "value": value, "min": APART[name][0], "max": APART[name][1]}
     low, high = first(*([0.0] if rule else []), value / 20, 1.0), first(*([4 * value or 2.0] if rule else []), 1.0)
     return {"name": name, "value": value, "min": float(f"{low:.2g}"), "max": float(f"{high:.3g}")}
 

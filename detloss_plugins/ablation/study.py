@@ -162,7 +162,7 @@ def start(folder: Path, environment: dict, resume_after: float) -> subprocess.Po
     with (folder / "train.log").open("ab") as log:
         command = [sys.executable, "-m", "detloss_plugins.ablation.worker", str(folder), str(resume_after)]
         # Where this process finds modules, that one finds losses from outside this package.
-        environment = {**environment, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        environment = {**environment, "PYTHONPATH": os.pathsep.join(map(str, filter(None, sys.path)))}
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=environment)
 
 

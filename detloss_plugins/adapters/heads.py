@@ -93,7 +93,8 @@ def _check_class_weights(head, loss, where):
 
 def _is_skipped(head, name):
     """Whether a head calls a loss of classes in steps with positives only, which are not those of the other ranks."""
-    return name in ("loss_centerness", "loss_iou") or (name == "loss_cls" and _is_a(head, "YOLOXHead"))
+    skipped = ("loss_centerness", "loss_iou", "loss_mask", "loss_point")
+    return name in skipped or (name == "loss_cls" and _is_a(head, "YOLOXHead"))
 
 
 def _is_a(head, *names):

@@ -111,7 +111,9 @@ def _of_yolo(path: Path, split: str) -> Labels:
     for number, image in enumerate(_images(path, data, split)):
         try:
             with Image.open(image) as picture:  # reads the header only
-                turned = picture.getexif().get(ORIENTATION) in SIDEWAYS
+                # Of a PNG without them, Pillow would read all pixels to look for EXIF data.
+                exif = picture.getexif() if picture.format != "PNG" or "exif" in picture.info else {}
+                turned = exif.get(ORIENTATION) in SIDEWAYS
                 sizes.append(picture.size[::-1] if turned else picture.size)
         except OSError as error:
             raise LabelsError(f"{image} is no image that can be read: {error}") from error

@@ -80,6 +80,6 @@ def main(ctx: click.Context) -> None:
     warnings.filterwarnings("ignore", "pkg_resources is deprecated")
     # Losses of the user's are in the working directory, where ``python -m`` looks; a command has its own folder there.
     if "" not in sys.path:
-        sys.path.insert(0, "")
+        sys.path.append("")  # behind what is installed
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())

@@ -256,6 +256,6 @@ def to_copy(suggestion):
     import yaml
 
     slot, cfg = suggestion.slot, dict(suggestion.losses[suggestion.slot])
-    if str(cfg["type"]).startswith("detloss_plugins."):
+    if str(cfg["type"]).startswith("detloss_plugins.") or slot == "loss_cls":  # a head's of MMDetection
         return f"{slot}=dict({', '.join(f'{name}={value!r}' for name, value in cfg.items())})"
     return f"{slot}: {yaml.safe_dump(cfg, default_flow_style=True, sort_keys=False, width=1000).strip()}"

@@ -149,8 +149,10 @@ def yolo_faults(content):
 
 def wrong_label(files, classes):
     """The first label in files of YOLO's form that is none, or of a class that there is not; None if all are well."""
+    from detloss_plugins.adapters.ultralytics.compat import LABELS
+
     for file in files:
-        for number, line in enumerate(file.read_text(encoding="utf-8-sig", errors="replace").splitlines(), 1):
+        for number, line in enumerate(file.read_text(encoding=LABELS, errors="replace").splitlines(), 1):
             try:
                 index, *box = [float(word) for word in line.split()] or [0, 0, 0, 0, 0]
                 if len(box) < 4 or not all(map(math.isfinite, (index, *box))):

@@ -258,26 +258,25 @@ def coco_split(folder, split):
     if len(files) != 1:
         raise UsageError(f"{folder}/annotations must hold exactly one {split} .json, but holds {len(files)}.")
     first = coco_content(files[0])["images"][0]["file_name"]
-    others = []
+    if Path(first).is_absolute() and Path(first).is_file():
+        return files[0].relative_to(folder).as_posix(), ""
+    others = {}  # a folder that is there by a link too counts once
     for prefix in prefixes(folder, first):
         if split in prefix:
             return files[0].relative_to(folder).as_posix(), prefix
-        others.append(prefix)
+        others.setdefault(os.path.realpath(folder / prefix), prefix)
     if len(others) != 1:
         where = f"in several folders, of which none has {split} in its name" if others else f"nowhere below {folder}"
         raise UsageError(f"{first} of {files[0]} is {where}.")
-    return files[0].relative_to(folder).as_posix(), others[0]
+    return files[0].relative_to(folder).as_posix(), *others.values()
 
 
 def prefixes(folder, name):
     """Of each place of a file below ``folder``, links followed, what of its path is before its name."""
-    seen = set()
     for place, folders, _ in os.walk(folder, followlinks=True):
-        if (real := os.path.realpath(place)) in seen:  # by a link, maybe one to where it is itself
-            folders.clear()
-            continue
-        seen.add(real)
-        folders.sort()
+        real = Path(place).resolve()
+        # Not by a link to where it is itself.
+        folders[:] = sorted(each for each in folders if not real.is_relative_to(Path(place, each).resolve()))
         if Path(place, name).is_file():
             prefix = Path(place).relative_to(folder).as_posix()
             yield "" if prefix == "." else f"{prefix}/"
@@ -291,9 +290,9 @@ def point_at(cfg, folder):
     classes, of_val = (
         [category["name"] for category in coco_content(folder / splits[split][0])["categories"]] for split in splits
     )
-    if of_val != classes:
+    if [name for name in of_val if name in classes] != classes:
         raise UsageError(
-            f"{splits['val'][0]} has other categories than {splits['train'][0]}, or others first: their names must be "
+            f"{splits['val'][0]} lacks categories of {splits['train'][0]}, or has them in another order: they must be "
             "the same, in the same order."
         )
     for loader, split in (("train_dataloader", "train"), ("val_dataloader", "val"), ("test_dataloader", "val")):

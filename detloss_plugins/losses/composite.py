@@ -371,8 +371,8 @@ class ConfidenceWeightedLoss(
 
     def __init__(self, *, base: Mapping | None = None, use_sigmoid: bool | None = None, **settings):
         part = build_part({"type": "BinaryCrossEntropyLoss"} if base is None else base)
-        if part.family != "classification":
-            raise ValueError(f"base of ConfidenceWeightedLoss must be a classification loss, not {part}.")
+        if part.family != "classification" or getattr(part, "use_mask", False):
+            raise ValueError(f"base of ConfidenceWeightedLoss must be a classification loss of classes, not {part}.")
         super().__init__(use_sigmoid=part.use_sigmoid, **settings)
         check_use_sigmoid(self, use_sigmoid)
         self.take(part)

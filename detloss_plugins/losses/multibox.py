@@ -59,7 +59,8 @@ def multibox_loss(
             label K for a sigmoid loss; a negative label is ignored.
         weight: of the class losses, ``(B, A)``, and of the box losses, ``(B, A)`` or ``(B, A, 4)``; None is 1.
         neg_pos_ratio: negatives for each positive of an image; None for all.
-        loss_cls, loss_bbox: loss modules, ours or mmdet's.
+        loss_cls, loss_bbox: loss modules, ours or mmdet's; the latter take boxes' weights ``(B, A, 4)``, and no
+            negative labels.
 
     Returns:
         The class loss and the box loss; for ``reduction="none"`` those of each anchor, ``(B, A)``.
@@ -197,6 +198,8 @@ class MultiBoxLoss(
     def reduced(self, pred, target, weight, avg_factor, reduction, factor):
         """The sum of both losses, or with ``return_dict=True`` both."""
         reduction = check_reduction(self.reduction if reduction is None else reduction, avg_factor)
+        if reduction == "none" and self.loss_cls.facts.counts_positives:
+            raise ValueError('reduction="none" of MultiBoxLoss has a loss for each anchor, and a ranking loss has not.')
         self.look(pred, target)
         pred = pred if isinstance(pred, (tuple, list)) else (pred[..., :-4], pred[..., -4:])
         target = target if isinstance(target, (tuple, list)) else (target[..., 0].long(), target[..., 1:])

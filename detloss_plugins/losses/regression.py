@@ -228,7 +228,8 @@ def uncertainty_kl_loss(
         return error
     log_variance = float32(log_variance)
     constant = log_variance.detach()
-    log_variance = constant.clamp(-clamp, clamp) + (log_variance - constant)
+    slope = (log_variance - constant).nan_to_num(0.0)  # 0 with a gradient, also of what half precision has as infinite
+    log_variance = constant.clamp(-clamp, clamp) + slope
     return torch.exp(-log_variance) * error + log_variance / 2
 
 

@@ -11,6 +11,7 @@ from mmengine.config import Config
 from mmengine.hub import get_config
 from support.mmdetection import CONFIG_DIR, config, shrink
 
+from detloss_plugins.adapters.mmdetection.calibrate import candidate
 from detloss_plugins.adapters.mmdetection.check import build_alone, check_config, our_losses, unknown_keys
 from detloss_plugins.losses import CIoULoss, FocalLoss
 from detloss_plugins.registry import build_loss, registered_losses
@@ -87,6 +88,17 @@ def test_a_ranking_loss_goes_where_all_levels_are_called_at_once(loss):
     assert type(head("FCOSHead", loss_cls=cfg).loss_cls).__name__ == loss
     ranking = head(RANKING_HEAD, loss_cls=cfg, loss_bbox={"type": "GIoULoss"})
     assert type(ranking.loss_cls).__name__ == loss
+
+
+def test_a_loss_by_its_path_is_one_of_ours(tmp_path, monkeypatch):
+    code = "from detloss_plugins.losses import FocalLoss\nclass Mine(FocalLoss):\n    pass\n"
+    (tmp_path / "losses_of_a_user.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    mine = {"type": "losses_of_a_user.Mine"}
+    cfg = {"bbox_head": {"loss_cls": mine, "loss_bbox": {"type": "mmdet.L1Loss"}, "loss_iou": {"type": "nowhere.Mine"}}}
+    assert [where for where, _ in our_losses(cfg)] == ["bbox_head.loss_cls"]
+    found = candidate(mine, head("RetinaHead", loss_bbox={"type": "GIoULoss"}))
+    assert (found.slot, found.cfg["type"], found.cfg["use_sigmoid"]) == ("loss_cls", mine["type"], True)
 
 
 def test_it_is_the_heads_of_mmdet_that_are_looked_at():

@@ -19,7 +19,7 @@ from detloss_plugins.adapters.mmdetection.counts import ClassCountsHook, count_f
 from detloss_plugins.adapters.mmdetection.curves import object_rows
 from detloss_plugins.losses import ScheduledLoss
 from detloss_plugins.nested import flatten
-from detloss_plugins.registry import SCOPE, build_loss, loss_class, registered_losses
+from detloss_plugins.registry import SCOPE, build_loss, loss_class, loss_path, registered_losses
 
 # Slot -> the families of losses that a dense head calls with what it calls its own with.
 SLOTS = {"loss_cls": ("classification", "ranking"), "loss_bbox": ("box", "regression")}
@@ -131,10 +131,11 @@ def candidate(loss, head, slot=None, label=None):
         ValueError, TypeError: if the loss does not fit the head, or is a ScheduledLoss.
     """
     cfg = {"type": loss} if isinstance(loss, str) else {k: v for k, v in loss.items() if k != "loss_weight"}
-    name = str(cfg["type"]).removeprefix(f"{SCOPE}.")
+    name = loss_path(cfg["type"]).removeprefix(f"{SCOPE}.")
     takes = inspect.signature(loss_class(name)).parameters
     known = {"use_sigmoid": head.use_sigmoid_cls, "num_classes": head.num_classes}
-    cfg = {**{key: value for key, value in known.items() if key in takes}, **cfg, "type": f"{SCOPE}.{name}"}
+    of_head = {key: value for key, value in known.items() if key in takes}
+    cfg = {**of_head, **cfg, "type": name if "." in name else f"{SCOPE}.{name}"}
     built = build_loss(cfg)
     if isinstance(built, ScheduledLoss):
         raise ValueError("A ScheduledLoss has a weight for each of its losses: calibrate those.")

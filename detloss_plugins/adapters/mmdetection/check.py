@@ -194,13 +194,13 @@ def _is_ours(kind):
     if isinstance(kind, type):
         return issubclass(kind, Loss)
     package, *rest = str(kind).split(".")
-    if package != SCOPE or not rest:
+    if not rest:
         return False
-    if len(rest) == 1:  # which may be misspelt
+    if package == SCOPE and len(rest) == 1:  # which may be misspelt
         return True
     try:
-        return issubclass(loss_class(kind), Loss)
-    except ValueError:  # a head of ours
+        return issubclass(loss_class(kind), Loss)  # by its path, also one that is not of this package
+    except (ValueError, ImportError):
         return False
 
 

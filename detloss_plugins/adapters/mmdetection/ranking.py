@@ -30,8 +30,9 @@ class _Ranking(GathersLevels):
 
     - APLoss, DRLoss: it is over the number of positives.
     - ALRPLoss: ``loss_bbox`` of each positive is its localisation error, as the authors have it with GIoULoss; the box
-      loss is the localisation component times a self-balancing factor. That is 50 for ``self_balance_period`` steps
-      with positives, then ``(mean box + mean class loss) / mean box loss`` of those, renewed after as many again.
+      loss is the localisation component times a self-balancing factor. That is 50 until the
+      ``self_balance_period``-th step with positives, from there ``(mean box + mean class loss) / mean box loss`` of
+      those steps, renewed after as many again.
     - RankSortLoss: the quality of a positive is the IoU of its predicted box. The box loss is the mean of ``loss_bbox``
       weighted by the largest class probability of each positive, scaled to the value of the class loss in every step.
     - ScheduledLoss of these, and of classification losses: as the loss in turn has it. A classification loss is over

@@ -22,7 +22,7 @@ https://arxiv.org/abs/1809.08545.
 
 import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -137,9 +137,9 @@ def _sigma_t(test_cfg):
     voting = (test_cfg or {}).get("voting")
     if voting is None:
         return None
-    sigma_t = voting.get("sigma_t") if set(voting) == {"sigma_t"} else None
+    sigma_t = voting.get("sigma_t") if isinstance(voting, Mapping) and set(voting) == {"sigma_t"} else None
     if not isinstance(sigma_t, (int, float)) or not sigma_t > 0:
-        raise ValueError(f"voting in test_cfg must be one positive number, dict(sigma_t=0.02), not {dict(voting)}.")
+        raise ValueError(f"voting in test_cfg must be one positive number, dict(sigma_t=0.02), not {voting!r}.")
     return sigma_t
 
 

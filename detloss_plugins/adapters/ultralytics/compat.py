@@ -28,6 +28,7 @@ import os
 
 import torch
 from ultralytics import __version__, utils
+from ultralytics.data.utils import verify_image_label
 from ultralytics.engine import trainer as engine
 from ultralytics.utils import DEFAULT_CFG_DICT, ops, tal, torch_utils
 from ultralytics.utils import loss as stock
@@ -37,6 +38,8 @@ E2ELoss = getattr(stock, "E2ELoss", None) or stock.E2EDetectLoss  # 8.4.0
 unwrap_model = getattr(torch_utils, "unwrap_model", None) or torch_utils.de_parallel  # 8.3.196
 # 8.4.0
 OBJECTS_HAVE_MASK = "mask_gt" in inspect.signature(tal.TaskAlignedAssigner.select_candidates_in_gts).parameters
+# How it reads labels; older versions take a file that begins with a byte-order mark for a broken one.
+LABELS = "utf-8-sig" if "utf-8-sig" in inspect.getsource(verify_image_label) else "utf-8"
 BOXES_HAVE_SIZES = "imgsz" in inspect.signature(stock.BboxLoss.forward).parameters  # 8.4.0
 SENDS_TRAINER = parse_version(__version__) >= (8, 4, 140)  # nothing but the version tells
 # Feature -> whether this version has it, the version it came with, what it is and what to do without.

@@ -99,7 +99,7 @@ class PowerfulIoULoss(
     paper="https://www.sciencedirect.com/science/article/pii/S0893608023006640",
     row_wise=True,
     attracts=True,
-    bounds=(0.0, 2.0),
+    bounds=(0.0, 2.6),
     symmetric=False,
 ):
     """Liu et al., Powerful-IoU, 2024 (PIoU).

@@ -111,7 +111,8 @@ class CrossEntropyLoss(
 
     def arranged(self, pred, target, weight):
         """Classes last; with ``use_mask`` the third argument of a call is the class of each mask, and no weight."""
-        if self.use_mask and not (weight is None and pred.shape == target.shape):  # as a JointLoss has arranged it
+        arranged = weight is None and isinstance(target, Tensor) and pred.shape == target.shape  # by a JointLoss
+        if self.use_mask and not arranged:
             if weight is None or weight.dtype != torch.long:
                 raise ValueError(
                     "CrossEntropyLoss with use_mask=True takes the class of each mask as its third argument."
