@@ -5,7 +5,7 @@ import json
 import pytest
 import study
 
-from detloss_plugins.ablation.compare import groups, merged, table
+from detloss_plugins.ablation.compare import WORSE, groups, merged, table
 from detloss_plugins.cli._common import UsageError
 from detloss_plugins.cli.train import DEFAULT_CONFIG
 from detloss_plugins.configs import find
@@ -144,7 +144,9 @@ def test_the_page_is_that_of_the_study():
     ), "run tools/study.py"
 
 
-def test_the_default_losses_are_not_worse_than_stock_anywhere_in_the_study():
+def test_the_default_losses_are_not_worse_than_stock_in_the_study():
+    """On both data sets with every model. Of the scenarios, faulty labels are a reason for other losses; but in none
+    may the difference be more than what seeds change."""
     default = pytest.importorskip("detloss_plugins.adapters.ultralytics").load_losses(find(DEFAULT_CONFIG))
     seen = []
     for where, runs in groups(merged(studies())).items():
@@ -153,6 +155,9 @@ def test_the_default_losses_are_not_worse_than_stock_anywhere_in_the_study():
         if row is None:  # a table that was made for other losses
             continue
         assert len(row.seeds) >= 3, where
+        if ":" in where[0]:
+            assert row.differences["AP50"].verdict != WORSE, where
+            continue
         assert row.spreads["AP50"].mean >= rows["stock"].spreads["AP50"].mean - 0.02, where
         seen.append(where[:2])
     assert len(seen) >= 4
