@@ -98,8 +98,11 @@ class JointLoss(Loss, fn=joint_loss):
 
     def arranged(self, pred, target, weight):
         """As one of the parts wants it, which then finds it so."""
-        found = (loss.arranged(pred, target, weight) for loss in self.losses)
-        return next((each for each in found if each[0] is not pred), (pred, target, weight))
+        for loss in self.losses:
+            found = loss.arranged(pred, target, weight)
+            if found[0] is not pred:
+                return found
+        return pred, target, weight
 
     def leading(self, pred):
         return self.losses[0].leading(pred)

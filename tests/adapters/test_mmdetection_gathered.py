@@ -195,7 +195,7 @@ def detector(name, prefix):
 def test_the_stock_config_has_the_stock_head(name):
     cfg = detector(name, OURS)
     stock = stock_config(cfg)
-    assert stock.model.bbox_head.type == name
+    assert stock.model.bbox_head.type == f"mmdet.{name}"
     build(stock).load_state_dict(build(cfg).state_dict())
 
 

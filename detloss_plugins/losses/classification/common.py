@@ -91,10 +91,12 @@ class OverBase(ClassificationLoss):
 
     def take(self, base: Loss) -> None:
         """Make a loss the base; ``ValueError`` for one whose elements are not all that there is to it."""
-        if hasattr(base, "losses") or getattr(base, "custom_cls_channels", False):
+        parts = [part for part in base.modules() if isinstance(part, Loss) and part is not base]
+        own_mean = any(part.facts.self_normalized or getattr(part, "avg_non_ignore", False) for part in parts)
+        if (hasattr(base, "losses") and own_mean) or getattr(base, "custom_cls_channels", False):
             raise ValueError(
-                f"base of {type(self).__name__} must be a loss of its own, not a {type(base).__name__}; of a "
-                f"JointLoss, put a {type(self).__name__} around each part."
+                f"base of {type(self).__name__} must be a loss with one mean and a channel for each class, not this "
+                f"{type(base).__name__}; of a JointLoss, put a {type(self).__name__} around each part."
             )
         self.base, theirs = base, base.facts
         self.facts = self.facts.but(
