@@ -39,7 +39,7 @@ def power(base: Tensor, exponent: float | Tensor, tiny: float) -> Tensor:
     """
     if not isinstance(exponent, Tensor) and exponent == 0:
         return torch.ones_like(base)
-    vanishes = (base <= tiny) & (exponent != 0) if isinstance(exponent, Tensor) else base <= tiny
+    vanishes = torch.logical_and(base <= tiny, exponent > 0) if isinstance(exponent, Tensor) else base <= tiny
     return torch.where(vanishes, 0.0, base.clamp(min=tiny).pow(exponent))
 
 
