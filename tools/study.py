@@ -31,6 +31,7 @@ from detloss_plugins.ablation.files import write_whole
 from detloss_plugins.ablation.report import (
     METHOD,
     at_once,
+    better_and_worse,
     chance,
     difference_in_words,
     in_words,
@@ -137,8 +138,7 @@ def judged(rows: Sequence[Row]) -> list[Row]:
 
 def verdicts_in_words(rows: Sequence[Row], metric: str) -> str:
     """Which losses are better than the stock ones in a metric and which worse, pair by pair."""
-    labels = {word: [row.label for row in rows if row.differences[metric].verdict == word] for word in (BETTER, WORSE)}
-    words = "; ".join(f"{word}: {', '.join(own) or 'none'}" for word, own in labels.items())
+    words = better_and_worse({row.label: row.differences[metric].verdict for row in rows})
     number = sum(row.differences[metric].seeds >= FEWEST for row in rows)
     return f"Pairs in {metric}: {words}, of {number} with {FEWEST} seeds."
 

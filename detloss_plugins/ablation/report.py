@@ -157,13 +157,20 @@ def at_once(rows: Sequence[Row], metric: str) -> str:
     found = pooled(rows, metric)
     if found is None:
         return ""
-    labels = {word: [label for label, verdict in found.verdicts.items() if verdict == word] for word in (BETTER, WORSE)}
     return (
         f"Seeds change {metric} by {found.deviation:.3f}, pooled over the table; judged at once, two means of {FEWEST} "
-        f"seeds must be {found.least:.3f} apart: "
-        + "; ".join(f"{word}: {', '.join(own) or 'none'}" for word, own in labels.items())
-        + "."
+        f"seeds must be {found.least:.3f} apart: {better_and_worse(found.verdicts)}."
     )
+
+
+def better_and_worse(verdicts: Mapping[str, str]) -> str:
+    """The labels that are better and those that are worse.
+
+    >>> better_and_worse({"A": "better", "B": "not distinguishable", "C": "better"})
+    'better: A, C; worse: none'
+    """
+    labels = {word: [label for label, verdict in verdicts.items() if verdict == word] for word in (BETTER, WORSE)}
+    return "; ".join(f"{word}: {', '.join(own) or 'none'}" for word, own in labels.items())
 
 
 def count(number: int, word: str) -> str:

@@ -257,12 +257,13 @@ def make_trainer(
             given = (overrides or {}).get("task", task)
             if (given, task) != ("detect", "rtdetr"):  # to Ultralytics, RT-DETR detects
                 self.check_same_task(given)
-            if places and (compat.rank() != -1 or compat.device_count((overrides or {}).get("device")) > 1):
+            several = compat.device_count((overrides or {}).get("device")) > 1
+            if places and (compat.rank() != -1 or several):
                 raise NoWeightError(
                     'loss_weight "auto" is for a training on one device: find the weights with detloss calibrate, and '
                     "write them for one on several."
                 )
-            if compat.device_count((overrides or {}).get("device")) > 1:
+            if several:
                 portable(losses)  # raises for a loss that their processes cannot import
             compat.check_arguments(overrides or {})
             if waits_for_counts:
