@@ -25,7 +25,7 @@ from support.commands import ROOT, detloss, last_line
 from ultralytics.cfg import get_cfg
 
 from detloss_plugins.adapters.ultralytics import compat
-from detloss_plugins.cli import train
+from detloss_plugins.cli import _coco, train
 from detloss_plugins.cli._common import UsageError
 from detloss_plugins.configs import find
 from detloss_plugins.facts import Upstream
@@ -335,7 +335,7 @@ def test_point_an_mmdet_config_at_ones_own_data(tmp_path):
         test_evaluator={"ann_file": ""},
         model={"roi_head": {"bbox_head": [{"num_classes": 80}, {"num_classes": 80}]}},
     )
-    train.point_at(cfg, tmp_path)
+    _coco.point_at(cfg, tmp_path)
     inner = cfg.train_dataloader.dataset.dataset
     assert inner.ann_file == "annotations/instances_train2017.json"
     assert inner.data_prefix == {"img": "train2017/"}
@@ -345,7 +345,7 @@ def test_point_an_mmdet_config_at_ones_own_data(tmp_path):
     assert cfg.val_evaluator.ann_file.endswith("instances_val2017.json")
     coco(tmp_path, "instances_more_train.json", "train2017", "2.jpg")
     with pytest.raises(UsageError, match="exactly one train"):
-        train.point_at(cfg, tmp_path)
+        _coco.point_at(cfg, tmp_path)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links")
@@ -355,15 +355,15 @@ def test_images_of_ones_own_data_may_be_behind_a_link(first, tmp_path):
     folder.mkdir()
     coco(folder, "train.json", "../elsewhere", first)
     with pytest.raises(UsageError, match="is nowhere below"):
-        train.coco_split(folder, "train")
+        _coco.coco_split(folder, "train")
     (folder / "around").symlink_to(folder)
     (folder / "images").symlink_to(tmp_path / "elsewhere")
-    assert train.coco_split(folder, "train") == found
+    assert _coco.coco_split(folder, "train") == found
     shutil.copytree(tmp_path / "elsewhere", folder / "more")
     with pytest.raises(UsageError, match="is in several folders, of which none has train in its name"):
-        train.coco_split(folder, "train")
+        _coco.coco_split(folder, "train")
     (folder / "more").rename(folder / "train")
-    assert train.coco_split(folder, "train") == ("annotations/train.json", "train/")
+    assert _coco.coco_split(folder, "train") == ("annotations/train.json", "train/")
 
 
 def test_both_files_of_ones_own_data_number_the_classes_alike(tmp_path):
@@ -374,7 +374,7 @@ def test_both_files_of_ones_own_data_number_the_classes_alike(tmp_path):
         content["categories"] = categories
         (tmp_path / "annotations" / "val.json").write_text(json.dumps(content), encoding="utf-8")
         with pytest.raises(UsageError, match=r"val\.json lacks categories of annotations/train\.json, or has them"):
-            train.point_at(ConfigDict(), tmp_path)
+            _coco.point_at(ConfigDict(), tmp_path)
 
 
 def test_images_at_absolute_paths_and_folders_that_are_there_twice(tmp_path):
@@ -382,10 +382,10 @@ def test_images_at_absolute_paths_and_folders_that_are_there_twice(tmp_path):
         coco(tmp_path, f"{split}.json", f"images/{split}", "1.jpg")
     (tmp_path / "a-link").symlink_to(tmp_path / "images" / "train")
     (tmp_path / "images" / "up").symlink_to(tmp_path)
-    assert train.coco_split(tmp_path, "train") == ("annotations/train.json", "images/train/")
-    assert train.coco_split(tmp_path, "val") == ("annotations/val.json", "images/val/")
+    assert _coco.coco_split(tmp_path, "train") == ("annotations/train.json", "images/train/")
+    assert _coco.coco_split(tmp_path, "val") == ("annotations/val.json", "images/val/")
     coco(tmp_path, "train.json", "images/train", str(tmp_path / "images" / "train" / "1.jpg"))
-    assert train.coco_split(tmp_path, "train") == ("annotations/train.json", "")
+    assert _coco.coco_split(tmp_path, "train") == ("annotations/train.json", "")
 
 
 def test_a_documented_difference_that_is_none_fails():

@@ -154,7 +154,8 @@ def train(run: Run, folder: Path, resume_after: float) -> dict:
     """As :func:`detloss_plugins.ablation.yolo.train`; the weights are those of the last epoch, and measured by COCO's
     metrics."""
     from detloss_plugins.ablation.measure import evaluate_coco
-    from detloss_plugins.cli.train import Arguments, coco_split, train_mmdet
+    from detloss_plugins.cli._coco import coco_split
+    from detloss_plugins.cli.train import Arguments, train_mmdet
 
     resumed = goes_on(run, folder, resume_after)
     (folder / DETECTIONS).unlink(missing_ok=True)

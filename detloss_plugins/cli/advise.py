@@ -5,8 +5,8 @@ from pathlib import Path
 import click
 
 from detloss_plugins.advice.rules import SCENARIOS
+from detloss_plugins.cli._coco import coco_split
 from detloss_plugins.cli._common import UsageError
-from detloss_plugins.cli.train import coco_split
 
 
 @click.command()

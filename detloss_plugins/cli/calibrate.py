@@ -161,7 +161,8 @@ def of_yolo(losses, slots, model, data, steps, args, verified):
 def of_mmdet(config, losses, slots, data, steps, overrides):
     """Suggestions for a config of MMDetection."""
     from detloss_plugins.ablation.mmdetection import SLOTS
-    from detloss_plugins.cli.train import parsed, provide_data, read_config, refuse
+    from detloss_plugins.cli._coco import provide_data
+    from detloss_plugins.cli.train import parsed, read_config, refuse
     from detloss_plugins.testing.training_tensors import quiet
 
     try:

@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from detloss_plugins import __version__
-from detloss_plugins.cli import train
+from detloss_plugins.cli import _coco, train
 from detloss_plugins.cli._common import (
     RunError,
     UsageError,
@@ -180,7 +180,7 @@ def check_mmdet(path, data=None):
     cfg = train.read_config(path)
     found = Found([f"{path}:"])
     if data is not None:
-        train.point_at(cfg, data)
+        _coco.point_at(cfg, data)
     found.problems = check_config(cfg)
     for key, loss in our_losses(cfg.model):
         try:
@@ -195,7 +195,7 @@ def check_mmdet(path, data=None):
     if len(found.lines) == 1:
         found.lines.append("  no loss of this package")
     if data is not None:
-        names = train.coco_content(Path(data) / train.coco_split(Path(data), "train")[0])["categories"]
+        names = _coco.coco_content(Path(data) / _coco.coco_split(Path(data), "train")[0])["categories"]
         found.lines.append(f"data: {data}, {len(names)} classes")
     return found
 
