@@ -1,7 +1,6 @@
 """The Ultralytics adapter on the real trainer: scale, parity, validation, checkpoints, resume, workers."""
 
 import copy
-import logging
 import os
 import shutil
 import subprocess
@@ -26,7 +25,6 @@ from support.ultralytics import (
     interrupt,
     losses_for,
     model_file,
-    older,
     ours,
     result,
     since,
@@ -36,10 +34,9 @@ from support.ultralytics import (
     third,
     without_objects,
 )
-from ultralytics import RTDETR, YOLO
+from ultralytics import YOLO
 from ultralytics.cfg import get_cfg
 from ultralytics.nn.tasks import DetectionModel
-from ultralytics.utils import LOGGER
 from ultralytics.utils.dist import generate_ddp_file
 from ultralytics.utils.loss import VarifocalLoss
 
@@ -445,98 +442,6 @@ def test_description_of_the_parts_of_a_loss():
         assert ("num_classes=10" in line, "1203" in line) == (bool(given), False)
 
 
-OTHER_TASKS = ("yolov10n", "yolov8n-obb", "yolo26n-seg", "yolo26n-pose", "yolov8n-rtdetr")
-
-
-@pytest.fixture(
-    scope="module",
-    params=["yolov8n", "yolo26n", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHER_TASKS)],
-)
-def trained(request):
-    """The name, task and losses of a model that is trained."""
-    return request.param, task_of(request.param), losses_for(request.param)
-
-
-@pytest.fixture(scope="module")
-def interrupted(trained, datasets, tmp_path_factory):
-    """A training of two epochs that died after the first: its folder, and what was seen on the way."""
-    name, task, losses = trained
-    folder, trainer = tmp_path_factory.mktemp(name), make_trainer(losses, task)
-    log, seen = [], []
-    handler = logging.Handler()
-    handler.emit = lambda record: log.append(record.getMessage())
-    yolo = (RTDETR if task == "rtdetr" else YOLO)(model_file(name, folder))
-    yolo.add_callback("on_train_batch_end", lambda t: seen.append(("train", t.model.criterion)))
-    yolo.add_callback("on_fit_epoch_end", lambda t: seen.append(("validation", t.ema.ema.criterion)))
-    yolo.add_callback("on_fit_epoch_end", interrupt)
-    LOGGER.addHandler(handler)
-    try:
-        with pytest.raises(Interrupted):
-            yolo.train(data=datasets[task], epochs=2, project=str(folder), name="run", trainer=trainer, **SETTINGS)
-    finally:
-        LOGGER.removeHandler(handler)
-    return folder / "run", log, seen
-
-
-def test_our_losses_train_and_validate(interrupted, trained):
-    _, _, seen = interrupted
-    assert {where for where, _ in seen} == {"train", "validation"}
-    for where, criterion in seen:
-        for branch in branches(criterion):
-            assert isinstance(branch, PLUGINS), where
-            assert branch.losses == load_losses(trained[2], trained[1])
-
-
-def test_start_up_says_what_is_active(interrupted, trained):
-    _, log, _ = interrupted
-    lines = [line for line in log if line.startswith("detloss_plugins: ")]
-    said = dict(line.split(maxsplit=2)[1:] for line in lines)
-    assert list(said) == [f"{slot}:" for slot in SLOTS[trained[1]]]
-    for slot in SLOTS[trained[1]]:
-        loss = trained[2].get(slot)
-        assert said[f"{slot}:"].startswith(f"{loss_class(loss['type']).__name__}(" if loss else "stock loss x gain ")
-
-
-def test_results_csv_keeps_its_columns(interrupted, trained):
-    run, _, _ = interrupted
-    header = (run / "results.csv").read_text(encoding="utf-8").splitlines()[0]
-    boxes = "giou_loss" if trained[1] == "rtdetr" else "box_loss"
-    for column in (f"train/{boxes}", "train/cls_loss", "val/cls_loss"):
-        assert column in header
-
-
-def test_checkpoints_load_where_we_are_not_installed(interrupted, trained):
-    run, _, _ = interrupted
-    files = [str(run / "weights" / name) for name in ("best.pt", "last.pt")]
-    done = subprocess.run([sys.executable, "-c", LOAD_WITHOUT_US, *files], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    losses = load_losses(trained[2], trained[1])
-    assert done.stdout.splitlines()[-1] == f"ultralytics.nn.tasks {losses}"
-    for file in files:
-        assert trained_losses(file)["losses"] == losses
-
-
-def test_resume_continues_with_our_losses(interrupted, trained):
-    run, _, _ = interrupted
-    _, task, losses = trained
-    seen = []
-    yolo = YOLO(str(run / "weights" / "last.pt"))
-
-    def look(trainer):
-        criterion = trainer.model.criterion
-        seen.append((trainer.epoch, branches(criterion), getattr(criterion, "updates", None)))
-
-    yolo.add_callback("on_train_batch_end", look)
-    yolo.train(resume=True, trainer=make_trainer(losses, task))
-    epochs, found, updates = zip(*seen, strict=True)
-    assert set(epochs) == {1}
-    assert all(isinstance(branch, PLUGINS) for branch in found[0])
-    first = 0 if older("8.4.33") else 1  # before it, a resume begins the schedule anew, with stock losses too
-    assert updates[0] == (first if len(found[0]) == 2 else None), "the end-to-end schedule goes on where it was"
-    assert len((run / "results.csv").read_text(encoding="utf-8").splitlines()) == 3
-    assert trained_losses(run / "weights" / "best.pt")["losses"] == load_losses(losses, task)
-
-
 # As a process of a launch, but for the other processes: the group has this one alone.
 WORKER = """
 import sys, torch
@@ -625,15 +530,6 @@ def test_state_is_saved_validated_with_and_resumed(name, data, tmp_path):
     yolo.train(resume=True, trainer=make_trainer(STATEFUL))
     assert all(torch.equal(flat(before[0])[key], trained[key]) for key in trained)
     assert not any(torch.equal(flat(seen["resumed"])[key], trained[key]) for key in trained)
-
-
-def test_a_stock_trainer_keeps_no_record(interrupted, trained, datasets, tmp_path):
-    """Fine-tuning our checkpoint with the stock trainer must not claim our losses."""
-    run, _, _ = interrupted
-    yolo = YOLO(str(run / "weights" / "best.pt"))
-    yolo.train(data=datasets[trained[1]], epochs=1, project=str(tmp_path), name="stock", **{**SETTINGS, "val": False})
-    assert trained_losses(tmp_path / "stock" / "weights" / "last.pt") is None
-    assert not any(isinstance(b, PLUGINS) for b in branches(yolo.trainer.model.init_criterion()))
 
 
 def test_a_loss_of_ones_own_reaches_the_workers_of_a_launch(filed_loss):

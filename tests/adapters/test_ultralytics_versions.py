@@ -5,6 +5,7 @@ the version lacks, and every difference that ``compat`` bridges.
 """
 
 import copy
+import logging
 import subprocess
 import sys
 
@@ -33,11 +34,13 @@ from support.ultralytics import (
     third,
 )
 from ultralytics import RTDETR, YOLO, __version__
+from ultralytics.utils import LOGGER
 from ultralytics.utils.checks import parse_version
 from ultralytics.utils.tal import make_anchors
 
 from detloss_plugins import loss as core
 from detloss_plugins.adapters.ultralytics import (
+    SLOTS,
     PluginDetectionLoss,
     PluginRTDETRLoss,
     compat,
@@ -47,12 +50,14 @@ from detloss_plugins.adapters.ultralytics import (
     trained_losses,
     tune,
 )
+from detloss_plugins.registry import loss_class
 
 VERSION = parse_version(__version__)
 NEWEST = known("yolov10n", "yolo11n", "yolo12n", "yolo26n")[-1]
 # Trainings of every task, and of the end-to-end head that the oldest versions have.
 SLOW = [name for name in (*TASK_MODELS, "yolov8n-rtdetr") if name not in ("yolov8n", NEWEST)]
 PARITY = {"rtol": 1e-4, "atol": 0}
+PLUGINS = (PluginDetectionLoss, PluginRTDETRLoss)
 
 
 def assert_equal_to_stock(mine, stock):
@@ -96,62 +101,102 @@ def trained(request):
 
 
 @pytest.fixture(scope="module")
-def run(trained, datasets, tmp_path_factory):
-    """The folder of a training of two epochs that died after the first, and the criteria that it had on the way."""
+def interrupted(trained, datasets, tmp_path_factory):
+    """A training of two epochs that died after the first: its folder, and what was seen on the way."""
     name, task, losses = trained
-    folder, seen = tmp_path_factory.mktemp(name), []
+    folder, log, seen = tmp_path_factory.mktemp(name), [], []
+    handler = logging.Handler()
+    handler.emit = lambda record: log.append(record.getMessage())
     yolo = (RTDETR if task == "rtdetr" else YOLO)(model_file(name, folder))
     yolo.add_callback("on_train_batch_end", lambda t: seen.append(t.model.criterion))
     yolo.add_callback("on_fit_epoch_end", lambda t: seen.append(t.ema.ema.criterion))
     yolo.add_callback("on_fit_epoch_end", interrupt)
-    with pytest.raises(Interrupted):
-        yolo.train(
-            data=datasets[task],
-            epochs=2,
-            project=str(folder),
-            name="run",
-            trainer=make_trainer(losses, task),
-            **SETTINGS,
-        )
-    return folder / "run", seen
+    trainer = make_trainer(losses, task)
+    LOGGER.addHandler(handler)
+    try:
+        with pytest.raises(Interrupted):
+            yolo.train(data=datasets[task], epochs=2, project=str(folder), name="run", trainer=trainer, **SETTINGS)
+    finally:
+        LOGGER.removeHandler(handler)
+    return folder / "run", log, seen
 
 
-def test_an_epoch_with_our_losses(run, trained):
-    _, seen = run
+def test_an_epoch_with_our_losses(interrupted, trained):
+    _, _, seen = interrupted
     assert len(seen) == 3  # two steps and a validation
     for criterion in seen:
         for branch in branches(criterion):
-            assert isinstance(branch, PluginDetectionLoss | PluginRTDETRLoss)
+            assert isinstance(branch, PLUGINS)
             assert branch.losses == load_losses(trained[2], trained[1])
 
 
-def test_best_and_last_load_and_predict_without_us(run, trained):
-    files = [str(run[0] / "weights" / name) for name in ("best.pt", "last.pt")]
+def test_start_up_says_what_is_active(interrupted, trained):
+    _, log, _ = interrupted
+    lines = [line for line in log if line.startswith("detloss_plugins: ")]
+    said = dict(line.split(maxsplit=2)[1:] for line in lines)
+    assert list(said) == [f"{slot}:" for slot in SLOTS[trained[1]]]
+    for slot in SLOTS[trained[1]]:
+        loss = trained[2].get(slot)
+        assert said[f"{slot}:"].startswith(f"{loss_class(loss['type']).__name__}(" if loss else "stock loss x gain ")
+
+
+def test_results_csv_keeps_its_columns(interrupted, trained):
+    run, _, _ = interrupted
+    header = (run / "results.csv").read_text(encoding="utf-8").splitlines()[0]
+    boxes = "giou_loss" if trained[1] == "rtdetr" else "box_loss"
+    for column in (f"train/{boxes}", "train/cls_loss", "val/cls_loss"):
+        assert column in header
+
+
+def test_best_and_last_load_and_predict_without_us(interrupted, trained):
+    run, _, _ = interrupted
+    files = [str(run / "weights" / name) for name in ("best.pt", "last.pt")]
     done = subprocess.run([sys.executable, "-c", LOAD_WITHOUT_US, *files], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == f"ultralytics.nn.tasks {load_losses(trained[2], trained[1])}"
+    losses = load_losses(trained[2], trained[1])
+    assert done.stdout.splitlines()[-1] == f"ultralytics.nn.tasks {losses}"
+    for file in files:
+        assert trained_losses(file)["losses"] == losses
 
 
-def test_a_checkpoint_of_several_devices_is_refused_too(run, trained, tmp_path, monkeypatch):
+def test_a_checkpoint_of_several_devices_is_refused_too(interrupted, trained, tmp_path, monkeypatch):
     """Its arguments are those of the run that resumes. Before the run below ends, of which nothing can resume."""
     monkeypatch.setitem(compat.FEATURES, "devices", (False, "8.4.140", "Training on several GPUs", "do not"))
-    checkpoint = torch.load(run[0] / "weights" / "last.pt", map_location="cpu", weights_only=False)
+    checkpoint = torch.load(interrupted[0] / "weights" / "last.pt", map_location="cpu", weights_only=False)
     checkpoint["train_args"]["device"] = "0,1"
     torch.save(checkpoint, tmp_path / "last.pt")
     with pytest.raises(RuntimeError, match=r"Training on several GPUs needs Ultralytics 8\.4\.140"):
         YOLO(str(tmp_path / "last.pt")).train(resume=True, trainer=make_trainer({}, trained[1]))
 
 
-def test_resume_goes_on_with_our_losses(run, trained):
+def test_resume_goes_on_with_our_losses(interrupted, trained):
+    run, _, _ = interrupted
     _, task, losses = trained
     seen = []
-    yolo = YOLO(str(run[0] / "weights" / "last.pt"))
-    yolo.add_callback("on_train_batch_end", lambda t: seen.append((t.epoch, t.model.criterion)))
+    yolo = YOLO(str(run / "weights" / "last.pt"))
+
+    def look(trainer):
+        criterion = trainer.model.criterion
+        seen.append((trainer.epoch, branches(criterion), getattr(criterion, "updates", None)))
+
+    yolo.add_callback("on_train_batch_end", look)
     yolo.train(resume=True, trainer=make_trainer(losses, task))
-    assert {epoch for epoch, _ in seen} == {1}
-    assert all(branch.losses == load_losses(losses, task) for _, criterion in seen for branch in branches(criterion))
-    assert len((run[0] / "results.csv").read_text(encoding="utf-8").splitlines()) == 3
-    assert trained_losses(run[0] / "weights" / "best.pt")["losses"] == load_losses(losses, task)
+    epochs, found, updates = zip(*seen, strict=True)
+    assert set(epochs) == {1}
+    assert all(branch.losses == load_losses(losses, task) for branch in found[0])
+    if VERSION >= (8, 4, 33) and len(found[0]) == 2:  # before it a resume begins the schedule anew, stock losses too
+        assert updates[0] == 1, "the end-to-end schedule goes on where it was"
+    assert len((run / "results.csv").read_text(encoding="utf-8").splitlines()) == 3
+    assert trained_losses(run / "weights" / "best.pt")["losses"] == load_losses(losses, task)
+
+
+def test_a_stock_trainer_keeps_no_record(interrupted, trained, datasets, tmp_path):
+    """Fine-tuning our checkpoint with the stock trainer must not claim our losses."""
+    run, _, _ = interrupted
+    yolo = YOLO(str(run / "weights" / "best.pt"))
+    yolo.train(data=datasets[trained[1]], epochs=1, project=str(tmp_path), name="stock", **{**SETTINGS, "val": False})
+    assert trained_losses(tmp_path / "stock" / "weights" / "last.pt") is None
+    assert not any(isinstance(b, PLUGINS) for b in branches(yolo.trainer.model.init_criterion()))
 
 
 @pytest.mark.parametrize("feature", compat.FEATURES)
