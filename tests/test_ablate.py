@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
@@ -20,6 +21,7 @@ from detloss_plugins.ablation import Run, Study, mmdetection, plan, study
 from detloss_plugins.ablation.grid import check_grid, contradiction, losses_of_word, parse_words, seeds_of, slots_of
 from detloss_plugins.ablation.measure import evaluate, evaluate_coco, measure
 from detloss_plugins.ablation.progress import Bar
+from detloss_plugins.ablation.yolo import read_curves
 from detloss_plugins.cli import main
 from detloss_plugins.cli.ablate import told_how_to_go_on
 from detloss_plugins.losses import GIoULoss
@@ -316,6 +318,61 @@ def test_a_training_that_was_cut_off_early_begins_again(tmp_path, epoch, seconds
     assert ((tmp_path / "begun").stat().st_mtime > 10**9) is not goes_on
 
 
+@pytest.mark.parametrize("checkpoint", [None, {"epoch": -1}], ids=["scratch", "pretrained"])
+def test_ultralytics_is_told_what_a_run_is(tmp_path, monkeypatch, checkpoint):
+    """Its seed above all: without it the seeds of a loss would be one training."""
+    adapter = pytest.importorskip("detloss_plugins.adapters.ultralytics")
+    from detloss_plugins.ablation import yolo
+
+    opened, told = [], {}
+    model = SimpleNamespace(model=None, ckpt=checkpoint, train=told.update)
+    monkeypatch.setattr(adapter, "open_model", lambda path: opened.append(path) or model)
+    monkeypatch.setattr(adapter, "model_task", lambda _: "detect")
+    monkeypatch.setattr(adapter, "make_trainer", lambda *given: given)
+    run = replace(RUN, seed=3, epochs=7, path="trees.yaml", args={"batch": 4, "lr0": 0.1})
+    yolo.start(run, tmp_path / "runs" / "own", resume=False)
+    for name, value in {"batch": 4, "lr0": 0.1, "epochs": 7, "seed": 3, "data": "trees.yaml"}.items():
+        assert told[name] == value
+    assert (told["pretrained"], told["trainer"]) == (checkpoint is not None, (RUN.losses, "detect"))
+    assert Path(told["project"], told["name"]) == tmp_path / "runs" / "own"
+    told.clear()
+    yolo.start(run, tmp_path, resume=True)
+    assert told == {"trainer": (RUN.losses, "detect"), "resume": True, "data": "trees.yaml"}
+    assert opened == ["yolov8n.yaml", str(tmp_path / "weights" / "last.pt")]
+
+
+def test_what_comes_out_of_a_training_with_ultralytics(tmp_path, monkeypatch):
+    """The figures are those of its best weights, and the weight that it found for a loss is there to read."""
+    adapter = pytest.importorskip("detloss_plugins.adapters.ultralytics")
+    from detloss_plugins.ablation import measure as of_measure
+    from detloss_plugins.ablation import yolo
+
+    best, last = (tmp_path / "weights" / name for name in ("best.pt", "last.pt"))
+    best.parent.mkdir()
+    for file in (best, last):
+        torch.save({"epoch": -1}, file)  # it has ended
+    columns = "epoch,time,metrics/mAP50(B),metrics/mAP50-95(B)\n1,10,0.5,0.25\n2,20,0.75,nan\n"
+    (tmp_path / "results.csv").write_text(columns, encoding="utf-8")
+    found = {"cls": {"type": "VarifocalLoss", "loss_weight": 2.5}}
+    record = {str(best): {"losses": found}, str(last): {"losses": {}}}
+    monkeypatch.setenv("DETLOSS_PLUGINS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(yolo, "read_labels", lambda run: None)
+    monkeypatch.setattr(adapter, "open_model", lambda path: SimpleNamespace(model=path))
+    monkeypatch.setattr(adapter, "model_task", lambda model: "detect")
+    monkeypatch.setattr(adapter, "trained_losses", lambda path: record[str(path)])
+    monkeypatch.setattr(of_measure, "measure", lambda model, *given: ({"of": model.model}, {"given": given}))
+    run = replace(RUN, path="trees.yaml", losses={"cls": {"type": "VarifocalLoss", "loss_weight": "auto"}})
+    assert yolo.train(run, tmp_path, 0) == {
+        "metrics": {"of": str(best), "seconds_per_epoch": 10.0},
+        "per_class": {"given": ("detect", "trees.yaml", run.args)},
+        "curve": {"AP50": [0.5, 0.75], "AP": [0.25, None]},
+        "weights": {"cls": 2.5},
+        "resumed": False,
+    }
+    best.unlink()  # as after a training without validation
+    assert yolo.train(replace(run, losses={}), tmp_path, 0)["metrics"]["of"] == str(last)
+
+
 def test_what_ultralytics_has_logged(tmp_path):
     from detloss_plugins.ablation import yolo
 
@@ -508,7 +565,9 @@ def test_killed_twice_the_report_is_the_same(tmp_path):
     assert "of them finished before" in finish(ablate(killed, GRID))
     results, report = without_times(alone)
     assert len(results["runs"]) == 8
-    assert len({run["metrics"]["calibration_error"] for run in results["runs"]} - {None}) != 1, "they all differ"
+    logged = [read_curves(file) for file in alone.glob("runs/*/results.csv")]
+    of_losses = {tuple(tuple(columns[f"train/{name}_loss"]) for name in ("box", "cls", "dfl")) for columns in logged}
+    assert len(of_losses) == 8, "they all differ, the two seeds of a loss too"
     assert without_times(killed) == (results, report)
 
 
