@@ -320,7 +320,7 @@ def train_mmdet(args):
     runner = Runner.from_cfg(cfg)
     runner.register_hook(StockConfigHook())
     runner.register_hook(ClassCountsHook())
-    for line in [*active, *notes]:
+    for line in notes:
         runner.logger.info(f"detloss_plugins: {line}")
     try:
         runner.train()
