@@ -287,6 +287,7 @@ def test_as_many_detections_count_as_ultralytics_has():
 
 def test_what_is_measured_is_what_was_trained(monkeypatch):
     """The classes and the split of the training, for one; and what Ultralytics has measured, it says itself."""
+    pytest.importorskip("pycocotools")
     monkeypatch.setattr(measuring, "collector", lambda task, kept: kept.update(truth=objects, found=[], images=1))
     objects = [[0, 0, 5, 5, 10, 10], [0, 2, 5, 5, 10, 10]]
     own, told = SimpleNamespace(map50=0.5, map=0.3, map75=0.4, ap_class_index=[2], ap=[0.3]), {}
