@@ -1,5 +1,6 @@
 """The trainer: it gives a model our losses, keeps their state and says what they are."""
 
+import functools
 import math
 import shutil
 from collections.abc import Mapping
@@ -36,6 +37,7 @@ from detloss_plugins.adapters.ultralytics.criterion import branches, criterion_s
 from detloss_plugins.adapters.ultralytics.curves import EVERY, Curves, append, scalars
 from detloss_plugins.adapters.ultralytics.ignore import ignored_classes, make_validator
 from detloss_plugins.adapters.ultralytics.model import RECORD, install, student
+from detloss_plugins.adapters.ultralytics.per_image import branch_weight
 from detloss_plugins.facts import Rule, checked
 from detloss_plugins.loss import AUTO, Loss
 from detloss_plugins.losses import ScheduledLoss, set_progress
@@ -194,8 +196,9 @@ def criterion_of(trainer):
 
 def add_curves(trainer, every):
     """Have the losses of the model that is trained looked at in every so many steps."""
-    for branch in branches(criterion_of(trainer)).values():
-        branch.curves = branch.curves or Curves(every)
+    criterion = criterion_of(trainer)
+    for name, branch in branches(criterion).items():
+        branch.curves = branch.curves or Curves(every, functools.partial(branch_weight, criterion, name))
         branch.curves.seen = []  # those of an epoch that Ultralytics begins again do not count
 
 
