@@ -70,7 +70,7 @@ class AdaptiveThresholdFocalLoss(
 
     def sums(self, pred, target, weight):
         found = super().sums(pred, target, weight)
-        if torch.is_grad_enabled() and not self.detach_gamma:
+        if not self.detach_gamma and (torch.is_grad_enabled() or engine.is_dual(pred)):
             found["total"] = engine.weighted_sum(self._call(self.counted, pred, target, weight, {}))
         return found
 
