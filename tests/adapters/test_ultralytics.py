@@ -45,6 +45,7 @@ from detloss_plugins.adapters.ultralytics import (
     SLOTS,
     PluginDetectionLoss,
     PluginRTDETRLoss,
+    criterion_class,
     criterion_state,
     default_gain,
     default_prior,
@@ -225,6 +226,20 @@ def test_a_rebuilt_criterion_compiles_nothing_again(batch, monkeypatch):
     install(model, {slot: {**cfg, "compile": True, "loss_weight": 0.5} for slot, cfg in losses.items()})
     model.loss(batch)[0].sum().backward()
     assert len(made) == 2 * len(losses), "a weight is no part of a kernel"
+
+
+@pytest.mark.parametrize("name", ["yolov8n", "yolov8n-obb", "yolov8n-rtdetr"])
+def test_compile_is_of_every_loss(name):
+    model, losses = detector(name), losses_for(name)
+    kind = type(stock_criterion(model))
+    kind = PluginRTDETRLoss if task_of(name) == "rtdetr" else criterion_class(kind)
+    for compile in (False, True):
+        installed = copy.deepcopy(model)
+        install(installed, losses, compile=compile)
+        criteria = kind(model, losses=losses, compile=compile), installed.init_criterion()
+        trainer = make_trainer(losses, task_of(name), compile=compile)
+        for found in (*(criterion.losses for criterion in criteria), trainer.plugin_losses):
+            assert {cfg.get("compile", False) for cfg in found.values()} == {compile}
 
 
 @pytest.mark.parametrize("name", ["yolo26n", "yolo26n-obb"])

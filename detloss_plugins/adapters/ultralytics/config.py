@@ -94,7 +94,9 @@ def check_task(task):
         raise ValueError(f"Losses can be swapped for the tasks {', '.join(SLOTS)}, not for {task!r}.")
 
 
-def load_losses(losses: Mapping[str, Any] | str | Path, task: str = "detect", auto: bool = False) -> dict[str, Any]:
+def load_losses(
+    losses: Mapping[str, Any] | str | Path, task: str = "detect", auto: bool = False, compile: bool = False
+) -> dict[str, Any]:
     """A losses dict from a dict or the path of a YAML file, checked and with every default gain written out.
 
     Args:
@@ -105,6 +107,7 @@ def load_losses(losses: Mapping[str, Any] | str | Path, task: str = "detect", au
             ``loss_giou``.
         auto: whether a ``loss_weight`` may be "auto", of the loss of a slot or one that a ScheduledLoss there has; it
             stays, for :func:`with_weights` to replace.
+        compile: compile all of the losses, as ``compile=True`` in the dict of each does.
 
     Returns:
         A new dict of plain Python values. ``loss_weight``, where absent, is that of :func:`default_gain`, also of each
@@ -125,7 +128,8 @@ def load_losses(losses: Mapping[str, Any] | str | Path, task: str = "detect", au
         hint = f" of task={task!r}; it is one of task={elsewhere}" if elsewhere else ""
         raise ValueError(f"There is no slot {unknown[0]!r}{hint}; the slots are {', '.join(SLOTS[task])}.")
     check = functools.partial(_checked, auto=auto)
-    return {slot: (_checked_ignore if slot == "ignore" else check)(task, slot, cfg) for slot, cfg in losses.items()}
+    losses = {slot: (_checked_ignore if slot == "ignore" else check)(task, slot, cfg) for slot, cfg in losses.items()}
+    return {slot: {**cfg, "compile": True} if compile and slot != "ignore" else cfg for slot, cfg in losses.items()}
 
 
 def filled(cfg, **values):

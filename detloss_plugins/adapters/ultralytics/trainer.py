@@ -236,10 +236,11 @@ def make_trainer(
             suit it, before any data is read. The trainer raises ``ValueError`` for a model of another task, and
             ``RuntimeError`` for training arguments that need a newer Ultralytics.
     """
-    losses, curves = load_losses(losses, task, auto=True), checked("make_trainer", "curves", curves, HOW_OFTEN)
+    losses, curves = (
+        load_losses(losses, task, auto=True, compile=compile),
+        checked("make_trainer", "curves", curves, HOW_OFTEN),
+    )
     every = EVERY if curves is True else int(curves)
-    if compile:
-        losses = {slot: cfg if slot == "ignore" else {**cfg, "compile": True} for slot, cfg in losses.items()}
     base = trainer or TRAINERS[task]
     asked, places = losses, waiting(losses)  # for what, and where, weights are to be found
     losses = with_weights(losses, default_weights(losses))  # until they are
