@@ -5,6 +5,7 @@ import importlib.util
 import math
 import os
 import platform
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -172,6 +173,8 @@ def check_mmdet(path, data=None):
         UsageError: if one of them cannot be read.
     """
     require("mmdet")
+    from detloss_plugins.adapters.heads import MisfitWarning
+
     try:
         from detloss_plugins.adapters.mmdetection.check import build_alone, check_config, our_losses
     except AssertionError as error:  # how mmdet refuses a version of mmcv or mmengine
@@ -181,7 +184,13 @@ def check_mmdet(path, data=None):
     found = Found([f"{path}:"])
     if data is not None:
         _coco.point_at(cfg, data)
-    found.problems = check_config(cfg)
+    with warnings.catch_warnings(record=True) as told:
+        found.problems = check_config(cfg)
+    for each in told:
+        if each.category is MisfitWarning:
+            found.problems.append(str(each.message))
+        else:
+            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
     for key, loss in our_losses(cfg.model):
         try:
             built = build_alone(loss)
