@@ -91,7 +91,9 @@ class BoxLoss(_LooksAtSides, family="box"):
         return super().prepare(pred, target)
 
 
-class ClassificationLoss(Loss, family="classification", every_rank=True, needs_mining=True, one_per_row=False):
+class ClassificationLoss(
+    Loss, family="classification", every_rank=True, needs_mining=True, one_per_row=False, takes_pairs=True
+):
     """Losses on class logits ``(..., C)``.
 
     Targets: class index ``(...)`` (integers; ``C`` is background in a sigmoid form), dense ``(..., C)`` hard, soft or
