@@ -438,6 +438,33 @@ def test_default_gain_and_override():
     )
 
 
+@pytest.mark.parametrize(
+    ("slot", "loss", "said"),
+    [
+        ("cls", {"type": "FocalLoss", "loss_weight": 1}, "weight 1 (default 16) x gain"),
+        ("cls", {"type": "FocalLoss", "loss_weight": 65}, "weight 65 (default 16) x gain"),
+        ("cls", {"type": "FocalLoss", "loss_weight": 4}, "weight 4 x gain"),
+        ("cls", {"type": "FocalLoss", "loss_weight": 64}, "weight 64 x gain"),
+        ("cls", {"type": "BinaryCrossEntropyLoss", "loss_weight": 1}, "weight 1 x gain"),
+        ("box", {"type": "GCDLoss", "loss_weight": 0.4}, "weight 0.4 (default 2) x gain"),
+        ("loss_class", {"type": "FocalLoss", "loss_weight": 1}, "weight 1 x gain"),
+        ("loss_class", {"type": "FocalLoss", "loss_weight": 16}, "weight 16 (default 1) x gain"),
+    ],
+)
+def test_a_weight_far_from_the_default_is_said(slot, loss, said):
+    """One that was right for another program may hardly train here."""
+    task = "rtdetr" if slot == "loss_class" else "detect"
+    lines = describe(load_losses({slot: loss}, task), get_cfg(), task)
+    assert any(line.startswith(f"{slot}: {loss['type']}") and said in line for line in lines)
+
+
+def test_a_weight_far_from_the_default_is_said_of_each_loss_in_turn():
+    parts = [{"type": "FocalLoss", "loss_weight": weight} for weight in (1, 8)]
+    line = describe(load_losses({"cls": {"type": "ScheduledLoss", "losses": parts, "at": [1]}}), get_cfg())[0]
+    assert ") x 1 (default 16), FocalLoss(" in line
+    assert line.endswith(") x 8), weight 1 x gain 0.5")
+
+
 def test_a_loss_without_a_sigmoid_form_is_not_told_to_write_one():
     for given in ({}, {"use_sigmoid": False}):
         with pytest.raises(ValueError, match=r"^SeesawLoss needs a head with a softmax(?!.*use_sigmoid)"):

@@ -71,6 +71,11 @@ def default_gain(loss: Loss | type[Loss]) -> float:
     return _stated(loss, "yolo_gain", GAINS, 1.0)
 
 
+def default_weight(loss: Loss | type[Loss], slot: str) -> float:
+    """The ``loss_weight`` by default in a slot: :func:`default_gain`, but 1 where RT-DETR's stock loss has that."""
+    return 1.0 if slot == "loss_class" else default_gain(loss)
+
+
 def default_prior(loss: Loss | type[Loss]) -> float | None:
     """The class score that a new head should start with; None for the stock one.
 
@@ -264,7 +269,7 @@ def _checked(task, slot, cfg, auto):
         raise ValueError("The heads of YOLO decode by bins 0, 1, 2 and so on; leave bins out of DistributionFocalLoss.")
     if activated := [type(part).__name__ for part in loss.modules() if getattr(part, "activated", False)]:
         raise ValueError(f"YOLO hands logits to its loss; leave activated=True out of {activated[0]}.")
-    return {"loss_weight": 1.0 if task == "rtdetr" and of_classes else default_gain(loss), **cfg}
+    return {"loss_weight": default_weight(loss, slot), **cfg}
 
 
 def _weighed(cfg):
