@@ -16,6 +16,7 @@ from detloss_plugins.cli import _coco, train
 from detloss_plugins.cli._common import (
     RunError,
     UsageError,
+    check_there,
     complete_config,
     data_option,
     first_line,
@@ -278,8 +279,8 @@ def check(what, model=None, data=None):
         if model or data:
             raise UsageError("a loss class is checked by itself: leave --model and --data out")
         return check_class(what)
-    if data is not None and not data.exists():
-        raise UsageError(f"there is no {data}")
+    if data is not None:
+        check_there(data)
     if what.suffix == ".py":
         if model:
             raise UsageError("--model is for Ultralytics; a config of MMDetection has its own")
