@@ -23,6 +23,7 @@ from support.ultralytics import (
     head,
     in_slot,
     interrupt,
+    known,
     losses_for,
     model_file,
     ours,
@@ -32,6 +33,7 @@ from support.ultralytics import (
     stock_criterion,
     task_of,
     third,
+    wide,
     without_objects,
 )
 from ultralytics import YOLO
@@ -89,6 +91,15 @@ def test_stock_equivalent_losses_reproduce_stock(name, batches):
     largest = max(g.abs().max().item() for g in stock[2])
     for a, b in zip(mine[2], stock[2], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6 * largest)
+
+
+@pytest.mark.parametrize("name", known("yolo26n", "yolo26n-obb"))
+def test_a_head_without_bins_regresses_shares_of_the_images_sides(name, batches):
+    model, batch = detector(name), wide(batches[task_of(name)])
+    mine, stock = (
+        called(criterion, model, batch) for criterion in (ours(model, {"dfl": third(model)}), stock_criterion(model))
+    )
+    torch.testing.assert_close(mine[0], stock[0], rtol=2e-6, atol=0)
 
 
 @pytest.mark.parametrize("name", TASK_MODELS)
