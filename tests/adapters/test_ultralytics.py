@@ -47,6 +47,7 @@ from detloss_plugins.adapters.ultralytics import (
     SLOTS,
     PluginDetectionLoss,
     PluginRTDETRLoss,
+    criterion_class,
     criterion_state,
     default_gain,
     default_prior,
@@ -236,6 +237,20 @@ def test_a_rebuilt_criterion_compiles_nothing_again(batch, monkeypatch):
     install(model, {slot: {**cfg, "compile": True, "loss_weight": 0.5} for slot, cfg in losses.items()})
     model.loss(batch)[0].sum().backward()
     assert len(made) == 2 * len(losses), "a weight is no part of a kernel"
+
+
+@pytest.mark.parametrize("name", ["yolov8n", "yolov8n-obb", "yolov8n-rtdetr"])
+def test_compile_is_of_every_loss(name):
+    model, losses = detector(name), losses_for(name)
+    kind = type(stock_criterion(model))
+    kind = PluginRTDETRLoss if task_of(name) == "rtdetr" else criterion_class(kind)
+    for compile in (False, True):
+        installed = copy.deepcopy(model)
+        install(installed, losses, compile=compile)
+        criteria = kind(model, losses=losses, compile=compile), installed.init_criterion()
+        trainer = make_trainer(losses, task_of(name), compile=compile)
+        for found in (*(criterion.losses for criterion in criteria), trainer.plugin_losses):
+            assert {cfg.get("compile", False) for cfg in found.values()} == {compile}
 
 
 @pytest.mark.parametrize("name", ["yolo26n", "yolo26n-obb"])
@@ -439,6 +454,33 @@ def test_default_gain_and_override():
         "SlideLoss(authors_code=False, decay=None, tau=2000.0, FocalLoss(gamma=2.0, alpha=None"
         in describe(slide, get_cfg())[0]
     )
+
+
+@pytest.mark.parametrize(
+    ("slot", "loss", "said"),
+    [
+        ("cls", {"type": "FocalLoss", "loss_weight": 1}, "weight 1 (default 16) x gain"),
+        ("cls", {"type": "FocalLoss", "loss_weight": 65}, "weight 65 (default 16) x gain"),
+        ("cls", {"type": "FocalLoss", "loss_weight": 4}, "weight 4 x gain"),
+        ("cls", {"type": "FocalLoss", "loss_weight": 64}, "weight 64 x gain"),
+        ("cls", {"type": "BinaryCrossEntropyLoss", "loss_weight": 1}, "weight 1 x gain"),
+        ("box", {"type": "GCDLoss", "loss_weight": 0.4}, "weight 0.4 (default 2) x gain"),
+        ("loss_class", {"type": "FocalLoss", "loss_weight": 1}, "weight 1 x gain"),
+        ("loss_class", {"type": "FocalLoss", "loss_weight": 16}, "weight 16 (default 1) x gain"),
+    ],
+)
+def test_a_weight_far_from_the_default_is_said(slot, loss, said):
+    """One that was right for another program may hardly train here."""
+    task = "rtdetr" if slot == "loss_class" else "detect"
+    lines = describe(load_losses({slot: loss}, task), get_cfg(), task)
+    assert any(line.startswith(f"{slot}: {loss['type']}") and said in line for line in lines)
+
+
+def test_a_weight_far_from_the_default_is_said_of_each_loss_in_turn():
+    parts = [{"type": "FocalLoss", "loss_weight": weight} for weight in (1, 8)]
+    line = describe(load_losses({"cls": {"type": "ScheduledLoss", "losses": parts, "at": [1]}}), get_cfg())[0]
+    assert ") x 1 (default 16), FocalLoss(" in line
+    assert line.endswith(") x 8), weight 1 x gain 0.5")
 
 
 def test_a_loss_without_a_sigmoid_form_is_not_told_to_write_one():
