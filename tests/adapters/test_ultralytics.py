@@ -430,6 +430,25 @@ def test_shipped_files_of_losses_suit_their_task(path):
 def test_a_name_that_no_shipped_file_has():
     with pytest.raises(ValueError, match="no config named 'qfk'; did you mean qfl"):
         make_trainer("qfk")
+    with pytest.raises(ValueError, match=r"^retinanet_r18_fpn_digits is a config of MMDetection"):
+        make_trainer("retinanet_r18_fpn_digits")
+
+
+def test_a_file_without_a_suffix(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine", "stock"):
+        Path(name).write_text(yaml.safe_dump(LOSSES), encoding="utf-8")
+    assert load_losses("mine") == load_losses(Path("stock")) == load_losses(LOSSES)
+    assert load_losses("stock") == {}, "a word is the name of a shipped file where it can be"
+
+
+def test_compiled_is_said_of_what_is(monkeypatch):
+    """Of a loss that does not state that its rows are apart, and of one that ranks them, it would not be true."""
+    monkeypatch.setitem(MODELS.module_dict, "Own", type("Own", (FocalLoss,), {"fn": FocalLoss.fn}))
+    joint = {"type": "JointLoss", "losses": [{"type": "FocalLoss"}]}
+    for cfg in ({"type": "AdaptiveThresholdFocalLoss"}, joint, {"type": "Own"}, {"type": "APLoss"}):
+        line = describe(load_losses({"cls": cfg}, compile=True), get_cfg())[0]
+        assert (", compiled" in line) == (cfg["type"] not in ("Own", "APLoss")), line
 
 
 def test_a_yaml_file_and_a_dict_are_the_same(tmp_path):
