@@ -370,6 +370,16 @@ def test_losses_go_to_their_places_in_a_config():
         mmdetection.slots_of({"type": "DistributionFocalLoss"}, mmdet_model())
 
 
+def test_a_loss_is_reduced_as_the_one_that_it_replaces():
+    """YOLOX's and YOLOv3's heads are given sums; a mean is what a loss makes by itself."""
+    for reduction, written in (("sum", {"reduction": "sum"}), ("mean", {})):
+        model = {"bbox_head": {"loss_cls": {"type": "CrossEntropyLoss", "use_sigmoid": True, "reduction": reduction}}}
+        full = {"use_sigmoid": True, **written, "type": "detloss_plugins.FocalLoss"}
+        assert mmdetection.slots_of({"type": "FocalLoss"}, model) == {"bbox_head.loss_cls": full}
+    (found,) = mmdetection.slots_of({"type": "FocalLoss", "reduction": "none"}, model).values()
+    assert found["reduction"] == "none"
+
+
 @pytest.mark.parametrize("framework", ["ultralytics", "mmdetection"])
 def test_a_process_of_an_ablation_imports_a_loss_of_ones_own(framework, filed_loss):
     """It is given the losses as JSON, and nothing there has imported the file."""

@@ -1,6 +1,5 @@
 """Trainings with MMDetection: the losses of a config are swapped, one is trained, its detections are measured."""
 
-import inspect
 import json
 import os
 import re
@@ -13,7 +12,8 @@ from detloss_plugins import configs
 from detloss_plugins.ablation.data import digits_folder
 from detloss_plugins.ablation.files import seconds_between, write_whole
 from detloss_plugins.ablation.grid import Run, family_of, plain
-from detloss_plugins.registry import SCOPE, build_loss, loss_class, portable
+from detloss_plugins.adapters.heads import kept_settings
+from detloss_plugins.registry import SCOPE, build_loss, portable
 
 SLOTS = {"cls": "loss_cls", "box": "loss_bbox", "dfl": "loss_dfl"}
 OF_FAMILY = {"classification": "cls", "ranking": "cls", "box": "box", "regression": "box", "distribution": "dfl"}
@@ -84,15 +84,9 @@ def slots_of(losses: Mapping, model: Mapping) -> dict:
         where = place(slot, there)
         own = portable(cfg)
         kind = own["type"] if "." in own["type"] else f"{SCOPE}.{own['type']}"
-        found[where] = {**sigmoid(cfg, there[where]), **own, "type": kind}
+        found[where] = {**kept_settings(cfg["type"], there[where]), **own, "type": kind}
         build_loss(found[where])  # raises for an unknown setting
     return plain(found)
-
-
-def sigmoid(cfg, before):
-    """``use_sigmoid`` of the loss that is replaced: heads read it from the config, and count their channels by it."""
-    takes = inspect.signature(loss_class(cfg["type"])).parameters
-    return {"use_sigmoid": before["use_sigmoid"]} if "use_sigmoid" in takes and "use_sigmoid" in before else {}
 
 
 def check_model(model: str, losses: Mapping) -> dict:

@@ -7,6 +7,8 @@ looked at where it is built, in any program. This module imports no framework.
 
 import inspect
 import warnings
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,6 +18,7 @@ from detloss_plugins.families import has_bins
 from detloss_plugins.loss import Loss
 from detloss_plugins.losses import ScheduledLoss
 from detloss_plugins.precision import is_compiling
+from detloss_plugins.registry import loss_class
 
 _BOXES = ("box", "regression", "rotated", "uncertainty")
 # The families that an attribute of a head takes.
@@ -34,6 +37,27 @@ FAMILIES = {
     "loss_mask": ("region", "classification"),
 }
 _KNOWN = {family for families in FAMILIES.values() for family in families}
+# Heads that reduce some of their losses further by themselves: which those are, and what each must be given.
+_DIVIDES = "divides the sum by its number of positives"
+_REDUCED_BY_HEAD = {
+    "YOLOXHead": (("loss_cls", "loss_bbox", "loss_obj", "loss_l1"), "sum", _DIVIDES),
+    "FSAFHead": (("loss_cls", "loss_bbox"), "none", "chooses the level of an object by the loss of each anchor"),
+    "YOLACTHead": (("loss_cls",), "none", "mines the negatives by the loss of each anchor"),
+}
+
+
+def kept_settings(kind: str | type, before: Mapping[str, Any]) -> dict[str, Any]:
+    """What a loss of a type takes over from the settings of the one that it replaces, as the head relies on it.
+
+    A head counts its channels by ``use_sigmoid``, and what it does with a sum (YOLOX, YOLOv3) or with the loss of each
+    row (FSAF, YOLACT) makes no sense of a mean.
+
+    >>> kept_settings("FocalLoss", {"use_sigmoid": True, "reduction": "sum", "gamma": 1.0, "num_classes": 3})
+    {'use_sigmoid': True, 'reduction': 'sum'}
+    """
+    takes = inspect.signature(loss_class(kind)).parameters
+    names = [name for name in ("use_sigmoid", "num_classes", "reduction") if name in takes and name in before]
+    return {name: before[name] for name in names if (name, before[name]) != ("reduction", "mean")}  # the default
 
 
 def check_fit(head: nn.Module, name: str, loss: nn.Module, whole: nn.Module | None = None) -> None:
@@ -55,6 +79,7 @@ def check_fit(head: nn.Module, name: str, loss: nn.Module, whole: nn.Module | No
         )
     if has_bins(loss) and type(head).__module__.startswith(("mmdet.models.", "detloss_plugins.")):
         raise ValueError(f"{where} decodes by bins 0, 1, 2 and so on; leave bins out of {kind}.")
+    _check_reduction(head, name, whole or loss)
     if _is_skipped(head, name):
         for part in (part for part in loss.modules() if isinstance(part, Loss)):
             part.facts = part.facts.but(every_rank=False)
@@ -89,6 +114,21 @@ def _check_class_weights(head, loss, where):
                 f'class_weight="effective" has no meaning for {where}, as the head has {has}: '
                 f"write {classes + 1} numbers."
             )
+
+
+def _check_reduction(head, name, loss):
+    """Raise ``ValueError`` for a loss that a head, which reduces it further by itself, would take for another one."""
+    names, reduction, does = _REDUCED_BY_HEAD.get(_owner(head, "loss_by_feat"), ((), "", ""))
+    if name in names and loss.reduction != reduction and getattr(head, "use_ohem", True):  # YOLACT's mining
+        raise ValueError(
+            f'Write reduction="{reduction}" in the config of {name} of {type(head).__name__}: the head {does}, and '
+            f'{type(loss).__name__} is given reduction="{loss.reduction}".'
+        )
+
+
+def _owner(head, method):
+    """The name of the class whose method a head runs: a head of one's own may do otherwise than its base."""
+    return next((base.__name__ for base in type(head).__mro__ if method in vars(base)), "")
 
 
 def _is_skipped(head, name):

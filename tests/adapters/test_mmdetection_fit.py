@@ -27,8 +27,9 @@ HEADS = {
 }
 
 
-def head(name, **losses):
-    prefixed = {slot: {**loss, "type": f"detloss_plugins.{loss['type']}"} for slot, loss in losses.items()}
+def head(name, **options):
+    losses = {key: value for key, value in options.items() if "loss" in key}
+    prefixed = options | {slot: {**loss, "type": f"detloss_plugins.{loss['type']}"} for slot, loss in losses.items()}
     return MMDET_MODELS.build({"type": name, "num_classes": 80, "in_channels": 8, **HEADS.get(name, {}), **prefixed})
 
 
@@ -88,6 +89,32 @@ def test_a_ranking_loss_goes_where_all_levels_are_called_at_once(loss):
     assert type(head("FCOSHead", loss_cls=cfg).loss_cls).__name__ == loss
     ranking = head(RANKING_HEAD, loss_cls=cfg, loss_bbox={"type": "GIoULoss"})
     assert type(ranking.loss_cls).__name__ == loss
+
+
+SMALL = dict(feat_channels=8, stacked_convs=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "slots", "reduction", "options"),
+    [
+        ("YOLOXHead", ("loss_cls", "loss_obj", "loss_bbox", "loss_l1"), "sum", SMALL),
+        ("FSAFHead", ("loss_cls", "loss_bbox"), "none", {**SMALL, "reg_decoded_bbox": True}),
+        ("YOLACTHead", ("loss_cls",), "none", {}),
+    ],
+)
+def test_a_head_that_reduces_its_losses_by_itself(name, slots, reduction, options):
+    """In YOLOX, a mean would be divided by the number of positives once more; the others would not train."""
+    for slot in slots:
+        kind = {"loss_bbox": "GIoULoss", "loss_l1": "L1Loss"}.get(slot, "CrossEntropyLoss")
+        loss = {"type": kind, "reduction": reduction}
+        if kind == "CrossEntropyLoss":
+            loss["use_sigmoid"] = name != "YOLACTHead"
+        assert getattr(head(name, **{slot: loss}, **options), slot).reduction == reduction
+        for other in {"none", "mean", "sum"} - {reduction}:
+            with pytest.raises(ValueError, match=f'^Write reduction="{reduction}" in the config of {slot} of {name}'):
+                head(name, **{slot: {**loss, "reduction": other}}, **options)
+    if name == "YOLACTHead":
+        assert head(name, loss_cls={**loss, "reduction": "mean"}, use_ohem=False).loss_cls.reduction == "mean"
 
 
 def test_a_loss_by_its_path_is_one_of_ours(tmp_path, monkeypatch):
