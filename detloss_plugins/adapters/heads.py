@@ -37,13 +37,33 @@ FAMILIES = {
     "loss_mask": ("region", "classification"),
 }
 _KNOWN = {family for families in FAMILIES.values() for family in families}
-# Heads that reduce some of their losses further by themselves: which those are, and what each must be given.
-_DIVIDES = "divides the sum by its number of positives"
-_REDUCED_BY_HEAD = {
-    "YOLOXHead": (("loss_cls", "loss_bbox", "loss_obj", "loss_l1"), "sum", _DIVIDES),
-    "FSAFHead": (("loss_cls", "loss_bbox"), "none", "chooses the level of an object by the loss of each anchor"),
-    "YOLACTHead": (("loss_cls",), "none", "mines the negatives by the loss of each anchor"),
+# What heads of mmdet do in a method of theirs: those of one's own that do otherwise are not meant.
+_REDUCE = {  # more than what a loss gives: in which slots, what that must be, and why
+    ("YOLOXHead", "loss_by_feat"): (
+        ("loss_cls", "loss_bbox", "loss_obj", "loss_l1"),
+        "sum",
+        "divides the sum by its number of positives",
+    ),
+    ("FSAFHead", "loss_by_feat"): (
+        ("loss_cls", "loss_bbox"),
+        "none",
+        "chooses the level of an object by the loss of each anchor",
+    ),
+    ("YOLACTHead", "loss_by_feat"): (("loss_cls",), "none", "mines the negatives by the loss of each anchor"),
+    ("MultiInstanceBBoxHead", "emd_loss"): (
+        ("loss_cls", "loss_bbox"),
+        "none",
+        "chooses between two orders of its boxes by the loss of each",
+    ),
 }
+_LEAVE_OUT = {  # and work out something else
+    ("FreeAnchorRetinaHead", "loss_by_feat"): ("loss_cls",),
+    ("AutoAssignHead", "loss_by_feat"): ("loss_cls", "loss_centerness"),
+    ("RTMDetHead", "loss_by_feat_single"): ("loss_centerness",),
+    ("TOODHead", "loss_by_feat_single"): ("loss_centerness",),
+    ("RepPointsHead", "loss_by_feat_single"): ("loss_bbox",),
+}
+_SWITCHES = {"loss_cls": "with_cls", "loss_bbox": "with_reg"}  # of a head that may have no such branch
 
 
 def kept_settings(kind: str | type, before: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,6 +100,7 @@ def check_fit(head: nn.Module, name: str, loss: nn.Module, whole: nn.Module | No
     if has_bins(loss) and type(head).__module__.startswith(("mmdet.models.", "detloss_plugins.")):
         raise ValueError(f"{where} decodes by bins 0, 1, 2 and so on; leave bins out of {kind}.")
     _check_reduction(head, name, whole or loss)
+    _check_use(head, name, loss)
     if _is_skipped(head, name):
         for part in (part for part in loss.modules() if isinstance(part, Loss)):
             part.facts = part.facts.but(every_rank=False)
@@ -103,7 +124,10 @@ def check_fit(head: nn.Module, name: str, loss: nn.Module, whole: nn.Module | No
 
 def _check_class_weights(head, loss, where):
     classes = getattr(head, "num_classes", None)
-    background = _is_a(head, "BBoxHead", "SABLHead")  # which have a channel for it beside a sigmoid loss too
+    # Which have a channel for it beside a sigmoid loss too, but for that of Sparse R-CNN and QueryInst.
+    background = _is_a(head, "BBoxHead", "SABLHead") and not (
+        _is_a(head, "DIIHead") and getattr(loss, "use_sigmoid", False)
+    )
     has = f"{classes} classes" + " and one for the background" * background
     for part in loss.modules():
         weights = getattr(part, "class_factors", None)
@@ -118,7 +142,7 @@ def _check_class_weights(head, loss, where):
 
 def _check_reduction(head, name, loss):
     """Raise ``ValueError`` for a loss that a head, which reduces it further by itself, would take for another one."""
-    names, reduction, does = _REDUCED_BY_HEAD.get(_owner(head, "loss_by_feat"), ((), "", ""))
+    names, reduction, does = next((how for key, how in _REDUCE.items() if _runs(head, *key)), ((), "", ""))
     if name in names and loss.reduction != reduction and getattr(head, "use_ohem", True):  # YOLACT's mining
         raise ValueError(
             f'Write reduction="{reduction}" in the config of {name} of {type(head).__name__}: the head {does}, and '
@@ -126,15 +150,44 @@ def _check_reduction(head, name, loss):
         )
 
 
-def _owner(head, method):
-    """The name of the class whose method a head runs: a head of one's own may do otherwise than its base."""
-    return next((base.__name__ for base in type(head).__mro__ if method in vars(base)), "")
+def _check_use(head, name, loss):
+    """Raise ``ValueError`` for a loss that a head never calls, or hands something that it does not take."""
+    where, kind = f"{name} of {type(head).__name__}", type(loss).__name__
+    left_out = next((names for key, names in _LEAVE_OUT.items() if _runs(head, *key)), ())
+    if name in left_out or getattr(head, _SWITCHES.get(name, ""), True) is False:
+        raise ValueError(f"{kind} has no effect as {where}, which the head never calls: leave it out.")
+    if name in ("loss_cls", "initial_loss_cls") and _is_a(head, "TOODHead"):
+        for part in filter(_is_whole, loss.modules()):
+            if not getattr(part, "activated", False):
+                kind = type(part).__name__
+                do = "write activated=True" if hasattr(part, "activated") else "take one with activated=True"
+                raise ValueError(f"{where} is given probabilities, and {kind} takes logits: {do}.")
+    facts = loss.facts
+    if name == "loss_cls" and _runs(head, "PAAHead", "get_pos_loss") and (facts.sums_classes or facts.one_per_row):
+        raise ValueError(
+            f"{where} is no place for {kind}, which has one loss an anchor: the head adds up those of its classes. "
+            "Take one that has a loss for each class, such as FocalLoss."
+        )
+
+
+def _is_whole(part):
+    """Whether a module is a loss that is not made of others."""
+    return isinstance(part, Loss) and not any(isinstance(other, Loss) for other in part.modules() if other is not part)
+
+
+def _runs(head, name, method):
+    """Whether the method that a head runs is that of mmdet's head of this name."""
+    bases = (base for base in type(head).__mro__ if method in vars(base))
+    return next((base.__name__ for base in bases if not base.__module__.startswith("detloss_plugins.")), "") == name
 
 
 def _is_skipped(head, name):
-    """Whether a head calls a loss of classes in steps with positives only, which are not those of the other ranks."""
+    """Whether a head calls a loss of classes in steps with positives only, which are not those of the other ranks.
+
+    DINO's does so for the denoising queries, which are made of objects.
+    """
     skipped = ("loss_centerness", "loss_iou", "loss_mask", "loss_point")
-    return name in skipped or (name == "loss_cls" and _is_a(head, "YOLOXHead"))
+    return name in skipped or (name == "loss_cls" and _is_a(head, "YOLOXHead", "DINOHead"))
 
 
 def _is_a(head, *names):
