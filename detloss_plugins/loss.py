@@ -228,16 +228,18 @@ class Loss(nn.Module, metaclass=_Checked):
 
     def observe(self, pred: Tensor, target: Any, weight: Tensor | None) -> dict[str, Any]:
         """What a row needs to know of the whole batch; it moves the state of a loss that has one."""
-        if not self.observes:
-            return self.summarise(None)
+        return self.summarise(self.sums(pred, target, weight) if self.observes else None)
 
-        def sums(pred, target, weight, _):
+    def sums(self, pred: Tensor, target: Any, weight: Tensor | None) -> dict[str, Tensor]:
+        """The ``statistics`` of all rows."""
+
+        def of_rows(pred, target, weight, _):
             pred, target, valid = self.prepare(float32(pred.detach()), target)
             return self.statistics(pred, target, valid, weight)
 
         with torch.no_grad():
-            found = self._call(sums, pred, target, weight, {}).of_each_chunk()
-        return self.summarise({name: sum(of_chunk[name] for of_chunk in found) for name in found[0]})
+            found = self._call(of_rows, pred, target, weight, {}).of_each_chunk()
+        return {name: sum(of_chunk[name] for of_chunk in found) for name in found[0]}
 
     def unweighted(self, pred: Tensor, target: Any, seen: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         """Per-element losses of some rows before weight, class sum and reduction, and the mask of the valid ones."""
@@ -343,8 +345,9 @@ class Loss(nn.Module, metaclass=_Checked):
         kernel = None
         if self.compiled and row_wise and self.compiles(pred.device) and not is_compiling():
             with contextlib.suppress(TypeError):
-                key = self.blueprint(), of_rows, of_shared
-                kernel = key, lambda: on_flat(copy.deepcopy(self).weighted), type(self).__name__
+                name = function.__name__
+                key = name, self.blueprint(), of_rows, of_shared
+                kernel = key, lambda: on_flat(getattr(copy.deepcopy(self), name)), type(self).__name__
         return engine.Call(on_flat(function), tuple(rows), tuple(shared), row_wise, kernel)
 
     def tensor_or_none(self, weight: Any) -> Tensor | None:

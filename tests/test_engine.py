@@ -98,14 +98,50 @@ def test_a_target_with_a_gradient_gets_it(device):
     close(found, torch.func.grad(lambda t: QualityFocalLoss()(pred.detach(), t))(target.detach()))
 
 
+@pytest.mark.parametrize("shape", [(), (80,)])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
+def test_what_is_shared_gets_its_gradient(shape, compiled, device, request):
+    """By chunks, or of a number by a kernel too: first and second, and in forward mode."""
+    if compiled:
+        request.getfixturevalue("traced")
+    pred, target = many(device)
+    shared = (torch.rand(shape, dtype=torch.float64, device=device) + 1).requires_grad_()
+    apart = torch.zeros_like(shared)  # shared too, and without a gradient
+
+    def function(pred, target, apart, shared):
+        return (pred.sigmoid() ** shared - target).square() + apart
+
+    def total(pred, shared):
+        rows, numbers = (pred, target), (apart, shared)
+        kernel = ("a test", lambda: function, "A test") if compiled else None
+        return engine.weighted_sum(engine.Call(function, rows, numbers, True, kernel))
+
+    def whole(pred, shared):
+        return function(pred, target, apart, shared).sum()
+
+    def derivatives(total):
+        first = torch.autograd.grad(total(pred, shared), (pred, shared), create_graph=True)
+        along = sum((x * x.detach()).sum() for x in first)
+        return *first, *torch.autograd.grad(along, (pred, shared))
+
+    for found, expected in zip(derivatives(total), derivatives(whole), strict=True):
+        close(found, expected)
+    at, along = (pred.detach(), shared.detach()), (target + 1, torch.ones_like(shared))
+    close(torch.func.jvp(total, at, along)[1], torch.func.jvp(whole, at, along)[1])
+    assert [learned for _, _, learned, _ in engine._kernels] == ([(0, 3)] if compiled and shape == () else [])
+
+
 # Gradients in the forward
 
 
 @pytest.mark.parametrize("rows", [20, ROWS])
-def test_transforms(rows, device):
-    """Forward mode, reverse mode and both in either order, and vmap: in one chunk and in several."""
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
+def test_transforms(rows, compiled, device, request):
+    """Forward mode, reverse mode and both in either order, and vmap: in one chunk, in several, and by a kernel."""
+    if compiled:
+        request.getfixturevalue("traced")
     pred, target = many(device, rows)
-    loss, x = FocalLoss(), pred.detach()
+    loss, x = FocalLoss(compile=compiled), pred.detach()
     direction = torch.rand_like(x)
 
     def value(x):
@@ -120,6 +156,8 @@ def test_transforms(rows, device):
     close(torch.func.grad(lambda x: torch.func.jvp(value, (x,), (direction,))[1])(x), second)
     several = torch.stack([x, x + 1])
     close(torch.vmap(value)(several), torch.stack([value(x), value(x + 1)]))
+    along = torch.func.jvp(torch.vmap(value), (several,), (torch.stack([direction, direction]),))[1]
+    close(along[0], (slope * direction).sum())
     close(torch.vmap(torch.func.grad(value))(several)[0], slope)
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(pred, direction)

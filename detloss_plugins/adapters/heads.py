@@ -2,15 +2,18 @@
 
 Such a mistake trains without an error: channels for the background beside a sigmoid loss, a loss of classes on boxes, a
 ranking loss that ranks each level for itself. torch tells of every module that becomes part of another, so the head is
-looked at where it is built, in any program. This module imports no framework.
+looked at where it is built, in any program. A training's log then names the losses that run. This module imports no
+framework.
 """
 
 import inspect
 import warnings
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from mmengine.logging import print_log
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
@@ -18,7 +21,7 @@ from detloss_plugins.families import has_bins
 from detloss_plugins.loss import Loss
 from detloss_plugins.losses import ScheduledLoss
 from detloss_plugins.precision import is_compiling
-from detloss_plugins.registry import loss_class
+from detloss_plugins.registry import loss_class, runner_progress
 
 _BOXES = ("box", "regression", "rotated", "uncertainty")
 # The families that an attribute of a head takes.
@@ -239,4 +242,25 @@ def _goes_by_level(head):
     return False
 
 
+_watched: weakref.WeakSet = weakref.WeakSet()  # losses, each once: mmengine puts them into their heads again
+
+
+def announce(head: nn.Module, name: str, loss: nn.Module) -> None:
+    """Let the log of mmengine's Runner name a loss of ours in a head based on mmdet's at its first call in training."""
+    if isinstance(loss, Loss) and _of_mmdet(head) and loss not in _watched:
+        _watched.add(loss)
+        _Announcement(f"{name} of {type(head).__name__}", loss)
+
+
+class _Announcement:
+    def __init__(self, where, loss):
+        self.where, self.handle = where, loss.register_forward_pre_hook(self)
+
+    def __call__(self, loss, _):
+        if not is_compiling() and runner_progress("iter"):
+            self.handle.remove()
+            print_log(f"detloss_plugins: {self.where}: {loss}", "current")
+
+
 register_module_module_registration_hook(check_fit)
+register_module_module_registration_hook(announce)

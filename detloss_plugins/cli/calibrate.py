@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from detloss_plugins.cli._common import RunError, UsageError, check_file, data_option, first_line
+from detloss_plugins.configs import path_of
 
 MODEL = "yolov8n.yaml"
 EPOCHS, SEEDS = 6, 2  # of --verify
@@ -63,10 +64,8 @@ def command(words, slots, model, data, steps, verify, epochs, seeds, file):
 
 def mmdet_config(word):
     """The file of a config of MMDetection that a word means, or None."""
-    from detloss_plugins.cli.train import config_path
-
     try:
-        path = config_path(word)
+        path = path_of(word)
     except ValueError:
         return None
     if path.suffix == ".py" and not path.exists():

@@ -21,7 +21,7 @@ from detloss_plugins.cli._common import (
     first_line,
     require,
 )
-from detloss_plugins.configs import find
+from detloss_plugins.configs import path_of
 from detloss_plugins.facts import number_in
 
 DEFAULT_CONFIG = "atfl_mpdiou"
@@ -41,13 +41,6 @@ DIGITS_ARGS = {
 UNREADABLE = (EOFError, RuntimeError, pickle.UnpicklingError)  # what torch makes of a file that is no checkpoint
 SCHEDULE_KEYS = {"begin", "end", "milestones", "step_size", "T_max"}  # of mmengine's schedulers, in epochs
 LOAD_ALL = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"  # torch's own switch, from 2.6 on
-
-
-def config_path(word):
-    """The file that a CONFIG means: itself, or the package's config of this name; ``ValueError`` if there is none."""
-    if Path(word).suffix or len(Path(word).parts) > 1:
-        return Path(word)
-    return find(word)
 
 
 def values(overrides):
@@ -320,7 +313,7 @@ def train_mmdet(args):
     runner = Runner.from_cfg(cfg)
     runner.register_hook(StockConfigHook())
     runner.register_hook(ClassCountsHook())
-    for line in [*active, *notes]:
+    for line in notes:
         runner.logger.info(f"detloss_plugins: {line}")
     try:
         runner.train()
@@ -384,7 +377,7 @@ def parsed_words(words):
     if len(configs) > 1:
         raise UsageError(f"give one CONFIG, not {' and '.join(configs)}")
     try:
-        config = config_path(configs[0] if configs else DEFAULT_CONFIG)
+        config = path_of(configs[0] if configs else DEFAULT_CONFIG)
     except ValueError as error:
         raise UsageError(error) from error
     if config.suffix not in {".yaml", ".yml", ".py"}:

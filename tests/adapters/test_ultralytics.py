@@ -396,7 +396,14 @@ SHIPPED = sorted((Path(__file__).parents[2] / "configs" / "ultralytics").glob("*
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_files_of_losses_suit_their_task(path):
     task = next((task for task in ("rtdetr", "obb") if path.stem.startswith(task)), "detect")
-    assert bool(load_losses(path, task)) == (path.stem != "stock")
+    losses = load_losses(path, task)
+    assert bool(losses) == (path.stem != "stock")
+    assert load_losses(path.stem, task) == losses, "by its name, as for the command"
+
+
+def test_a_name_that_no_shipped_file_has():
+    with pytest.raises(ValueError, match="no config named 'qfk'; did you mean qfl"):
+        make_trainer("qfk")
 
 
 def test_a_yaml_file_and_a_dict_are_the_same(tmp_path):

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from detloss_plugins.configs import path_of
 from detloss_plugins.families import has_bins
 from detloss_plugins.loss import AUTO, Loss
 from detloss_plugins.losses import JointLoss, ScheduledLoss
@@ -95,12 +96,13 @@ def check_task(task):
 
 
 def load_losses(losses: Mapping[str, Any] | str | Path, task: str = "detect", auto: bool = False) -> dict[str, Any]:
-    """A losses dict from a dict or the path of a YAML file, checked and with every default gain written out.
+    """A losses dict from a dict or a YAML file, checked and with every default gain written out.
 
     Args:
-        losses: ``{"cls": {"type": ...}, "box": {...}, "dfl": {...}}``, every slot optional, or a path to such a YAML.
-            Beside the slots, ``"ignore": {"classes": [...]}`` names classes, or has their indices, whose boxes are
-            neither objects nor background.
+        losses: ``{"cls": {"type": ...}, "box": {...}, "dfl": {...}}``, every slot optional, the path of such a YAML,
+            or the name of one that comes with this package, such as "qfl". Beside the slots,
+            ``"ignore": {"classes": [...]}`` names classes, or has their indices, whose boxes are neither objects nor
+            background.
         task: "detect", "segment", "pose", "obb" or "rtdetr", whose slots are ``loss_class``, ``loss_bbox`` and
             ``loss_giou``.
         auto: whether a ``loss_weight`` may be "auto", of the loss of a slot or one that a ScheduledLoss there has; it
@@ -113,11 +115,11 @@ def load_losses(losses: Mapping[str, Any] | str | Path, task: str = "detect", au
 
     Raises:
         TypeError: if it is not a dict of dicts, or a hyper-parameter is unknown.
-        ValueError: for an unknown task, slot or loss, or a loss of a family that the slot does not take.
+        ValueError: for an unknown task, slot, loss or name, or a loss of a family that the slot does not take.
     """
     check_task(task)
     if isinstance(losses, str | Path):
-        losses = yaml.safe_load(Path(losses).read_text(encoding="utf-8"))
+        losses = yaml.safe_load(path_of(losses).read_text(encoding="utf-8"))
     if not isinstance(losses, Mapping):
         raise TypeError(f"losses must be a dict such as {{'cls': {{'type': 'VarifocalLoss'}}}}, not {losses!r}.")
     if unknown := [slot for slot in losses if slot not in (*SLOTS[task], "ignore")]:

@@ -209,11 +209,12 @@ def make_trainer(
     """A trainer class for ``YOLO(...).train(trainer=make_trainer(losses))``.
 
     Args:
-        losses: a dict ``{"cls": {"type": "VarifocalLoss"}, "box": {...}, "dfl": {...}}`` or the path of a YAML file
-            with one; absent slots keep the stock loss bit for bit. ``"ignore": {"classes": ["crowd"]}`` beside them
-            leaves boxes of these classes, and what lies in them, out of training and validation. A ``loss_weight``
-            may be "auto", of the loss of a slot or of one in a ScheduledLoss: the weight is then found when training
-            starts, by ``calibrate`` with a copy of the model, which a run that resumes does not repeat.
+        losses: a dict ``{"cls": {"type": "VarifocalLoss"}, "box": {...}, "dfl": {...}}``, the path of a YAML file with
+            one, or the name of one that comes with this package, such as "qfl"; absent slots keep the stock loss bit
+            for bit. ``"ignore": {"classes": ["crowd"]}`` beside them leaves boxes of these classes, and what lies in
+            them, out of training and validation. A ``loss_weight`` may be "auto", of the loss of a slot or of one in a
+            ScheduledLoss: the weight is then found when training starts, by ``calibrate`` with a copy of the model,
+            which a run that resumes does not repeat.
         task: "detect", "segment", "pose", "obb" for oriented boxes, whose ``box`` slot takes losses of the rotated
             family, or "rtdetr", whose slots are ``loss_class``, ``loss_bbox`` and ``loss_giou``. The losses that a task
             has besides (masks, keypoints, angle) stay stock.
