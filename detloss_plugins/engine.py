@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.graph import disable_saved_tensors_hooks
 
 from detloss_plugins.precision import float32, is_compiling, is_large, rows_in_chunk
 
@@ -60,18 +61,26 @@ class Call(NamedTuple):
 def weighted_sum(call: Call) -> Tensor:
     """The sum of the losses of all rows; ``pred`` and what is shared get their gradients by chunks or a kernel."""
     learned = call.learned() if torch.is_grad_enabled() else ()
-    others = any(i < len(call.rows) for i in learned[1:])
-    if not call.row_wise or is_compiling() or others or (learned and learned[0] > 0):
+    others = any(i < len(call.rows) for i in learned[1:]) or (learned and learned[0] > 0)
+    lost = any(is_dual(x) for i, x in enumerate((*call.rows, *call.shared)) if i not in learned)
+    if not call.row_wise or is_compiling() or others or lost:
         return call.losses().sum()
     # 0 and 1 rows would be compiled for themselves.
-    if call.kernel and len(call.rows[0]) > 1 and (learned or not _is_dual(call.rows[0])):
-        if (value := _by_kernel(call, learned)) is not None:
-            return value
+    if call.kernel and len(call.rows[0]) > 1 and (value := _by_kernel(call, learned)) is not None:
+        return value
     if not call.in_chunks():
         return call.losses().sum()
     if learned:
         return _GradientInForward.apply(_chunk_by_chunk, call, learned, *call.rows, *call.shared)[0]
     return torch.stack([chunk.losses().sum() for _, chunk in call.chunks()]).sum()
+
+
+def is_dual(x: Tensor) -> bool:
+    """Whether a tensor has a derivative in forward mode, which needs no grad mode."""
+    try:
+        return forward_ad.unpack_dual(x).tangent is not None
+    except RuntimeError:  # in a torch.vmap in forward mode
+        return True
 
 
 def _chunk_by_chunk(call: Call, learned: tuple[int, ...]) -> tuple[Tensor, ...]:
@@ -157,7 +166,7 @@ def _by_kernel(call: Call, learned: tuple[int, ...]) -> Tensor | None:
     """The sum by a compiled kernel; None where there is none."""
     key, make, name = call.kernel  # type: ignore[misc]  # a call without one does not come here
     flat = *call.rows, *call.shared
-    if key in _failed or any(flat[i].dim() for i in learned[1:]):
+    if key in _failed or any(flat[i].dim() for i in learned[1:]) or _are_hooked():
         return None
 
     def run(call, learned):
@@ -183,11 +192,12 @@ def _by_kernel(call: Call, learned: tuple[int, ...]) -> Tensor | None:
         return None
 
 
-def _is_dual(x: Tensor) -> bool:
-    """Whether it has a derivative in forward mode, which a kernel without a gradient would lose."""
+def _are_hooked() -> bool:
+    """Whether what is saved for a backward goes through hooks, as in a checkpoint, where no kernel can be made."""
     try:
-        return forward_ad.unpack_dual(x).tangent is not None
-    except RuntimeError:  # in a torch.vmap in forward mode
+        with disable_saved_tensors_hooks(""):
+            return False
+    except RuntimeError:
         return True
 
 

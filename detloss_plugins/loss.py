@@ -164,11 +164,19 @@ class Loss(nn.Module, metaclass=_Checked):
 
     def look(self, pred: Any, target: Any) -> None:
         """A look at the input of a call before it is run."""
-        parts = target if isinstance(target, (tuple, list)) else (target,)
+        several = isinstance(target, (tuple, list))
+        parts = target if several else (target,)
         if not all(part is None or isinstance(part, Tensor) for part in parts) or target is None:
             raise TypeError(
                 f"The target of {type(self).__name__} must be a tensor, or a tuple of some, not {target!r}."
             )
+        if several and not self.facts.takes_pairs:
+            raise ValueError(
+                f"The target of {type(self).__name__} must be one tensor, not a tuple: a pair, (label, quality), has a "
+                "meaning for class losses with use_sigmoid=True."
+            )
+        if several and (len(parts) != 2 or parts[0] is None):
+            raise ValueError(f"The target of {type(self).__name__} must be a tensor or a pair, not {len(parts)} parts.")
         if self.unchecked and isinstance(pred, Tensor) and pred.numel() and not is_compiling():
             self.unchecked -= 1
             with contextlib.suppress(RuntimeError):  # torch.vmap and the meta device have no values to look at

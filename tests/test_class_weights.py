@@ -11,6 +11,7 @@ from detloss_plugins import build_loss
 from detloss_plugins.families import effective_weights
 from detloss_plugins.losses import (
     GHMC,
+    APLoss,
     BinaryCrossEntropyLoss,
     CrossEntropyLoss,
     FocalLoss,
@@ -115,6 +116,30 @@ def test_effective_numbers():
     assert effective_weights([0, 0]) == [1, 1]
     loss = FocalLoss(class_weight="effective", class_counts=[10, 1000, 0], effective_beta=0.9)
     assert loss.class_factors.tolist() == pytest.approx(effective_weights([10, 1000, 0], 0.9))
+
+
+@pytest.mark.parametrize("cls", [FocalLoss, CrossEntropyLoss, VarifocalLoss], ids=lambda cls: cls.__name__)
+def test_weights_that_are_set_later(cls):
+    """They count as those of the constructor do, and are refused as these are."""
+    pred, target, _ = inputs("label")
+    given = {"use_sigmoid": True, "class_counts": list(range(1, CLASSES + 1))}
+    loss, found = cls(**given), []
+    for weights in (None, WEIGHTS, torch.tensor(WEIGHTS[::-1]), "effective", None):
+        loss.class_weight = weights
+        found.append(loss(pred, target).item())
+        assert found[-1] == cls(class_weight=weights, **given)(pred, target)
+    assert len(set(found)) == 4
+    twin = copy.deepcopy(loss)
+    twin.class_weight = WEIGHTS
+    assert (loss(pred, target), twin(pred, target)) == (found[0], found[1])
+    uncounted = cls(use_sigmoid=True)
+    uncounted.class_weight = "effective"
+    with pytest.raises(ValueError, match="needs class_counts"):
+        uncounted(pred, target)
+    for other in (FocalLoss(use_sigmoid=False), APLoss()):
+        with pytest.raises(ValueError, match="class_weight has no meaning"):
+            other.class_weight = WEIGHTS
+        assert other.class_weight is None
 
 
 def test_effective_without_counts_says_so_when_it_is_called():

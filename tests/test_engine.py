@@ -1,5 +1,6 @@
 """The engine: chunks, transforms and compiled kernels give what the plain formula gives, and fail without a trace."""
 
+import contextlib
 import copy
 import pickle
 import re
@@ -18,6 +19,7 @@ from detloss_plugins import engine, precision
 from detloss_plugins.families import ClassificationLoss, RegressionLoss
 from detloss_plugins.losses import (
     GHMC,
+    AdaptiveThresholdFocalLoss,
     CIoULoss,
     DiceLoss,
     DRLoss,
@@ -41,6 +43,15 @@ def small_chunks(monkeypatch, device):
     """A chunk of 25 rows of 80 classes, and chunks wherever there are more than four."""
     monkeypatch.setitem(precision.CHUNK, torch.device(device).type, 2000)
     monkeypatch.setitem(precision.AT_ONCE, torch.device(device).type, 4)
+
+
+@contextlib.contextmanager
+def plain_rows(device):
+    """Nothing is run in chunks."""
+    size = precision.CHUNK[torch.device(device).type]
+    precision.CHUNK[torch.device(device).type] = 10**9
+    yield
+    precision.CHUNK[torch.device(device).type] = size
 
 
 def close(found, expected):
@@ -164,6 +175,26 @@ def test_transforms(rows, compiled, device, request):
         close(torch.autograd.forward_ad.unpack_dual(value(dual)).tangent, (slope * direction).sum())
 
 
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
+@pytest.mark.parametrize("kind", [QualityFocalLoss, AdaptiveThresholdFocalLoss])
+def test_forward_mode_of_pred_and_target(kind, compiled, device, request):
+    """Of either and both, also without a graph."""
+    if compiled:
+        request.getfixturevalue("traced")
+    pred, target = many(device)
+    loss, whole = kind(compile=compiled), kind()
+    directions = torch.rand_like(pred), torch.rand_like(target)
+    with plain_rows(device):
+        expected = torch.func.jvp(whole, (pred.detach(), target), directions)[1]
+        of_target = torch.func.jvp(lambda x: whole(pred.detach(), x), (target,), directions[1:])[1]
+    make_dual, unpack = torch.autograd.forward_ad.make_dual, torch.autograd.forward_ad.unpack_dual
+    for graph in (True, False):
+        with torch.autograd.forward_ad.dual_level(), torch.set_grad_enabled(graph):
+            duals = [make_dual(x, along) for x, along in zip((pred, target), directions, strict=True)]
+            close(unpack(loss(*duals)).tangent, expected)
+            close(unpack(loss(pred, duals[1])).tangent, of_target)
+
+
 def test_a_second_backward_through_one_graph(device):
     pred, target = many(device)
     value = 3 * FocalLoss()(pred, target)
@@ -171,12 +202,16 @@ def test_a_second_backward_through_one_graph(device):
     close(first, second)
 
 
-def test_activations_may_be_worked_out_again(device):
-    """What a checkpoint saves may be asked for once."""
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
+def test_activations_may_be_worked_out_again(compiled, device, request):
+    """What a checkpoint saves may be asked for once; no kernel can be made in it, and that of later calls is."""
+    if compiled:
+        request.getfixturevalue("traced")
     pred, target = many(device)
-    loss = FocalLoss()
+    loss = FocalLoss(compile=compiled)
     value = checkpoint(lambda x: loss(x, target), pred, use_reentrant=False)
     close(torch.autograd.grad(value, pred), torch.autograd.grad(loss(pred, target), pred))
+    assert len(engine._kernels) == compiled or not compiled
 
 
 @pytest.mark.parametrize("kind", [DiceLoss, JaccardLoss])

@@ -39,6 +39,13 @@ FAMILIES = {
     "loss_ld": ("soft label",),
     "loss_mask": ("region", "classification"),
 }
+# mmdet's heads that hand over boxes in units of their level's stride (those with ``norm_on_bbox`` if it is True), and
+# what is based on them and hands over pixels.
+_IN_STRIDES = {
+    "BoxInstBboxHead", "CenterNetUpdateHead", "CondInstBboxHead", "FCOSHead", "GFLHead", "LDHead", "NASFCOSHead",
+    "RepPointsHead", "TOODHead",
+}  # fmt: skip
+_IN_PIXELS = {"AutoAssignHead", "VFNetHead", "_PixelLevels", "_PixelPoints"}
 _KNOWN = {family for families in FAMILIES.values() for family in families}
 # What heads of mmdet do in a method of theirs: those of one's own that do otherwise are not meant.
 _REDUCE = {  # more than what a loss gives: in which slots, what that must be, and why
@@ -83,10 +90,14 @@ def kept_settings(kind: str | type, before: Mapping[str, Any]) -> dict[str, Any]
     return {name: before[name] for name in names if (name, before[name]) != ("reduction", "mean")}  # the default
 
 
+class MisfitWarning(UserWarning):
+    """A head and a loss of ours train together, but not as they are meant to."""
+
+
 def check_fit(head: nn.Module, name: str, loss: nn.Module, whole: nn.Module | None = None) -> None:
     """Raise ``ValueError`` if a loss of ours does not fit the attribute ``name`` of a head based on mmdet's.
 
-    Of a ScheduledLoss, the ``whole``, each must.
+    Of a ScheduledLoss, the ``whole``, each must. A :class:`MisfitWarning` says where the two train, and not as meant.
     """
     if not isinstance(loss, Loss) or not _of_mmdet(head):
         return
@@ -104,6 +115,7 @@ def check_fit(head: nn.Module, name: str, loss: nn.Module, whole: nn.Module | No
         raise ValueError(f"{where} decodes by bins 0, 1, 2 and so on; leave bins out of {kind}.")
     _check_reduction(head, name, whole or loss)
     _check_use(head, name, loss)
+    _check_unit(head, name, loss, where)
     if _is_skipped(head, name):
         for part in (part for part in loss.modules() if isinstance(part, Loss)):
             part.facts = part.facts.but(every_rank=False)
@@ -123,6 +135,24 @@ def check_fit(head: nn.Module, name: str, loss: nn.Module, whole: nn.Module | No
             f"{where} is called level by level, where {kind} would rank each level for itself: take RankingRetinaHead "
             "or RankingATSSHead of detloss_plugins.adapters.mmdetection, or PluginSSDHead."
         )
+
+
+def _check_unit(head, name, loss, where):
+    """Warn, once, of a loss whose value depends on the unit of the boxes in a head that does not hand over pixels."""
+    bases = (base.__name__ for base in type(head).__mro__)
+    nearest = next((base for base in bases if base in _IN_STRIDES | _IN_PIXELS), None)
+    if not name.startswith("loss_bbox") or nearest not in _IN_STRIDES or not getattr(head, "norm_on_bbox", True):
+        return
+    for part in loss.modules():
+        if isinstance(part, Loss) and type(part).facts.family == "box" and not type(part).facts.scale_invariant:
+            other = " or norm_on_bbox=False" if hasattr(head, "norm_on_bbox") else ""
+            sentence = (
+                f"{where} hands over boxes in units of each level's stride, and {type(part).__name__} is meant for "
+                f'pixels: take type="detloss_plugins.adapters.mmdetection.Pixel{nearest}"{other}.'
+            )
+            if sentence not in _told:
+                _told.add(sentence)
+                warnings.warn(sentence, MisfitWarning, stacklevel=2)
 
 
 def _check_class_weights(head, loss, where):
@@ -198,6 +228,7 @@ def _is_a(head, *names):
     return any(base.__name__ in names for base in type(head).__mro__)
 
 
+_told = set()  # sentences, once in a process
 _asked = set()  # types of losses, once in a process
 
 

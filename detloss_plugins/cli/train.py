@@ -16,6 +16,7 @@ from detloss_plugins.cli._common import (
     RunError,
     UsageError,
     check_folder,
+    check_there,
     complete_config,
     data_option,
     first_line,
@@ -147,13 +148,13 @@ def check_yolo(settings):
 
 
 def given_data(data, args):
-    """The data set of ``--data``, or of ``data=``, which is taken out of the training arguments; an address is text."""
+    """The data set of ``--data``, or of ``data=``, which is taken out of the training arguments."""
     if "data" not in args:
         return data
     word = args.pop("data")
     if data is not None:
         raise UsageError(f"The data set is given twice: leave data={word} or --data {data} out.")
-    return word if "://" in str(word) else DataSet().convert(str(word), None, None)
+    return DataSet().convert(str(word), None, None)
 
 
 def yolo_data(data, task):
@@ -163,7 +164,7 @@ def yolo_data(data, task):
 
     if data is None or data == digits_dir():
         return build_digits("detect" if task == "rtdetr" else task) / "digits.yaml", DIGITS_ARGS
-    if "://" in str(data):
+    if isinstance(data, str):
         return data, {}
     if data.is_dir():
         try:
@@ -365,7 +366,7 @@ class Arguments:
     config: Path
     config_given: bool
     overrides: dict  # of strings
-    data: Path | None = None
+    data: Path | str | None = None
     work_dir: Path | None = None
     new_losses: bool = False
     lite: bool = False
@@ -392,8 +393,7 @@ def check(args):
     if args.new_losses and (args.config.suffix == ".py" or "resume" not in args.overrides):
         raise UsageError("--new-losses is for a run of Ultralytics that resumes: resume=runs/x/weights/last.pt")
     for path in filter(None, (args.config, args.data)):
-        if not path.exists():
-            raise UsageError(f"there is no {path}")
+        check_there(path)
 
 
 def train(args):

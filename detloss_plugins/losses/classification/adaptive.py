@@ -1,6 +1,7 @@
 """A focal loss whose focusing power follows the batch."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,11 +71,11 @@ class AdaptiveThresholdFocalLoss(
 
     def sums(self, pred, target, weight):
         found = super().sums(pred, target, weight)
-        if torch.is_grad_enabled() and not self.detach_gamma:
+        if not self.detach_gamma and (torch.is_grad_enabled() or engine.is_dual(pred)):
             found["total"] = engine.weighted_sum(self._call(self.counted, pred, target, weight, {}))
         return found
 
-    def counted(self, pred, target, weight, _):
+    def counted(self, pred: Tensor, target: Any, weight: Tensor | None, _: Any) -> Tensor:
         """The ``p_t`` of what counts in the mean."""
         pred, target, valid = self.prepare(float32(pred), target)
         return torch.where(counts(pred, valid, weight) > 0, _p_t(pred, target), 0.0)
