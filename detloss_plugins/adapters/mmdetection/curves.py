@@ -54,7 +54,8 @@ class LossCurvesHook(Hook):
         def note(loss, args, kwargs, _):
             given = inspect.signature(loss.forward).bind(*args, **kwargs).arguments
             pred = given["pred"]
-            found = {"positives": positives(loss, pred, given["target"], given.get("weight"), classes)}
+            others = given.get("weight"), classes, given.get("pos_inds")
+            found = {"positives": positives(loss, pred, given["target"], *others)}
             with still(loss):
                 found.update(zip(part_names(loss), part_values(loss, **given), strict=True))
             for key, value in found.items():
@@ -94,22 +95,31 @@ def _outermost(module, place):
         yield from [(where, child, module)] if isinstance(child, Loss) else _outermost(child, where)
 
 
-def positives(loss, pred, target, weight, classes=None):
+def positives(loss, pred, target, weight, classes=None, pos_inds=None):
     """How many rows of a call have an object: a class above the background, or of other losses a weight above 0.
 
     ``classes``: of the head, whose logits may have a channel for the background beside a sigmoid loss too, or several
-    that are of no class. Of the logits of a map of classes, ``(N, C, H, W)``, pixels are counted.
+    that are of no class. Of the logits of a map of classes, ``(N, C, H, W)``, pixels are counted; of a heatmap its
+    peaks, or ``pos_inds``, the rows of objects that CenterNetUpdateHead gives.
     """
+    if loss.family == "heatmap":
+        return len(pos_inds) if pos_inds is not None else (target == 1).sum()
     if getattr(loss, "use_mask", False):  # a mask for each object
         return len(pred)
     if loss.family in ("classification", "ranking"):
         of_map = pred.dim() == 4 and torch.is_tensor(target) and target.dim() == 3
         channels = pred.shape[1 if of_map else -1]
+        same = pred.dim() == 2 and torch.is_tensor(target) and target.shape == pred.shape
+        if same and classes is not None and channels not in (classes, classes + 1):
+            return (target > 0).sum()  # images by anchors, as YOLOv3's confidence is
         foreground = channels - (not loss.use_sigmoid) if classes is None else min(classes, channels)
         return object_rows(pred, target, foreground).sum()
     if weight is None:
         return len(pred)
-    return (weight > 0).unsqueeze(-1).flatten(1).any(1).sum()
+    found = weight > 0
+    if found.dim() > 1:  # of boxes (..., 4), or of a map (N, 2, H, W)
+        found = found.any(1 if found.dim() == 4 else -1)
+    return found.sum()
 
 
 def object_rows(pred, target, classes):
