@@ -124,14 +124,19 @@ def describe(losses: Mapping[str, Any], args: Any, task: str = "detect") -> list
         line = "stock loss"
         if slot in losses:
             loss = build_loss(losses[slot])
-            compiled = ", compiled" if loss.compiled and not loss.facts.counts_positives else ""
             weight = AUTO if (slot,) in asked else _weight(loss, slot)
-            line = f"{_in_words(loss, slot)}{compiled}, weight {weight}"
+            line = f"{_in_words(loss, slot)}{', compiled' * runs_compiled(loss)}, weight {weight}"
         lines.append(f"{slot}: {line} x gain {gain:g}")
     if "ignore" in losses:
         classes = ", ".join(map(repr, losses["ignore"]["classes"]))
         lines.append(f"ignore: boxes of {classes}, and what is detected in them")
     return lines
+
+
+def runs_compiled(loss):
+    """Whether a loss, or one that it is made of, is compiled: some cannot be."""
+    parts = [part for part in loss.modules() if isinstance(part, Loss) and part.compiled]
+    return any(part.facts.row_wise and part.compiles(torch.device("cpu")) for part in parts)
 
 
 def _weight(loss, slot):
