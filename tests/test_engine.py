@@ -139,7 +139,8 @@ def test_what_is_shared_gets_its_gradient(shape, compiled, device, request):
         close(found, expected)
     at, along = (pred.detach(), shared.detach()), (target + 1, torch.ones_like(shared))
     close(torch.func.jvp(total, at, along)[1], torch.func.jvp(whole, at, along)[1])
-    assert [learned for _, _, learned, _ in engine._kernels] == ([(0, 3)] if compiled and shape == () else [])
+    if compiled:  # of several numbers, none
+        assert [learned for _, _, learned, _ in engine._kernels] == ([] if shape else [(0, 3)])
 
 
 # Gradients in the forward

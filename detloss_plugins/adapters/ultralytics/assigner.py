@@ -170,6 +170,9 @@ class OfHead(Loss):
         self.base, self.bins, self.inputs, self.facts = base, bins, inputs, base.facts
         self.loss_weight, self.compiled, self.unchecked = base.loss_weight, base.compiled, 0
 
+    def look(self, pred, target):
+        """Nothing: the target is no user's."""
+
     def observe(self, pred, target, weight):
         if any(part.observes for part in self.base.modules() if isinstance(part, Loss)):
             return self.base.observe(*self.inputs(self.bins, pred.detach(), *target, weight))
