@@ -422,7 +422,7 @@ def tune(model: Any, trainer: type, iterations: int = 10, **settings: Any) -> An
         settings: as for ``model.tune``: ``data``, ``space``, ``epochs`` and so on.
 
     Raises:
-        RuntimeError: if this version of Ultralytics is older than 8.4.76, whose tuner takes no trainer.
+        RuntimeError: if this version of Ultralytics is older than 8.4.129, whose tuner takes no trainer.
         ValueError: for ``use_ray``: that search trains the stock losses.
     """
     compat.require("tune")
