@@ -44,6 +44,7 @@ from detloss_plugins.adapters.ultralytics import (
     PluginDetectionLoss,
     PluginRTDETRLoss,
     compat,
+    describe,
     install,
     load_losses,
     make_trainer,
@@ -138,6 +139,12 @@ def test_start_up_says_what_is_active(interrupted, trained):
     for slot in SLOTS[trained[1]]:
         loss = trained[2].get(slot)
         assert said[f"{slot}:"].startswith(f"{loss_class(loss['type']).__name__}(" if loss else "stock loss x gain ")
+
+
+def test_the_description_has_the_slots_of_rtdetr():
+    """And no gain of a loss that there is not, as the criterion of some versions has them."""
+    lines = describe({"loss_class": {"type": "MALoss"}}, None, "rtdetr")
+    assert [line.partition(":")[0] for line in lines] == list(SLOTS["rtdetr"])
 
 
 def test_results_csv_keeps_its_columns(interrupted, trained):
