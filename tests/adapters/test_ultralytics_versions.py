@@ -34,6 +34,7 @@ from support.ultralytics import (
     third,
 )
 from ultralytics import RTDETR, YOLO, __version__
+from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils import LOGGER
 from ultralytics.utils.checks import parse_version
 from ultralytics.utils.tal import make_anchors
@@ -237,6 +238,26 @@ def test_a_worker_of_a_launch_may_name_several_devices(monkeypatch):
     compat.check_arguments({"device": "cpu", "cls_pw": 0.0})
     monkeypatch.setenv("LOCAL_RANK", "0")
     compat.check_arguments({"device": [0, 1]})
+
+
+class OfTheEnvironment(DetectionTrainer):
+    """As in some versions, 8.3.240 and 8.4.76 among them: without a device, those of CUDA_VISIBLE_DEVICES."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.args.device = "0,1"
+
+
+@pytest.mark.parametrize(("weight", "message"), [(1.0, r"needs Ultralytics 8\.4\.140"), ("auto", "on one device")])
+def test_devices_of_the_environment_are_refused_too(weight, message, datasets, tmp_path, monkeypatch):
+    monkeypatch.setitem(compat.FEATURES, "devices", (False, "8.4.140", "", ""))
+    trainer = make_trainer({"cls": {"type": "VarifocalLoss", "loss_weight": weight}}, trainer=OfTheEnvironment)
+    overrides = {**SETTINGS, "model": "yolov8n.yaml", "data": datasets["detect"], "project": str(tmp_path)}
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        trainer(overrides=overrides)
+    if weight == 1:
+        monkeypatch.setenv("LOCAL_RANK", "0")
+        trainer(overrides=overrides)
 
 
 @since("8.4.37", "it has no class weights")
