@@ -52,6 +52,7 @@ from detloss_plugins.adapters.ultralytics import (
     trained_losses,
     tune,
 )
+from detloss_plugins.adapters.ultralytics.calibrate import calibrate, candidate
 from detloss_plugins.registry import loss_class
 
 VERSION = parse_version(__version__)
@@ -258,6 +259,25 @@ def test_devices_of_the_environment_are_refused_too(weight, message, datasets, t
     if weight == 1:
         monkeypatch.setenv("LOCAL_RANK", "0")
         trainer(overrides=overrides)
+
+
+def test_calibration_warms_up_for_a_quarter_of_its_steps(datasets):
+    """In every version to the learning rates of the training: those of biases down, those of weights up."""
+    seen = []
+
+    class Seen(DetectionTrainer):
+        def preprocess_batch(self, batch):
+            groups = self.optimizer.param_groups
+            seen.append({(group["lr"], group["momentum"], self.accumulate) for group in groups if group["params"]})
+            return super().preprocess_batch(batch)
+
+    settings = {**SETTINGS, "nbs": 32, "epochs": 8, "warmup_epochs": 8, "lr0": 0.01, "lrf": 1.0}
+    calibrate([candidate("VarifocalLoss")], "yolov8n.yaml", 8, 1, trainer=Seen, data=datasets["detect"], **settings)
+    at = (0.1, 0.8, 1), (0.0, 0.8, 1)
+    assert seen[0] == set(at)
+    middle = {(round(lr, 6), round(momentum, 6), accumulate) for lr, momentum, accumulate in seen[1]}
+    assert middle == {(0.055, 0.8685, 2), (0.005, 0.8685, 2)}
+    assert seen[2:] == [{(0.01, 0.937, 4)}] * 6
 
 
 @since("8.4.37", "it has no class weights")
