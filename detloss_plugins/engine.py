@@ -7,11 +7,13 @@ row's gradient is worked out along with its value. The engine differentiates pur
 import inspect
 import types
 import warnings
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.autograd.graph import disable_saved_tensors_hooks
 
 from detloss_plugins.precision import float32, is_compiling, is_large, rows_in_chunk
 
@@ -20,7 +22,7 @@ class Call(NamedTuple):
     """``function(*rows, *shared)`` gives the weighted losses of some rows, one or more a row."""
 
     function: Callable[..., Tensor]
-    rows: tuple[Tensor, ...]  # pred, which alone is differentiated here, and what else has a row for each of its rows
+    rows: tuple[Tensor, ...]  # pred, and what else has a row for each of its rows, without a gradient
     shared: tuple[Tensor, ...] = ()  # what every row needs
     row_wise: bool = False  # whether the losses of a row depend on that row and on what is shared alone
     # To compile it once: what is equal for equal functions, what makes one that cannot change, its name in a warning.
@@ -30,10 +32,14 @@ class Call(NamedTuple):
         """The losses of all rows, in plain operators."""
         return self.function(*self.rows, *self.shared)
 
-    def filled(self, flat: tuple[Tensor, ...]) -> "Call":
+    def filled(self, flat: Sequence[Tensor]) -> "Call":
         """The same with other tensors."""
         count = len(flat) - len(self.shared)
         return self._replace(rows=tuple(flat[:count]), shared=tuple(flat[count:]))
+
+    def learned(self) -> tuple[int, ...]:
+        """The places, in rows and shared, of the tensors that require a gradient."""
+        return tuple(i for i, x in enumerate((*self.rows, *self.shared)) if x.requires_grad)
 
     def in_chunks(self) -> bool:
         """Whether it is run in chunks."""
@@ -53,101 +59,127 @@ class Call(NamedTuple):
 
 
 def weighted_sum(call: Call) -> Tensor:
-    """The sum of the losses of all rows; only ``pred`` gets its gradient by chunks or a kernel."""
-    pred, *others = *call.rows, *call.shared
-    backward = torch.is_grad_enabled()
-    if not call.row_wise or is_compiling() or (backward and any(x.requires_grad for x in others)):
+    """The sum of the losses of all rows; ``pred`` and what is shared get their gradients by chunks or a kernel."""
+    learned = call.learned() if torch.is_grad_enabled() else ()
+    others = any(i < len(call.rows) for i in learned[1:]) or (learned and learned[0] > 0)
+    lost = any(is_dual(x) for i, x in enumerate((*call.rows, *call.shared)) if i not in learned)
+    if not call.row_wise or is_compiling() or others or lost:
         return call.losses().sum()
-    backward = backward and pred.requires_grad
     # 0 and 1 rows would be compiled for themselves.
-    if call.kernel and len(pred) > 1 and (value := _by_kernel(call, backward)) is not None:
+    if call.kernel and len(call.rows[0]) > 1 and (value := _by_kernel(call, learned)) is not None:
         return value
     if not call.in_chunks():
         return call.losses().sum()
-    if backward:
-        return _GradientInForward.apply(_chunk_by_chunk, call, pred, *others)[0]
+    if learned:
+        return _GradientInForward.apply(_chunk_by_chunk, call, learned, *call.rows, *call.shared)[0]
     return torch.stack([chunk.losses().sum() for _, chunk in call.chunks()]).sum()
 
 
-def _chunk_by_chunk(call: Call) -> tuple[Tensor, Tensor]:
+def is_dual(x: Tensor) -> bool:
+    """Whether a tensor has a derivative in forward mode, which needs no grad mode."""
+    try:
+        return forward_ad.unpack_dual(x).tangent is not None
+    except RuntimeError:  # in a torch.vmap in forward mode
+        return True
+
+
+def _chunk_by_chunk(call: Call, learned: tuple[int, ...]) -> tuple[Tensor, ...]:
     pred, sums = call.rows[0], []
     # It waits for what it is multiplied by, which a loss scaler makes large because float16 lacks the range.
     gradient = torch.empty_like(pred, dtype=torch.float32 if pred.dtype == torch.float16 else pred.dtype)
     for part, chunk in call.chunks():
-        x, *others = *chunk.rows, *chunk.shared
+        flat = [x.detach() for x in (*chunk.rows, *chunk.shared)]
         with torch.enable_grad():
-            x = float32(x.detach()).requires_grad_()
-            value = chunk.function(x, *others).sum()
-        (gradient[part],) = torch.autograd.grad(value, x)
-        sums.append(value.detach())
-    return torch.stack(sums).sum(), gradient
+            for i in learned:
+                flat[i] = float32(flat[i]).requires_grad_()
+            value = chunk.function(*flat).sum()
+        gradient[part], *of_shared = torch.autograd.grad(value, [flat[i] for i in learned])
+        sums.append((value.detach(), *of_shared))
+    value, *of_shared = (torch.stack(x).sum(0) for x in zip(*sums, strict=True))
+    return value, gradient, *of_shared
 
 
 class _GradientInForward(torch.autograd.Function):
-    """A sum with its gradient for ``pred``, as ``way(call)`` gives them; differentiated again, the plain function's."""
+    """A sum with its gradients, as ``way(call, learned)`` gives them; differentiated again, the plain function's."""
 
     @staticmethod
     def forward(*inputs):
-        return inputs[0](inputs[1].filled(inputs[2:]))
+        way, call, learned, *flat = inputs
+        return way(call.filled(flat), learned)
 
     forward.__func__.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]  # torch asks each call
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, call, *flat = inputs
+        _, call, ctx.learned, *flat = inputs
         ctx.call = call._replace(rows=(), shared=(None,) * len(call.shared))  # their tensors are saved below
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)  # there would be one of zeros beside it
-        ctx.save_for_backward(output[1], *flat)
-        ctx.save_for_forward(output[1], *flat)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # there would be one of zeros beside each
+        ctx.save_for_backward(*output[1:], *flat)
+        ctx.save_for_forward(*output[1:], *flat)
 
     @staticmethod
-    def gradient(ctx, outer):
-        gradient, pred, *others = ctx.saved_tensors  # once in a backward, as torch.utils.checkpoint wants it
-        if torch.is_grad_enabled():
-            return torch.func.vjp(lambda x: ctx.call.filled((x, *others)).losses().sum(), pred)[1](outer)[0]
-        if gradient.dtype == pred.dtype:
-            return gradient * outer
-        found = torch.empty_like(pred)
-        for part, _ in Call(torch.mul, (gradient,)).chunks():
-            torch.mul(gradient[part], outer, out=found[part])
-        return found
+    def gradients(ctx, outer):
+        saved = ctx.saved_tensors  # once in a backward, as torch.utils.checkpoint wants it
+        found, flat = saved[: len(ctx.learned)], saved[len(ctx.learned) :]
+        if not torch.is_grad_enabled():
+            return [_times(x, outer, flat[i].dtype) for i, x in zip(ctx.learned, found, strict=True)]
+
+        def total(*given):
+            given = dict(zip(ctx.learned, given, strict=True))
+            return ctx.call.filled([given.get(i, x) for i, x in enumerate(flat)]).losses().sum()
+
+        return torch.func.vjp(total, *(flat[i] for i in ctx.learned))[1](outer)
 
     @staticmethod
-    def backward(ctx, outer, _):
-        return None, None, _GradientInForward.gradient(ctx, outer), *[None] * (len(ctx.needs_input_grad) - 3)
+    def backward(ctx, outer, *_):
+        found = dict(zip(ctx.learned, _GradientInForward.gradients(ctx, outer), strict=True))
+        return None, None, None, *(found.get(i) for i in range(len(ctx.needs_input_grad) - 3))
 
     @staticmethod
     def jvp(ctx, *tangents):
-        return (_GradientInForward.gradient(ctx, float32(ctx.saved_tensors[1].new_ones(()))) * tangents[2]).sum(), None
+        found = _GradientInForward.gradients(ctx, float32(ctx.saved_tensors[len(ctx.learned)].new_ones(())))
+        moved = ((x, tangents[3 + i]) for i, x in zip(ctx.learned, found, strict=True))
+        return sum((x * tangent).sum() for x, tangent in moved if tangent is not None), *[None] * len(found)
 
     @staticmethod
-    def vmap(info, in_dims, way, call, *flat):
-        value = torch.vmap(lambda *flat: call.filled(flat).losses().sum(), in_dims[2:])(*flat)
-        return (value, value.detach()), (0, 0)
+    def vmap(info, in_dims, way, call, learned, *flat):
+        value = torch.vmap(lambda *flat: call.filled(flat).losses().sum(), in_dims[3:])(*flat)
+        return (value, *[value.detach()] * len(learned)), (0,) * (1 + len(learned))
+
+
+def _times(gradient: Tensor, outer: Tensor, dtype: torch.dtype) -> Tensor:
+    """A gradient times a number, in the type of what it is of."""
+    if gradient.dtype == dtype:
+        return gradient * outer
+    found = torch.empty_like(gradient, dtype=dtype)
+    for part, _ in Call(torch.mul, (gradient,)).chunks():
+        torch.mul(gradient[part], outer, out=found[part])
+    return found
 
 
 _kernels: dict[Hashable, Callable] = {}  # for the whole process
 _failed: set[Hashable] = set()
 
 
-def _by_kernel(call: Call, backward: bool) -> Tensor | None:
+def _by_kernel(call: Call, learned: tuple[int, ...]) -> Tensor | None:
     """The sum by a compiled kernel; None where there is none."""
     key, make, name = call.kernel  # type: ignore[misc]  # a call without one does not come here
-    if key in _failed:
+    flat = *call.rows, *call.shared
+    if key in _failed or any(flat[i].dim() for i in learned[1:]) or _are_hooked():
         return None
 
-    def run(call):
-        place = key, len(call.rows), backward, call.rows[0].device.type == "cpu" and not _is_narrow(call.rows[0])
+    def run(call, learned):
+        place = key, len(call.rows), learned, call.rows[0].device.type == "cpu" and not _is_narrow(call.rows[0])
         kernel = _kernels.get(place) or _kernels.setdefault(place, _compile(make(), *place[2:]))
         flat = [_contiguous(x.detach()) for x in (*call.rows, *call.shared)]
         one = flat[0].new_ones(1 if _is_narrow(flat[0]) else len(flat[0]))
-        sums, *gradient = kernel(one, *flat)
-        return sums.sum(), *gradient
+        sums, *found = kernel(one, *flat)
+        return sums.sum(), *found[:1], *(x.sum() for x in found[1:])
 
     try:
-        with torch.set_grad_enabled(backward):
-            return _GradientInForward.apply(run, call, *call.rows, *call.shared)[0] if backward else run(call)[0]
+        with torch.set_grad_enabled(bool(learned)):
+            return _GradientInForward.apply(run, call, learned, *flat)[0] if learned else run(call, ())[0]
     except (MemoryError, torch.cuda.OutOfMemoryError):
         return None  # chunks take less
     except Exception as error:
@@ -160,6 +192,15 @@ def _by_kernel(call: Call, backward: bool) -> Tensor | None:
         return None
 
 
+def _are_hooked() -> bool:
+    """Whether what is saved for a backward goes through hooks, as in a checkpoint, where no kernel can be made."""
+    try:
+        with disable_saved_tensors_hooks(""):
+            return False
+    except RuntimeError:
+        return True
+
+
 def _is_narrow(x: Tensor) -> bool:
     return x.numel() <= 5 * len(x)
 
@@ -170,8 +211,8 @@ def _contiguous(x: Tensor) -> Tensor:
     return torch.stack(x.unbind(-1)).t() if few else x.contiguous()
 
 
-def _compile(function: Callable[..., Tensor], backward: bool, one_loop: bool) -> Callable:
-    """A kernel that gives a sum for each row, as a full one would run in one block of a GPU, and maybe the gradient.
+def _compile(function: Callable[..., Tensor], learned: tuple[int, ...], one_loop: bool) -> Callable:
+    """A kernel that gives a sum for each row, as a full one would run in one block of a GPU, and maybe the gradients.
 
     A 1 for each row comes first: without a number a row, the compiler makes a loop over all and another over the rows.
     """
@@ -181,11 +222,21 @@ def _compile(function: Callable[..., Tensor], backward: bool, one_loop: bool) ->
         of_rows = one * (of_rows.flatten(1).sum(1) if of_rows.dim() > 1 else of_rows)
         return of_rows.sum(), of_rows
 
+    def slopes(place, of_rows, *flat):
+        """The derivative of each row's sum for a number that is shared: the derivative of v J, for v."""
+
+        def along(v):
+            return torch.func.vjp(lambda x: sums(*flat[:place], x, *flat[place + 1 :])[1], flat[place])[1](v)[0]
+
+        return torch.func.grad(along)(torch.ones_like(of_rows))
+
     def plain(one, pred, *others):
-        if not backward:
+        if not learned:
             return (sums(one, pred, *others)[1],)
-        gradient, of_rows = torch.func.grad(sums, argnums=1, has_aux=True)(one, float32(pred), *others)
-        return of_rows, gradient if pred.dtype == torch.float16 else gradient.to(pred.dtype)
+        flat = one, float32(pred), *others
+        gradient, of_rows = torch.func.grad(sums, argnums=1, has_aux=True)(*flat)
+        gradient = gradient if pred.dtype == torch.float16 else gradient.to(pred.dtype)
+        return of_rows, gradient, *(slopes(1 + place, of_rows, *flat) for place in learned[1:])
 
     # The compiler follows tensors through it and does not read it, as it would check all that it has read at each call.
     torch.compiler.allow_in_graph(plain)
@@ -197,5 +248,5 @@ def _compile(function: Callable[..., Tensor], backward: bool, one_loop: bool) ->
     own = types.FunctionType(kernel.__code__.replace(), globals(), kernel.__name__, None, kernel.__closure__)
     # It is to use threads whatever the size of the first call; and on a CPU to work out again what value and gradient
     # share, not keep it between two loops. Of boxes, and through a GPU's cat, each operator doubles that, for ever.
-    limits = {f"realize_{what}_threshold": 500 for what in ("opcount", "reads", "acc_reads") if backward and one_loop}
+    limits = {f"realize_{what}_threshold": 500 for what in ("opcount", "reads", "acc_reads") if learned and one_loop}
     return torch.compile(own, dynamic=True, fullgraph=True, options={"cpp.min_chunk_size": 1, **limits})

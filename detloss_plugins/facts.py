@@ -63,6 +63,7 @@ class Facts:
     # Where it is used.
     every_rank: bool = False  # called in every step on every rank of a distributed run
     needs_mining: bool = False  # the many easy negatives of a dense detector would drown its positives
+    takes_pairs: bool = False  # its target may be a pair of tensors, such as (label, quality)
     takes_quality: bool = False  # its target for a positive is a quality, such as an IoU
     marks_positives: bool = False  # a target above 0, however small, makes a positive, so that none can be smoothed
     # Of a loss between boxes.

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from detloss_plugins.facts import PerClass, Share, between
+from detloss_plugins.facts import PerClass, Share, between, plain
 from detloss_plugins.loss import Loss
 from detloss_plugins.precision import float32, is_asynchronous, is_compiling, without_autocast
 from detloss_plugins.reduction import check_reduction, fit_weight, reduce
@@ -91,7 +91,9 @@ class BoxLoss(_LooksAtSides, family="box"):
         return super().prepare(pred, target)
 
 
-class ClassificationLoss(Loss, family="classification", every_rank=True, needs_mining=True, one_per_row=False):
+class ClassificationLoss(
+    Loss, family="classification", every_rank=True, needs_mining=True, one_per_row=False, takes_pairs=True
+):
     """Losses on class logits ``(..., C)``.
 
     Targets: class index ``(...)`` (integers; ``C`` is background in a sigmoid form), dense ``(..., C)`` hard, soft or
@@ -153,6 +155,15 @@ class ClassificationLoss(Loss, family="classification", every_rank=True, needs_m
         if reason:
             raise ValueError(f"{name} has no meaning for {type(self).__name__}: {reason}.")
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        later = name == "class_weight" and hasattr(self, "class_counts")  # than in __init__
+        if later:
+            value = plain(value)
+            self.check_setting_of_classes(name, value)
+        super().__setattr__(name, value)
+        if later and (name not in self.hyper or value == "effective"):
+            self.count_classes(self.class_counts)
+
     def count_classes(self, counts: Sequence[float] | None) -> None:
         """Say how many objects of each class the data set has, for ``class_weight="effective"``.
 
@@ -161,10 +172,10 @@ class ClassificationLoss(Loss, family="classification", every_rank=True, needs_m
         self.class_counts, weights = counts, self.class_weight
         if weights == "effective":
             weights = counts and effective_weights(counts, self.effective_beta)
-        if "class_weight" in self.hyper:
-            self.class_weight = weights or self.class_weight
+        if "class_weight" not in self.hyper:
+            self.class_factors = torch.tensor(weights, dtype=torch.float32) if weights else None
         elif weights:
-            self.class_factors = torch.tensor(weights, dtype=torch.float32)
+            self.class_weight = weights
 
     def blueprint(self):
         return *super().blueprint(), self.may_ignore
@@ -177,7 +188,7 @@ class ClassificationLoss(Loss, family="classification", every_rank=True, needs_m
             return seen
         if self.class_factors.shape[-1] != pred.shape[-1]:
             raise ValueError(f"{self.class_factors.shape[-1]} class weights were given for {pred.shape[-1]} classes.")
-        return {**seen, "class_factors": self.class_factors}
+        return {**seen, "class_factors": self.class_factors.to(pred.device)}  # where it was, unless it was set later
 
     def unweighted(self, pred, target, seen):
         seen = dict(seen)

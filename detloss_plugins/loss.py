@@ -164,11 +164,19 @@ class Loss(nn.Module, metaclass=_Checked):
 
     def look(self, pred: Any, target: Any) -> None:
         """A look at the input of a call before it is run."""
-        parts = target if isinstance(target, (tuple, list)) else (target,)
+        several = isinstance(target, (tuple, list))
+        parts = target if several else (target,)
         if not all(part is None or isinstance(part, Tensor) for part in parts) or target is None:
             raise TypeError(
                 f"The target of {type(self).__name__} must be a tensor, or a tuple of some, not {target!r}."
             )
+        if several and not self.facts.takes_pairs:
+            raise ValueError(
+                f"The target of {type(self).__name__} must be one tensor, not a tuple: a pair, (label, quality), has a "
+                "meaning for class losses with use_sigmoid=True."
+            )
+        if several and (len(parts) != 2 or parts[0] is None):
+            raise ValueError(f"The target of {type(self).__name__} must be a tensor or a pair, not {len(parts)} parts.")
         if self.unchecked and isinstance(pred, Tensor) and pred.numel() and not is_compiling():
             self.unchecked -= 1
             with contextlib.suppress(RuntimeError):  # torch.vmap and the meta device have no values to look at
@@ -228,16 +236,18 @@ class Loss(nn.Module, metaclass=_Checked):
 
     def observe(self, pred: Tensor, target: Any, weight: Tensor | None) -> dict[str, Any]:
         """What a row needs to know of the whole batch; it moves the state of a loss that has one."""
-        if not self.observes:
-            return self.summarise(None)
+        return self.summarise(self.sums(pred, target, weight) if self.observes else None)
 
-        def sums(pred, target, weight, _):
+    def sums(self, pred: Tensor, target: Any, weight: Tensor | None) -> dict[str, Tensor]:
+        """The ``statistics`` of all rows."""
+
+        def of_rows(pred, target, weight, _):
             pred, target, valid = self.prepare(float32(pred.detach()), target)
             return self.statistics(pred, target, valid, weight)
 
         with torch.no_grad():
-            found = self._call(sums, pred, target, weight, {}).of_each_chunk()
-        return self.summarise({name: sum(of_chunk[name] for of_chunk in found) for name in found[0]})
+            found = self._call(of_rows, pred, target, weight, {}).of_each_chunk()
+        return {name: sum(of_chunk[name] for of_chunk in found) for name in found[0]}
 
     def unweighted(self, pred: Tensor, target: Any, seen: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         """Per-element losses of some rows before weight, class sum and reduction, and the mask of the valid ones."""
@@ -343,8 +353,9 @@ class Loss(nn.Module, metaclass=_Checked):
         kernel = None
         if self.compiled and row_wise and self.compiles(pred.device) and not is_compiling():
             with contextlib.suppress(TypeError):
-                key = self.blueprint(), of_rows, of_shared
-                kernel = key, lambda: on_flat(copy.deepcopy(self).weighted), type(self).__name__
+                name = function.__name__
+                key = name, self.blueprint(), of_rows, of_shared
+                kernel = key, lambda: on_flat(getattr(copy.deepcopy(self), name)), type(self).__name__
         return engine.Call(on_flat(function), tuple(rows), tuple(shared), row_wise, kernel)
 
     def tensor_or_none(self, weight: Any) -> Tensor | None:

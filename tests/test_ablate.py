@@ -8,7 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,9 +16,10 @@ import torch
 import yaml
 from click.testing import CliRunner
 
-from detloss_plugins.ablation import Run, Study, mmdetection, plan, study
+from detloss_plugins.ablation import Run, Study, mmdetection, plan, study, yolo
+from detloss_plugins.ablation import measure as measuring
 from detloss_plugins.ablation.grid import check_grid, contradiction, losses_of_word, parse_words, seeds_of, slots_of
-from detloss_plugins.ablation.measure import evaluate, evaluate_coco, measure
+from detloss_plugins.ablation.measure import evaluate, evaluate_coco
 from detloss_plugins.ablation.progress import Bar
 from detloss_plugins.cli import main
 from detloss_plugins.cli.ablate import told_how_to_go_on
@@ -263,25 +264,72 @@ def test_ap_by_size_and_calibration_by_hand():
     assert nothing["per_class"] == {"0": 0.0, "1": None}
 
 
-def test_what_is_measured_is_what_was_trained():
-    """The classes and the split of the training, for one."""
+def test_each_metric_has_its_own_threshold():
+    """An IoU of 0.6525 is enough at 0.5, 0.55, 0.6 and 0.65, one of 0.5225 at the first of these."""
+    pytest.importorskip("pycocotools")
+    truth = np.array([[image, 0, 100, 100, 40, 40] for image in (0, 1)], dtype=float)
+    found = [[0, 100, 100, 40, 26.1, 0.9, 0], [1, 100, 100, 40, 20.9, 0.8, 0]]
+    result = evaluate(truth, np.array(found), images=2, classes=1)
+    # One of two objects is half of the recall: 51 of 101 steps.
+    assert (result["AP50"], result["AP75"]) == (1, 0)
+    assert result["AP"] == pytest.approx((1 + 3 * 51 / 101) / 10, abs=1e-5)
+    assert result["calibration_error"] == pytest.approx((0.1 + 0.2) / 2), "correct is what has an IoU of 0.5"
 
-    class Model:
-        names: ClassVar = {0: "a", 1: "b", 2: "c"}
 
-        def val(self, **settings):
-            self.settings = settings
-            raise KeyboardInterrupt
+def test_as_many_detections_count_as_ultralytics_has():
+    pytest.importorskip("pycocotools")
+    truth = np.array([[0, 0, 5, 5, 10, 10]], dtype=float)
+    wrong = [[0, 200, 200, 10, 10, 0.9, 0]] * 299
+    assert evaluate(truth, np.array([*wrong, [0, 5, 5, 10, 10, 0.1, 0]]), 1, 1)["AP50"] == pytest.approx(
+        1 / 300, abs=1e-5
+    )
 
+
+def test_what_is_measured_is_what_was_trained(monkeypatch):
+    """The classes and the split of the training, for one; and what Ultralytics has measured, it says itself."""
+    pytest.importorskip("pycocotools")
+    monkeypatch.setattr(measuring, "collector", lambda task, kept: kept.update(truth=objects, found=[], images=1))
+    objects = [[0, 0, 5, 5, 10, 10], [0, 2, 5, 5, 10, 10]]
+    own, told = SimpleNamespace(map50=0.5, map=0.3, map75=0.4, ap_class_index=[2], ap=[0.3]), {}
+    model = SimpleNamespace(
+        names={0: "a", 1: "b", 2: "c"}, val=lambda **how: told.update(how) or SimpleNamespace(box=own)
+    )
+    settings = {"classes": [0, 2], "split": "test", "lr0": 0.1}
+    result, per_class = measuring.measure(model, "detect", "data.yaml", settings)
+    assert (told["data"], told["classes"], told["split"]) == ("data.yaml", [0, 2], "test")
+    assert "lr0" not in told
+    assert (result["AP50"], result["AP"], result["AP75"], result["AP_small"]) == (0.5, 0.3, 0.4, 0)
+    assert per_class == {"a": 0, "b": None, "c": 0.3}
+
+
+@pytest.mark.parametrize(
+    ("task", "shape", "boxes"),
+    [
+        # Half of each side of an image of 200 x 100 pixels, which is stretched.
+        ("rtdetr", (100, 200), [[16, 16, 48, 48], [50, 25, 100, 50]]),
+        # The same of 40 x 20 pixels, which are padded and not enlarged.
+        ("detect", (20, 40), [[22, 27, 42, 37], [10, 5, 20, 10]]),
+    ],
+)
+def test_boxes_are_measured_in_pixels_of_the_image(task, shape, boxes, monkeypatch):
+    """Objects and detections of the second of two images, whose inputs have 64 x 64 pixels."""
     pytest.importorskip("ultralytics")
-    model = Model()
-    with pytest.raises(KeyboardInterrupt):
-        measure(model, "detect", "data.yaml", {"classes": [0, 2], "split": "test", "lr0": 0.1})
-    assert (model.settings["classes"], model.settings["split"]) == ([0, 2], "test")
-    assert "lr0" not in model.settings
+    kept, ((x1, y1, x2, y2), in_image) = {}, boxes
+    kind = measuring.collector(task, kept)
+    monkeypatch.setattr(kind.__base__, "update_metrics", lambda *_: None)
+    ratio_pad = ((1.0, 1.0), (12.0, 22.0))
+    batch = {"img": torch.zeros(2, 3, 64, 64), "ori_shape": [(64, 64), shape], "ratio_pad": [ratio_pad, ratio_pad]}
+    center = torch.tensor([[x1 + x2, y1 + y2, 2 * (x2 - x1), 2 * (y2 - y1)]]) / 128
+    batch |= {"batch_idx": torch.tensor([1.0]), "cls": torch.tensor([[3.0]]), "bboxes": center}
+    detection = torch.tensor([[x1, y1, x2, y2, 0.75, 3.0]])
+    kind.update_metrics(object.__new__(kind), [detection[:0], detection], batch)
+    assert kept["truth"] == [pytest.approx([1, 3, *in_image])]
+    assert kept["found"] == [pytest.approx([1, *in_image, 0.75, 3])]
+    assert kept["images"] == 2
 
 
 def test_detections_in_a_crowd_are_neither_correct_nor_wrong(tmp_path):
+    """They are in it where half of them is."""
     pytest.importorskip("pycocotools")
     box = {"image_id": 0, "category_id": 0}
     objects = [{**box, "id": 1, "bbox": [5, 5, 40, 40], "area": 1600, "iscrowd": 0}]
@@ -290,7 +338,7 @@ def test_detections_in_a_crowd_are_neither_correct_nor_wrong(tmp_path):
     file = tmp_path / "val.json"
     file.write_text(json.dumps({"images": images, "annotations": objects, "categories": categories}), encoding="utf-8")
     hit = {**box, "bbox": [5, 5, 40, 40], "score": 0.9}
-    inside = [{**box, "bbox": [110 + i, 110, 20, 20], "score": 0.5} for i in range(4)]
+    inside = [{**box, "bbox": [92 + i, 110, 20, 20], "score": 0.5} for i in range(4)]
     assert evaluate_coco(str(file), [hit, *inside], 100)["calibration_error"] == pytest.approx(0.1)
 
 
@@ -300,8 +348,6 @@ def test_detections_in_a_crowd_are_neither_correct_nor_wrong(tmp_path):
 def test_a_training_that_was_cut_off_early_begins_again(tmp_path, epoch, seconds, goes_on):
     """One that has ended, which the epoch -1 says, has only to be measured."""
     pytest.importorskip("ultralytics")
-    from detloss_plugins.ablation import yolo
-
     last = tmp_path / "weights" / "last.pt"
     last.parent.mkdir()
     if epoch is None:
@@ -316,9 +362,58 @@ def test_a_training_that_was_cut_off_early_begins_again(tmp_path, epoch, seconds
     assert ((tmp_path / "begun").stat().st_mtime > 10**9) is not goes_on
 
 
-def test_what_ultralytics_has_logged(tmp_path):
-    from detloss_plugins.ablation import yolo
+@pytest.mark.parametrize("checkpoint", [None, {"epoch": -1}], ids=["scratch", "pretrained"])
+def test_ultralytics_is_told_what_a_run_is(tmp_path, monkeypatch, checkpoint):
+    """Its seed above all: without it the seeds of a loss would be one training."""
+    adapter = pytest.importorskip("detloss_plugins.adapters.ultralytics")
+    opened, told = [], {}
+    model = SimpleNamespace(model=None, ckpt=checkpoint, train=told.update)
+    monkeypatch.setattr(adapter, "open_model", lambda path: opened.append(path) or model)
+    monkeypatch.setattr(adapter, "model_task", lambda _: "detect")
+    monkeypatch.setattr(adapter, "make_trainer", lambda *given: given)
+    run = replace(RUN, seed=3, epochs=7, path="trees.yaml", args={"batch": 4, "lr0": 0.1})
+    yolo.start(run, tmp_path / "runs" / "own", resume=False)
+    for name, value in {"batch": 4, "lr0": 0.1, "epochs": 7, "seed": 3, "data": "trees.yaml"}.items():
+        assert told[name] == value
+    assert (told["pretrained"], told["trainer"]) == (checkpoint is not None, (RUN.losses, "detect"))
+    assert Path(told["project"], told["name"]) == tmp_path / "runs" / "own"
+    told.clear()
+    yolo.start(run, tmp_path, resume=True)
+    assert told == {"trainer": (RUN.losses, "detect"), "resume": True, "data": "trees.yaml"}
+    assert opened == ["yolov8n.yaml", str(tmp_path / "weights" / "last.pt")]
 
+
+def test_what_comes_out_of_a_training_with_ultralytics(tmp_path, monkeypatch):
+    """The figures are those of its best weights, and the weight that it found for a loss is there to read."""
+    adapter = pytest.importorskip("detloss_plugins.adapters.ultralytics")
+    best, last = (tmp_path / "weights" / name for name in ("best.pt", "last.pt"))
+    best.parent.mkdir()
+    for file in (best, last):
+        torch.save({"epoch": -1}, file)  # it has ended
+    columns = "epoch,time,metrics/mAP50(B),metrics/mAP50-95(B)\n1,10,0.5,0.25\n2,20,0.75,nan\n"
+    (tmp_path / "results.csv").write_text(columns, encoding="utf-8")
+    found = {"cls": {"type": "VarifocalLoss", "loss_weight": 2.5}}
+    record = {str(best): {"losses": found}, str(last): {"losses": {}}}
+    monkeypatch.setenv("DETLOSS_PLUGINS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(yolo, "read_labels", lambda run: None)
+    monkeypatch.setattr(adapter, "open_model", lambda path: SimpleNamespace(model=path))
+    monkeypatch.setattr(adapter, "model_task", lambda model: "detect")
+    monkeypatch.setattr(adapter, "trained_losses", lambda path: record[str(path)])
+    monkeypatch.setattr(measuring, "measure", lambda model, *given: ({"of": model.model}, {"given": given}))
+    run = replace(RUN, path="trees.yaml", losses={"cls": {"type": "VarifocalLoss", "loss_weight": "auto"}})
+    assert yolo.train(run, tmp_path, 0) == {
+        "metrics": {"of": str(best), "seconds_per_epoch": 10.0},
+        "per_class": {"given": ("detect", "trees.yaml", run.args)},
+        "curve": {"AP50": [0.5, 0.75], "AP": [0.25, None]},
+        "weights": {"cls": 2.5},
+        "resumed": False,
+    }
+    monkeypatch.setenv("DETLOSS_PLUGINS_CACHE", "/dev/null/cache")  # on data of one's own, nothing is written there
+    best.unlink()  # as after a training without validation
+    assert yolo.train(replace(run, losses={}), tmp_path, 0)["metrics"]["of"] == str(last)
+
+
+def test_what_ultralytics_has_logged(tmp_path):
     (tmp_path / "results.csv").write_text("   epoch,  time\n1,10\n2,nan\n3,30.5\n", encoding="utf-8")
     assert yolo.read_curves(tmp_path / "results.csv") == {"epoch": [1, 2, 3], "time": [10, None, 30.5]}
     assert yolo.epochs_done(tmp_path) == 3
@@ -398,6 +493,18 @@ def test_a_loss_of_a_script_is_none_for_an_ablation(monkeypatch):
             slots({"box": {"type": "OfAScript"}})
 
 
+@pytest.mark.parametrize(("visible", "names"), [("3,5", "353"), (None, "010")])
+def test_trainings_side_by_side_have_a_gpu_each(visible, names, monkeypatch):
+    """By the names that the process has for them; a third shares the first."""
+    monkeypatch.setattr(study, "count_gpus", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    places = study.Places(3)
+    taken = [places.take() for _ in range(3)]
+    assert [places.environment(place)["CUDA_VISIBLE_DEVICES"] for place in taken] == [*names]
+
+
 def test_a_training_has_the_modules_of_the_process_that_starts_it(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(study.subprocess, "Popen", lambda command, **how: how["env"])
@@ -424,6 +531,35 @@ def test_what_mmengine_has_logged(tmp_path):
     assert mmdetection.logged(tmp_path, 3) == (5.0, {"AP50": [None, 0.4, None], "AP": [None, 0.2, None]})
     (tmp_path / "last_checkpoint").write_text("/somewhere/epoch_2.pth", encoding="utf-8")
     assert mmdetection.epochs_done(tmp_path) == 2
+
+
+def test_what_comes_out_of_a_training_with_mmdetection(tmp_path, monkeypatch):
+    """COCO counts 100 detections in an image: here the last of them hits an object, and one more would another."""
+    pytest.importorskip("pycocotools")
+    from detloss_plugins.cli import train
+
+    box = {"image_id": 0, "category_id": 0}
+    objects = [{**box, "id": x, "bbox": [x, 5, 10, 10], "area": 100, "iscrowd": 0} for x in (5, 50)]
+    content = {
+        "images": [{"id": 0, "file_name": "0.png"}],
+        "annotations": objects,
+        "categories": [{"id": 0, "name": "a"}],
+    }
+    (tmp_path / "data" / "annotations").mkdir(parents=True)
+    (tmp_path / "data" / "annotations" / "val.json").write_text(json.dumps(content), encoding="utf-8")
+    (tmp_path / "data" / "0.png").touch()
+    found = [{**box, "bbox": [x, 5, 10, 10], "score": 0.9 - i / 1000} for i, x in enumerate([*[200] * 99, 5, 50])]
+
+    def trained(args):
+        assert args.overrides == {"train_cfg.max_epochs": "2", "batch": "4"}
+        (args.work_dir / mmdetection.DETECTIONS).write_text(json.dumps(found), encoding="utf-8")
+
+    monkeypatch.setattr(train, "train_mmdet", trained)
+    (tmp_path / "run").mkdir()
+    run = replace(RUN, model="retinanet_r18_fpn_digits", losses={}, path=str(tmp_path / "data"))
+    result = mmdetection.train(run, tmp_path / "run", 0)
+    assert result["metrics"]["AP50"] == pytest.approx(0.01 * 51 / 101, abs=1e-5), "51 of 101 recalls are up to a half"
+    assert (list(result["per_class"]), result["resumed"]) == (["a"], False)
 
 
 @pytest.mark.slow
@@ -508,7 +644,9 @@ def test_killed_twice_the_report_is_the_same(tmp_path):
     assert "of them finished before" in finish(ablate(killed, GRID))
     results, report = without_times(alone)
     assert len(results["runs"]) == 8
-    assert len({run["metrics"]["calibration_error"] for run in results["runs"]} - {None}) != 1, "they all differ"
+    logged = [yolo.read_curves(file) for file in alone.glob("runs/*/results.csv")]
+    of_losses = {tuple(tuple(columns[f"train/{name}_loss"]) for name in ("box", "cls", "dfl")) for columns in logged}
+    assert len(of_losses) == 8, "they all differ, the two seeds of a loss too"
     assert without_times(killed) == (results, report)
 
 

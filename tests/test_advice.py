@@ -11,7 +11,9 @@ from PIL import Image
 
 from detloss_plugins import advice, cli, study
 from detloss_plugins.ablation import grid
+from detloss_plugins.ablation.compare import table
 from detloss_plugins.advice import LabelsError, advise, describe, read_labels
+from detloss_plugins.advice.labels import Labels
 
 SIZE = (200, 100)  # of every image
 
@@ -132,6 +134,38 @@ def test_the_figures_of_a_data_set(tmp_path):
     assert describe(read_labels(tmp_path / "train.json"), 100).tiny == pytest.approx(4 / 6), "200 twice, 100 and 25"
 
 
+def upright(boxes, image=0, cls=0):
+    """Labels in two images of 100 x 200 pixels, which stand."""
+    image, cls = (np.broadcast_to(given, len(boxes)) for given in (image, cls))
+    return Labels(["a", "b"], np.array([[100, 200]] * 2), image, cls, np.array(boxes, dtype=float))
+
+
+def test_an_image_that_stands_has_its_height_for_a_longer_side():
+    sides = [(2, 8), (18, 2), (8, 8), (25, 4)]  # areas of 16, 36, 64 and 100
+    found = describe(upright([(10, 10, 10 + width, 10 + height) for width, height in sides]), size=400)
+    assert found.thirds == pytest.approx((12, 16)), "twice the roots of 36 and 64"
+    assert (found.tiny, found.small) == (0.5, 1)
+    # Width over height is 0.25, 1, 6.25 and 9; 5 % of three steps is 0.15 of the first, 95 % is 0.85 of the last.
+    assert found.shapes == pytest.approx((0.25 + 0.15 * 0.75, 3.625, 6.25 + 0.85 * 2.75))
+
+
+def test_boxes_that_reach_out_of_the_image():
+    out = [(-1, 5, 20, 20), (5, -1, 20, 20), (80, 5, 101, 20), (5, 180, 20, 201)]
+    for box in out:
+        assert describe(upright([box])).outside == 1, box
+    assert describe(upright([(-0.4, -0.4, 100.4, 200.4), (5, 110, 20, 190)])).outside == 0
+    assert describe(upright([(-1, -1, 101, 201)])).outside == 1, "once"
+
+
+def test_what_has_been_labelled_before():
+    """In the same image and class, but for less than a hundredth of a pixel."""
+    box, near = (5, 5, 20, 20), (5.001, 5, 20, 20)
+    assert describe(upright([box, near, box])).duplicate == 2
+    assert describe(upright([box, box], image=[0, 1])).duplicate == 0
+    assert describe(upright([box, box], cls=[0, 1])).duplicate == 0
+    assert describe(upright([box, (5, 5, 20, 20.1)])).duplicate == 0
+
+
 def test_what_is_no_data_set_is_refused_in_a_sentence(tmp_path):
     broken = {
         "0 0.5 0.5 x 0.1": "line 1 is no label",
@@ -225,6 +259,20 @@ def test_the_losses_that_were_better_on_such_data_come_first():
     assert [choice.data for choice in small.choices] == ["digits:small", "digits", "digits"]
     assert small.choices[0].mean() == pytest.approx(0.0533, abs=1e-4)
     assert small.choices[0].noise == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize(
+    ("aps", "shift", "verdicts"),
+    [((0.30, 0.31, 0.31), 0.2, ["better", "worse"]), ((0.44, 0.47, 0.45), -0.2, ["worse", "better"])],
+)
+def test_what_is_better_in_one_metric_and_worse_in_the_other_is_not_advised(aps, shift, verdicts):
+    runs = [*trained("stock", "digits", (0.40, 0.42, 0.41)), *trained("FocalLoss", "digits", aps)]
+    for run in runs[3:]:
+        run["metrics"]["AP50"] += shift
+    (row,) = (row for row in table(runs) if row.label == "FocalLoss")
+    assert [row.differences[name].verdict for name in ("AP50", "AP")] == verdicts
+    found = advise(description(), [{"runs": runs}])
+    assert (found.tried, labels_of(found)) == (1, [])
 
 
 def test_what_the_study_does_not_say_is_not_said():

@@ -11,6 +11,7 @@ from detloss_plugins import build_loss
 from detloss_plugins.families import effective_weights
 from detloss_plugins.losses import (
     GHMC,
+    APLoss,
     BinaryCrossEntropyLoss,
     CrossEntropyLoss,
     FocalLoss,
@@ -117,6 +118,30 @@ def test_effective_numbers():
     assert loss.class_factors.tolist() == pytest.approx(effective_weights([10, 1000, 0], 0.9))
 
 
+@pytest.mark.parametrize("cls", [FocalLoss, CrossEntropyLoss, VarifocalLoss], ids=lambda cls: cls.__name__)
+def test_weights_that_are_set_later(cls):
+    """They count as those of the constructor do, and are refused as these are."""
+    pred, target, _ = inputs("label")
+    given = {"use_sigmoid": True, "class_counts": list(range(1, CLASSES + 1))}
+    loss, found = cls(**given), []
+    for weights in (None, WEIGHTS, torch.tensor(WEIGHTS[::-1]), "effective", None):
+        loss.class_weight = weights
+        found.append(loss(pred, target).item())
+        assert found[-1] == cls(class_weight=weights, **given)(pred, target)
+    assert len(set(found)) == 4
+    twin = copy.deepcopy(loss)
+    twin.class_weight = WEIGHTS
+    assert (loss(pred, target), twin(pred, target)) == (found[0], found[1])
+    uncounted = cls(use_sigmoid=True)
+    uncounted.class_weight = "effective"
+    with pytest.raises(ValueError, match="needs class_counts"):
+        uncounted(pred, target)
+    for other in (FocalLoss(use_sigmoid=False), APLoss()):
+        with pytest.raises(ValueError, match="class_weight has no meaning"):
+            other.class_weight = WEIGHTS
+        assert other.class_weight is None
+
+
 def test_effective_without_counts_says_so_when_it_is_called():
     for cls in (QualityFocalLoss, CrossEntropyLoss):
         loss = cls(class_weight="effective", use_sigmoid=True)
@@ -204,4 +229,5 @@ def test_a_kernel_serves_all_weights(cls, traced):
         torch.testing.assert_close(*values)
         torch.testing.assert_close(*(gradient(value, pred) for value in values), rtol=1e-4, atol=1e-6)
     kernels = 2 if "class_weight" in cls.hyper else 1
-    assert len(engine._kernels) == (kernels if cls.make().compiles(pred.device) else 0)
+    found = [function for ((function, *_), *_) in engine._kernels if function == "weighted"]
+    assert len(found) == (kernels if cls.make().compiles(pred.device) else 0)

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image, ImageDraw
 
 from detloss_plugins.testing import digits
@@ -34,6 +35,16 @@ def test_deterministic(small):
 
 def test_nothing_half_written(small):
     assert [path.name for path in small[0].parent.iterdir()] == [f"digits-v{digits.VERSION}"]
+
+
+def test_the_set_may_be_seen_under_another_path(small):
+    assert "path" not in yaml.safe_load((small[0] / "digits.yaml").read_text(encoding="utf-8"))
+
+
+def test_a_cache_that_cannot_be_written(monkeypatch):
+    monkeypatch.setenv("DETLOSS_PLUGINS_CACHE", "/dev/null/cache")
+    with pytest.raises(ValueError, match=r"written to /dev/null/cache \(Not a directory\): set DETLOSS_PLUGINS_CACHE"):
+        digits.build_digits()
 
 
 def test_the_plain_set_is_what_it_was(small):

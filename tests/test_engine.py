@@ -1,5 +1,6 @@
 """The engine: chunks, transforms and compiled kernels give what the plain formula gives, and fail without a trace."""
 
+import contextlib
 import copy
 import pickle
 import re
@@ -18,6 +19,7 @@ from detloss_plugins import engine, precision
 from detloss_plugins.families import ClassificationLoss, RegressionLoss
 from detloss_plugins.losses import (
     GHMC,
+    AdaptiveThresholdFocalLoss,
     CIoULoss,
     DiceLoss,
     DRLoss,
@@ -41,6 +43,15 @@ def small_chunks(monkeypatch, device):
     """A chunk of 25 rows of 80 classes, and chunks wherever there are more than four."""
     monkeypatch.setitem(precision.CHUNK, torch.device(device).type, 2000)
     monkeypatch.setitem(precision.AT_ONCE, torch.device(device).type, 4)
+
+
+@contextlib.contextmanager
+def plain_rows(device):
+    """Nothing is run in chunks."""
+    size = precision.CHUNK[torch.device(device).type]
+    precision.CHUNK[torch.device(device).type] = 10**9
+    yield
+    precision.CHUNK[torch.device(device).type] = size
 
 
 def close(found, expected):
@@ -98,14 +109,50 @@ def test_a_target_with_a_gradient_gets_it(device):
     close(found, torch.func.grad(lambda t: QualityFocalLoss()(pred.detach(), t))(target.detach()))
 
 
+@pytest.mark.parametrize("shape", [(), (80,)])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
+def test_what_is_shared_gets_its_gradient(shape, compiled, device, request):
+    """By chunks, or of a number by a kernel too: first and second, and in forward mode."""
+    if compiled:
+        request.getfixturevalue("traced")
+    pred, target = many(device)
+    shared = (torch.rand(shape, dtype=torch.float64, device=device) + 1).requires_grad_()
+    apart = torch.zeros_like(shared)  # shared too, and without a gradient
+
+    def function(pred, target, apart, shared):
+        return (pred.sigmoid() ** shared - target).square() + apart
+
+    def total(pred, shared):
+        rows, numbers = (pred, target), (apart, shared)
+        kernel = ("a test", lambda: function, "A test") if compiled else None
+        return engine.weighted_sum(engine.Call(function, rows, numbers, True, kernel))
+
+    def whole(pred, shared):
+        return function(pred, target, apart, shared).sum()
+
+    def derivatives(total):
+        first = torch.autograd.grad(total(pred, shared), (pred, shared), create_graph=True)
+        along = sum((x * x.detach()).sum() for x in first)
+        return *first, *torch.autograd.grad(along, (pred, shared))
+
+    for found, expected in zip(derivatives(total), derivatives(whole), strict=True):
+        close(found, expected)
+    at, along = (pred.detach(), shared.detach()), (target + 1, torch.ones_like(shared))
+    close(torch.func.jvp(total, at, along)[1], torch.func.jvp(whole, at, along)[1])
+    assert [learned for _, _, learned, _ in engine._kernels] == ([(0, 3)] if compiled and shape == () else [])
+
+
 # Gradients in the forward
 
 
 @pytest.mark.parametrize("rows", [20, ROWS])
-def test_transforms(rows, device):
-    """Forward mode, reverse mode and both in either order, and vmap: in one chunk and in several."""
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
+def test_transforms(rows, compiled, device, request):
+    """Forward mode, reverse mode and both in either order, and vmap: in one chunk, in several, and by a kernel."""
+    if compiled:
+        request.getfixturevalue("traced")
     pred, target = many(device, rows)
-    loss, x = FocalLoss(), pred.detach()
+    loss, x = FocalLoss(compile=compiled), pred.detach()
     direction = torch.rand_like(x)
 
     def value(x):
@@ -120,10 +167,32 @@ def test_transforms(rows, device):
     close(torch.func.grad(lambda x: torch.func.jvp(value, (x,), (direction,))[1])(x), second)
     several = torch.stack([x, x + 1])
     close(torch.vmap(value)(several), torch.stack([value(x), value(x + 1)]))
+    along = torch.func.jvp(torch.vmap(value), (several,), (torch.stack([direction, direction]),))[1]
+    close(along[0], (slope * direction).sum())
     close(torch.vmap(torch.func.grad(value))(several)[0], slope)
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(pred, direction)
         close(torch.autograd.forward_ad.unpack_dual(value(dual)).tangent, (slope * direction).sum())
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
+@pytest.mark.parametrize("kind", [QualityFocalLoss, AdaptiveThresholdFocalLoss])
+def test_forward_mode_of_pred_and_target(kind, compiled, device, request):
+    """Of either and both, also without a graph."""
+    if compiled:
+        request.getfixturevalue("traced")
+    pred, target = many(device)
+    loss, whole = kind(compile=compiled), kind()
+    directions = torch.rand_like(pred), torch.rand_like(target)
+    with plain_rows(device):
+        expected = torch.func.jvp(whole, (pred.detach(), target), directions)[1]
+        of_target = torch.func.jvp(lambda x: whole(pred.detach(), x), (target,), directions[1:])[1]
+    make_dual, unpack = torch.autograd.forward_ad.make_dual, torch.autograd.forward_ad.unpack_dual
+    for graph in (True, False):
+        with torch.autograd.forward_ad.dual_level(), torch.set_grad_enabled(graph):
+            duals = [make_dual(x, along) for x, along in zip((pred, target), directions, strict=True)]
+            close(unpack(loss(*duals)).tangent, expected)
+            close(unpack(loss(pred, duals[1])).tangent, of_target)
 
 
 def test_a_second_backward_through_one_graph(device):
@@ -133,12 +202,16 @@ def test_a_second_backward_through_one_graph(device):
     close(first, second)
 
 
-def test_activations_may_be_worked_out_again(device):
-    """What a checkpoint saves may be asked for once."""
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
+def test_activations_may_be_worked_out_again(compiled, device, request):
+    """What a checkpoint saves may be asked for once; no kernel can be made in it, and that of later calls is."""
+    if compiled:
+        request.getfixturevalue("traced")
     pred, target = many(device)
-    loss = FocalLoss()
+    loss = FocalLoss(compile=compiled)
     value = checkpoint(lambda x: loss(x, target), pred, use_reentrant=False)
     close(torch.autograd.grad(value, pred), torch.autograd.grad(loss(pred, target), pred))
+    assert len(engine._kernels) == compiled or not compiled
 
 
 @pytest.mark.parametrize("kind", [DiceLoss, JaccardLoss])

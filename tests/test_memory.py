@@ -11,6 +11,7 @@ from timing import peak_memory
 from detloss_plugins import engine, precision
 from detloss_plugins.losses import (
     GHMC,
+    AdaptiveThresholdFocalLoss,
     BinaryCrossEntropyLoss,
     CrossEntropyLoss,
     EQLV2Loss,
@@ -86,6 +87,13 @@ def test_memory_of_dense_logits(kind, undisturbed, monkeypatch):
 
 def test_memory_of_yolos_logits(undisturbed):
     check_memory(FocalLoss(), [case for case in MEMORY if case[0] == YOLO])
+
+
+def test_memory_of_a_loss_whose_mean_has_a_gradient(undisturbed, monkeypatch):
+    """Which is as long as that of the losses, and added to it; of half precision, both are in float32."""
+    monkeypatch.setitem(precision.CHUNK, "cpu", precision.CHUNK["cpu"] // 10)
+    cases = [(34_000, torch.float32, 5, 1), (YOLO, torch.float32, 4, 1), (YOLO, torch.bfloat16, 9, 3)]
+    check_memory(AdaptiveThresholdFocalLoss(), cases, share=10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -78,6 +78,17 @@ def test_all_losses_at_once_find_what_three_pairs_cannot():
     assert pooled(rows, "AP50").verdicts == {"SomeLoss": "better"}
 
 
+@pytest.mark.parametrize(("mean", "verdict"), [(0.5335, "not distinguishable"), (0.5365, "better")])
+def test_all_losses_at_once_with_unequal_seeds(mean, verdict):
+    """Variances of 1 with 3 seeds and 2.5 with 5: pooled (2 x 1 + 4 x 2.5) / 6 = 2, and t(0.975, 6) is 2.4469; so
+    2.4469 x 0.01 x sqrt(2) x sqrt(1 / 5 + 1 / 3) is 0.0253."""
+    five = [run("SomeLoss", seed, mean + 0.01 * step) for seed, step in enumerate((-2, -1, 0, 1, 2))]
+    found = pooled(table([*STOCK, *five]), "AP50")
+    assert (found.deviation, found.freedom) == (pytest.approx(0.01 * math.sqrt(2)), 6)
+    assert found.least == pytest.approx(2.4469 * 0.01 * math.sqrt(2) * math.sqrt(2 / 3), abs=1e-5)
+    assert found.verdicts == {"SomeLoss": verdict}
+
+
 def test_too_few_seeds_are_not_judged_at_once():
     assert pooled(table([*STOCK, *GOOD[:2]]), "AP50") is None
     assert pooled(table(GOOD), "AP50") is None

@@ -28,6 +28,13 @@ def test_an_outdated_table_is_noticed(name, row, tmp_path, monkeypatch):
     assert row in page.read_text(encoding="utf-8")
 
 
+def test_the_page_of_losses_is_that_of_the_code(monkeypatch):
+    """Also in the weights that losses have by default in YOLO's slots, which were found by trainings."""
+    page = table.DOCS / "losses.md"
+    monkeypatch.setattr(table, "PAGES", {page: table.PAGES[page]})
+    assert table.main(["--check"]) == 0, "run tools/table.py"
+
+
 def test_every_generated_part_is_on_a_page():
     assert {name for names in table.PAGES.values() for name in names} == table.TABLES.keys() | table.TEXTS.keys()
     for page, names in table.PAGES.items():

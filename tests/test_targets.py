@@ -13,7 +13,9 @@ from detloss_plugins.losses import (
     FocalLoss,
     GeneralizedFocalLoss,
     KLDivLoss,
+    MultiBoxLoss,
     PolyLoss,
+    UncertaintyKLLoss,
     balanced_cross_entropy_loss,
 )
 from detloss_plugins.registry import registered_losses
@@ -190,7 +192,7 @@ def test_automatic_balance_of_one_among_thirty_millions():
 
 def test_kl_divergence_takes_distributions_only(logits):
     loss = KLDivLoss()
-    for target in (LABEL, DENSE.long(), (LABEL, QUALITY), torch.rand(4, 2)):
+    for target in (LABEL, DENSE.long(), torch.rand(4, 2)):
         with pytest.raises(ValueError, match="takes one distribution a row"):
             loss(logits, target)
     for pred in (torch.tensor([[1e4, -1e4]]), torch.tensor([[-1e4, 1e4]]), torch.zeros(1, 2)):
@@ -214,6 +216,27 @@ def test_kl_divergence_of_a_teachers_logits(logits):
     torch.testing.assert_close(loss(logits.double(), teacher), wide, rtol=1e-12, atol=0)
     assert torch.autograd.grad(value, teacher, allow_unused=True, retain_graph=True)[0] is None
     assert loss(teacher.detach(), teacher).abs() < 1e-6
+
+
+@pytest.mark.parametrize("cls", registered_losses().values(), ids=lambda cls: cls.__name__)
+def test_a_tuple_is_refused_where_it_has_no_meaning(cls):
+    """In one sentence: a pair where the loss takes none, and any other number of parts."""
+    loss, (pred, target) = cls.make(), sample(cls, 8)
+    takes = loss.family in ("classification", "ranking", "multibox") and getattr(loss, "use_sigmoid", True)
+    label = torch.zeros(pred.shape[:-1], dtype=torch.long)
+    pair = (target[..., 0].long(), target[..., 1:]) if cls is MultiBoxLoss else (label, torch.rand(label.shape))
+    if takes:
+        assert loss(pred, pair).isfinite()
+    for parts in [(*pair, label), pair[:1], (), (None, label)] + ([] if takes else [pair, (target, target)]):
+        for form in (parts, list(parts)):
+            with pytest.raises(ValueError, match=r"must be a tensor or a pair|not a tuple"):
+                loss(pred, form)
+
+
+def test_a_tuple_is_refused_beside_a_third_argument():
+    pred, target = torch.rand(2, 3, 4, requires_grad=True)
+    with pytest.raises(ValueError, match="UncertaintyKLLoss must be one tensor, not a tuple"):
+        UncertaintyKLLoss()(pred, (target, target), pred)
 
 
 def test_gaussian_focal_loss_on_heatmaps():
@@ -374,7 +397,7 @@ def test_alpha_per_class(logits):
 
 def test_softmax_form_refuses_quality(logits):
     for loss in (CrossEntropyLoss(), FocalLoss(use_sigmoid=False), PolyLoss(use_sigmoid=False)):
-        with pytest.raises(ValueError, match="class indices"):
+        with pytest.raises(ValueError, match="use_sigmoid=True"):
             loss(logits, (LABEL, QUALITY))
 
 

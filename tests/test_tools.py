@@ -19,6 +19,7 @@ import speed_page
 import step
 import timing
 import torch
+from click.testing import CliRunner
 from mmengine.config import ConfigDict
 from PIL import Image
 from support.commands import ROOT, detloss, last_line
@@ -26,7 +27,7 @@ from ultralytics.cfg import get_cfg
 
 from detloss_plugins.adapters.ultralytics import compat
 from detloss_plugins.cli import _coco, train
-from detloss_plugins.cli._common import UsageError
+from detloss_plugins.cli._common import DataSet, UsageError
 from detloss_plugins.configs import find
 from detloss_plugins.facts import Upstream
 from detloss_plugins.losses import FocalLoss, GIoULoss, ap_loss
@@ -308,8 +309,19 @@ def test_numbers_as_people_write_them():
 
 @pytest.mark.parametrize("word", ["/x/my set #2/data.yaml", "https://host/coco8.zip"])
 def test_a_data_set_is_where_the_word_says(word):
-    data = train.given_data(None, train.values({"data": word}))
-    assert str(train.yolo_data(data, "detect")[0]) == str(word if "://" in word else Path(word))
+    for data in (train.given_data(None, train.values({"data": word})), DataSet().convert(word, None, None)):
+        assert str(train.yolo_data(data, "detect")[0]) == str(word if "://" in word else Path(word))
+
+
+def test_the_address_of_a_data_set_is_no_file(monkeypatch):
+    """Ultralytics reads it, MMDetection cannot."""
+    seen, word = [], "https://host/coco8.yaml"
+    monkeypatch.setattr(train, "train_yolo", seen.append)
+    assert CliRunner().invoke(train.command, ["--data", word]).exit_code == 0
+    assert [args.data for args in seen] == [word]
+    assert CliRunner().invoke(train.command, ["--data", "none.yaml"]).exit_code == 2
+    with pytest.raises(UsageError, match=f"a folder in COCO layout, not an address: {word}"):
+        _coco.point_at(ConfigDict(), word)
 
 
 def coco(folder, ann, images, first):

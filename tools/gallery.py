@@ -113,11 +113,12 @@ def settings(cls: type) -> str:
 
 def use(name: str, cls: type) -> str:
     """How it is written for Ultralytics, if it fits a slot there, and for MMDetection."""
-    from detloss_plugins.adapters.ultralytics import default_gain  # the formulas are read without Ultralytics too
+    # The formulas are read without Ultralytics too.
+    from detloss_plugins.adapters.ultralytics.config import default_weight
 
     key, lines = HEADS.get(cls.facts.family), []
     for slot, tasks in _facts.yolo_slots(cls).items():
-        weight = 1.0 if slot == "loss_class" else default_gain(cls)  # RT-DETR's stock has the weight 1
+        weight = default_weight(cls, slot)
         words = ", ".join(f"`{task}`" for task in tasks)
         lines.append(f"- Ultralytics, slot `{slot}` of {words}: weight {weight:g} unless you give `loss_weight`.")
     lines = lines or ["- Ultralytics: it fits no slot there."]

@@ -95,29 +95,30 @@ def difference(own: Mapping[int, float], stock: Mapping[int, float], level: floa
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and sample standard deviation of a metric over seeds; the deviation is None for one seed."""
+    """Mean and sample standard deviation of a metric over the seeds that have it; the deviation is None for one."""
 
     mean: float
     deviation: float | None
+    seeds: int
 
 
 def spread(values: Iterable[float | None]) -> Spread | None:
     """Of those values that are there; None if there are none.
 
     >>> spread([0.25, 0.75, 0.5, None])
-    Spread(mean=0.5, deviation=0.25)
+    Spread(mean=0.5, deviation=0.25, seeds=3)
     """
     known = [value for value in values if value is not None]
     if not known:
         return None
-    return Spread(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None)
+    return Spread(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None, len(known))
 
 
 @dataclass(frozen=True)
 class Row:
     """A loss in a group of runs of one model, data set and number of epochs.
 
-    ``spreads`` has every metric, ``differences`` those of ``JUDGED``; ``per_class`` is the mean AP of each class and
+    ``spreads`` has every metric, those of ``JUDGED`` at least, of which ``differences`` are; ``per_class`` is the mean AP of each class and
     ``curve`` the mean of AP50 by epoch. ``weights`` are those that were found where one is "auto", one for each seed.
     """
 
@@ -140,7 +141,7 @@ class Pooled:
         deviation: the standard deviation over the seeds, pooled.
         freedom: its degrees of freedom.
         least: the difference between two means of ``FEWEST`` seeds that is beyond chance.
-        verdicts: label -> "better", "worse" or "not distinguishable", of the losses that have ``FEWEST`` seeds.
+        verdicts: label -> "better", "worse" or "not distinguishable", of the losses that have it of ``FEWEST`` seeds.
     """
 
     deviation: float
@@ -154,23 +155,21 @@ def pooled(rows: Sequence[Row], metric: str, level: float = LEVEL) -> Pooled | N
 
     It takes the spread over the seeds to be the same for all losses, which three seeds of each cannot tell from one
     another: so many more degrees of freedom find smaller differences, and the chance that any verdict of the table is
-    wrong stays below ``1 - level``. None if the stock losses or all others have fewer than ``FEWEST`` seeds.
+    wrong stays below ``1 - level``. None if the stock losses or all others have the
+    metric of fewer than ``FEWEST`` seeds.
     """
     from scipy.stats import t
 
-    known = {row.label: (row.spreads[metric], len(row.seeds)) for row in rows if len(row.seeds) >= FEWEST}
-    spreads = {
-        label: (found, seeds) for label, (found, seeds) in known.items() if found and found.deviation is not None
-    }
+    spreads = {row.label: found for row in rows if (found := row.spreads[metric]) and found.seeds >= FEWEST}
     if STOCK not in spreads or len(spreads) < 2:
         return None
-    freedom = sum(seeds - 1 for _, seeds in spreads.values())
-    deviation = math.sqrt(sum((seeds - 1) * found.deviation**2 for found, seeds in spreads.values()) / freedom)
-    stock, of_stock = spreads.pop(STOCK)
+    freedom = sum(found.seeds - 1 for found in spreads.values())
+    deviation = math.sqrt(sum((found.seeds - 1) * found.deviation**2 for found in spreads.values()) / freedom)
+    stock = spreads.pop(STOCK)
     factor = deviation * float(t.ppf(1 - (1 - level) / 2 / len(spreads), freedom))
     verdicts = {}
-    for label, (found, seeds) in spreads.items():
-        difference, least = found.mean - stock.mean, factor * math.sqrt(1 / seeds + 1 / of_stock)
+    for label, found in spreads.items():
+        difference, least = found.mean - stock.mean, factor * math.sqrt(1 / found.seeds + 1 / stock.seeds)
         verdicts[label] = NEITHER if abs(difference) <= least else BETTER if difference > 0 else WORSE
     return Pooled(deviation, freedom, factor * math.sqrt(2 / FEWEST), verdicts)
 
@@ -201,13 +200,13 @@ def table(runs: Sequence[Mapping], level: float = LEVEL) -> list[Row]:
 
 def _row(label, runs, stock, level):
     runs = sorted(runs, key=lambda run: run["seed"])
-    metrics = dict.fromkeys(name for run in runs for name in run["metrics"])
+    metrics = dict.fromkeys((*JUDGED, *(name for run in runs for name in run["metrics"])))
     return Row(
         label=label,
         slot=runs[0]["slot"],
         losses=runs[0]["losses"],
         seeds=tuple(run["seed"] for run in runs),
-        spreads={name: spread(run["metrics"].get(name) for run in runs) for name in ("AP50", *metrics)},
+        spreads={name: spread(run["metrics"].get(name) for run in runs) for name in metrics},
         differences={}
         if label == STOCK
         else {name: difference(by_seed(runs, name), by_seed(stock, name), level) for name in JUDGED},

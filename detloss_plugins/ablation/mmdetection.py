@@ -26,11 +26,6 @@ def is_config(model: str) -> bool:
     return Path(model).suffix == ".py" or model in configs.names("mmdetection")
 
 
-def config_path(model: str) -> Path:
-    """The file of a config."""
-    return Path(model).absolute() if Path(model).suffix == ".py" else configs.find(model)
-
-
 def places(node: Any, path: str = "") -> Iterator[tuple[str, Mapping]]:
     """``(dotted key, dict)`` of each loss in a detector's config."""
     for key, value in node.items() if isinstance(node, Mapping) else ():
@@ -108,7 +103,7 @@ def check_model(model: str, losses: Mapping) -> dict:
     resolved = {}
     for label, own in losses.items():
         try:
-            cfg = read_config(config_path(model))
+            cfg = read_config(configs.path_of(model))
             resolved[label] = slots_of(own, cfg.model)
             cfg.merge_from_dict({f"model.{key}": {"_delete_": True, **loss} for key, loss in resolved[label].items()})
             problems = check_config(cfg)
@@ -136,8 +131,9 @@ def config_text(run: Run, folder: Path) -> str:
             node = node.setdefault(parent, {})
         node[last] = {"_delete_": True, **loss}
     evaluator = {"outfile_prefix": str((folder / DETECTIONS.removesuffix(".bbox.json")).absolute())}
+    base = str(configs.path_of(run.model).absolute())
     return (
-        f"_base_ = {str(config_path(run.model))!r}\nmodel = {model!r}\nrandomness = {{'seed': {run.seed}}}\n"
+        f"_base_ = {base!r}\nmodel = {model!r}\nrandomness = {{'seed': {run.seed}}}\n"
         f"val_evaluator = {evaluator!r}\ntest_evaluator = {evaluator!r}\n"
     )
 

@@ -65,13 +65,13 @@ machine as it was, maybe with other trainings beside."""
 
 
 def read_results(path: str | Path) -> dict:
-    """The content of a results file, or of that in a folder.
+    """The content of a results file, or of that in a folder, or what has finished in the folder of a :class:`Study`.
 
     Raises:
         ValueError: if there is none.
     """
     path = Path(path)
-    if (path / "runs").is_dir():
+    if any(path.glob("runs/*/run.json")):  # not of Ultralytics' own runs/detect
         from detloss_plugins.ablation.study import Study
 
         try:
@@ -102,11 +102,12 @@ def write_report(results: Sequence[Mapping], folder: str | Path) -> None:
     Raises:
         ValueError: if the results contradict one another, or there are none.
     """
-    folder = Path(folder)
+    if not results:
+        raise ValueError("There are no results to report.")
+    runs, folder = merged(results), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if len(results) == 1:
         write_json(folder / RESULTS, results[0])
-    runs = merged(results)
     page = Page(", ".join(dict.fromkeys(str(result["name"]) for result in results)), folder)
     page.text(summary(results, runs))
     for (data, model, epochs), own in groups(runs).items():
@@ -244,7 +245,7 @@ def judged_cells(row):
 def in_words(spread: Spread | None, places: int = 3) -> str:
     """Mean and deviation of a metric.
 
-    >>> in_words(Spread(0.5, 0.01)), in_words(None)
+    >>> in_words(Spread(0.5, 0.01, 3)), in_words(None)
     ('0.500 ± 0.010', '-')
     """
     if spread is None:

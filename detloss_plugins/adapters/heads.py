@@ -2,13 +2,16 @@
 
 Such a mistake trains without an error: channels for the background beside a sigmoid loss, a loss of classes on boxes, a
 ranking loss that ranks each level for itself. torch tells of every module that becomes part of another, so the head is
-looked at where it is built, in any program. This module imports no framework.
+looked at where it is built, in any program. A training's log then names the losses that run. This module imports no
+framework.
 """
 
 import inspect
 import warnings
+import weakref
 
 import torch
+from mmengine.logging import print_log
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
@@ -16,6 +19,7 @@ from detloss_plugins.families import has_bins
 from detloss_plugins.loss import Loss
 from detloss_plugins.losses import ScheduledLoss
 from detloss_plugins.precision import is_compiling
+from detloss_plugins.registry import runner_progress
 
 _BOXES = ("box", "regression", "rotated", "uncertainty")
 # The families that an attribute of a head takes.
@@ -33,13 +37,24 @@ FAMILIES = {
     "loss_ld": ("soft label",),
     "loss_mask": ("region", "classification"),
 }
+# mmdet's heads that hand over boxes in units of their level's stride (those with ``norm_on_bbox`` if it is True), and
+# what is based on them and hands over pixels.
+_IN_STRIDES = {
+    "BoxInstBboxHead", "CenterNetUpdateHead", "CondInstBboxHead", "FCOSHead", "GFLHead", "LDHead", "NASFCOSHead",
+    "RepPointsHead", "TOODHead",
+}  # fmt: skip
+_IN_PIXELS = {"AutoAssignHead", "VFNetHead", "_PixelLevels", "_PixelPoints"}
 _KNOWN = {family for families in FAMILIES.values() for family in families}
+
+
+class MisfitWarning(UserWarning):
+    """A head and a loss of ours train together, but not as they are meant to."""
 
 
 def check_fit(head: nn.Module, name: str, loss: nn.Module, whole: nn.Module | None = None) -> None:
     """Raise ``ValueError`` if a loss of ours does not fit the attribute ``name`` of a head based on mmdet's.
 
-    Of a ScheduledLoss, the ``whole``, each must.
+    Of a ScheduledLoss, the ``whole``, each must. A :class:`MisfitWarning` says where the two train, and not as meant.
     """
     if not isinstance(loss, Loss) or not _of_mmdet(head):
         return
@@ -55,6 +70,7 @@ def check_fit(head: nn.Module, name: str, loss: nn.Module, whole: nn.Module | No
         )
     if has_bins(loss) and type(head).__module__.startswith(("mmdet.models.", "detloss_plugins.")):
         raise ValueError(f"{where} decodes by bins 0, 1, 2 and so on; leave bins out of {kind}.")
+    _check_unit(head, name, loss, where)
     if _is_skipped(head, name):
         for part in (part for part in loss.modules() if isinstance(part, Loss)):
             part.facts = part.facts.but(every_rank=False)
@@ -74,6 +90,24 @@ def check_fit(head: nn.Module, name: str, loss: nn.Module, whole: nn.Module | No
             f"{where} is called level by level, where {kind} would rank each level for itself: take RankingRetinaHead "
             "or RankingATSSHead of detloss_plugins.adapters.mmdetection, or PluginSSDHead."
         )
+
+
+def _check_unit(head, name, loss, where):
+    """Warn, once, of a loss whose value depends on the unit of the boxes in a head that does not hand over pixels."""
+    bases = (base.__name__ for base in type(head).__mro__)
+    nearest = next((base for base in bases if base in _IN_STRIDES | _IN_PIXELS), None)
+    if not name.startswith("loss_bbox") or nearest not in _IN_STRIDES or not getattr(head, "norm_on_bbox", True):
+        return
+    for part in loss.modules():
+        if isinstance(part, Loss) and type(part).facts.family == "box" and not type(part).facts.scale_invariant:
+            other = " or norm_on_bbox=False" if hasattr(head, "norm_on_bbox") else ""
+            sentence = (
+                f"{where} hands over boxes in units of each level's stride, and {type(part).__name__} is meant for "
+                f'pixels: take type="detloss_plugins.adapters.mmdetection.Pixel{nearest}"{other}.'
+            )
+            if sentence not in _told:
+                _told.add(sentence)
+                warnings.warn(sentence, MisfitWarning, stacklevel=2)
 
 
 def _check_class_weights(head, loss, where):
@@ -102,6 +136,7 @@ def _is_a(head, *names):
     return any(base.__name__ in names for base in type(head).__mro__)
 
 
+_told = set()  # sentences, once in a process
 _asked = set()  # types of losses, once in a process
 
 
@@ -146,4 +181,25 @@ def _goes_by_level(head):
     return False
 
 
+_watched: weakref.WeakSet = weakref.WeakSet()  # losses, each once: mmengine puts them into their heads again
+
+
+def announce(head: nn.Module, name: str, loss: nn.Module) -> None:
+    """Let the log of mmengine's Runner name a loss of ours in a head based on mmdet's at its first call in training."""
+    if isinstance(loss, Loss) and _of_mmdet(head) and loss not in _watched:
+        _watched.add(loss)
+        _Announcement(f"{name} of {type(head).__name__}", loss)
+
+
+class _Announcement:
+    def __init__(self, where, loss):
+        self.where, self.handle = where, loss.register_forward_pre_hook(self)
+
+    def __call__(self, loss, _):
+        if not is_compiling() and runner_progress("iter"):
+            self.handle.remove()
+            print_log(f"detloss_plugins: {self.where}: {loss}", "current")
+
+
 register_module_module_registration_hook(check_fit)
+register_module_module_registration_hook(announce)

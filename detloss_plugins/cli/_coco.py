@@ -59,6 +59,8 @@ def prefixes(folder, name):
 
 def point_at(cfg, folder):
     """Make a detection config train and validate on a folder in COCO layout, with its classes."""
+    if isinstance(folder, str):
+        raise UsageError(f"MMDetection takes a folder in COCO layout, not an address: {folder}")
     folder = folder.resolve()
     splits = {split: coco_split(folder, split) for split in ("train", "val")}
     # CocoDataset numbers classes in the order of each file.

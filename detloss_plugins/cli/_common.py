@@ -66,12 +66,17 @@ def check_folder(path: str | Path) -> None:
 
 
 class DataSet(click.ParamType):
-    """The path of a data set; "digits" and "digits:SCENARIO" mean the embedded one's folder, which is built."""
+    """The path of a data set, or its address, a text, which Ultralytics knows how to read.
+
+    "digits" and "digits:SCENARIO" mean the embedded one's folder, which is built.
+    """
 
     name = "path"
 
-    def convert(self, value: str | Path, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        """The path that was meant."""
+    def convert(self, value: str | Path, param: click.Parameter | None, ctx: click.Context | None) -> Path | str:
+        """The path that was meant, or the address."""
+        if "://" in str(value):  # of which a path would lose a slash
+            return str(value)
         path = Path(value)
         if str(value).partition(":")[0] != "digits" or path.exists():
             return path
@@ -87,8 +92,14 @@ data_option = click.option(
     "--data",
     type=DataSet(),
     metavar="PATH",
-    help="A data.yaml or its folder; for mmengine a folder in COCO layout; digits or digits:SCENARIO.",
+    help="A data.yaml, its folder or its address; for mmengine a folder in COCO layout; digits or digits:SCENARIO.",
 )
+
+
+def check_there(path: Path | str) -> None:
+    """Raise :class:`UsageError` if a file or folder is not there; of an address, Ultralytics will say so."""
+    if isinstance(path, Path) and not path.exists():
+        raise UsageError(f"there is no {path}")
 
 
 def check_file(path: Path | None) -> None:

@@ -27,8 +27,9 @@ def command(data, split, imgsz, scenario):
       detloss advise digits:long-tail          the embedded digits set, and its scenarios
       detloss advise data.yaml --scenario noisy    that labels are wrong cannot be seen in them: say so
 
-    The losses are those that were better than the stock ones in the study of this package, on the scenario that is
-    like your data. It is small data: take them as what to try first, not as what will help.
+    First come the losses that the study of this package found better than the stock ones on the scenario that is like
+    your data; if they are fewer than three, others follow whose mean difference there is above 0. Each has its verdict
+    beside it. The study has small data: take them as what to try first, not as what will help.
     """
     from detloss_plugins.advice import LabelsError, advise, describe, read_labels
 

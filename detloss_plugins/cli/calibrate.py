@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from detloss_plugins.cli._common import RunError, UsageError, check_file, data_option, first_line
+from detloss_plugins.configs import path_of
 
 MODEL = "yolov8n.yaml"
 EPOCHS, SEEDS = 6, 2  # of --verify
@@ -63,10 +64,8 @@ def command(words, slots, model, data, steps, verify, epochs, seeds, file):
 
 def mmdet_config(word):
     """The file of a config of MMDetection that a word means, or None."""
-    from detloss_plugins.cli.train import config_path
-
     try:
-        path = config_path(word)
+        path = path_of(word)
     except ValueError:
         return None
     if path.suffix == ".py" and not path.exists():
@@ -75,17 +74,30 @@ def mmdet_config(word):
 
 
 def without_overrides(words):
-    """Words without the overrides of a config, and these as text: a key with a dot, or a value that is no loss."""
-    from detloss_plugins.ablation.grid import parse_words
-
+    """Words without the overrides of a config, and these as text."""
     rest, overrides = [], {}
     for word in words:
         key, equals, value = word.partition("=")
-        if equals and ("." in key or parse_words([word])[2]):
+        if equals and is_override(key, word):
             overrides[key] = value
         else:
             rest.append(word)
     return rest, overrides
+
+
+def is_override(key, word):
+    """Whether ``KEY=VALUE`` is for a config: the value is no loss, or is what a key with a dot may have there."""
+    from detloss_plugins.ablation.grid import parse_words
+
+    try:
+        _, losses, args = parse_words([word])
+    except ValueError:
+        if "." in key:  # it need be no YAML
+            return True
+        raise
+    content = losses.get(key, {})
+    of_losses = "type" in content or all(isinstance(value, dict) for value in content.values())
+    return bool(args) or ("." in key and (key.endswith(".type") or not of_losses))
 
 
 def read_words(words):

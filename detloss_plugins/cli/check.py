@@ -5,6 +5,7 @@ import importlib.util
 import math
 import os
 import platform
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from detloss_plugins.cli import _coco, train
 from detloss_plugins.cli._common import (
     RunError,
     UsageError,
+    check_there,
     complete_config,
     data_option,
     first_line,
@@ -172,6 +174,8 @@ def check_mmdet(path, data=None):
         UsageError: if one of them cannot be read.
     """
     require("mmdet")
+    from detloss_plugins.adapters.heads import MisfitWarning
+
     try:
         from detloss_plugins.adapters.mmdetection.check import build_alone, check_config, our_losses
     except AssertionError as error:  # how mmdet refuses a version of mmcv or mmengine
@@ -181,7 +185,13 @@ def check_mmdet(path, data=None):
     found = Found([f"{path}:"])
     if data is not None:
         _coco.point_at(cfg, data)
-    found.problems = check_config(cfg)
+    with warnings.catch_warnings(record=True) as told:
+        found.problems = check_config(cfg)
+    for each in told:
+        if each.category is MisfitWarning:
+            found.problems.append(str(each.message))
+        else:
+            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
     for key, loss in our_losses(cfg.model):
         try:
             built = build_alone(loss)
@@ -269,8 +279,8 @@ def check(what, model=None, data=None):
         if model or data:
             raise UsageError("a loss class is checked by itself: leave --model and --data out")
         return check_class(what)
-    if data is not None and not data.exists():
-        raise UsageError(f"there is no {data}")
+    if data is not None:
+        check_there(data)
     if what.suffix == ".py":
         if model:
             raise UsageError("--model is for Ultralytics; a config of MMDetection has its own")

@@ -73,14 +73,12 @@ def use_lines(cls):
     lines = ["In a config", f"  MMDetection: {_facts.as_dict(cls, f'{SCOPE}.')}"]
     if importlib.util.find_spec("ultralytics") is None:
         return [*lines, "  Ultralytics: not installed here"]
-    from detloss_plugins.adapters.ultralytics import default_gain
+    from detloss_plugins.adapters.ultralytics.config import default_weight
 
     slots = _facts.yolo_slots(cls)
     for slot, tasks in slots.items():
-        weight = 1.0 if slot == "loss_class" else default_gain(cls)  # RT-DETR's stock has the weight 1
-        lines.append(
-            f"  Ultralytics: {slot}: {{type: {cls.__name__}}}, for {', '.join(tasks)}, with loss_weight {weight:g}"
-        )
+        how = f"for {', '.join(tasks)}, with loss_weight {default_weight(cls, slot):g}"
+        lines.append(f"  Ultralytics: {slot}: {{type: {cls.__name__}}}, {how}")
     return lines if slots else [*lines, "  Ultralytics: it fits no slot there"]
 
 

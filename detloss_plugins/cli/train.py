@@ -16,12 +16,13 @@ from detloss_plugins.cli._common import (
     RunError,
     UsageError,
     check_folder,
+    check_there,
     complete_config,
     data_option,
     first_line,
     require,
 )
-from detloss_plugins.configs import find
+from detloss_plugins.configs import path_of
 from detloss_plugins.facts import number_in
 
 DEFAULT_CONFIG = "atfl_mpdiou"
@@ -41,13 +42,6 @@ DIGITS_ARGS = {
 UNREADABLE = (EOFError, RuntimeError, pickle.UnpicklingError)  # what torch makes of a file that is no checkpoint
 SCHEDULE_KEYS = {"begin", "end", "milestones", "step_size", "T_max"}  # of mmengine's schedulers, in epochs
 LOAD_ALL = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"  # torch's own switch, from 2.6 on
-
-
-def config_path(word):
-    """The file that a CONFIG means: itself, or the package's config of this name; ``ValueError`` if there is none."""
-    if Path(word).suffix or len(Path(word).parts) > 1:
-        return Path(word)
-    return find(word)
 
 
 def values(overrides):
@@ -154,13 +148,13 @@ def check_yolo(settings):
 
 
 def given_data(data, args):
-    """The data set of ``--data``, or of ``data=``, which is taken out of the training arguments; an address is text."""
+    """The data set of ``--data``, or of ``data=``, which is taken out of the training arguments."""
     if "data" not in args:
         return data
     word = args.pop("data")
     if data is not None:
         raise UsageError(f"The data set is given twice: leave data={word} or --data {data} out.")
-    return word if "://" in str(word) else DataSet().convert(str(word), None, None)
+    return DataSet().convert(str(word), None, None)
 
 
 def yolo_data(data, task):
@@ -170,7 +164,7 @@ def yolo_data(data, task):
 
     if data is None or data == digits_dir():
         return build_digits("detect" if task == "rtdetr" else task) / "digits.yaml", DIGITS_ARGS
-    if "://" in str(data):
+    if isinstance(data, str):
         return data, {}
     if data.is_dir():
         try:
@@ -320,7 +314,7 @@ def train_mmdet(args):
     runner = Runner.from_cfg(cfg)
     runner.register_hook(StockConfigHook())
     runner.register_hook(ClassCountsHook())
-    for line in [*active, *notes]:
+    for line in notes:
         runner.logger.info(f"detloss_plugins: {line}")
     try:
         runner.train()
@@ -361,7 +355,7 @@ class Arguments:
     config: Path
     config_given: bool
     overrides: dict  # of strings
-    data: Path | None = None
+    data: Path | str | None = None
     work_dir: Path | None = None
     new_losses: bool = False
     lite: bool = False
@@ -373,7 +367,7 @@ def parsed_words(words):
     if len(configs) > 1:
         raise UsageError(f"give one CONFIG, not {' and '.join(configs)}")
     try:
-        config = config_path(configs[0] if configs else DEFAULT_CONFIG)
+        config = path_of(configs[0] if configs else DEFAULT_CONFIG)
     except ValueError as error:
         raise UsageError(error) from error
     if config.suffix not in {".yaml", ".yml", ".py"}:
@@ -388,8 +382,7 @@ def check(args):
     if args.new_losses and (args.config.suffix == ".py" or "resume" not in args.overrides):
         raise UsageError("--new-losses is for a run of Ultralytics that resumes: resume=runs/x/weights/last.pt")
     for path in filter(None, (args.config, args.data)):
-        if not path.exists():
-            raise UsageError(f"there is no {path}")
+        check_there(path)
 
 
 def train(args):

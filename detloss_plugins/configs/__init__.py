@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Iterable
 from pathlib import Path
 
-__all__ = ["FRAMEWORKS", "find", "names"]
+__all__ = ["FRAMEWORKS", "find", "names", "path_of"]
 
 FRAMEWORKS = ("mmdetection", "mmrotate", "ultralytics")
 _HERE = Path(__file__).parent
@@ -49,6 +49,19 @@ def find(name: str) -> Path:
         hint = f"did you mean {', '.join(nearest)}?" if nearest else "`detloss list --configs` lists them."
         raise ValueError(f"There is no config named {name!r}; {hint}")
     return paths[name]
+
+
+def path_of(word: str | Path) -> Path:
+    """The file that a word means: with a suffix or a folder itself, and else the package's config of this name.
+
+    Raises:
+        ValueError: for an unknown name, as :func:`find`.
+
+    >>> path_of("mine.yaml").name, path_of("qfl").name
+    ('mine.yaml', 'qfl.yaml')
+    """
+    path = Path(word)
+    return path if path.suffix or len(path.parts) > 1 else find(str(word))
 
 
 def _paths(frameworks: Iterable[str]) -> dict[str, Path]:

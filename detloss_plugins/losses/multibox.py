@@ -144,6 +144,7 @@ class MultiBoxLoss(
     Loss,
     fn=multibox_loss,
     family="multibox",
+    takes_pairs=True,
     paper="https://arxiv.org/abs/1512.02325",
     mean_of_rows=False,
     filled=("loss_cls", "loss_bbox", "neg_pos_ratio"),

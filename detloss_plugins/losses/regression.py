@@ -269,6 +269,7 @@ class UncertaintyKLLoss(
                 "UncertaintyBBoxHead or UncertaintyRetinaHead, which predict it."
             )
         reduction = self.reduction if reduction_override is None else reduction_override
+        self.look(pred, target)
         with without_autocast(pred.device):
             pred, target, _ = self.prepare(float32(pred), target)
             loss = self.elements(pred, target, {"log_variance": log_variance})

@@ -103,6 +103,8 @@ def test_words_of_the_command(tmp_path, monkeypatch):
     )
     assert words == ["FocalLoss", "x=box: {type: GIoULoss}"]
     assert overrides == {"load_from": "None", "model.bbox_head.loss_cls.type": "GHMC", "a.b": "{c: 1}"}
+    labels = ["gamma1.5=cls: {type: FocalLoss, gamma: 1.5}", "v1.0={type: GHMC}", "v1.1=GHMC:2"]
+    assert without_overrides([*labels, "a.b=[1, x: (2"]) == (labels, {"a.b": "[1, x: (2"})
 
 
 @pytest.mark.parametrize(

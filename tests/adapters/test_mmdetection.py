@@ -5,6 +5,7 @@ Every config of configs/mmdetection is found by globbing and made small, so that
 
 import copy
 import functools
+import re
 import time
 
 import pytest
@@ -329,7 +330,10 @@ print(*(type(MODELS.build(dict(type=t))).__module__ for t in ("CIoULoss", "detlo
 
 
 def test_mmdet_train_command_without_custom_imports(tmp_path):
-    """mmdet's own train.py on the digits config, the box loss swapped by --cfg-options: train, validate, save."""
+    """mmdet's own train.py on the digits config, the box loss swapped by --cfg-options: train, validate, save.
+
+    Its log names the losses of ours that run, once each.
+    """
     build_digits()
     swap = "model.bbox_head.loss_bbox.type=detloss_plugins.DIoULoss"
     # The threshold keeps the detections of a model that has learnt nothing, so that there is something to evaluate.
@@ -341,6 +345,13 @@ def test_mmdet_train_command_without_custom_imports(tmp_path):
     assert used.model.bbox_head.loss_bbox.type == "detloss_plugins.DIoULoss"
     assert (tmp_path / "epoch_1.pth").exists()
     assert "coco/bbox_mAP_50" in scalars(tmp_path)[-1]
+    (log,) = tmp_path.glob("*/*.log")
+    said = re.findall(r"detloss_plugins: (\w+) of GFLHead: (\w+)", log.read_text(encoding="utf-8"))
+    assert sorted(said) == [
+        ("loss_bbox", "DIoULoss"),
+        ("loss_cls", "QualityFocalLoss"),
+        ("loss_dfl", "DistributionFocalLoss"),
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Class weights and label smoothing in the heads of mmdet."""
 
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from mmengine.runner import Runner
 from support.mmdetection import DIGITS, backward, build, config, run, small
 
 from detloss_plugins.adapters.mmdetection import ClassCountsHook
+from detloss_plugins.adapters.mmdetection.counts import class_counts
 from detloss_plugins.families import effective_weights
 from detloss_plugins.losses import FocalLoss
 
@@ -82,6 +84,16 @@ def test_the_hook_counts_the_training_set(tmp_path, mmdet_scope):
     expected = effective_weights([labels.count(index) for index in range(10)])
     assert len(set(expected)) > 1
     assert look.weights == pytest.approx(expected)
+
+
+def test_objects_to_be_ignored_are_not_counted():
+    class Annotated(list):
+        metainfo: ClassVar = {"classes": ("a", "b", "c")}
+
+        def get_data_info(self, index):
+            return {"instances": [dict(zip(("bbox_label", "ignore_flag"), one, strict=False)) for one in self[index]]}
+
+    assert class_counts(Annotated([[(0, 0), (1, 1), (1, 0)], [(0,), (2, 1)], []])) == [2, 1, 0]
 
 
 def test_nothing_is_counted_before_a_test(mmdet_scope):

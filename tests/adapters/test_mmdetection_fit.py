@@ -11,8 +11,11 @@ from mmengine.config import Config
 from mmengine.hub import get_config
 from support.mmdetection import CONFIG_DIR, config, shrink
 
+from detloss_plugins.ablation.mmdetection import check_model
+from detloss_plugins.adapters import heads
 from detloss_plugins.adapters.mmdetection.calibrate import candidate
 from detloss_plugins.adapters.mmdetection.check import build_alone, check_config, our_losses, unknown_keys
+from detloss_plugins.cli.check import check_mmdet
 from detloss_plugins.losses import CIoULoss, FocalLoss
 from detloss_plugins.registry import build_loss, registered_losses
 
@@ -159,6 +162,27 @@ def test_a_config_is_checked_by_what_its_detector_says():
     state = torch.get_rng_state()
     assert problems({}) == []
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_boxes_in_another_unit_are_no_error_and_are_said(tmp_path, monkeypatch):
+    """By ``detloss check``, which lists them, and by ``detloss ablate`` before it trains."""
+    monkeypatch.setattr(heads, "_told", set())
+    path = tmp_path / "head.py"
+
+    def write(loss):  # a config whose detector is a head alone
+        box = {"type": f"detloss_plugins.{loss}"}
+        model = dict(type="FCOSHead", num_classes=10, in_channels=8, norm_on_bbox=True, loss_bbox=box)
+        rest = "train_dataloader = train_cfg = optim_wrapper = dict(batch_size=1)"
+        path.write_text(f"default_scope = 'mmdet'\n{rest}\nmodel = {model!r}\n", encoding="utf-8")
+
+    write("GIoULoss")
+    assert check_mmdet(path).problems == []
+    with pytest.warns(heads.MisfitWarning, match="NWDLoss is meant for pixels"):
+        check_model(str(path), {"nwd": {"type": "NWDLoss"}})
+    heads._told.clear()
+    write("NWDLoss")
+    (found,) = check_mmdet(path).problems
+    assert "loss_bbox of FCOSHead hands over boxes in units" in found
 
 
 @pytest.mark.parametrize(

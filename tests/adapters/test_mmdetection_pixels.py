@@ -4,6 +4,7 @@ Heads only, on random features: what a head hands to a box loss does not depend 
 """
 
 import inspect
+import warnings
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from mmengine.registry import DefaultScope
 from mmengine.runner import set_random_seed
 from mmengine.structures import InstanceData
 
-from detloss_plugins.adapters import mmdetection
+from detloss_plugins.adapters import heads, mmdetection
 from detloss_plugins.losses import NWDLoss
 from detloss_plugins.registry import registered_losses
 
@@ -280,11 +281,12 @@ def test_nothing_is_left_behind_by_an_error(samples):
     def fail(loss, args):
         raise RuntimeError
 
+    before = dict(model.loss_bbox._forward_pre_hooks)
     hook = model.loss_dfl.register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError):
         backward(model, samples)
     hook.remove()
-    assert not model.loss_bbox._forward_pre_hooks
+    assert dict(model.loss_bbox._forward_pre_hooks) == before
 
 
 @every_head
@@ -293,6 +295,43 @@ def test_prediction_is_the_stock_heads(name):
     features = [torch.randn(1, 32, 128 // stride, 128 // stride) for stride in STRIDES]
     with torch.no_grad():
         torch.testing.assert_close(pixel(features), stock(features))
+
+
+@every_head
+def test_the_stock_head_warns_once_of_a_constant_in_pixels(name, monkeypatch, recwarn):
+    nwd, plain = dict(type="detloss_plugins.NWDLoss"), dict(type="detloss_plugins.CIoULoss")
+    wise = dict(type="detloss_plugins.WIoULoss", base=nwd)
+
+    def told(prefix, box):
+        monkeypatch.setattr(heads, "_told", set())
+        recwarn.clear()
+        warnings.simplefilter("always")
+        for _ in range(2):
+            head(name, prefix, box)
+        return [str(found.message) for found in recwarn if found.category is heads.MisfitWarning]
+
+    joint = dict(type="detloss_plugins.JointLoss", losses=[plain, wise])
+    slots = 2 if name == "RepPointsHead" else 1
+    for box in (joint, dict(type="detloss_plugins.ScheduledLoss", losses=[plain, nwd], at=[1])):
+        found = told("", box)
+        assert len(found) == slots
+        for sentence in found:
+            assert f" of {name} hands over boxes in units of each level's stride, and NWDLoss is meant" in sentence
+            assert f".Pixel{name}" in sentence
+            assert ("norm_on_bbox=False" in sentence) == ("norm_on_bbox" in HEADS[name])
+    assert told("", plain) == told("Pixel", nwd) == []
+    if "norm_on_bbox" in HEADS[name]:
+        monkeypatch.setitem(HEADS, name, {**HEADS[name], "norm_on_bbox": False})
+        assert told("", nwd) == []
+
+
+def test_heads_in_pixels_do_not_warn(monkeypatch):
+    """Also those that are based on one in stride units."""
+    monkeypatch.setattr(heads, "_told", set())
+    box = dict(type="detloss_plugins.NWDLoss")
+    for name, settings in (("VFNetHead", {}), ("AutoAssignHead", {}), ("ATSSHead", dict(reg_decoded_bbox=True))):
+        MMDET_MODELS.build(ConfigDict(type=name, num_classes=4, in_channels=8, loss_bbox=box, **settings))
+    assert not heads._told
 
 
 def test_losses_with_a_constant_in_pixels_say_so():

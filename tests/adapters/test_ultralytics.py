@@ -23,6 +23,7 @@ from support.ultralytics import (
     head,
     in_slot,
     interrupt,
+    known,
     losses_for,
     model_file,
     ours,
@@ -32,6 +33,7 @@ from support.ultralytics import (
     stock_criterion,
     task_of,
     third,
+    wide,
     without_objects,
 )
 from ultralytics import YOLO
@@ -45,6 +47,7 @@ from detloss_plugins.adapters.ultralytics import (
     SLOTS,
     PluginDetectionLoss,
     PluginRTDETRLoss,
+    criterion_class,
     criterion_state,
     default_gain,
     default_prior,
@@ -88,6 +91,15 @@ def test_stock_equivalent_losses_reproduce_stock(name, batches):
     largest = max(g.abs().max().item() for g in stock[2])
     for a, b in zip(mine[2], stock[2], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6 * largest)
+
+
+@pytest.mark.parametrize("name", known("yolo26n", "yolo26n-obb"))
+def test_a_head_without_bins_regresses_shares_of_the_images_sides(name, batches):
+    model, batch = detector(name), wide(batches[task_of(name)])
+    mine, stock = (
+        called(criterion, model, batch) for criterion in (ours(model, {"dfl": third(model)}), stock_criterion(model))
+    )
+    torch.testing.assert_close(mine[0], stock[0], rtol=2e-6, atol=0)
 
 
 @pytest.mark.parametrize("name", TASK_MODELS)
@@ -225,6 +237,20 @@ def test_a_rebuilt_criterion_compiles_nothing_again(batch, monkeypatch):
     install(model, {slot: {**cfg, "compile": True, "loss_weight": 0.5} for slot, cfg in losses.items()})
     model.loss(batch)[0].sum().backward()
     assert len(made) == 2 * len(losses), "a weight is no part of a kernel"
+
+
+@pytest.mark.parametrize("name", ["yolov8n", "yolov8n-obb", "yolov8n-rtdetr"])
+def test_compile_is_of_every_loss(name):
+    model, losses = detector(name), losses_for(name)
+    kind = type(stock_criterion(model))
+    kind = PluginRTDETRLoss if task_of(name) == "rtdetr" else criterion_class(kind)
+    for compile in (False, True):
+        installed = copy.deepcopy(model)
+        install(installed, losses, compile=compile)
+        criteria = kind(model, losses=losses, compile=compile), installed.init_criterion()
+        trainer = make_trainer(losses, task_of(name), compile=compile)
+        for found in (*(criterion.losses for criterion in criteria), trainer.plugin_losses):
+            assert {cfg.get("compile", False) for cfg in found.values()} == {compile}
 
 
 @pytest.mark.parametrize("name", ["yolo26n", "yolo26n-obb"])
@@ -396,7 +422,33 @@ SHIPPED = sorted((Path(__file__).parents[2] / "configs" / "ultralytics").glob("*
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_files_of_losses_suit_their_task(path):
     task = next((task for task in ("rtdetr", "obb") if path.stem.startswith(task)), "detect")
-    assert bool(load_losses(path, task)) == (path.stem != "stock")
+    losses = load_losses(path, task)
+    assert bool(losses) == (path.stem != "stock")
+    assert load_losses(path.stem, task) == losses, "by its name, as for the command"
+
+
+def test_a_name_that_no_shipped_file_has():
+    with pytest.raises(ValueError, match="no config named 'qfk'; did you mean qfl"):
+        make_trainer("qfk")
+    with pytest.raises(ValueError, match=r"^retinanet_r18_fpn_digits is a config of MMDetection"):
+        make_trainer("retinanet_r18_fpn_digits")
+
+
+def test_a_file_without_a_suffix(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine", "stock"):
+        Path(name).write_text(yaml.safe_dump(LOSSES), encoding="utf-8")
+    assert load_losses("mine") == load_losses(Path("stock")) == load_losses(LOSSES)
+    assert load_losses("stock") == {}, "a word is the name of a shipped file where it can be"
+
+
+def test_compiled_is_said_of_what_is(monkeypatch):
+    """Of a loss that does not state that its rows are apart, and of one that ranks them, it would not be true."""
+    monkeypatch.setitem(MODELS.module_dict, "Own", type("Own", (FocalLoss,), {"fn": FocalLoss.fn}))
+    joint = {"type": "JointLoss", "losses": [{"type": "FocalLoss"}]}
+    for cfg in ({"type": "AdaptiveThresholdFocalLoss"}, joint, {"type": "Own"}, {"type": "APLoss"}):
+        line = describe(load_losses({"cls": cfg}, compile=True), get_cfg())[0]
+        assert (", compiled" in line) == (cfg["type"] not in ("Own", "APLoss")), line
 
 
 def test_a_yaml_file_and_a_dict_are_the_same(tmp_path):
@@ -421,6 +473,33 @@ def test_default_gain_and_override():
         "SlideLoss(authors_code=False, decay=None, tau=2000.0, FocalLoss(gamma=2.0, alpha=None"
         in describe(slide, get_cfg())[0]
     )
+
+
+@pytest.mark.parametrize(
+    ("slot", "loss", "said"),
+    [
+        ("cls", {"type": "FocalLoss", "loss_weight": 1}, "weight 1 (default 16) x gain"),
+        ("cls", {"type": "FocalLoss", "loss_weight": 65}, "weight 65 (default 16) x gain"),
+        ("cls", {"type": "FocalLoss", "loss_weight": 4}, "weight 4 x gain"),
+        ("cls", {"type": "FocalLoss", "loss_weight": 64}, "weight 64 x gain"),
+        ("cls", {"type": "BinaryCrossEntropyLoss", "loss_weight": 1}, "weight 1 x gain"),
+        ("box", {"type": "GCDLoss", "loss_weight": 0.4}, "weight 0.4 (default 2) x gain"),
+        ("loss_class", {"type": "FocalLoss", "loss_weight": 1}, "weight 1 x gain"),
+        ("loss_class", {"type": "FocalLoss", "loss_weight": 16}, "weight 16 (default 1) x gain"),
+    ],
+)
+def test_a_weight_far_from_the_default_is_said(slot, loss, said):
+    """One that was right for another program may hardly train here."""
+    task = "rtdetr" if slot == "loss_class" else "detect"
+    lines = describe(load_losses({slot: loss}, task), get_cfg(), task)
+    assert any(line.startswith(f"{slot}: {loss['type']}") and said in line for line in lines)
+
+
+def test_a_weight_far_from_the_default_is_said_of_each_loss_in_turn():
+    parts = [{"type": "FocalLoss", "loss_weight": weight} for weight in (1, 8)]
+    line = describe(load_losses({"cls": {"type": "ScheduledLoss", "losses": parts, "at": [1]}}), get_cfg())[0]
+    assert ") x 1 (default 16), FocalLoss(" in line
+    assert line.endswith(") x 8), weight 1 x gain 0.5")
 
 
 def test_a_loss_without_a_sigmoid_form_is_not_told_to_write_one():

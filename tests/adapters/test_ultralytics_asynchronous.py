@@ -13,6 +13,7 @@ from support.ultralytics import (
     stock_criterion,
     task_of,
     third,
+    wide,
 )
 from timing import kernels_and_waits, named_loops
 from ultralytics.utils.tal import RotatedTaskAlignedAssigner, TaskAlignedAssigner
@@ -165,7 +166,7 @@ def test_stock_equivalent_losses_give_stock_values_and_gradients(
     name, how, batches, asynchronous, monkeypatch, recwarn
 ):
     """Of oriented boxes, whose stock loss is in stride units, it is our own criterion on a CPU that is stock."""
-    model, batch = detector(name), batches[task_of(name)]
+    model, batch = detector(name), wide(batches[task_of(name)])
     losses = stock_equivalents(name)
     criterion = ours(model, losses if how == "eager" else compiled(losses))
     preds = model(batch["img"])

@@ -1,6 +1,7 @@
 """Weights by gradients beside the stock losses of Ultralytics, and ``loss_weight: auto``."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from support.ultralytics import (
 from ultralytics import RTDETR, YOLO
 from ultralytics.cfg import get_cfg
 
-from detloss_plugins.adapters.calibrate import STOCK, Gradients
+from detloss_plugins.adapters.calibrate import STOCK, Gradients, Suggestion
 from detloss_plugins.adapters.ultralytics import calibrate as module
 from detloss_plugins.adapters.ultralytics import (
     criterion_state,
@@ -381,6 +382,23 @@ def test_the_command(datasets, tmp_path):
     assert found["VarifocalLoss"]["range"][0] <= weight * 1.01
     assert f"cls: {{type: VarifocalLoss, loss_weight: {weight}}}" in output
     assert "stock loss of box" in output
+
+
+def test_the_seeds_of_a_check_are_trainings_of_their_own(monkeypatch):
+    """Each weight has the same seeds; the fake mAP50 of a training tells which it was."""
+    trained = SimpleNamespace(epochs=3)
+
+    def train(trainer, seed, epochs, **_):
+        return {"metrics/mAP50(B)": 100 * seed + trainer["cls"]["loss_weight"], "metrics/mAP50-95(B)": epochs}
+
+    monkeypatch.setattr(module, "open_model", lambda model: SimpleNamespace(model=None, train=train, trainer=trained))
+    monkeypatch.setattr(module, "model_task", lambda model: "detect")
+    monkeypatch.setattr(module, "make_trainer", lambda losses, task: losses)
+    losses = {"cls": {"type": "VarifocalLoss", "loss_weight": 8.0}}
+    suggestion = Suggestion("vfl", "cls", 16.0, losses, 8.0, {}, None, None)
+    found = module.verify(suggestion, seeds=3, factors=(0.5, 1, 2), epochs=3)
+    assert found.map50 == {0.5: [4, 104, 204], 1: [8, 108, 208], 2: [16, 116, 216]}
+    assert (found.epochs, found.suggestion) == (3, suggestion)
 
 
 @pytest.mark.slow

@@ -46,7 +46,8 @@ def build_alone(loss: Mapping) -> Loss:
 def check_config(cfg: Config, stock: Config | None = None, overrides: Mapping[str, Any] = {}) -> list[str]:
     """What does not fit in a config, one sentence each; an empty list if all is well.
 
-    Builds the detector once, without weights, to hear what heads and losses say of each other.
+    Builds the detector once, without weights, to hear what heads and losses say of each other. What trains, and not as
+    meant, is a :class:`~detloss_plugins.adapters.heads.MisfitWarning`.
 
     Args:
         cfg: the config of a training, overrides merged.

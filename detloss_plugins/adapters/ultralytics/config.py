@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from detloss_plugins.configs import path_of
 from detloss_plugins.families import has_bins
 from detloss_plugins.loss import AUTO, Loss
 from detloss_plugins.losses import JointLoss, ScheduledLoss
@@ -71,6 +72,11 @@ def default_gain(loss: Loss | type[Loss]) -> float:
     return _stated(loss, "yolo_gain", GAINS, 1.0)
 
 
+def default_weight(loss: Loss | type[Loss], slot: str) -> float:
+    """The ``loss_weight`` by default in a slot: :func:`default_gain`, but 1 where RT-DETR's stock loss has that."""
+    return 1.0 if slot == "loss_class" else default_gain(loss)
+
+
 def default_prior(loss: Loss | type[Loss]) -> float | None:
     """The class score that a new head should start with; None for the stock one.
 
@@ -94,17 +100,21 @@ def check_task(task):
         raise ValueError(f"Losses can be swapped for the tasks {', '.join(SLOTS)}, not for {task!r}.")
 
 
-def load_losses(losses: Mapping[str, Any] | str | Path, task: str = "detect", auto: bool = False) -> dict[str, Any]:
-    """A losses dict from a dict or the path of a YAML file, checked and with every default gain written out.
+def load_losses(
+    losses: Mapping[str, Any] | str | Path, task: str = "detect", auto: bool = False, compile: bool = False
+) -> dict[str, Any]:
+    """A losses dict from a dict or a YAML file, checked and with every default gain written out.
 
     Args:
-        losses: ``{"cls": {"type": ...}, "box": {...}, "dfl": {...}}``, every slot optional, or a path to such a YAML.
-            Beside the slots, ``"ignore": {"classes": [...]}`` names classes, or has their indices, whose boxes are
-            neither objects nor background.
+        losses: ``{"cls": {"type": ...}, "box": {...}, "dfl": {...}}``, every slot optional, the path of such a YAML,
+            or the name of one that comes with this package, such as "qfl". Beside the slots,
+            ``"ignore": {"classes": [...]}`` names classes, or has their indices, whose boxes are neither objects nor
+            background.
         task: "detect", "segment", "pose", "obb" or "rtdetr", whose slots are ``loss_class``, ``loss_bbox`` and
             ``loss_giou``.
         auto: whether a ``loss_weight`` may be "auto", of the loss of a slot or one that a ScheduledLoss there has; it
             stays, for :func:`with_weights` to replace.
+        compile: compile all of the losses, as ``compile=True`` in the dict of each does.
 
     Returns:
         A new dict of plain Python values. ``loss_weight``, where absent, is that of :func:`default_gain`, also of each
@@ -113,11 +123,11 @@ def load_losses(losses: Mapping[str, Any] | str | Path, task: str = "detect", au
 
     Raises:
         TypeError: if it is not a dict of dicts, or a hyper-parameter is unknown.
-        ValueError: for an unknown task, slot or loss, or a loss of a family that the slot does not take.
+        ValueError: for an unknown task, slot, loss or name, or a loss of a family that the slot does not take.
     """
     check_task(task)
     if isinstance(losses, str | Path):
-        losses = yaml.safe_load(Path(losses).read_text(encoding="utf-8"))
+        losses = yaml.safe_load(path_of(losses).read_text(encoding="utf-8"))
     if not isinstance(losses, Mapping):
         raise TypeError(f"losses must be a dict such as {{'cls': {{'type': 'VarifocalLoss'}}}}, not {losses!r}.")
     if unknown := [slot for slot in losses if slot not in (*SLOTS[task], "ignore")]:
@@ -125,7 +135,8 @@ def load_losses(losses: Mapping[str, Any] | str | Path, task: str = "detect", au
         hint = f" of task={task!r}; it is one of task={elsewhere}" if elsewhere else ""
         raise ValueError(f"There is no slot {unknown[0]!r}{hint}; the slots are {', '.join(SLOTS[task])}.")
     check = functools.partial(_checked, auto=auto)
-    return {slot: (_checked_ignore if slot == "ignore" else check)(task, slot, cfg) for slot, cfg in losses.items()}
+    losses = {slot: (_checked_ignore if slot == "ignore" else check)(task, slot, cfg) for slot, cfg in losses.items()}
+    return {slot: {**cfg, "compile": True} if compile and slot != "ignore" else cfg for slot, cfg in losses.items()}
 
 
 def filled(cfg, **values):
@@ -260,7 +271,7 @@ def _checked(task, slot, cfg, auto):
         raise ValueError("The heads of YOLO decode by bins 0, 1, 2 and so on; leave bins out of DistributionFocalLoss.")
     if activated := [type(part).__name__ for part in loss.modules() if getattr(part, "activated", False)]:
         raise ValueError(f"YOLO hands logits to its loss; leave activated=True out of {activated[0]}.")
-    return {"loss_weight": 1.0 if task == "rtdetr" and of_classes else default_gain(loss), **cfg}
+    return {"loss_weight": default_weight(loss, slot), **cfg}
 
 
 def _weighed(cfg):

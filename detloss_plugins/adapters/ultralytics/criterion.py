@@ -38,6 +38,7 @@ class PluginDetectionLoss(compat.DetectionCriterion):
             gains, which are logged.
         tal_topk, tal_topk2: as in the stock class.
         losses: see :func:`load_losses`; a slot that is absent keeps the stock loss.
+        compile: compile all of the losses, as ``compile=True`` in the dict of each does.
 
     Raises:
         ValueError: also if a loss does not suit the model; see :func:`check_head` and :func:`check_ignored`.
@@ -52,8 +53,9 @@ class PluginDetectionLoss(compat.DetectionCriterion):
         tal_topk: int = 10,
         tal_topk2: int | None = None,
         losses: Mapping[str, Any] | None = None,
+        compile: bool = False,
     ) -> None:
-        self.losses = load_losses(losses or {}, model_task(model))
+        self.losses = load_losses(losses or {}, model_task(model), compile=compile)
         check_head(model, self.losses)
         with training_args(model):
             super().__init__(model, tal_topk, tal_topk2)

@@ -107,7 +107,12 @@ def _give_losses(model):
         model.__class__ = _with_losses(type(model))
 
 
-def install(model: torch.nn.Module, losses: Mapping[str, Any], state: Mapping[str, Any] | None = None) -> None:
+def install(
+    model: torch.nn.Module,
+    losses: Mapping[str, Any],
+    state: Mapping[str, Any] | None = None,
+    compile: bool = False,
+) -> None:
     """Make ``model.loss`` use ``losses``, also on copies of the model such as the EMA and in what is saved of it.
 
     Args:
@@ -115,13 +120,14 @@ def install(model: torch.nn.Module, losses: Mapping[str, Any], state: Mapping[st
             dropped.
         losses: see :func:`load_losses`.
         state: what :func:`criterion_state` took of an earlier training, to go on with.
+        compile: compile all of the losses, as ``compile=True`` in the dict of each does.
 
     Raises:
         ValueError, TypeError: as :class:`PluginDetectionLoss`.
     """
     from detloss_plugins import __version__
 
-    losses = load_losses(losses, model_task(model))
+    losses = load_losses(losses, model_task(model), compile=compile)
     check_head(model, losses)
     check_ignored(model, losses)
     check_class_weights(model, losses)

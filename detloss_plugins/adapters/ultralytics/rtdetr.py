@@ -28,14 +28,15 @@ class PluginRTDETRLoss(RTDETRDetectionLoss):
     Args:
         model: an RT-DETR model.
         losses: see :func:`load_losses`; a slot that is absent keeps the stock loss.
+        compile: compile all of the losses, as ``compile=True`` in the dict of each does.
     """
 
     curves = None  # which look at nothing here but the state
     image_size = None  # (height, width) of the batch, which the criterion is not given: set it before a call
 
-    def __init__(self, model: torch.nn.Module, losses: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, model: torch.nn.Module, losses: Mapping[str, Any] | None = None, compile: bool = False) -> None:
         super().__init__(nc=model.model[-1].nc, use_vfl=True)
-        self.losses = load_losses(losses or {}, "rtdetr")
+        self.losses = load_losses(losses or {}, "rtdetr", compile=compile)
         # In a dict, so that no state of a loss becomes a part of the model's own.
         self.built = build_losses(self.losses, self.nc, next(model.parameters()).device)
         # A batch without objects has no denoising queries, and their calls of the class loss: no call may wait.

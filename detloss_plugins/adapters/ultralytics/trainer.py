@@ -22,8 +22,8 @@ from detloss_plugins.adapters.ultralytics.building import check_head, model_task
 from detloss_plugins.adapters.ultralytics.config import (
     at,
     counted,
-    default_gain,
     default_prior,
+    default_weight,
     filled,
     load_losses,
     unlike,
@@ -106,11 +106,16 @@ def class_counts(dataset, classes, ignored=()):
 
 def default_weights(losses):
     """The weights by default in the places that wait for one: place -> number."""
-    return {place: default_gain(build_loss(without_weight(at(losses, place)))) for place in waiting(losses)}
+    found = {place: build_loss(without_weight(at(losses, place))) for place in waiting(losses)}
+    return {place: default_weight(loss, place[0]) for place, loss in found.items()}
 
 
 def describe(losses: Mapping[str, Any], args: Any, task: str = "detect") -> list[str]:
-    """One line per slot: the active loss, its settings, its weight and the training's gain for the slot."""
+    """One line per slot: the active loss, its settings, its weight and the training's gain for the slot.
+
+    A weight below a quarter of the slot's default for the loss, or above four times, has the default beside it: with
+    such a one of the user's own it may hardly learn, or drown the others, and nothing else would say so.
+    """
     lines, asked = [], waiting(losses)
     losses = with_weights(losses, default_weights(losses))
     for slot, gain in slot_gains(args, task).items():
@@ -118,8 +123,8 @@ def describe(losses: Mapping[str, Any], args: Any, task: str = "detect") -> list
         if slot in losses:
             loss = build_loss(losses[slot])
             compiled = ", compiled" if loss.compiled and not loss.facts.counts_positives else ""
-            weight = AUTO if (slot,) in asked else f"{loss.loss_weight:g}"
-            line = f"{_in_words(loss)}{compiled}, weight {weight}"
+            weight = AUTO if (slot,) in asked else _weight(loss, slot)
+            line = f"{_in_words(loss, slot)}{compiled}, weight {weight}"
         lines.append(f"{slot}: {line} x gain {gain:g}")
     if "ignore" in losses:
         classes = ", ".join(map(repr, losses["ignore"]["classes"]))
@@ -127,13 +132,21 @@ def describe(losses: Mapping[str, Any], args: Any, task: str = "detect") -> list
     return lines
 
 
-def _in_words(loss):
+def _weight(loss, slot):
+    """The weight of a loss in words; one that is far from the slot's default with that."""
+    default = default_weight(loss, slot)
+    far = not default / 4 <= loss.loss_weight <= 4 * default
+    return f"{loss.loss_weight:g}{f' (default {default:g})' * far}"
+
+
+def _in_words(loss, slot):
     """A loss with all its settings, and with those and the weights of the losses it is made of."""
     own = [name for name in loss.rules if name not in SAID_OTHERWISE and hasattr(loss, name)]
     values = {name: getattr(loss, name) for name in own if UNSAID.get(name, own) != getattr(loss, name)}
     words = [f"{name}={value!r}" for name, value in values.items() if not isinstance(value, torch.nn.Module)]
-    for part in _parts(loss):
-        words.append(f"{_in_words(part)}{'' if part.loss_weight == 1 else f' x {part.loss_weight:g}'}")
+    for part in _parts(loss):  # those of a ScheduledLoss have the default of the slot, any other 1
+        weight = _weight(part, slot) if isinstance(loss, ScheduledLoss) else f"{part.loss_weight:g}"
+        words.append(_in_words(part, slot) + (f" x {weight}" if weight != "1" else ""))
     return f"{type(loss).__name__}({', '.join(words)})"
 
 
@@ -209,11 +222,12 @@ def make_trainer(
     """A trainer class for ``YOLO(...).train(trainer=make_trainer(losses))``.
 
     Args:
-        losses: a dict ``{"cls": {"type": "VarifocalLoss"}, "box": {...}, "dfl": {...}}`` or the path of a YAML file
-            with one; absent slots keep the stock loss bit for bit. ``"ignore": {"classes": ["crowd"]}`` beside them
-            leaves boxes of these classes, and what lies in them, out of training and validation. A ``loss_weight``
-            may be "auto", of the loss of a slot or of one in a ScheduledLoss: the weight is then found when training
-            starts, by ``calibrate`` with a copy of the model, which a run that resumes does not repeat.
+        losses: a dict ``{"cls": {"type": "VarifocalLoss"}, "box": {...}, "dfl": {...}}``, the path of a YAML file with
+            one, or the name of one that comes with this package, such as "qfl"; absent slots keep the stock loss bit
+            for bit. ``"ignore": {"classes": ["crowd"]}`` beside them leaves boxes of these classes, and what lies in
+            them, out of training and validation. A ``loss_weight`` may be "auto", of the loss of a slot or of one in a
+            ScheduledLoss: the weight is then found when training starts, by ``calibrate`` with a copy of the model,
+            which a run that resumes does not repeat.
         task: "detect", "segment", "pose", "obb" for oriented boxes, whose ``box`` slot takes losses of the rotated
             family, or "rtdetr", whose slots are ``loss_class``, ``loss_bbox`` and ``loss_giou``. The losses that a task
             has besides (masks, keypoints, angle) stay stock.
@@ -236,10 +250,11 @@ def make_trainer(
             suit it, before any data is read. The trainer raises ``ValueError`` for a model of another task, and
             ``RuntimeError`` for training arguments that need a newer Ultralytics.
     """
-    losses, curves = load_losses(losses, task, auto=True), checked("make_trainer", "curves", curves, HOW_OFTEN)
+    losses, curves = (
+        load_losses(losses, task, auto=True, compile=compile),
+        checked("make_trainer", "curves", curves, HOW_OFTEN),
+    )
     every = EVERY if curves is True else int(curves)
-    if compile:
-        losses = {slot: cfg if slot == "ignore" else {**cfg, "compile": True} for slot, cfg in losses.items()}
     base = trainer or TRAINERS[task]
     asked, places = losses, waiting(losses)  # for what, and where, weights are to be found
     losses = with_weights(losses, default_weights(losses))  # until they are

@@ -64,6 +64,7 @@ class SeesawLoss(
     true_gradient=False,
     mean_of_rows=False,
     one_per_row=True,
+    takes_pairs=False,
     filled=("counts",),
     example=_EXAMPLE,
     upstream=alike(MMDET + "SeesawLoss", _EXAMPLE, {**_EXAMPLE, "q": 1.0}),

@@ -1,10 +1,12 @@
 """A focal loss whose focusing power follows the batch."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from detloss_plugins import engine
 from detloss_plugins.families import ClassificationLoss, of_one_type
 from detloss_plugins.losses.classification.common import bce, power
 from detloss_plugins.precision import float32
@@ -53,7 +55,7 @@ class AdaptiveThresholdFocalLoss(
 
     Args:
         detach_gamma: treat the focusing power as a constant. In the authors' code it carries gradient, which couples
-            all elements, so that the loss is worked out on the whole batch and ``compile=True`` has no effect.
+            all elements.
     """
 
     observes = True
@@ -63,18 +65,20 @@ class AdaptiveThresholdFocalLoss(
         self.detach_gamma = detach_gamma
         self.facts = self.facts.but(true_gradient=not detach_gamma)
 
-    def compiles(self, device):
-        return self.detach_gamma
-
     def reduced(self, pred, *args):
         # Once, so that the gradients through loss and mean are not added up in half precision.
         return super().reduced(pred if self.detach_gamma else float32(pred), *args)
 
-    def observe(self, pred, target, weight):
-        seen = super().observe(pred, target, weight)
-        if self.detach_gamma or not torch.is_grad_enabled():
-            return seen
-        return {**seen, **self.summarise(self.statistics(*self.prepare(float32(pred), target), weight))}
+    def sums(self, pred, target, weight):
+        found = super().sums(pred, target, weight)
+        if not self.detach_gamma and (torch.is_grad_enabled() or engine.is_dual(pred)):
+            found["total"] = engine.weighted_sum(self._call(self.counted, pred, target, weight, {}))
+        return found
+
+    def counted(self, pred: Tensor, target: Any, weight: Tensor | None, _: Any) -> Tensor:
+        """The ``p_t`` of what counts in the mean."""
+        pred, target, valid = self.prepare(float32(pred), target)
+        return torch.where(counts(pred, valid, weight) > 0, _p_t(pred, target), 0.0)
 
     def statistics(self, pred, target, valid, weight):
         counted = counts(pred, valid, weight)

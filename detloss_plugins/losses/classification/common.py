@@ -56,13 +56,9 @@ class SoftmaxOrSigmoid(ClassificationLoss):
     def last_label(self, pred):
         return pred.shape[-1] - (not self.use_sigmoid)
 
-    def look(self, pred, target):
-        if self.use_sigmoid or not isinstance(target, (tuple, list)):  # the softmax form refuses a tuple anyway
-            super().look(pred, target)
-
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
-        self.facts = self.facts.but(one_per_row=not self.use_sigmoid)
+        self.facts = self.facts.but(one_per_row=not self.use_sigmoid, takes_pairs=self.use_sigmoid)
         alpha = getattr(self, "alpha", None)
         if self.use_sigmoid and isinstance(alpha, list | tuple) and max(alpha) > 1:
             raise ValueError(f"alpha of {type(self).__name__} must be in [0, 1], as 1 - alpha weighs the negatives.")
@@ -70,16 +66,15 @@ class SoftmaxOrSigmoid(ClassificationLoss):
     def prepare(self, pred, target):
         if self.use_sigmoid:
             return super().prepare(pred, target)
-        if isinstance(target, Tensor) and target.shape == pred.shape:
+        if target.shape == pred.shape:
             target, valid = self.dense(pred, target)
             return pred, target, None if valid is None else valid.all(-1)
-        if isinstance(target, Tensor) and target.shape == pred.shape[:-1] and not target.is_floating_point():
+        if target.shape == pred.shape[:-1] and not target.is_floating_point():
             valid = target >= 0
             return pred, torch.where(valid, target, 0).long(), valid
         raise ValueError(
             f"The softmax form of {type(self).__name__} with logits {tuple(pred.shape)} takes class indices "
-            f"{tuple(pred.shape[:-1])} as integers or distributions {tuple(pred.shape)}; "
-            "a (label, quality) target has a meaning for use_sigmoid=True only."
+            f"{tuple(pred.shape[:-1])} as integers or distributions {tuple(pred.shape)}."
         )
 
 

@@ -318,7 +318,7 @@ class KLDivLoss(
         self.target = target
 
     def check(self, pred, target):
-        if self.target == "logits" or not isinstance(target, Tensor) or target.shape != pred.shape:
+        if self.target == "logits" or target.shape != pred.shape:
             return
         total = float32(target).sum(-1)  # 0 where a head leaves a row out
         if bool((target < 0).any()) or bool((((total - 1).abs() > 0.01) & (total != 0)).any()):
@@ -328,11 +328,11 @@ class KLDivLoss(
             )
 
     def prepare(self, pred, target):
-        if not isinstance(target, Tensor) or target.shape != pred.shape or not target.is_floating_point():
-            given = f"{target.dtype} {tuple(target.shape)}" if isinstance(target, Tensor) else "a tuple"
+        if target.shape != pred.shape or not target.is_floating_point():
             raise ValueError(
                 f"KLDivLoss with logits {tuple(pred.shape)} takes one distribution a row as floats "
-                f"{tuple(pred.shape)}, not {given}; for class indices use CrossEntropyLoss."
+                f"{tuple(pred.shape)}, not {target.dtype} {tuple(target.shape)}; for class indices use "
+                "CrossEntropyLoss."
             )
         if self.target == "logits":
             target = (target.detach().to(pred.dtype) / self.temperature).softmax(-1)

@@ -337,6 +337,7 @@ class GaussianFocalLoss(
     Loss,
     fn=gaussian_focal_loss,
     family="heatmap",
+    takes_pairs=True,  # made in its forward, which refuses any other
     paper="https://arxiv.org/abs/1808.01244",
     row_wise=True,
     one_per_row=False,
