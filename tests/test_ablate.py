@@ -1,5 +1,6 @@
 """The ablation: what a grid means, which trainings it starts, goes on with and refuses, and what it measures."""
 
+import copy
 import json
 import os
 import re
@@ -458,11 +459,51 @@ def test_losses_go_to_their_places_in_a_config():
     detr = {"bbox_head": {**mmdet_model()["bbox_head"], "loss_iou": {"type": "GIoULoss"}}}
     assert list(mmdetection.slots_of({"type": "CIoULoss"}, detr)) == ["bbox_head.loss_iou"]
     assert list(mmdetection.slots_of({"type": "SmoothL1Loss"}, detr)) == ["bbox_head.loss_bbox"]
+    ddod = {"bbox_head": {**mmdet_model()["bbox_head"], "loss_iou": {"type": "CrossEntropyLoss"}}}
+    assert list(mmdetection.slots_of({"type": "CIoULoss"}, ddod)) == ["bbox_head.loss_bbox"]
     two_stage = {"rpn_head": mmdet_model()["bbox_head"], "roi_head": {"bbox_head": mmdet_model()["bbox_head"]}}
     with pytest.raises(ValueError, match=r"several of them for 'cls': name one of rpn_head\.loss_cls"):
         mmdetection.slots_of(focal, two_stage)
     with pytest.raises(ValueError, match="has none for 'dfl'"):
         mmdetection.slots_of({"type": "DistributionFocalLoss"}, mmdet_model())
+
+
+def test_the_stages_of_a_cascade_are_one_place(tmp_path):
+    """They are a list in the config, of which a file that overrides it must write the whole."""
+    mmengine = pytest.importorskip("mmengine")
+    stages = [{**mmdet_model()["bbox_head"], "loss_iou": {"type": "GIoULoss"}, "stage": (n,)} for n in range(3)]
+    model = {"rpn_head": mmdet_model()["bbox_head"], "roi_head": {"bbox_head": stages, "depth": 3}}
+    with pytest.raises(
+        ValueError, match=r"'cls': name one of rpn_head\.loss_cls, rpn_head\.loss_bbox, roi_head\.bbox_"
+    ):
+        mmdetection.slots_of({"type": "FocalLoss"}, model)
+    focal = {"use_sigmoid": True, "type": "detloss_plugins.FocalLoss"}
+    found = mmdetection.slots_of({"roi_head.bbox_head.loss_cls": {"type": "FocalLoss"}}, model)
+    assert found == {f"roi_head.bbox_head.{stage}.loss_cls": focal for stage in range(3)}
+    found |= mmdetection.slots_of({"roi_head.bbox_head.1.loss_bbox": {"type": "SmoothL1Loss"}}, model)
+    assert len(mmdetection.slots_of({"type": "CIoULoss"}, {"roi_head": model["roi_head"]})) == 3, "loss_iou of each"
+
+    base, file = tmp_path / "base.py", tmp_path / "run.py"
+    parts = {"train_dataloader": {"a": 1}, "train_cfg": {"a": 1}, "optim_wrapper": {"a": 1}}
+    base.write_text("\n".join(f"{key} = {part!r}" for key, part in {"model": model, **parts}.items()), encoding="utf-8")
+    run = replace(RUN, model=str(base), losses={**found, "rpn_head.loss_cls": focal})
+    file.write_text(mmdetection.config_text(run, tmp_path), encoding="utf-8")
+    expected = copy.deepcopy(model)
+    expected["rpn_head"]["loss_cls"] = focal
+    for stage in expected["roi_head"]["bbox_head"]:
+        stage["loss_cls"] = focal
+    expected["roi_head"]["bbox_head"][1]["loss_bbox"] = {"type": "detloss_plugins.SmoothL1Loss"}
+    assert mmengine.Config.fromfile(file).model.to_dict() == expected
+
+
+def test_a_loss_is_reduced_as_the_one_that_it_replaces():
+    """YOLOX's and YOLOv3's heads are given sums; a mean is what a loss makes by itself."""
+    for reduction, written in (("sum", {"reduction": "sum"}), ("mean", {})):
+        model = {"bbox_head": {"loss_cls": {"type": "CrossEntropyLoss", "use_sigmoid": True, "reduction": reduction}}}
+        full = {"use_sigmoid": True, **written, "type": "detloss_plugins.FocalLoss"}
+        assert mmdetection.slots_of({"type": "FocalLoss"}, model) == {"bbox_head.loss_cls": full}
+    (found,) = mmdetection.slots_of({"type": "FocalLoss", "reduction": "none"}, model).values()
+    assert found["reduction"] == "none"
 
 
 @pytest.mark.parametrize("framework", ["ultralytics", "mmdetection"])

@@ -333,6 +333,11 @@ def test_command_in_a_coco_layout(tmp_path, monkeypatch):
         assert "3 objects in 1 images" in done.output, done.output
         assert "--data data.yaml" in done.output
         assert "in MMDetection a dict goes in place of loss_cls or loss_bbox" in done.output
+    write_yolo(tmp_path, [["0 0.5 0.5 0.5 0.5"]])
+    done = command(tmp_path, monkeypatch=monkeypatch)
+    assert "1 objects in 1 images" in done.output, "the data YAML comes first"
+    assert f"--data {tmp_path}" in done.output
+    assert "needs a data YAML" not in done.output
 
 
 def test_the_package_has_the_study():

@@ -202,6 +202,9 @@ def test_a_picture_is_written(tmp_path, capsys):
     assert file.read_bytes().startswith(b"\x89PNG")
     assert file.stat().st_size > 20_000
     assert "is not supported" in last_line(capsys, "show", "GIoULoss", "--plot", tmp_path / "giou.txt", status=2)
+    says = last_line(capsys, "show", "GIoULoss", "--plot", tmp_path / "giou", status=2)
+    assert "giou has no suffix" in says
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
 def test_compare(tmp_path, capsys, monkeypatch):

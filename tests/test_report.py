@@ -214,6 +214,58 @@ def test_weights_that_were_found_are_in_the_report(tmp_path):
     assert "weights found, by seed: cls: 4, 4.33, 4.67 |" in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
+def test_results_without_ap(tmp_path):
+    """As somebody's own results may be."""
+    runs = [{**run, "metrics": {"AP50": run["metrics"]["AP50"]}} for run in [*STOCK, *GOOD]]
+    write_report([{**RESULTS, "runs": runs}], tmp_path)
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "| better | - | - | not distinguishable (0 of 3 seeds) |" in text
+    assert "pooled over the table" in text
+    assert "Seeds change AP by" not in text
+
+
+def test_a_seed_without_a_metric_does_not_count_in_it():
+    """Two values of three seeds are too few to be judged, and none has more degrees of freedom than its values."""
+    gone = {**GOOD[2], "metrics": {"AP50": 0.62, "AP": None}}
+    rows = table([*STOCK, *GOOD[:2], gone, *BAD])
+    assert pooled(rows, "AP50").freedom == 6
+    found = pooled(rows, "AP")
+    assert found.freedom == 4
+    assert found.verdicts.keys() == {"BadLoss"}, "of the other there are two values"
+
+
+def test_labels_of_any_kind(tmp_path, monkeypatch):
+    """They are neither formulas nor left out of a legend."""
+    from matplotlib.figure import Figure
+
+    saved, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **more: saved.append(self) or save(self, *args, **more))
+    runs = [{**run, "label": label} for label in ("_mine", "cost_$a_$") for run in GOOD]
+    write_report([{**RESULTS, "runs": [*STOCK, *runs]}], tmp_path)
+    differences, curves = saved
+    assert [text.get_text() for text in differences.axes[0].get_yticklabels()] == ["_mine", "cost_$a_$"]
+    names = [text.get_text().strip() for text in curves.legends[0].get_texts()]
+    assert names == ["_mine", "cost_$a_$", "stock"]
+
+
+def test_runs_of_somebody_else_are_no_study(tmp_path):
+    """Such as Ultralytics' own runs/detect beside a file of results; nothing is written over."""
+    (tmp_path / "runs" / "detect" / "train").mkdir(parents=True)
+    with pytest.raises(ValueError, match="no results in"):
+        read_results(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    write_json(tmp_path / "results.json", {**RESULTS, "runs": STOCK})
+    write_report([read_results(tmp_path)], tmp_path)
+    assert read_results(tmp_path)["runs"] == STOCK
+    before = (tmp_path / "results.json").read_bytes()
+    with pytest.raises(ValueError, match="in one and"):
+        write_report([{**RESULTS, "runs": [*GOOD, run("GoodLoss", 4, 0.1, losses={})]}], tmp_path)
+    with pytest.raises(ValueError, match="no results"):
+        write_report([], tmp_path / "new")
+    assert (tmp_path / "results.json").read_bytes() == before
+    assert not (tmp_path / "new").exists()
+
+
 def test_what_is_no_result(tmp_path):
     (tmp_path / "x.json").write_text("[1]", encoding="utf-8")
     for arguments, says in ((["x.json"], "--out DIR"), (["x.json", "--out", "out"], "no results in")):

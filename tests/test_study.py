@@ -121,6 +121,25 @@ def test_results_join_a_study(tmp_path):
     assert file.read_text(encoding="utf-8").count("\n") == 9 + 7, "a training a line"
 
 
+def test_weights_that_were_found_are_on_the_page():
+    found = [
+        {**run, "weights": {"cls": 4.0 + run["seed"]}} for run in trained("A", "digits", (0.44, 0.47), weight="auto")
+    ]
+    asked = trained("B", "digits", (0.44, 0.47), weight="auto")
+    lines = study.content([results(*RUNS[:3], *found, *asked)]).splitlines()
+    assert any(line.startswith("| A | auto: 4.5 |") for line in lines)
+    assert any(line.startswith("| B | auto |") for line in lines)
+
+
+def test_nothing_is_added_that_no_page_can_be_made_of(tmp_path):
+    """Another study has the same loss with another weight."""
+    study.add(written(tmp_path / "results.json", results(*RUNS[:6])), "mine", tmp_path)
+    other = results(*trained("FocalLoss", "digits", (0.5,), weight=1.0))
+    with pytest.raises(UsageError, match="FocalLoss with yolov8n"):
+        study.add(written(tmp_path / "results.json", other), "other", tmp_path)
+    assert not (tmp_path / "other.json").exists()
+
+
 def test_command(tmp_path, monkeypatch, capsys):
     page = tmp_path / "experiments.md"
     page.write_text(f"# Mine\n\n{study.BEGIN}old\n{study.END}\nthe end\n", encoding="utf-8")

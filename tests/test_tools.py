@@ -21,6 +21,7 @@ import timing
 import torch
 from click.testing import CliRunner
 from mmengine.config import ConfigDict
+from mmengine.hub import get_config
 from PIL import Image
 from support.commands import ROOT, detloss, last_line
 from ultralytics.cfg import get_cfg
@@ -91,6 +92,30 @@ def test_train_ends_with_what_a_training_on_several_devices_returns(capsys, tmp_
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("ultralytics.engine.model.Model.train", launch)
     assert detloss(capsys, "train", "qfl", "device=0,1").startswith("mAP50 0.750   mAP50-95 0.500\n")
+
+
+def test_train_ends_with_what_a_training_with_mmdetection_has_measured():
+    """CocoMetric logs nothing where nothing was detected; other metrics have no AP of boxes."""
+    coco, masks, voc = (
+        {"val_evaluator": part}
+        for part in ({"type": "CocoMetric"}, {"type": "CocoMetric", "metric": ["segm"]}, [{"type": "VOCMetric"}])
+    )
+    val = {"train/loss": 1.0, "val/time": 0.1, "val/data_time": 0.1}
+    boxes = {"val/coco/bbox_mAP": 0.25, "val/coco/bbox_mAP_50": 0.5}
+    for cfg, scalars, words in (
+        (coco, {**val, **boxes}, "mAP50 0.500   mAP50-95 0.250"),
+        (coco, val, "mAP50 0.000   mAP50-95 0.000"),
+        (coco, {"train/loss": 1.0}, "not measured"),
+        (masks, {**val, "val/coco/segm_mAP": 0.25}, "coco/segm_mAP 0.250"),
+        (masks, val, "not measured"),
+        (
+            voc,
+            {**val, "val/pascal_voc/mAP": 0.5, "val/pascal_voc/AP50": 0.5},
+            "pascal_voc/mAP 0.500   pascal_voc/AP50 0.500",
+        ),
+        ({}, {**val, "val/dota/AP50": 0.5, "val/dota/mAP": 0.1}, "mAP50 0.500"),
+    ):
+        assert train.measured(scalars, cfg) == words
 
 
 ATSS = str(ROOT / "configs" / "mmdetection" / "atss_r18_fpn_digits.py")
@@ -341,10 +366,10 @@ def test_point_an_mmdet_config_at_ones_own_data(tmp_path):
     loader = {"dataset": {"type": "RepeatDataset", "dataset": {"type": "CocoDataset", "data_root": "elsewhere"}}}
     cfg = ConfigDict(
         train_dataloader=loader,
-        val_dataloader={"dataset": {}},
-        test_dataloader={"dataset": {}},
-        val_evaluator={"ann_file": ""},
-        test_evaluator={"ann_file": ""},
+        val_dataloader={"dataset": {"type": "mmdet.CityscapesDataset"}},
+        test_dataloader=None,
+        val_evaluator=[{"type": "CocoMetric", "ann_file": ""}],
+        test_evaluator=None,
         model={"roi_head": {"bbox_head": [{"num_classes": 80}, {"num_classes": 80}]}},
     )
     _coco.point_at(cfg, tmp_path)
@@ -354,10 +379,62 @@ def test_point_an_mmdet_config_at_ones_own_data(tmp_path):
     assert cfg.val_dataloader.dataset.data_prefix == {"img": "val2017/"}
     assert inner.metainfo.classes == ("cat", "dog"), "in the file's order, as CocoDataset numbers them"
     assert [head.num_classes for head in cfg.model.roi_head.bbox_head] == [2, 2]
-    assert cfg.val_evaluator.ann_file.endswith("instances_val2017.json")
+    assert cfg.val_dataloader.dataset.type == "CocoDataset", "which Cityscapes' is in all but what it leaves out"
+    assert cfg.val_evaluator[0].ann_file.endswith("instances_val2017.json")
     coco(tmp_path, "instances_more_train.json", "train2017", "2.jpg")
     with pytest.raises(UsageError, match="exactly one train"):
         _coco.point_at(cfg, tmp_path)
+
+
+def pointed_at(folder, name, **more):
+    """One of mmdet's own configs, made to train on data of two classes."""
+    for split in ("train", "val"):
+        coco(folder, f"{split}.json", split, "1.jpg")
+    cfg = get_config(f"mmdet::{name}")
+    cfg.merge_from_dict(more)
+    _coco.point_at(cfg, folder)
+    return cfg
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("pascal_voc/faster-rcnn_r50_fpn_1x_voc0712.py", "this one has VOCDataset"),
+        ("maskformer/maskformer_r50_ms-16xb1-75e_coco.py", "this one has CocoPanopticDataset"),
+        ("cityscapes/mask-rcnn_r50_fpn_1x_cityscapes.py", "the config by CityScapesMetric"),
+        ("lvis/mask-rcnn_r50_fpn_sample1e-3_ms-1x_lvis-v1.py", "the config by LVISMetric"),
+    ],
+)
+def test_a_config_that_is_not_of_coco_is_not_pointed_at_ones_own_data(name, what, tmp_path):
+    with pytest.raises(UsageError, match=what):
+        pointed_at(tmp_path, name)
+
+
+def test_what_configs_have_beside_the_number_of_classes(tmp_path):
+    mask2former = pointed_at(tmp_path, "mask2former/mask2former_r50_8xb2-lsj-50e_coco.py").model
+    for head in (mask2former.panoptic_head, mask2former.panoptic_fusion_head):
+        assert (head.num_things_classes, head.num_stuff_classes) == (2, 0)
+    assert mask2former.panoptic_head.loss_cls.class_weight == [1.0, 1.0, 0.1], "the last of the background"
+    weights = {"model.panoptic_head.loss_cls.class_weight": [2.0, *[1.0] * 79, 0.1]}
+    with pytest.raises(UsageError, match="class_weight has weights of 80 classes, and the data has 2"):
+        pointed_at(tmp_path, "mask2former/mask2former_r50_8xb2-lsj-50e_coco.py", **weights)
+    weights["model.panoptic_head.loss_cls.class_weight"] = [2.0, 1.0, 0.1]  # of the data already
+    mask2former = pointed_at(tmp_path, "mask2former/mask2former_r50_8xb2-lsj-50e_coco.py", **weights).model
+    assert mask2former.panoptic_head.loss_cls.class_weight == [2.0, 1.0, 0.1]
+    htc = pointed_at(tmp_path, "htc/htc_r50_fpn_1x_coco.py")
+    assert [head.num_classes for head in htc.model.roi_head.bbox_head] == [2, 2, 2]
+    assert htc.model.roi_head.semantic_head.num_classes == 183, "of the stuff"
+    assert htc.train_dataloader.dataset.data_prefix == {"img": "train/", "seg": "stuffthingmaps/train2017/"}
+
+
+def test_data_sets_that_are_put_together(tmp_path):
+    """One stays of those that are the same then; a semi-supervised training has two ways to look at the images."""
+    two = [{"type": "CocoDataset", "data_root": root, "ann_file": f"{root}.json"} for root in ("a", "b")]
+    more = {"train_dataloader.dataset": {"_delete_": True, "type": "RepeatDataset", "dataset": {"datasets": two}}}
+    (one,) = pointed_at(tmp_path, "gfl/gfl_r50_fpn_1x_coco.py", **more).train_dataloader.dataset.dataset.datasets
+    assert (one.type, one.ann_file, one.data_prefix.img) == ("CocoDataset", "annotations/train.json", "train/")
+    semi = pointed_at(tmp_path, "soft_teacher/soft-teacher_faster-rcnn_r50-caffe_fpn_180k_semi-0.1-coco.py")
+    assert [part.ann_file for part in semi.train_dataloader.dataset.datasets] == ["annotations/train.json"] * 2
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links")

@@ -12,6 +12,7 @@ import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 
 from command import finish
 
@@ -40,6 +41,7 @@ from detloss_plugins.ablation.report import (
 )
 from detloss_plugins.ablation.study import joined
 from detloss_plugins.cli._common import UsageError
+from detloss_plugins.loss import AUTO
 from detloss_plugins.study import FOLDER, studies
 
 PAGE = Path(__file__).parents[1] / "docs" / "experiments.md"
@@ -74,7 +76,7 @@ def as_json(study):
 def add(path: Path, name: str, folder: Path = FOLDER) -> Path:
     """Take the results of an ablation, a file or its folder, into a study; returns the study's file.
 
-    ``UsageError`` if there are none, or if they contradict the study's.
+    ``UsageError`` if there are none, or if they contradict the study's or another study's.
     """
     file = folder / f"{name}.json"
     try:
@@ -94,6 +96,10 @@ def add(path: Path, name: str, folder: Path = FOLDER) -> Path:
         "machine": "; ".join(dict.fromkeys(one["machine"] for one in reversed(new))),
         "runs": runs,
     }
+    try:
+        content([*(one for one in studies(folder) if one["name"] != name), study])  # of which the page is to be made
+    except ValueError as error:
+        raise UsageError(error) from error
     write_whole(file, as_json(study))
     return file
 
@@ -104,9 +110,18 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
 
 
+def weight_in_words(weight: float | str, found: Sequence[float] | None) -> str:
+    """A weight; where it is "auto", with the mean of those that were found."""
+    if weight == AUTO:
+        return f"{AUTO}: {fmean(found):.3g}" if found else AUTO
+    return f"{weight:.3g}"
+
+
 def weights(row: Row) -> str:
-    """The weights of a row's losses: one number, or one a slot."""
-    found = {slot: f"{loss.get('loss_weight', 1):.3g}" for slot, loss in row.losses.items()}
+    """The weights of a row's losses: one, or one a slot."""
+    found = {
+        slot: weight_in_words(loss.get("loss_weight", 1), row.weights.get(slot)) for slot, loss in row.losses.items()
+    }
     return ", ".join(found.values() if len(found) == 1 else (f"{slot} {weight}" for slot, weight in found.items()))
 
 

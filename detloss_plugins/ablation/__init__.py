@@ -8,7 +8,7 @@
     study.train(runs, jobs=2)
     write_report([study.results()], study.folder)
 
-The trainings need Ultralytics, and pycocotools for the average precision by size.
+The trainings need Ultralytics or MMDetection, and pycocotools for the average precision by size.
 """
 
 from detloss_plugins.ablation.grid import Run, plan

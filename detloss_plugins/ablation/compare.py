@@ -118,8 +118,9 @@ def spread(values: Iterable[float | None]) -> Spread | None:
 class Row:
     """A loss in a group of runs of one model, data set and number of epochs.
 
-    ``spreads`` has every metric, those of ``JUDGED`` at least, of which ``differences`` are; ``per_class`` is the mean AP of each class and
-    ``curve`` the mean of AP50 by epoch. ``weights`` are those that were found where one is "auto", one for each seed.
+    ``spreads`` has every metric, those of ``JUDGED`` at least, of which ``differences`` are; ``per_class`` is the mean
+    AP of each class and ``curve`` the mean of AP50 by epoch. ``weights`` are those that were found where one is "auto",
+    one for each seed.
     """
 
     label: str

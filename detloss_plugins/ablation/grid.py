@@ -288,7 +288,7 @@ def plan(
     Args:
         losses: label -> ``{slot: config}``, or the config of one loss, for the slot that takes it.
         models: what ``YOLO(...)`` takes; a config of MMDetection, a file or the name of one of the package's; any other
-            name without a suffix is a model of Ultralytics from its YAML, untrained.
+            name without a suffix is a pretrained model of Ultralytics, "yolov8n" its yolov8n.pt.
         data: "digits", "digits:SCENARIO", a data YAML, or a folder with one; MMDetection takes the folder, in COCO
             layout.
         seeds: how many, or which.

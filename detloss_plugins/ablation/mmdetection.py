@@ -1,6 +1,5 @@
 """Trainings with MMDetection: the losses of a config are swapped, one is trained, its detections are measured."""
 
-import inspect
 import json
 import os
 import re
@@ -13,7 +12,8 @@ from detloss_plugins import configs
 from detloss_plugins.ablation.data import digits_folder
 from detloss_plugins.ablation.files import seconds_between, write_whole
 from detloss_plugins.ablation.grid import Run, family_of, plain
-from detloss_plugins.registry import SCOPE, build_loss, loss_class, portable
+from detloss_plugins.adapters.heads import kept_settings
+from detloss_plugins.registry import SCOPE, build_loss, portable, registered_losses
 
 SLOTS = {"cls": "loss_cls", "box": "loss_bbox", "dfl": "loss_dfl"}
 OF_FAMILY = {"classification": "cls", "ranking": "cls", "box": "box", "regression": "box", "distribution": "dfl"}
@@ -28,26 +28,45 @@ def is_config(model: str) -> bool:
 
 def places(node: Any, path: str = "") -> Iterator[tuple[str, Mapping]]:
     """``(dotted key, dict)`` of each loss in a detector's config."""
-    for key, value in node.items() if isinstance(node, Mapping) else ():
-        where = f"{path}.{key}" if path else key
-        if key.startswith("loss_") and isinstance(value, Mapping) and "type" in value:
+    listed = enumerate(node) if isinstance(node, list | tuple) else ()  # the stages of a cascade
+    for key, value in node.items() if isinstance(node, Mapping) else listed:
+        where = f"{path}.{key}" if path else str(key)
+        if str(key).startswith("loss_") and isinstance(value, Mapping) and "type" in value:
             yield where, value
         else:
             yield from places(value, where)
 
 
-def place(slot: str, there: Mapping[str, Mapping]) -> str:
-    """The dotted key of a slot, which is "cls", "box" or "dfl", a key such as "loss_cls", or a dotted one.
+def place(slot: str, there: Mapping[str, Mapping]) -> list[str]:
+    """The dotted keys of a slot, which is "cls", "box" or "dfl", a key such as "loss_cls", or a dotted one.
+
+    Those of the stages of a cascade are one place, ``roi_head.bbox_head.loss_cls``; a stage alone has its number.
+
+    >>> stages = {"roi_head.bbox_head.0.loss_cls": {}, "roi_head.bbox_head.1.loss_cls": {}}
+    >>> place("cls", stages)
+    ['roi_head.bbox_head.0.loss_cls', 'roi_head.bbox_head.1.loss_cls']
+    >>> place("roi_head.bbox_head.1.loss_cls", stages)
+    ['roi_head.bbox_head.1.loss_cls']
 
     Raises:
         ValueError: if the detector has none of that name, or several.
     """
-    last = SLOTS.get(slot, slot)
-    found = [key for key in there if slot == key or key.rpartition(".")[2] == last]
+    if slot in there:
+        return [slot]
+    last, found = SLOTS.get(slot, slot), {}
+    for key in there:
+        if slot == of_all_stages(key) or key.rpartition(".")[2] == last:
+            found.setdefault(of_all_stages(key), []).append(key)
     if len(found) != 1:
         which = "has several of them" if found else "has none"
-        raise ValueError(f"The detector {which} for {slot!r}: name one of {', '.join(there)}.")
-    return found[0]
+        names = dict.fromkeys(map(of_all_stages, there))
+        raise ValueError(f"The detector {which} for {slot!r}: name one of {', '.join(names)}.")
+    return found.popitem()[1]
+
+
+def of_all_stages(key: str) -> str:
+    """A dotted key without the numbers of list items."""
+    return re.sub(r"\.\d+(?=\.)", "", key)
 
 
 def short(key: str) -> str:
@@ -72,22 +91,24 @@ def slots_of(losses: Mapping, model: Mapping) -> dict:
         family = family_of(losses)
         if family not in OF_FAMILY:
             raise ValueError(f"{losses['type']} is a {family} loss: say which it replaces, of {', '.join(there)}.")
-        of_iou = [key for key in there if key.endswith(".loss_iou")]  # of a DETR, whose loss_bbox is point-wise
+        # Of a DETR, whose loss_bbox is point-wise; DDOD's loss_iou is one of classes.
+        of_iou = [of_all_stages(key) for key, cfg in there.items() if key.endswith(".loss_iou") and is_of_boxes(cfg)]
         losses = {of_iou[0] if of_iou and family == "box" else OF_FAMILY[family]: losses}
     found = {}
     for slot, cfg in losses.items():
-        where = place(slot, there)
         own = portable(cfg)
         kind = own["type"] if "." in own["type"] else f"{SCOPE}.{own['type']}"
-        found[where] = {**sigmoid(cfg, there[where]), **own, "type": kind}
-        build_loss(found[where])  # raises for an unknown setting
+        for where in place(slot, there):
+            found[where] = {**kept_settings(cfg["type"], there[where]), **own, "type": kind}
+            build_loss(found[where])  # raises for an unknown setting
     return plain(found)
 
 
-def sigmoid(cfg, before):
-    """``use_sigmoid`` of the loss that is replaced: heads read it from the config, and count their channels by it."""
-    takes = inspect.signature(loss_class(cfg["type"])).parameters
-    return {"use_sigmoid": before["use_sigmoid"]} if "use_sigmoid" in takes and "use_sigmoid" in before else {}
+def is_of_boxes(cfg: Mapping) -> bool:
+    """Whether a config, of a loss of ours or of mmdet's that has the name of one, is of a box loss."""
+    kind = cfg["type"]
+    same = registered_losses().get(kind.__name__ if isinstance(kind, type) else kind.rpartition(".")[2])
+    return same is not None and same.facts.family == "box"
 
 
 def check_model(model: str, losses: Mapping) -> dict:
@@ -105,13 +126,18 @@ def check_model(model: str, losses: Mapping) -> dict:
         try:
             cfg = read_config(configs.path_of(model))
             resolved[label] = slots_of(own, cfg.model)
-            cfg.merge_from_dict({f"model.{key}": {"_delete_": True, **loss} for key, loss in resolved[label].items()})
+            swap(cfg, resolved[label])
             problems = check_config(cfg)
         except (TypeError, ValueError, UsageError) as error:
             problems = [str(error)]
         if problems:
             raise ValueError(f"{label} with {model}: {problems[0]}")
     return resolved
+
+
+def swap(cfg: Any, losses: Mapping) -> None:
+    """Put losses, of :func:`slots_of`, into a config."""
+    cfg.merge_from_dict({f"model.{key}": {"_delete_": True, **loss} for key, loss in losses.items()})
 
 
 def check_arguments(args: Mapping) -> None:
@@ -125,17 +151,30 @@ def config_text(run: Run, folder: Path) -> str:
     """The config of a run: its base with other losses, its seed, and a file for the detections."""
     model = {}
     for key, loss in run.losses.items():
+        whole = re.split(r"\.\d+\.", key)[0]
         node = model
-        *parents, last = key.split(".")
+        *parents, last = whole.split(".")
         for parent in parents:
             node = node.setdefault(parent, {})
-        node[last] = {"_delete_": True, **loss}
+        node[last] = {"_delete_": True, **loss} if whole == key else list_with(run, whole)
     evaluator = {"outfile_prefix": str((folder / DETECTIONS.removesuffix(".bbox.json")).absolute())}
     base = str(configs.path_of(run.model).absolute())
     return (
         f"_base_ = {base!r}\nmodel = {model!r}\nrandomness = {{'seed': {run.seed}}}\n"
         f"val_evaluator = {evaluator!r}\ntest_evaluator = {evaluator!r}\n"
     )
+
+
+def list_with(run: Run, key: str) -> list:
+    """A list of the detector's config with the losses of a run, as a file cannot override an item of its base's."""
+    from detloss_plugins.cli.train import read_config
+
+    cfg = read_config(configs.path_of(run.model))
+    swap(cfg, run.losses)
+    node = cfg.model
+    for name in key.split("."):
+        node = node[name]
+    return node
 
 
 def data_folder(run: Run) -> Path:

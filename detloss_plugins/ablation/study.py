@@ -187,7 +187,7 @@ def as_result(run: Run, found: dict) -> dict:
     """A run and what came out, as ``results.json`` has them."""
     return {
         "label": run.label,
-        "slot": "+".join(mmdetection.short(slot) for slot in run.losses),
+        "slot": "+".join(dict.fromkeys(map(mmdetection.short, run.losses))),
         "losses": run.losses,
         "model": run.model,
         "data": run.data,

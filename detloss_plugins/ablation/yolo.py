@@ -117,12 +117,15 @@ def train(run: Run, folder: Path, resume_after: float) -> dict:
     """
     from detloss_plugins.ablation.measure import measure
     from detloss_plugins.adapters.ultralytics import model_task, open_model
-    from detloss_plugins.testing.digits import cache_folder
+    from detloss_plugins.testing.digits import made_cache
 
     resumed = prepare(folder, resume_after)
     epoch = stored_epoch(folder / LAST)
-    cache_folder().mkdir(parents=True, exist_ok=True)
-    with locked(cache_folder() / ".labels.lock"):
+    try:
+        place = made_cache()
+    except ValueError:
+        place = folder.parent  # the lock is for the trainings of this study then
+    with locked(place / ".labels.lock"):
         read_labels(run)
     if epoch is None or epoch >= 0:
         start(run, folder, resume=epoch is not None)

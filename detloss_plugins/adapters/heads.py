@@ -9,6 +9,8 @@ framework.
 import inspect
 import warnings
 import weakref
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from mmengine.logging import print_log
@@ -19,7 +21,7 @@ from detloss_plugins.families import has_bins
 from detloss_plugins.loss import Loss
 from detloss_plugins.losses import ScheduledLoss
 from detloss_plugins.precision import is_compiling
-from detloss_plugins.registry import runner_progress
+from detloss_plugins.registry import loss_class, runner_progress
 
 _BOXES = ("box", "regression", "rotated", "uncertainty")
 # The families that an attribute of a head takes.
@@ -45,6 +47,47 @@ _IN_STRIDES = {
 }  # fmt: skip
 _IN_PIXELS = {"AutoAssignHead", "VFNetHead", "_PixelLevels", "_PixelPoints"}
 _KNOWN = {family for families in FAMILIES.values() for family in families}
+# What heads of mmdet do in a method of theirs: those of one's own that do otherwise are not meant.
+_REDUCE = {  # more than what a loss gives: in which slots, what that must be, and why
+    ("YOLOXHead", "loss_by_feat"): (
+        ("loss_cls", "loss_bbox", "loss_obj", "loss_l1"),
+        "sum",
+        "divides the sum by its number of positives",
+    ),
+    ("FSAFHead", "loss_by_feat"): (
+        ("loss_cls", "loss_bbox"),
+        "none",
+        "chooses the level of an object by the loss of each anchor",
+    ),
+    ("YOLACTHead", "loss_by_feat"): (("loss_cls",), "none", "mines the negatives by the loss of each anchor"),
+    ("MultiInstanceBBoxHead", "emd_loss"): (
+        ("loss_cls", "loss_bbox"),
+        "none",
+        "chooses between two orders of its boxes by the loss of each",
+    ),
+}
+_LEAVE_OUT = {  # and work out something else
+    ("FreeAnchorRetinaHead", "loss_by_feat"): ("loss_cls",),
+    ("AutoAssignHead", "loss_by_feat"): ("loss_cls", "loss_centerness"),
+    ("RTMDetHead", "loss_by_feat_single"): ("loss_centerness",),
+    ("TOODHead", "loss_by_feat_single"): ("loss_centerness",),
+    ("RepPointsHead", "loss_by_feat_single"): ("loss_bbox",),
+}
+_SWITCHES = {"loss_cls": "with_cls", "loss_bbox": "with_reg"}  # of a head that may have no such branch
+
+
+def kept_settings(kind: str | type, before: Mapping[str, Any]) -> dict[str, Any]:
+    """What a loss of a type takes over from the settings of the one that it replaces, as the head relies on it.
+
+    A head counts its channels by ``use_sigmoid``, and what it does with a sum (YOLOX, YOLOv3) or with the loss of each
+    row (FSAF, YOLACT) makes no sense of a mean.
+
+    >>> kept_settings("FocalLoss", {"use_sigmoid": True, "reduction": "sum", "gamma": 1.0, "num_classes": 3})
+    {'use_sigmoid': True, 'reduction': 'sum'}
+    """
+    takes = inspect.signature(loss_class(kind)).parameters
+    names = [name for name in ("use_sigmoid", "num_classes", "reduction") if name in takes and name in before]
+    return {name: before[name] for name in names if (name, before[name]) != ("reduction", "mean")}  # the default
 
 
 class MisfitWarning(UserWarning):
@@ -70,6 +113,8 @@ def check_fit(head: nn.Module, name: str, loss: nn.Module, whole: nn.Module | No
         )
     if has_bins(loss) and type(head).__module__.startswith(("mmdet.models.", "detloss_plugins.")):
         raise ValueError(f"{where} decodes by bins 0, 1, 2 and so on; leave bins out of {kind}.")
+    _check_reduction(head, name, whole or loss)
+    _check_use(head, name, loss)
     _check_unit(head, name, loss, where)
     if _is_skipped(head, name):
         for part in (part for part in loss.modules() if isinstance(part, Loss)):
@@ -112,7 +157,10 @@ def _check_unit(head, name, loss, where):
 
 def _check_class_weights(head, loss, where):
     classes = getattr(head, "num_classes", None)
-    background = _is_a(head, "BBoxHead", "SABLHead")  # which have a channel for it beside a sigmoid loss too
+    # Which have a channel for it beside a sigmoid loss too, but for that of Sparse R-CNN and QueryInst.
+    background = _is_a(head, "BBoxHead", "SABLHead") and not (
+        _is_a(head, "DIIHead") and getattr(loss, "use_sigmoid", False)
+    )
     has = f"{classes} classes" + " and one for the background" * background
     for part in loss.modules():
         weights = getattr(part, "class_factors", None)
@@ -125,10 +173,54 @@ def _check_class_weights(head, loss, where):
             )
 
 
+def _check_reduction(head, name, loss):
+    """Raise ``ValueError`` for a loss that a head, which reduces it further by itself, would take for another one."""
+    names, reduction, does = next((how for key, how in _REDUCE.items() if _runs(head, *key)), ((), "", ""))
+    if name in names and loss.reduction != reduction and getattr(head, "use_ohem", True):  # YOLACT's mining
+        raise ValueError(
+            f'Write reduction="{reduction}" in the config of {name} of {type(head).__name__}: the head {does}, and '
+            f'{type(loss).__name__} is given reduction="{loss.reduction}".'
+        )
+
+
+def _check_use(head, name, loss):
+    """Raise ``ValueError`` for a loss that a head never calls, or hands something that it does not take."""
+    where, kind = f"{name} of {type(head).__name__}", type(loss).__name__
+    left_out = next((names for key, names in _LEAVE_OUT.items() if _runs(head, *key)), ())
+    if name in left_out or getattr(head, _SWITCHES.get(name, ""), True) is False:
+        raise ValueError(f"{kind} has no effect as {where}, which the head never calls: leave it out.")
+    if name in ("loss_cls", "initial_loss_cls") and _is_a(head, "TOODHead"):
+        for part in filter(_is_whole, loss.modules()):
+            if not getattr(part, "activated", False):
+                kind = type(part).__name__
+                do = "write activated=True" if hasattr(part, "activated") else "take one with activated=True"
+                raise ValueError(f"{where} is given probabilities, and {kind} takes logits: {do}.")
+    facts = loss.facts
+    if name == "loss_cls" and _runs(head, "PAAHead", "get_pos_loss") and (facts.sums_classes or facts.one_per_row):
+        raise ValueError(
+            f"{where} is no place for {kind}, which has one loss an anchor: the head adds up those of its classes. "
+            "Take one that has a loss for each class, such as FocalLoss."
+        )
+
+
+def _is_whole(part):
+    """Whether a module is a loss that is not made of others."""
+    return isinstance(part, Loss) and not any(isinstance(other, Loss) for other in part.modules() if other is not part)
+
+
+def _runs(head, name, method):
+    """Whether the method that a head runs is that of mmdet's head of this name."""
+    bases = (base for base in type(head).__mro__ if method in vars(base))
+    return next((base.__name__ for base in bases if not base.__module__.startswith("detloss_plugins.")), "") == name
+
+
 def _is_skipped(head, name):
-    """Whether a head calls a loss of classes in steps with positives only, which are not those of the other ranks."""
+    """Whether a head calls a loss of classes in steps with positives only, which are not those of the other ranks.
+
+    DINO's does so for the denoising queries, which are made of objects.
+    """
     skipped = ("loss_centerness", "loss_iou", "loss_mask", "loss_point")
-    return name in skipped or (name == "loss_cls" and _is_a(head, "YOLOXHead"))
+    return name in skipped or (name == "loss_cls" and _is_a(head, "YOLOXHead", "DINOHead"))
 
 
 def _is_a(head, *names):

@@ -73,28 +73,83 @@ def point_at(cfg, folder):
             "the same, in the same order."
         )
     for loader, split in (("train_dataloader", "train"), ("val_dataloader", "val"), ("test_dataloader", "val")):
-        dataset = cfg[loader].dataset
-        while "dataset" in dataset:  # RepeatDataset and its like
-            dataset = dataset.dataset
         ann_file, prefix = splits[split]
-        dataset.update(
-            type="CocoDataset",
-            data_root=f"{folder}/",
-            ann_file=ann_file,
-            data_prefix={"img": prefix},
-            metainfo={"classes": tuple(classes)},
-        )
-    evaluators = cfg.val_evaluator, cfg.test_evaluator
-    for evaluator in (part for parts in evaluators for part in (parts if isinstance(parts, list) else [parts])):
+        new = {"data_root": f"{folder}/", "ann_file": ann_file, "metainfo": {"classes": tuple(classes)}}
+        if cfg.get(loader):
+            _point_dataset_at(cfg[loader].dataset, new, prefix)
+    for evaluator in (*evaluators(cfg, "val"), *evaluators(cfg, "test")):
+        if type_name(evaluator) != "CocoMetric":
+            raise UsageError(f"--data measures by CocoMetric, and the config by {type_name(evaluator)}.")
         evaluator.ann_file = str(folder / splits["val"][0])
+    _set_classes(cfg.model, len(classes))
 
-    def set_classes(node):
-        for value in node.values() if isinstance(node, dict) else node if isinstance(node, list) else ():
-            set_classes(value)
-        if isinstance(node, dict) and "num_classes" in node:
-            node["num_classes"] = len(classes)
 
-    set_classes(cfg.model)
+def _point_dataset_at(dataset, new, prefix):
+    """Give a data set of a config, or that inside of RepeatDataset and its like, the ``new`` settings.
+
+    Of a ConcatDataset, one stays of those that are the same then.
+    """
+    if "dataset" in dataset:
+        _point_dataset_at(dataset.dataset, new, prefix)
+    elif "datasets" in dataset:
+        for part in dataset.datasets:
+            _point_dataset_at(part, new, prefix)
+        dataset.datasets = [part for i, part in enumerate(dataset.datasets) if part not in dataset.datasets[:i]]
+    elif not _reads_coco(dataset.get("type")):
+        raise UsageError(f"--data is for configs with CocoDataset, and this one has {type_name(dataset)}.")
+    else:  # which may have a folder of segmentation maps too
+        dataset.update(new, type="CocoDataset", data_prefix={**dataset.get("data_prefix", {}), "img": prefix})
+
+
+def _reads_coco(kind):
+    """Whether a type is CocoDataset or reads the same as it does."""
+    from mmdet.datasets import CocoDataset, CocoPanopticDataset
+    from mmdet.registry import DATASETS
+
+    kind = DATASETS.get(kind) if isinstance(kind, str) else kind
+    return isinstance(kind, type) and issubclass(kind, CocoDataset) and not issubclass(kind, CocoPanopticDataset)
+
+
+def evaluators(cfg, split):
+    """The metrics of "val" or "test" in a config."""
+    found = cfg.get(f"{split}_evaluator")
+    return found if isinstance(found, list) else [found] if found else []
+
+
+def type_name(part):
+    """The name of the type that a dict configures."""
+    kind = part.get("type")
+    return kind.__name__ if isinstance(kind, type) else str(kind).rpartition(".")[2]
+
+
+def _set_classes(node, count):
+    """Write the number of classes wherever a detector's config has it, but where it is that of the stuff."""
+    if isinstance(node, list):
+        for part in node:
+            _set_classes(part, count)
+    if not isinstance(node, dict):
+        return
+    before = node.get("num_classes", node.get("num_things_classes", 0) + node.get("num_stuff_classes", 0))
+    for key, value in node.items():
+        if key in ("num_classes", "num_things_classes"):
+            node[key] = count
+        elif key == "num_stuff_classes":
+            node[key] = 0
+        elif key != "semantic_head":
+            _set_classes(value, count)
+            if before and isinstance(value, dict) and isinstance(weights := value.get("class_weight"), list):
+                value["class_weight"] = _weights_for(weights, before, count)
+
+
+def _weights_for(weights, before, count):
+    """The weights of so many classes, from those of as many as there were ``before``, and maybe of the background."""
+    if count == before or len(weights) not in (before, before + 1):  # which are of the data already, or of neither
+        return weights
+    if len({*weights[:before]}) > 1:
+        raise UsageError(
+            f"class_weight has weights of {before} classes, and the data has {count}: give them in the config."
+        )
+    return weights[:1] * count + weights[before:]
 
 
 def provide_data(cfg, folder):

@@ -34,12 +34,14 @@ def command(data, split, imgsz, scenario):
     from detloss_plugins.advice import LabelsError, advise, describe, read_labels
 
     try:
-        labels = read_labels(located(data, split), split)
+        path = located(data, split)
+        labels = read_labels(path, split)
     except LabelsError as error:
         raise UsageError(error) from error
     found = describe(labels, imgsz)
     likeness = {**dict.fromkeys(scenario, "you say so"), "plain": "every data set is"} if scenario else None
-    lines = [*description_lines(data, split, found), "", *advice_lines(data, advise(found, likeness=likeness))]
+    advice = advise(found, likeness=likeness)
+    lines = [*description_lines(data, split, found), "", *advice_lines(data, path.suffix == ".json", advice)]
     click.echo("\n".join(lines))
 
 
@@ -87,8 +89,8 @@ def description_lines(data, split, found):
     )
 
 
-def advice_lines(data, advice):
-    """What to try, and why."""
+def advice_lines(data, in_coco, advice):
+    """What to try, and why; ``in_coco`` says whether the labels are in COCO's form, which YOLO does not read."""
     yield "Like these scenarios of the study:"
     for scenario, why in advice.scenarios.items():
         yield f"  {scenario}: {why}" + (" (the study has nothing on it)" if scenario in advice.unknown else "")
@@ -110,7 +112,6 @@ def advice_lines(data, advice):
         yield from (f"     {line}" for line in evidence(choice))
     yield ""
     yield "Try them, with the study's weights, or with your own from detloss calibrate:"
-    in_coco = Path(data).suffix == ".json" or (Path(data) / "annotations").is_dir()
     yield f"  {advice.command('data.yaml' if in_coco else data)}"
     if in_coco:
         yield "It needs a data YAML of the same data; in MMDetection a dict goes in place of loss_cls or loss_bbox."

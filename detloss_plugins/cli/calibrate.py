@@ -53,13 +53,13 @@ def command(words, slots, model, data, steps, verify, epochs, seeds, file):
             found, checked = of_yolo(losses, slots, model or MODEL, data, steps, args, verify and (epochs, seeds))
     except (TypeError, ValueError) as error:
         raise UsageError(error) from error
-    show(found, checked)
     if file is not None:
         content = {
             "suggestions": [suggestion.as_dict() for suggestion in found],
             "verified": [each.as_dict() for each in checked],
         }
         file.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    show(found, checked)
 
 
 def mmdet_config(word):
@@ -226,7 +226,7 @@ def show(found, checked):
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = Console(markup=False, emoji=False)  # labels are as they were given
     steps = ", ".join(str(step) for step in max((each.ratios for each in found), key=len))
     table = Table(
         box=SIMPLE, title=f"gradient of the stock loss over that of the loss, at steps {steps or 'with objects'}"

@@ -58,7 +58,7 @@ def print_table(found):
         if row.get("at"):
             same += ": {} and {}".format(*row["at"])
         table.add_row(row["loss"], row["upstream"], same, *numbers, row["verdict"])
-    Console(width=None if sys.stdout.isatty() else 180).print(table)
+    Console(width=None if sys.stdout.isatty() else 180, markup=False, emoji=False).print(table)
 
 
 @click.command()

@@ -99,6 +99,8 @@ def draw(cls, path):
     """
     from detloss_plugins.cli._plot import figure, save
 
+    if not path.suffix:  # matplotlib would add one
+        raise UsageError(f"{path} has no suffix: name a .png, .svg or .pdf")
     check_folder(path.parent)
     try:
         picture = figure(cls.make(), cls.__name__)

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 import yaml
 
-from detloss_plugins.cli._coco import provide_data
+from detloss_plugins.cli._coco import evaluators, provide_data, type_name
 from detloss_plugins.cli._common import (
     INSTALL,
     DataSet,
@@ -223,7 +223,7 @@ def train_yolo(args):
     except RuntimeError as error:  # how it refuses labels and images, or runs out of memory
         raise RunError(f"{type(error).__name__}: {first_line(error)}") from error
     active = describe(yolo.trainer.plugin_losses, yolo.trainer.args, task)
-    report(*box_aps(metrics), yolo.trainer.best, active)
+    report(average_precision(*box_aps(metrics)), yolo.trainer.best, active)
 
 
 def scale_schedule(cfg, stock):
@@ -314,7 +314,8 @@ def train_mmdet(args):
     runner = Runner.from_cfg(cfg)
     runner.register_hook(StockConfigHook())
     runner.register_hook(ClassCountsHook())
-    for line in notes:
+    # A loss names itself at its first call, but not one in a graph.
+    for line in [*(active if cfg.get("compile") else ()), *notes]:
         runner.logger.info(f"detloss_plugins: {line}")
     try:
         runner.train()
@@ -327,21 +328,32 @@ def train_mmdet(args):
             f"torch {torch.__version__} with mmengine {mmengine.__version__} does not load {cfg.load_from}, as it has "
             f"more than tensors: install onedl-mmengine in place of mmengine or, if you trust it, set {LOAD_ALL}=1."
         ) from error
-    logged = runner.message_hub.log_scalars
-    if "val/dota/AP50" in logged:  # DOTAMetric's mAP is of the IoUs that the config lists
-        map50, map_ = logged["val/dota/AP50"].current(), None
-    else:  # CocoMetric logs nothing when nothing was detected.
-        map50, map_ = (
-            logged[key].current() if (key := f"val/coco/{name}") in logged else 0.0
-            for name in ("bbox_mAP_50", "bbox_mAP")
-        )
+    found = {key: history.current() for key, history in runner.message_hub.log_scalars.items()}
     checkpoint = Path(cfg.work_dir, "last_checkpoint").read_text(encoding="utf-8")
-    report(map50, map_, checkpoint, active)
+    report(measured(found, cfg), checkpoint, active)
 
 
-def report(map50, map_, checkpoint, active):
-    """The three things a training is asked for; ``map_`` is None if it was not measured."""
-    print(f"\nmAP50 {map50:.3f}" + ("" if map_ is None else f"   mAP50-95 {map_:.3f}"))
+def measured(found, cfg):
+    """What the last validation of a config's training has measured, of all scalars of its log, in words."""
+    found = {key.removeprefix("val/"): value for key, value in found.items() if key.startswith("val/")}
+    if "dota/AP50" in found:  # DOTAMetric's mAP is of the IoUs that the config lists
+        return average_precision(found["dota/AP50"])
+    of_coco = [part for part in evaluators(cfg, "val") if type_name(part) == "CocoMetric"]
+    of_boxes = any("bbox" in part.get("metric", "bbox") for part in of_coco)
+    if of_boxes and found:  # CocoMetric logs nothing when nothing was detected
+        return average_precision(*(found.get(f"coco/bbox_{name}", 0.0) for name in ("mAP_50", "mAP")))
+    others = [f"{key} {value:.3f}" for key, value in found.items() if key not in ("time", "data_time")]
+    return "   ".join(others) or "not measured"
+
+
+def average_precision(map50, map_=None):
+    """A mAP50, and a mAP of COCO's IoUs if it was measured, in words."""
+    return f"mAP50 {map50:.3f}" + ("" if map_ is None else f"   mAP50-95 {map_:.3f}")
+
+
+def report(measured, checkpoint, active):
+    """The three things a training is asked for."""
+    print(f"\n{measured}")
     print(f"checkpoint: {checkpoint}")
     print("active losses:")
     for line in active:

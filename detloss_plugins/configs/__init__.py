@@ -52,7 +52,7 @@ def find(name: str) -> Path:
 
 
 def path_of(word: str | Path) -> Path:
-    """The file that a word means: with a suffix or a folder itself, and else the package's config of this name.
+    """The file that a word means: a path itself, as is what has a suffix or a folder; else a config of the package.
 
     Raises:
         ValueError: for an unknown name, as :func:`find`.
@@ -61,7 +61,8 @@ def path_of(word: str | Path) -> Path:
     ('mine.yaml', 'qfl.yaml')
     """
     path = Path(word)
-    return path if path.suffix or len(path.parts) > 1 else find(str(word))
+    given = isinstance(word, Path) or path.suffix or len(path.parts) > 1
+    return path if given or (path.is_file() and word not in _paths(FRAMEWORKS)) else find(str(word))
 
 
 def _paths(frameworks: Iterable[str]) -> dict[str, Path]:

@@ -64,6 +64,19 @@ def cache_folder():
     return Path(os.environ.get("DETLOSS_PLUGINS_CACHE") or Path.home() / ".cache" / "detloss_plugins")
 
 
+def made_cache():
+    """The cache folder, made if need be; ``ValueError`` if nothing can be written there."""
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryDirectory(dir=folder).cleanup()
+    except OSError as error:
+        raise ValueError(
+            f"Nothing can be written to {folder} ({error.strerror}): set DETLOSS_PLUGINS_CACHE to another folder."
+        ) from error
+    return folder
+
+
 def put(new, place):
     """Rename a finished folder to ``place``, whole or not at all, also when two processes build it at once."""
     try:
@@ -228,7 +241,8 @@ def write_split(root, split, rng, glyphs, digits, task, scenario):
 def build_digits(task="detect", scenario="plain"):
     """Write the set for a task of Ultralytics into the cache unless it is there; return its folder.
 
-    ``scenario`` is a key of ``SCENARIOS``; those but the plain one are for detection (or ``ValueError``).
+    ``scenario`` is a key of ``SCENARIOS``; those but the plain one are for detection. ``ValueError`` for another task,
+    or if nothing can be written to the cache.
 
     The folder holds ``digits.yaml`` (for Ultralytics), ``images/{train,val}``, ``labels/{train,val}`` and, for
     "detect", ``annotations/{train,val}.json`` (COCO).
@@ -238,7 +252,7 @@ def build_digits(task="detect", scenario="plain"):
     root = digits_dir(task, scenario)
     if root.exists():
         return root
-    root.parent.mkdir(parents=True, exist_ok=True)
+    made_cache()
     data = load_digits()
     is_val = np.arange(len(data.images)) % 5 == 0
     with tempfile.TemporaryDirectory(dir=root.parent) as folder:
@@ -249,7 +263,7 @@ def build_digits(task="detect", scenario="plain"):
         names = "".join(f"  {i}: '{name}'\n" for i, name in enumerate(NAMES))
         keypoints = "kpt_shape: [4, 3]\nflip_idx: [0, 3, 2, 1]\n" if task == "pose" else ""
         (new / "digits.yaml").write_text(
-            f"path: {root}\ntrain: images/train\nval: images/val\n{keypoints}names:\n{names}", encoding="utf-8"
+            f"train: images/train\nval: images/val\n{keypoints}names:\n{names}", encoding="utf-8"
         )
         put(new, root)
     return root

@@ -117,6 +117,13 @@ def test_a_loss_that_leaves_the_negatives_alone_is_told_so(own, stock, focuses, 
     assert ("3 to 4 times this weight" in capsys.readouterr().out) == focuses
 
 
+def test_labels_are_no_markup(capsys):
+    labels = "GHMC of a[red]b", "GHMC of c[/x]", "GHMC of d:bug:"
+    show([Suggestion(label, "cls", 16.0, {}, None, {1: 15.0}, 1.0, 0.8) for label in labels], [])
+    shown = capsys.readouterr().out
+    assert all(label in shown for label in labels), shown
+
+
 def test_auto_has_no_meaning_for_a_loss_alone():
     with pytest.raises(ValueError, match=r'loss_weight="auto" of FocalLoss has no meaning here.*detloss calibrate'):
         build_loss({"type": "FocalLoss", "loss_weight": "auto"})

@@ -101,7 +101,8 @@ def test_a_head_whose_losses_are_sums():
     options = dict(num_classes=10, in_channels=16, feat_channels=16, stacked_convs=1, loss_bbox=own)
     head = MODELS.build(dict(type="YOLOXHead", **options, train_cfg=dict(assigner=assigner), test_cfg=dict()))
     cls, box = (candidate(loss, head) for loss in ("CrossEntropyLoss", "GIoULoss"))
-    assert candidate(dict(type="GIoULoss", reduction="mean"), head).cfg["reduction"] == "mean"
+    with pytest.raises(ValueError, match='Write reduction="sum" in the config of loss_bbox of YOLOXHead'):
+        candidate(dict(type="GIoULoss", reduction="mean"), head)
     looks = CalibrationHook([cls, box], steps=2)
     model = torch.nn.Module()
     model.bbox_head = head

@@ -64,6 +64,18 @@ def test_a_head_with_a_channel_for_the_background(mmdet_scope):
     MODELS.build(dict(options, loss_cls=dict(focal, class_weight="effective", class_counts=[9, 4, 2, 1, 0])))
 
 
+def test_the_sigmoid_of_sparse_rcnns_head_has_no_channel_for_the_background(mmdet_scope):
+    conv = dict(type="DynamicConv", in_channels=8, feat_channels=4, out_channels=8, input_feat_shape=7)
+    options = dict(in_channels=8, num_heads=1, feedforward_channels=8, dynamic_conv_cfg=conv)
+    loss = dict(type="detloss_plugins.FocalLoss", use_sigmoid=True)
+    for weights in ([1.0, 2.0, 1.0, 1.0], "effective"):
+        cfg = dict(type="DIIHead", num_classes=4, loss_cls=dict(loss, class_weight=weights), **options)
+        assert MODELS.build(cfg).fc_cls.out_features == 4
+    cfg["loss_cls"]["class_weight"] = [1.0] * 5
+    with pytest.raises(ValueError, match=r"has 5 class weights, and the head 4 classes\."):
+        MODELS.build(cfg)
+
+
 class Look(Hook):
     def after_train_iter(self, runner, *_, **__):
         self.weights = runner.model.bbox_head.loss_cls.class_factors.tolist()

@@ -9,7 +9,7 @@ from support.mmdetection import DIGITS, run, small
 
 from detloss_plugins.adapters.mmdetection import LossCurvesHook
 from detloss_plugins.adapters.mmdetection.curves import positives
-from detloss_plugins.losses import CrossEntropyLoss, FocalLoss
+from detloss_plugins.losses import BoundedIoULoss, CrossEntropyLoss, FocalLoss, GaussianFocalLoss, L1Loss, SeesawLoss
 from detloss_plugins.testing.digits import build_digits
 
 pytestmark = pytest.mark.usefixtures("mmdet_scope")
@@ -122,3 +122,69 @@ def test_positives_of_logits_in_a_row():
     """As centerness has them: one a positive, with a target above 0."""
     target = torch.tensor([0.5, 0.1, 0.0, 1.0])
     assert positives(CrossEntropyLoss(use_sigmoid=True), torch.zeros(4), target, None) == 3
+
+
+def test_positives_of_heads_with_other_channels_than_classes():
+    """Of three classes, an object and three of background; R-CNN has a channel for that beside a sigmoid too."""
+    labels = torch.tensor([0, 3, 3, 3])
+    for loss, channels in (
+        (FocalLoss(use_sigmoid=True), 4),
+        (CrossEntropyLoss(use_sigmoid=False), 4),
+        (SeesawLoss(num_classes=3), 5),
+        (FocalLoss(use_sigmoid=True), 3),
+    ):
+        assert positives(loss, torch.zeros(4, channels), labels, None, classes=3) == 1
+    pixels = torch.tensor([[[0, 1, 2], [255, 255, 2]]])  # of a map without a background, 255 being ignored
+    assert positives(CrossEntropyLoss(), torch.zeros(1, 3, 2, 3), pixels, None, classes=3) == 4
+    assert positives(FocalLoss(use_sigmoid=True), torch.zeros(4, 1), torch.tensor([0, 1, 1, 0]), None, classes=80) == 2
+
+
+def test_positives_of_masks_and_of_no_rows():
+    masks = torch.zeros(2, 80, 4, 4), torch.zeros(2, 4, 4), torch.zeros(2, dtype=torch.long)
+    assert positives(CrossEntropyLoss(use_mask=True), *masks) == 2, "objects, whatever their masks"
+    none = torch.zeros(0, 4)
+    assert positives(BoundedIoULoss(), none, none, none) == 0
+    assert positives(BoundedIoULoss(), torch.zeros(3, 4), torch.zeros(3, 4), torch.tensor([0.5, 0.0, 1.0])) == 2
+    assert positives(BoundedIoULoss(), torch.zeros(2, 4), torch.zeros(2, 4), torch.eye(4)[[0, 1]]) == 2
+
+
+def test_positives_of_dense_calls():
+    """Of two images at once, with 3 objects: CenterNet's heatmap and sizes, YOLOv3's confidence and offsets."""
+    heatmap, weight = torch.zeros(2, 80, 8, 8), torch.zeros(2, 2, 8, 8)
+    for image, label, x in ((0, 0, 2), (0, 3, 6), (1, 3, 4)):
+        heatmap[image, label, x], weight[image, :, x, x] = 0.5, 1.0
+        heatmap[image, label, x, x] = 1.0
+    assert positives(GaussianFocalLoss(), torch.full_like(heatmap, 0.5), heatmap, None, classes=80) == 3
+    assert positives(L1Loss(), weight, weight, weight, classes=80) == 3
+    of_points = torch.full((2, 80), 0.5)  # CenterNetUpdateHead: points by classes, with the rows of the objects
+    rows = torch.tensor([0, 0, 1])
+    assert positives(GaussianFocalLoss(), of_points, of_points, None, 80, rows) == 3
+    confidence, offsets = torch.zeros(2, 100), torch.zeros(2, 100, 2)
+    confidence[0, :2] = confidence[1, 5] = 1.0
+    offsets[confidence > 0] = 0.5
+    mask = confidence.unsqueeze(-1)
+    bce = CrossEntropyLoss(use_sigmoid=True)
+    assert positives(bce, torch.zeros(2, 100), confidence, torch.ones(2, 100), classes=80) == 3
+    assert positives(bce, torch.zeros(2, 100, 2), offsets, mask, classes=80) == 3
+    assert positives(L1Loss(), torch.zeros(2, 100, 2), offsets, mask, classes=80) == 3
+    assert positives(bce, torch.zeros(2, 80), torch.eye(80)[:2], None, classes=80) == 2, "logits by class"
+
+
+def test_the_classes_are_those_of_the_head():
+    head = torch.nn.Module()
+    head.num_classes, head.loss_cls = 3, FocalLoss(use_sigmoid=True)
+    model, hook = torch.nn.Module(), LossCurvesHook(interval=1)
+    model.bbox_head = head
+    hook.before_train_iter(SimpleNamespace(model=model, iter=0, optim_wrapper=None), 0)
+    head.loss_cls(torch.zeros(4, 4), torch.tensor([0, 3, 3, 3]))
+    assert hook.seen["bbox_head.cls"]["positives"] == 1
+
+
+def test_the_rows_that_a_head_names():
+    """As CenterNetUpdateHead does."""
+    model, hook, rows = torch.nn.Module(), LossCurvesHook(interval=1), torch.tensor([1, 2])
+    model.loss_cls = GaussianFocalLoss()
+    hook.before_train_iter(SimpleNamespace(model=model, iter=0, optim_wrapper=None), 0)
+    points = torch.full((4, 3), 0.5)
+    model.loss_cls(points, points, pos_inds=rows, pos_labels=rows)
+    assert hook.seen["cls"]["positives"] == 2

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from mmdet.models.dense_heads import RetinaHead
+from mmdet.models.dense_heads import FreeAnchorRetinaHead, RetinaHead
 from mmdet.registry import MODELS as MMDET_MODELS
 from mmengine.config import Config
 from mmengine.hub import get_config
@@ -30,8 +30,9 @@ HEADS = {
 }
 
 
-def head(name, **losses):
-    prefixed = {slot: {**loss, "type": f"detloss_plugins.{loss['type']}"} for slot, loss in losses.items()}
+def head(name, **options):
+    losses = {key: value for key, value in options.items() if "loss" in key}
+    prefixed = options | {slot: {**loss, "type": f"detloss_plugins.{loss['type']}"} for slot, loss in losses.items()}
     return MMDET_MODELS.build({"type": name, "num_classes": 80, "in_channels": 8, **HEADS.get(name, {}), **prefixed})
 
 
@@ -91,6 +92,101 @@ def test_a_ranking_loss_goes_where_all_levels_are_called_at_once(loss):
     assert type(head("FCOSHead", loss_cls=cfg).loss_cls).__name__ == loss
     ranking = head(RANKING_HEAD, loss_cls=cfg, loss_bbox={"type": "GIoULoss"})
     assert type(ranking.loss_cls).__name__ == loss
+
+
+SMALL = dict(feat_channels=32, stacked_convs=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "slots", "reduction", "options"),
+    [
+        ("YOLOXHead", ("loss_cls", "loss_obj", "loss_bbox", "loss_l1"), "sum", SMALL),
+        ("FSAFHead", ("loss_cls", "loss_bbox"), "none", {**SMALL, "reg_decoded_bbox": True}),
+        ("YOLACTHead", ("loss_cls",), "none", {}),
+        ("MultiInstanceBBoxHead", ("loss_cls",), "none", {"fc_out_channels": 8}),
+    ],
+)
+def test_a_head_that_reduces_its_losses_by_itself(name, slots, reduction, options):
+    """In YOLOX, a mean would be divided by the number of positives once more; the others would not train."""
+    for slot in slots:
+        kind = {"loss_bbox": "GIoULoss", "loss_l1": "L1Loss"}.get(slot, "CrossEntropyLoss")
+        loss = {"type": kind, "reduction": reduction}
+        if kind == "CrossEntropyLoss":
+            loss["use_sigmoid"] = name not in ("YOLACTHead", "MultiInstanceBBoxHead")
+        assert getattr(head(name, **{slot: loss}, **options), slot).reduction == reduction
+        for other in {"none", "mean", "sum"} - {reduction}:
+            with pytest.raises(ValueError, match=f'^Write reduction="{reduction}" in the config of {slot} of {name}'):
+                head(name, **{slot: {**loss, "reduction": other}}, **options)
+    if name == "YOLACTHead":
+        assert head(name, loss_cls={**loss, "reduction": "mean"}, use_ohem=False).loss_cls.reduction == "mean"
+
+
+FOCAL_LOSS, CIOU, BCE = (
+    {"type": "FocalLoss", "use_sigmoid": True},
+    {"type": "CIoULoss"},
+    {"type": "CrossEntropyLoss", "use_sigmoid": True},
+)
+TOOD = {**SMALL, "num_dcn": 0, "anchor_type": "anchor_free"}
+
+
+@pytest.mark.parametrize(
+    ("name", "slot", "loss", "options"),
+    [
+        ("FreeAnchorRetinaHead", "loss_cls", FOCAL_LOSS, SMALL),
+        ("AutoAssignHead", "loss_cls", FOCAL_LOSS, SMALL),
+        ("AutoAssignHead", "loss_centerness", BCE, SMALL),
+        ("RTMDetSepBNHead", "loss_centerness", BCE, {**SMALL, "share_conv": False}),
+        ("TOODHead", "loss_centerness", BCE, TOOD),
+        (f"{OURS}.PixelRepPointsHead", "loss_bbox", CIOU, {"point_feat_channels": 8, "stacked_convs": 1}),
+        ("StageCascadeRPNHead", "loss_cls", BCE, {"with_cls": False, "num_classes": 1}),
+        ("Shared2FCBBoxHead", "loss_bbox", {"type": "L1Loss"}, {"with_reg": False}),
+    ],
+)
+def test_a_loss_that_the_head_never_calls(name, slot, loss, options):
+    where = f"{slot} of {name.rpartition('.')[2]}"
+    with pytest.raises(ValueError, match=f"^{loss['type']} has no effect as {where}, which the head never calls"):
+        head(name, **{slot: loss}, **options)
+
+
+def test_a_head_of_ones_own_may_call_what_its_base_leaves_out():
+    class Mine(FreeAnchorRetinaHead):
+        def loss_by_feat(self, *args):
+            return {"loss_cls": self.loss_cls(*args)}
+
+    assert type(Mine(80, 8, loss_cls={"type": "detloss_plugins.FocalLoss", "use_sigmoid": True}).loss_cls) is FocalLoss
+
+
+def test_a_head_that_hands_over_probabilities():
+    """TOOD's; of a loss that is made of others, each must take them."""
+    taking = {**FOCAL_LOSS, "activated": True}
+    quality = {"type": "QualityFocalLoss", "activated": True, "use_sigmoid": True}
+    assert head("TOODHead", loss_cls=quality, **TOOD).loss_cls.activated
+    assert head("TOODHead", loss_cls={"type": "SlideLoss", "base": taking, "use_sigmoid": True}, **TOOD).loss_cls
+    write, take = "FocalLoss takes logits: write activated=True", "VarifocalLoss takes logits: take one with activated"
+    varifocal = {"type": "VarifocalLoss", "use_sigmoid": True}
+    joint = {"type": "JointLoss", "losses": [taking, varifocal], "use_sigmoid": True}
+    for loss, what in ((FOCAL_LOSS, write), (varifocal, take), (joint, take)):
+        with pytest.raises(ValueError, match=f"^loss_cls of TOODHead is given probabilities, and {what}"):
+            head("TOODHead", loss_cls=loss, **TOOD)
+    assigner = {"type": "TaskAlignedAssigner", "topk": 13}
+    phases = {"initial_epoch": 1, "initial_assigner": assigner, "assigner": assigner, "alpha": 1, "beta": 6}
+    built = head("TOODHead", initial_loss_cls=taking, train_cfg=phases, **TOOD)
+    assert built.initial_loss_cls.activated
+    with pytest.raises(ValueError, match="initial_loss_cls of TOODHead is given probabilities"):
+        head("TOODHead", initial_loss_cls=FOCAL_LOSS, train_cfg=phases, **TOOD)
+
+
+@pytest.mark.parametrize("name", ["PAAHead", "LADHead"])
+def test_a_head_that_adds_up_the_loss_of_each_class(name):
+    for loss in (FOCAL_LOSS, BCE):
+        assert head(name, loss_cls=loss, **SMALL).loss_cls.reduction == "mean"
+    for loss in ("QualityFocalLoss", "EQLV2Loss", "APLoss"):
+        with pytest.raises(
+            ValueError, match=f"loss_cls of {name} is no place for {loss}, which has one loss an anchor"
+        ):
+            head(name, loss_cls={"type": loss, "use_sigmoid": True}, **SMALL)
+    with pytest.raises(ValueError, match="is no place for CrossEntropyLoss"):
+        head(name, loss_cls={**BCE, "use_sigmoid": False}, **SMALL)
 
 
 def test_a_loss_by_its_path_is_one_of_ours(tmp_path, monkeypatch):

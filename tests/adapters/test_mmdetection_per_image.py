@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from mmdet.models.backbones.trident_resnet import TridentConv
 from mmdet.registry import MODELS
 from mmdet.structures.bbox import HorizontalBoxes
 from mmengine.config import Config
@@ -200,6 +201,26 @@ def test_a_head_that_keeps_predictions_of_the_last_step():
     assert torch.equal(twin.conv_cls.weight, head.conv_cls.weight)
     assert twin.conv_cls.weight is not head.conv_cls.weight
     assert head._raw_positive_infos["param_preds"][0] is kept
+
+
+def test_what_is_no_head_and_yet_has_something_else_in_training():
+    """DDQ's decoder, whose layers have dropout, and TridentNet's convolutions, each of which is three."""
+    ddq = pytest.importorskip("mmdet.models.layers.transformer.ddq_detr_layers", reason="mmdet 3.2 and newer")
+    attention = dict(embed_dims=8, num_heads=2)
+    layer = dict(
+        self_attn_cfg=dict(attention, dropout=0.1), cross_attn_cfg=dict(embed_dims=8, num_levels=1, num_heads=2)
+    )
+    layer["ffn_cfg"] = dict(embed_dims=8, feedforward_channels=8)
+    model = torch.nn.Module()
+    model.decoder = ddq.DDQTransformerDecoder(
+        num_layers=1, layer_cfg=layer, return_intermediate=True, post_norm_cfg=None
+    )
+    model.convs = TridentConv(4, 4, 3, trident_dilations=(1, 2, 3), test_branch_idx=1, bias=True)
+    model.data_preprocessor = torch.nn.Identity()
+    model = per_image._for_losses(model.train())
+    assert model.decoder.training
+    assert not any(module.training for module in model.decoder.layers.modules())
+    assert len(model.convs([torch.rand(1, 4, 8, 8)] * 3)) == 3
 
 
 # Annotations of the training set, of large digits on their own, whose class is made another one.

@@ -122,11 +122,12 @@ def test_a_class_loss_of_ious_that_is_skipped_without_positives():
 
 @pytest.mark.parametrize("cfg", OF_STATE, ids=str)
 def test_a_head_that_skips_its_class_loss_without_positives(cfg, monkeypatch):
-    """YOLOX's: there a state of a class loss is averaged as that of a box loss, and not by the call."""
-    cfg = {**cfg, "type": f"detloss_plugins.{cfg['type']}", "use_sigmoid": True}
-    options = {"num_classes": 3, "in_channels": 8, "feat_channels": 8, "stacked_convs": 1}
+    """YOLOX's, and DINO's of its denoising queries: a state of a class loss is averaged as that of a box loss there."""
+    cfg = {**cfg, "type": f"detloss_plugins.{cfg['type']}", "use_sigmoid": True, "reduction": "sum"}
+    dense = {"num_classes": 3, "in_channels": 8, "feat_channels": 8, "stacked_convs": 1}
+    layers = {"num_classes": 3, "embed_dims": 8, "share_pred_layer": False, "num_pred_layer": 1}
     monkeypatch.setattr(heads, "_ranks", lambda: 2)
-    for name, skips in (("YOLOXHead", True), ("RetinaHead", False)):
+    for name, options, skips in (("YOLOXHead", dense, True), ("RetinaHead", dense, False), ("DINOHead", layers, True)):
         with DefaultScope.overwrite_default_scope("mmdet"), warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
             monkeypatch.setattr(heads, "_asked", set())

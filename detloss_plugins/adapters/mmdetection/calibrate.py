@@ -14,12 +14,12 @@ from mmengine.runner import Runner
 
 from detloss_plugins.adapters.calibrate import LOOKS, STOCK, Candidate, Gradients, amounts, has_state, look_steps
 from detloss_plugins.adapters.curves import gradients
-from detloss_plugins.adapters.heads import check_fit
+from detloss_plugins.adapters.heads import check_fit, kept_settings
 from detloss_plugins.adapters.mmdetection.counts import ClassCountsHook, count_for
 from detloss_plugins.adapters.mmdetection.curves import object_rows
 from detloss_plugins.losses import ScheduledLoss
 from detloss_plugins.nested import flatten
-from detloss_plugins.registry import SCOPE, build_loss, loss_class, loss_path, registered_losses
+from detloss_plugins.registry import SCOPE, build_loss, loss_path, registered_losses
 
 # Slot -> the families of losses that a dense head calls with what it calls its own with.
 SLOTS = {"loss_cls": ("classification", "ranking"), "loss_bbox": ("box", "regression")}
@@ -132,9 +132,7 @@ def candidate(loss, head, slot=None, label=None):
     """
     cfg = {"type": loss} if isinstance(loss, str) else {k: v for k, v in loss.items() if k != "loss_weight"}
     name = loss_path(cfg["type"]).removeprefix(f"{SCOPE}.")
-    takes = inspect.signature(loss_class(name)).parameters
-    known = {"use_sigmoid": head.use_sigmoid_cls, "num_classes": head.num_classes}
-    of_head = {key: value for key, value in known.items() if key in takes}
+    of_head = kept_settings(name, {"use_sigmoid": head.use_sigmoid_cls, "num_classes": head.num_classes})
     cfg = {**of_head, **cfg, "type": name if "." in name else f"{SCOPE}.{name}"}
     built = build_loss(cfg)
     if isinstance(built, ScheduledLoss):
@@ -144,11 +142,9 @@ def candidate(loss, head, slot=None, label=None):
         raise ValueError(f"{name} is a {built.family} loss, which no slot takes that can be calibrated.")
     slot = slot or fits[0]
     check_slot(slot)
-    check_fit(head, slot, built)
+    cfg = {**kept_settings(name, vars(getattr(head, slot))), **cfg}
+    check_fit(head, slot, build_loss(cfg))
     stock = type(getattr(head, slot)).__name__
-    reduction = getattr(getattr(head, slot), "reduction", "mean")
-    if reduction != "mean":  # YOLOX's sums losses, and divides them itself
-        cfg = {"reduction": reduction, **cfg}
     same = registered_losses().get(stock)  # ours, or mmdet's of that name
     if slot == "loss_bbox" and same and same.facts.family != built.family:
         raise ValueError(

@@ -43,17 +43,19 @@ class LossCurvesHook(Hook):
         self.seen = {}
         scaler = getattr(runner.optim_wrapper, "loss_scaler", None)  # of mixed precision; the step changes its scale
         self.scale = scaler.get_scale() if scaler else 1.0
-        for name, loss in losses_of(runner.model):
-            self.hooks.append(loss.register_forward_hook(self.noting(name), with_kwargs=True))
+        for name, loss, head in losses_of(runner.model):
+            noting = self.noting(name, getattr(head, "num_classes", None))
+            self.hooks.append(loss.register_forward_hook(noting, with_kwargs=True))
 
-    def noting(self, name: str) -> Callable:
-        """What is run after each call of the loss of that name."""
+    def noting(self, name: str, classes: int | None) -> Callable:
+        """What is run after each call of the loss of that name, in a head of so many classes."""
         seen = self.seen.setdefault(name, {})
 
         def note(loss, args, kwargs, _):
             given = inspect.signature(loss.forward).bind(*args, **kwargs).arguments
             pred = given["pred"]
-            found = {"positives": positives(loss, pred, given["target"], given.get("weight"))}
+            others = given.get("weight"), classes, given.get("pos_inds")
+            found = {"positives": positives(loss, pred, given["target"], *others)}
             with still(loss):
                 found.update(zip(part_names(loss), part_values(loss, **given), strict=True))
             for key, value in found.items():
@@ -72,7 +74,7 @@ class LossCurvesHook(Hook):
             return
         while self.hooks:
             self.hooks.pop().remove()
-        for name, loss in losses_of(runner.model):
+        for name, loss, _ in losses_of(runner.model):
             found = {**self.seen[name], **state_scalars(loss)}
             found["gradient"] = found.pop(SQUARES, torch.zeros(())).sqrt() / self.scale
             for key, value in found.items():
@@ -81,7 +83,7 @@ class LossCurvesHook(Hook):
 
 
 def losses_of(model):
-    """The losses of ours in a model that are no part of another, by their places without "loss_"."""
+    """The losses of ours in a model that are no part of another: place without "loss_", loss and what it is part of."""
     # LoggerHook takes the mean of the last values of what has "loss" in its name.
     model = model.module if is_model_wrapper(model) else model
     return _outermost(model, "")
@@ -90,16 +92,34 @@ def losses_of(model):
 def _outermost(module, place):
     for name, child in module.named_children():
         where = f"{place}.{name.removeprefix('loss_')}".removeprefix(".")
-        yield from [(where, child)] if isinstance(child, Loss) else _outermost(child, where)
+        yield from [(where, child, module)] if isinstance(child, Loss) else _outermost(child, where)
 
 
-def positives(loss, pred, target, weight):
-    """How many rows of a call have an object: a class above the background, or of other losses a weight above 0."""
+def positives(loss, pred, target, weight, classes=None, pos_inds=None):
+    """How many rows of a call have an object: a class above the background, or of other losses a weight above 0.
+
+    ``classes``: of the head, whose logits may have a channel for the background beside a sigmoid loss too, or several
+    that are of no class. Of the logits of a map of classes, ``(N, C, H, W)``, pixels are counted; of a heatmap its
+    peaks, or ``pos_inds``, the rows of objects that CenterNetUpdateHead gives.
+    """
+    if loss.family == "heatmap":
+        return len(pos_inds) if pos_inds is not None else (target == 1).sum()
+    if getattr(loss, "use_mask", False):  # a mask for each object
+        return len(pred)
     if loss.family in ("classification", "ranking"):
-        return object_rows(pred, target, pred.shape[-1] - (not loss.use_sigmoid)).sum()
+        of_map = pred.dim() == 4 and torch.is_tensor(target) and target.dim() == 3
+        channels = pred.shape[1 if of_map else -1]
+        same = pred.dim() == 2 and torch.is_tensor(target) and target.shape == pred.shape
+        if same and classes is not None and channels not in (classes, classes + 1):
+            return (target > 0).sum()  # images by anchors, as YOLOv3's confidence is
+        foreground = channels - (not loss.use_sigmoid) if classes is None else min(classes, channels)
+        return object_rows(pred, target, foreground).sum()
     if weight is None:
         return len(pred)
-    return (weight > 0).reshape(len(weight), -1).any(1).sum()
+    found = weight > 0
+    if found.dim() > 1:  # of boxes (..., 4), or of a map (N, 2, H, W)
+        found = found.any(1 if found.dim() == 4 else -1)
+    return found.sum()
 
 
 def object_rows(pred, target, classes):

@@ -23,8 +23,11 @@ from mmengine.model import is_model_wrapper
 
 from detloss_plugins.nested import flatten
 
-# In eval mode, mmdet's detectors and heads prepare for predictions: FCOS scales its boxes, DINO has no denoising.
-_STAY_IN_TRAINING = tuple(f"mmdet.models.{part}." for part in ("detectors", "dense_heads", "roi_heads", "seg_heads"))
+# In eval mode, mmdet's detectors and heads prepare for predictions: FCOS scales its boxes, DINO has no denoising. So do
+# DDQ's decoder, which has other branches for dense queries in training, and TridentNet's backbone, which has but one.
+_HEADS = ("detectors", "dense_heads", "roi_heads", "seg_heads")
+_OTHERS = ("layers.transformer.ddq_detr_layers", "backbones.trident_resnet")
+_STAY_IN_TRAINING = tuple(f"mmdet.models.{part}." for part in _HEADS + _OTHERS)
 
 
 class PerImageLossHook(Hook):

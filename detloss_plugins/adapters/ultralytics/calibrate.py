@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import logging
 import random
 import tempfile
@@ -314,7 +315,7 @@ def calibrate(
                 RTDETRLook(trained, criterion, ready, found, when, lambda: self.done + 1)
                 return
             for name, branch in branches(criterion).items():
-                weight = (lambda name=name: branch_weight(criterion, name)) if name != "criterion" else lambda: 1.0
+                weight = functools.partial(branch_weight, criterion, name)
                 branch.curves = Look(trained, branch, ready, found, when, weight)
 
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Finished):

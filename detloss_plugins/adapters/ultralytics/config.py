@@ -127,7 +127,10 @@ def load_losses(
     """
     check_task(task)
     if isinstance(losses, str | Path):
-        losses = yaml.safe_load(path_of(losses).read_text(encoding="utf-8"))
+        path = path_of(losses)
+        if path.suffix == ".py":
+            raise ValueError(f"{losses} is a config of MMDetection, and no YAML file of losses.")
+        losses = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(losses, Mapping):
         raise TypeError(f"losses must be a dict such as {{'cls': {{'type': 'VarifocalLoss'}}}}, not {losses!r}.")
     if unknown := [slot for slot in losses if slot not in (*SLOTS[task], "ignore")]:

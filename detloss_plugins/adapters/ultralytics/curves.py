@@ -14,10 +14,15 @@ EVERY = 50  # steps between two looks
 
 
 class Curves:
-    """Looks at a criterion in every so many steps, by a second call that changes nothing, and keeps what it sees."""
+    """Looks at a criterion in every so many steps, by a second call that changes nothing, and keeps what it sees.
 
-    def __init__(self, every):
-        self.every, self.steps, self.seen = every, 0, []
+    Args:
+        every: number of steps from one look to the next.
+        weight: a function without arguments, what the criterion's loss is multiplied by at the moment.
+    """
+
+    def __init__(self, every, weight=lambda: 1.0):
+        self.every, self.weight, self.steps, self.seen = every, weight, 0, []
 
     def look(self, criterion, preds, batch):
         """To be called in every step of training."""
@@ -26,7 +31,8 @@ class Curves:
             observer, preds = Slots(criterion), as_leaves(preds)
             with observer.still():
                 observer.criterion.loss(preds, batch)
-                self.seen.append(observer.scalars([x for x in flatten(preds)[0] if x.requires_grad]))
+                outputs = [x for x in flatten(preds)[0] if x.requires_grad]
+                self.seen.append(observer.scalars(outputs, self.weight()))
 
     def means(self):
         """The means of what was seen since the last time, as numbers by name."""
@@ -75,12 +81,12 @@ class Slots(Observer):
                 hook.remove()
         return found
 
-    def scalars(self, outputs):
-        """By name; ``outputs`` are those of the head."""
+    def scalars(self, outputs, weight):
+        """By name; ``outputs`` are those of the head, ``weight`` is what the whole loss is multiplied by."""
         found = {"positives": self.positive.sum()}
         for slot in SLOTS:
             value = getattr(self.stock.hyp, slot) * self.values.get(slot, torch.zeros_like(self.normalizer))
-            found[f"{slot}/gradient"] = gradient_norm(len(self.positive) * value, outputs)
+            found[f"{slot}/gradient"] = gradient_norm(weight * len(self.positive) * value, outputs)
             if slot in self.stock.built:
                 found.update({f"{slot}/{name}": part for name, part in self.parts(slot, value.detach())})
         return found

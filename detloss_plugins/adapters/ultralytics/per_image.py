@@ -12,6 +12,7 @@ from detloss_plugins.adapters.curves import still
 from detloss_plugins.adapters.ultralytics import compat
 
 SLOTS = ("box", "cls", "dfl")
+WEIGHTS = {"one2many": "o2m", "one2one": "o2o"}  # branch -> the attribute of its weight
 TARGET_SCORES = 4  # the place among the inputs of a box criterion
 
 
@@ -64,8 +65,8 @@ def per_image(criterion: Any, preds: Any, batch: Mapping[str, Any]) -> LossesByI
 
 
 def branch_weight(criterion, name):
-    """What the loss of a branch of an end-to-end criterion, "one2many" or "one2one", is multiplied by now."""
-    return getattr(criterion, {"one2many": "o2m", "one2one": "o2o"}[name], 1.0)
+    """What the loss of a branch of a criterion is multiplied by now: of an end-to-end head by a schedule, else by 1."""
+    return getattr(criterion, WEIGHTS[name], 1.0) if name in WEIGHTS else 1.0
 
 
 def _added(losses, weights):

@@ -1,5 +1,6 @@
 """The trainer: it gives a model our losses, keeps their state and says what they are."""
 
+import functools
 import math
 import shutil
 from collections.abc import Mapping
@@ -36,6 +37,7 @@ from detloss_plugins.adapters.ultralytics.criterion import branches, criterion_s
 from detloss_plugins.adapters.ultralytics.curves import EVERY, Curves, append, scalars
 from detloss_plugins.adapters.ultralytics.ignore import ignored_classes, make_validator
 from detloss_plugins.adapters.ultralytics.model import RECORD, install, student
+from detloss_plugins.adapters.ultralytics.per_image import branch_weight
 from detloss_plugins.facts import Rule, checked
 from detloss_plugins.loss import AUTO, Loss
 from detloss_plugins.losses import ScheduledLoss, set_progress
@@ -122,14 +124,19 @@ def describe(losses: Mapping[str, Any], args: Any, task: str = "detect") -> list
         line = "stock loss"
         if slot in losses:
             loss = build_loss(losses[slot])
-            compiled = ", compiled" if loss.compiled and not loss.facts.counts_positives else ""
             weight = AUTO if (slot,) in asked else _weight(loss, slot)
-            line = f"{_in_words(loss, slot)}{compiled}, weight {weight}"
+            line = f"{_in_words(loss, slot)}{', compiled' * runs_compiled(loss)}, weight {weight}"
         lines.append(f"{slot}: {line} x gain {gain:g}")
     if "ignore" in losses:
         classes = ", ".join(map(repr, losses["ignore"]["classes"]))
         lines.append(f"ignore: boxes of {classes}, and what is detected in them")
     return lines
+
+
+def runs_compiled(loss):
+    """Whether a loss, or one that it is made of, is compiled: some cannot be."""
+    parts = [part for part in loss.modules() if isinstance(part, Loss) and part.compiled]
+    return any(part.facts.row_wise and part.compiles(torch.device("cpu")) for part in parts)
 
 
 def _weight(loss, slot):
@@ -207,8 +214,9 @@ def criterion_of(trainer):
 
 def add_curves(trainer, every):
     """Have the losses of the model that is trained looked at in every so many steps."""
-    for branch in branches(criterion_of(trainer)).values():
-        branch.curves = branch.curves or Curves(every)
+    criterion = criterion_of(trainer)
+    for name, branch in branches(criterion).items():
+        branch.curves = branch.curves or Curves(every, functools.partial(branch_weight, criterion, name))
         branch.curves.seen = []  # those of an epoch that Ultralytics begins again do not count
 
 
