@@ -556,7 +556,7 @@ def test_plugin_detection_loss_on_its_own(batches, log):
 
 
 @pytest.mark.slow
-@since("8.4.76", "its tuner takes no trainer")
+@since("8.4.129", "its tuner takes no trainer")
 @pytest.mark.parametrize("name", ["yolov8n", "yolo26n-seg", "yolov8n-pose", "yolov8n-obb", RTDETR_NAME])
 def test_tuning_trains_our_losses(name, datasets, tmp_path):
     """Each training of the search has our losses, and the values that the search chose."""
@@ -578,7 +578,7 @@ def test_tuning_trains_our_losses(name, datasets, tmp_path):
     assert seen[0][1] != seen[1][1]
 
 
-@since("8.4.76", "its tuner takes no trainer")
+@since("8.4.129", "its tuner takes no trainer")
 def test_tuning_by_ray_is_refused(monkeypatch):
     """It would tune the stock losses without a word."""
     from ultralytics.utils import tuner
@@ -588,7 +588,7 @@ def test_tuning_by_ray_is_refused(monkeypatch):
         tune(YOLO("yolov8n.yaml"), make_trainer(LOSSES), iterations=1, use_ray=True, data="coco8.yaml")
 
 
-@since("8.4.76", "its tuner takes no trainer")
+@since("8.4.129", "its tuner takes no trainer")
 def test_tuning_leaves_the_stock_class(datasets):
     from ultralytics.engine import trainer as engine
 

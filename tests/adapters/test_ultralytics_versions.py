@@ -34,6 +34,7 @@ from support.ultralytics import (
     third,
 )
 from ultralytics import RTDETR, YOLO, __version__
+from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.utils import LOGGER
 from ultralytics.utils.checks import parse_version
 from ultralytics.utils.tal import make_anchors
@@ -44,12 +45,14 @@ from detloss_plugins.adapters.ultralytics import (
     PluginDetectionLoss,
     PluginRTDETRLoss,
     compat,
+    describe,
     install,
     load_losses,
     make_trainer,
     trained_losses,
     tune,
 )
+from detloss_plugins.adapters.ultralytics.calibrate import calibrate, candidate
 from detloss_plugins.registry import loss_class
 
 VERSION = parse_version(__version__)
@@ -138,6 +141,12 @@ def test_start_up_says_what_is_active(interrupted, trained):
     for slot in SLOTS[trained[1]]:
         loss = trained[2].get(slot)
         assert said[f"{slot}:"].startswith(f"{loss_class(loss['type']).__name__}(" if loss else "stock loss x gain ")
+
+
+def test_the_description_has_the_slots_of_rtdetr():
+    """And no gain of a loss that there is not, as the criterion of some versions has them."""
+    lines = describe({"loss_class": {"type": "MALoss"}}, None, "rtdetr")
+    assert [line.partition(":")[0] for line in lines] == list(SLOTS["rtdetr"])
 
 
 def test_results_csv_keeps_its_columns(interrupted, trained):
@@ -230,6 +239,45 @@ def test_a_worker_of_a_launch_may_name_several_devices(monkeypatch):
     compat.check_arguments({"device": "cpu", "cls_pw": 0.0})
     monkeypatch.setenv("LOCAL_RANK", "0")
     compat.check_arguments({"device": [0, 1]})
+
+
+class OfTheEnvironment(DetectionTrainer):
+    """As in some versions, 8.3.240 and 8.4.76 among them: without a device, those of CUDA_VISIBLE_DEVICES."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.args.device = "0,1"
+
+
+@pytest.mark.parametrize(("weight", "message"), [(1.0, r"needs Ultralytics 8\.4\.140"), ("auto", "on one device")])
+def test_devices_of_the_environment_are_refused_too(weight, message, datasets, tmp_path, monkeypatch):
+    monkeypatch.setitem(compat.FEATURES, "devices", (False, "8.4.140", "", ""))
+    trainer = make_trainer({"cls": {"type": "VarifocalLoss", "loss_weight": weight}}, trainer=OfTheEnvironment)
+    overrides = {**SETTINGS, "model": "yolov8n.yaml", "data": datasets["detect"], "project": str(tmp_path)}
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        trainer(overrides=overrides)
+    if weight == 1:
+        monkeypatch.setenv("LOCAL_RANK", "0")
+        trainer(overrides=overrides)
+
+
+def test_calibration_warms_up_for_a_quarter_of_its_steps(datasets):
+    """In every version to the learning rates of the training: those of biases down, those of weights up."""
+    seen = []
+
+    class Seen(DetectionTrainer):
+        def preprocess_batch(self, batch):
+            groups = self.optimizer.param_groups
+            seen.append({(group["lr"], group["momentum"], self.accumulate) for group in groups if group["params"]})
+            return super().preprocess_batch(batch)
+
+    settings = {**SETTINGS, "nbs": 32, "epochs": 8, "warmup_epochs": 8, "lr0": 0.01, "lrf": 1.0}
+    calibrate([candidate("VarifocalLoss")], "yolov8n.yaml", 8, 1, trainer=Seen, data=datasets["detect"], **settings)
+    at = (0.1, 0.8, 1), (0.0, 0.8, 1)
+    assert seen[0] == set(at)
+    middle = {(round(lr, 6), round(momentum, 6), accumulate) for lr, momentum, accumulate in seen[1]}
+    assert middle == {(0.055, 0.8685, 2), (0.005, 0.8685, 2)}
+    assert seen[2:] == [{(0.01, 0.937, 4)}] * 6
 
 
 @since("8.4.37", "it has no class weights")

@@ -33,7 +33,8 @@ def model_task(model: torch.nn.Module | Mapping[str, Any]) -> str:
 def slot_gains(args, task="detect"):
     """The gains on top of each loss's ``loss_weight``: the training arguments', or those of RT-DETR's criterion."""
     if task == "rtdetr":
-        return {f"loss_{name}": gain for name, gain in RTDETRDetectionLoss().loss_gain.items()}
+        gains = RTDETRDetectionLoss().loss_gain  # of some versions more than there are losses
+        return {slot: gains[slot.removeprefix("loss_")] for slot in SLOTS[task]}
     return {slot: getattr(args, slot) for slot in SLOTS[task]}
 
 

@@ -230,6 +230,28 @@ def _first_that_fits(name, cls, slot, task):
     return None
 
 
+def warm_up(trainer, share, batches):
+    """Set a trainer for a step of the warm-up, of which a share is over, as Ultralytics does.
+
+    Args:
+        trainer: one of Ultralytics.
+        share: from 0 to 1.
+        batches: how many an update of the weights is made of after the warm-up.
+    """
+
+    def between(start, end):
+        return (1 - share) * start + share * end
+
+    for place, group in enumerate(trainer.optimizer.param_groups):
+        # Older versions have no names, and take the first group for that of the biases.
+        has_biases = group.get("param_group", "bias" if place == 0 else None) == "bias"
+        start = trainer.args.warmup_bias_lr if has_biases else 0.0
+        group["lr"] = between(start, group["initial_lr"] * trainer.lf(trainer.epoch))
+        if "momentum" in group:
+            group["momentum"] = between(trainer.args.warmup_momentum, trainer.args.momentum)
+    trainer.accumulate = round(between(1, batches))
+
+
 def calibrate(
     candidates, model="yolov8n.yaml", steps=STEPS, looks=LOOKS, told=None, ignore=None, trainer=None, **settings
 ):
@@ -266,11 +288,14 @@ def calibrate(
 
         def run_callbacks(self, event):
             if event == "on_pretrain_routine_end":
-                # What the weights are for comes after the warm-up, of which there may be thousands of steps.
-                longest = steps / 4 / len(self.train_loader)
-                self.args.warmup_epochs = min(self.args.warmup_epochs, longest)
+                # What the weights are for comes after the warm-up, of which there may be thousands of steps. Before
+                # Ultralytics 8.4.103 its own has a hundred at least, so it has none.
+                self.warmup = round(min(self.args.warmup_epochs * len(self.train_loader), steps / 4))
+                self.args.warmup_epochs = 0
             if event == "on_train_start":
                 self.begin()
+            if event == "on_train_batch_start" and self.done <= self.warmup > 0:
+                warm_up(self, self.done / self.warmup, self.batches)
             if event == "on_train_batch_end":
                 self.done += 1
                 if told:
@@ -279,7 +304,7 @@ def calibrate(
                     raise Finished
 
         def begin(self):
-            self.done = 0
+            self.done, self.batches = 0, self.accumulate
             self.epochs = max(self.epochs, -(-steps // len(self.train_loader)))  # of a small set
             trained = student(compat.unwrap_model(self.model))
             ignored = ignored_classes(self.plugin_losses, trained.names)

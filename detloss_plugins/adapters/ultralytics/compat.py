@@ -17,8 +17,9 @@ Version: what it changed, and what is here for the versions before it.
   losses too, and stays so.
 - 8.4.37: class weights (``cls_pw``). :func:`class_weights` is None; the argument is refused, and so is the counting of
   objects, for which the trainer has no place.
-- 8.4.76: the tuner starts its trainings by a class, not by the command line. ``tune`` is refused.
 - 8.4.104: a criterion's items are a dict, before it a tensor. They are handed on as they are.
+- 8.4.129: the tuner starts its trainings by a class, which is there since 8.4.76, not by the command line. ``tune`` is
+  refused.
 - 8.4.140: the trainer is sent to the processes of a multi-GPU launch; before it, each imported it by its name, which a
   class made by ``make_trainer`` has not. More than one device is refused.
 """
@@ -29,7 +30,7 @@ import os
 import torch
 from ultralytics import __version__, utils
 from ultralytics.data.utils import verify_image_label
-from ultralytics.engine import trainer as engine
+from ultralytics.engine import tuner
 from ultralytics.utils import DEFAULT_CFG_DICT, ops, tal, torch_utils
 from ultralytics.utils import loss as stock
 from ultralytics.utils.checks import parse_version
@@ -51,7 +52,12 @@ FEATURES = {
         'Counting objects for class_weight="effective"',
         "give class_counts",
     ),
-    "tune": (hasattr(engine, "MultiTrainer"), "8.4.76", "Tuning with losses of ours", "train with each value yourself"),
+    "tune": (
+        "MultiTrainer" in inspect.getsource(tuner),
+        "8.4.129",
+        "Tuning with losses of ours",
+        "train with each value yourself",
+    ),
     "ignore": (parse_version(__version__) >= (8, 3, 200), "8.3.200", "Ignoring classes", "leave ignore out"),
     "devices": (SENDS_TRAINER, "8.4.140", "Training on several GPUs", "train on one device"),
 }

@@ -280,18 +280,11 @@ def make_trainer(
             given = (overrides or {}).get("task", task)
             if (given, task) != ("detect", "rtdetr"):  # to Ultralytics, RT-DETR detects
                 self.check_same_task(given)
-            several = compat.device_count((overrides or {}).get("device")) > 1
-            if places and (compat.rank() != -1 or several):
-                raise NoWeightError(
-                    'loss_weight "auto" is for a training on one device: find the weights with detloss calibrate, and '
-                    "write them for one on several."
-                )
-            if several:
-                portable(losses)  # raises for a loss that their processes cannot import
-            compat.check_arguments(overrides or {})
+            self.check_arguments(overrides or {})
             if waits_for_counts:
                 compat.require("class_counts")
             super().__init__(cfg, overrides, _callbacks)
+            self.check_arguments(vars(self.args))  # some versions take the devices from the environment
             if "ignore" in losses and (self.args.single_cls or self.args.classes is not None):
                 raise ValueError("single_cls and classes change the labels that ignore reads: leave one of them out.")
             if compat.rank() in {-1, 0}:
@@ -318,7 +311,19 @@ def make_trainer(
 
         def check_resume(self, overrides):
             super().check_resume(overrides)
-            compat.check_arguments(vars(self.args))  # of a run that resumes, those of its checkpoint
+            self.check_arguments(vars(self.args))  # of a run that resumes, those of its checkpoint
+
+        @staticmethod
+        def check_arguments(arguments):
+            several = compat.device_count(arguments.get("device")) > 1
+            if places and (compat.rank() != -1 or several):
+                raise NoWeightError(
+                    'loss_weight "auto" is for a training on one device: find the weights with detloss calibrate, and '
+                    "write them for one on several."
+                )
+            if several:
+                portable(losses)  # raises for a loss that their processes cannot import
+            compat.check_arguments(arguments)
 
         @staticmethod
         def check_same_task(given):
@@ -445,7 +450,7 @@ def tune(model: Any, trainer: type, iterations: int = 10, **settings: Any) -> An
         settings: as for ``model.tune``: ``data``, ``space``, ``epochs`` and so on.
 
     Raises:
-        RuntimeError: if this version of Ultralytics is older than 8.4.76, whose tuner takes no trainer.
+        RuntimeError: if this version of Ultralytics is older than 8.4.129, whose tuner takes no trainer.
         ValueError: for ``use_ray``: that search trains the stock losses.
     """
     compat.require("tune")
