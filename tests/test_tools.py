@@ -570,6 +570,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(cases, "SCENES", (cases.Case("20 of 400", 400, {"positives": 20}),))
 
 
+@pytest.mark.slow
 def test_bench_command(tmp_path, capsys, tiny):
     file, picture, page = tmp_path / "rows.json", tmp_path / "speed.png", tmp_path / "docs" / "speed.md"
     few = ["--runs", "3", "--mode", "eager", "--dtype", "float32", "--device", "cpu"]

@@ -150,6 +150,7 @@ def test_the_training_is_that_without_the_hook(tmp_path):
     assert not list((tmp_path / "with").glob("box*"))
 
 
+@pytest.mark.slow
 def test_another_data_set_after_the_training(tmp_path):
     build_digits()
     cfg = small(DIGITS)

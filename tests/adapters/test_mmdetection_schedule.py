@@ -38,7 +38,7 @@ class Watch(Hook):
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"at": [1]}, [(0, (0,)), (1, (0,)), (2, (1,)), (3, (1,))]),
+        pytest.param({"at": [1]}, [(0, (0,)), (1, (0,)), (2, (1,)), (3, (1,))], marks=pytest.mark.slow),
         # The head calls its loss once for each of five levels, and an iteration counts once.
         ({"at": [1], "by_epoch": False, "fade": 2}, [(0, (0,)), (1, (0, 1)), (2, (0, 1)), (3, (1,))]),
     ],

@@ -273,7 +273,7 @@ def test_stock_heads_refuse_the_loss(batch):
 # Runs.
 
 
-@pytest.mark.parametrize("detector", ["Faster R-CNN", "RetinaNet"])
+@pytest.mark.parametrize("detector", [pytest.param("Faster R-CNN", marks=pytest.mark.slow), "RetinaNet"])
 def test_run_is_resumed_and_its_checkpoint_loads(detector, tmp_path, monkeypatch):
     """As if never stopped; where this package is not, and into the stock detector but for the log variances."""
     build_digits()

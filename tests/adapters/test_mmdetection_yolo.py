@@ -203,6 +203,7 @@ def test_class_losses_that_no_score_goes_with_are_refused():
     assert not detector(dict(type="detloss_plugins.MSELoss", use_sigmoid=True)).bbox_head.softmax_classes
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed(tmp_path):
     """Two epochs; the checkpoint loads without this package, and fits mmdet's head."""
     build_digits()

@@ -73,7 +73,7 @@ def test_mmdet_head_without_positives_on_a_rank(tmp_path):
     assert first == second
 
 
-@pytest.mark.parametrize("hooks", [[], [dict(type="SyncBuffersHook")]])
+@pytest.mark.parametrize("hooks", [[], pytest.param([dict(type="SyncBuffersHook")], marks=pytest.mark.slow)])
 def test_a_runner_without_the_hook_is_warned(hooks, tmp_path, monkeypatch):
     """In its first step, of each type of loss once; one with it, or without other ranks, is not."""
     build_digits()
