@@ -195,8 +195,8 @@ def _check_use(head, name, loss):
                 kind = type(part).__name__
                 do = "write activated=True" if hasattr(part, "activated") else "take one with activated=True"
                 raise ValueError(f"{where} is given probabilities, and {kind} takes logits: {do}.")
-    facts = loss.facts
-    if name == "loss_cls" and _runs(head, "PAAHead", "get_pos_loss") and (facts.sums_classes or facts.one_per_row):
+    of_rows = any(part.facts.sums_classes or part.facts.one_per_row for part in filter(_is_whole, loss.modules()))
+    if name == "loss_cls" and _runs(head, "PAAHead", "get_pos_loss") and of_rows:
         raise ValueError(
             f"{where} is no place for {kind}, which has one loss an anchor: the head adds up those of its classes. "
             "Take one that has a loss for each class, such as FocalLoss."

@@ -187,6 +187,9 @@ def test_a_head_that_adds_up_the_loss_of_each_class(name):
             head(name, loss_cls={"type": loss, "use_sigmoid": True}, **SMALL)
     with pytest.raises(ValueError, match="is no place for CrossEntropyLoss"):
         head(name, loss_cls={**BCE, "use_sigmoid": False}, **SMALL)
+    joint = {"type": "JointLoss", "use_sigmoid": True, "losses": [FOCAL_LOSS, {"type": "QualityFocalLoss"}]}
+    with pytest.raises(ValueError, match="is no place for JointLoss"):
+        head(name, loss_cls=joint, **SMALL)
 
 
 def test_a_loss_by_its_path_is_one_of_ours(tmp_path, monkeypatch):

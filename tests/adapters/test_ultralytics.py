@@ -443,12 +443,18 @@ def test_a_file_without_a_suffix(tmp_path, monkeypatch):
 
 
 def test_compiled_is_said_of_what_is(monkeypatch):
-    """Of a loss that does not state that its rows are apart, and of one that ranks them, it would not be true."""
+    """Not of a loss that does not state that its rows are apart, of one that ranks them, or of a part."""
     monkeypatch.setitem(MODELS.module_dict, "Own", type("Own", (FocalLoss,), {"fn": FocalLoss.fn}))
     joint = {"type": "JointLoss", "losses": [{"type": "FocalLoss"}]}
     for cfg in ({"type": "AdaptiveThresholdFocalLoss"}, joint, {"type": "Own"}, {"type": "APLoss"}):
         line = describe(load_losses({"cls": cfg}, compile=True), get_cfg())[0]
         assert (", compiled" in line) == (cfg["type"] not in ("Own", "APLoss")), line
+    part = {"type": "FocalLoss", "compile": True}
+    for cfg, said in (
+        ({**joint, "losses": [part]}, False),
+        ({"type": "ScheduledLoss", "losses": [part, part], "at": [1]}, True),
+    ):
+        assert (", compiled" in describe(load_losses({"cls": cfg}), get_cfg())[0]) == said
 
 
 def test_a_yaml_file_and_a_dict_are_the_same(tmp_path):

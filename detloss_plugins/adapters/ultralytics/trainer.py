@@ -40,7 +40,7 @@ from detloss_plugins.adapters.ultralytics.model import RECORD, install, student
 from detloss_plugins.adapters.ultralytics.per_image import branch_weight
 from detloss_plugins.facts import Rule, checked
 from detloss_plugins.loss import AUTO, Loss
-from detloss_plugins.losses import ScheduledLoss, set_progress
+from detloss_plugins.losses import JointLoss, ScheduledLoss, set_progress
 from detloss_plugins.registry import build_loss, portable
 
 LOSSES_FILE = "losses.yaml"  # in the folder of the run, beside args.yaml
@@ -134,9 +134,10 @@ def describe(losses: Mapping[str, Any], args: Any, task: str = "detect") -> list
 
 
 def runs_compiled(loss):
-    """Whether a loss, or one that it is made of, is compiled: some cannot be."""
-    parts = [part for part in loss.modules() if isinstance(part, Loss) and part.compiled]
-    return any(part.facts.row_wise and part.compiles(torch.device("cpu")) for part in parts)
+    """Whether a loss is compiled, or one of those that it calls: some cannot be."""
+    if isinstance(loss, ScheduledLoss) or (isinstance(loss, JointLoss) and not loss.facts.row_wise):
+        return any(map(runs_compiled, loss.losses))
+    return loss.compiled and loss.facts.row_wise and loss.compiles(torch.device("cpu"))
 
 
 def _weight(loss, slot):
