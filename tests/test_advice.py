@@ -284,6 +284,11 @@ def test_what_the_study_does_not_say_is_not_said():
     assert (nothing.tried, nothing.unknown, labels_of(nothing)) == (0, ["trees"], [])
 
 
+def test_losses_of_heads_of_mmdetection_are_none_for_a_yolo():
+    runs = [dict(run, model="gfl_r18_fpn_digits") for run in STUDY[0]["runs"]]
+    assert advise(description(), [{"runs": runs}]).tried == 0
+
+
 def test_the_line_to_paste_is_one_that_ablate_reads():
     found = advise(description(), STUDY)
     words = shlex.split(found.command("my data.yaml"))

@@ -48,10 +48,9 @@ def small_chunks(monkeypatch, device):
 @contextlib.contextmanager
 def plain_rows(device):
     """Nothing is run in chunks."""
-    size = precision.CHUNK[torch.device(device).type]
-    precision.CHUNK[torch.device(device).type] = 10**9
-    yield
-    precision.CHUNK[torch.device(device).type] = size
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(precision.CHUNK, torch.device(device).type, 10**9)
+        yield
 
 
 def close(found, expected):

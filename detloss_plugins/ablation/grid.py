@@ -186,7 +186,7 @@ def parse_words(words: Iterable[str]) -> tuple[dict, dict, dict]:
     """
     grid, losses, args = {}, {}, {}
     for word in words:
-        if "=" in word and not _is_file(word):
+        if "=" in word and not configs.is_file(word):
             key, text = word.split("=", 1)
             value = value_of(text, word)
             if isinstance(value, str) and value.partition(":")[0] in registered_losses():
@@ -204,13 +204,6 @@ def parse_words(words: Iterable[str]) -> tuple[dict, dict, dict]:
             raise ValueError(f"The label {twice.pop()} is given twice.")
         losses.update(found)
     return grid, losses, args
-
-
-def _is_file(word):
-    try:
-        return Path(word).is_file()
-    except OSError:  # it is too long for the name of one
-        return False
 
 
 def value_of(text: str, word: str) -> Any:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import yaml
 
 from detloss_plugins.ablation.compare import BETTER, STOCK, WORSE, Row, groups, merged, table
+from detloss_plugins.ablation.mmdetection import is_config
 from detloss_plugins.advice.describe import Description
 from detloss_plugins.advice.rules import scenarios
 from detloss_plugins.study import studies
@@ -80,11 +81,11 @@ class Advice:
 
 
 def candidates(runs: Iterable[Mapping], scenario: str) -> list[Choice]:
-    """The study's losses on the data of a scenario, beside the stock losses of the same model and epochs."""
+    """The study's losses of YOLOs on the data of a scenario, beside the stock losses of the same model and epochs."""
     data = DATA.get(scenario, f"digits:{scenario}")
     found = []
     for (name, model, epochs), own in groups(runs).items():
-        rows = table(own) if name == data else []
+        rows = table(own) if name == data and not is_config(model) else []
         stock = [row.spreads[METRIC] for row in rows if row.label == STOCK]
         noise = stock[0].deviation if stock and stock[0] else None
         found += [Choice(scenario, name, model, epochs, row, noise) for row in rows if row.differences]

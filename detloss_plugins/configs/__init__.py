@@ -62,7 +62,15 @@ def path_of(word: str | Path) -> Path:
     """
     path = Path(word)
     given = isinstance(word, Path) or path.suffix or len(path.parts) > 1
-    return path if given or (path.is_file() and word not in _paths(FRAMEWORKS)) else find(str(word))
+    return path if given or (is_file(path) and word not in _paths(FRAMEWORKS)) else find(str(word))
+
+
+def is_file(word: str | Path) -> bool:
+    """Whether a word is the path of a file that is there."""
+    try:
+        return Path(word).is_file()
+    except OSError:  # it is too long for the name of one
+        return False
 
 
 def _paths(frameworks: Iterable[str]) -> dict[str, Path]:

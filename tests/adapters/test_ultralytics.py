@@ -59,6 +59,7 @@ from detloss_plugins.adapters.ultralytics import (
 )
 from detloss_plugins.adapters.ultralytics.compat import E2ELoss
 from detloss_plugins.adapters.ultralytics.config import GAINS, PRIORS
+from detloss_plugins.configs import path_of
 from detloss_plugins.losses import APLoss, FocalLoss, L1Loss
 from detloss_plugins.registry import MODELS, build_loss, loss_class, registered_losses
 
@@ -432,6 +433,11 @@ def test_a_name_that_no_shipped_file_has():
         make_trainer("qfk")
     with pytest.raises(ValueError, match=r"^retinanet_r18_fpn_digits is a config of MMDetection"):
         make_trainer("retinanet_r18_fpn_digits")
+
+
+def test_a_word_too_long_for_a_file():
+    with pytest.raises(ValueError, match=r"There is no config named '=+'"):
+        path_of("=" * 300)
 
 
 def test_a_file_without_a_suffix(tmp_path, monkeypatch):
