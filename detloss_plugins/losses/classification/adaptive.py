@@ -70,10 +70,9 @@ class AdaptiveThresholdFocalLoss(
         return super().reduced(pred if self.detach_gamma else float32(pred), *args)
 
     def sums(self, pred, target, weight):
-        found = super().sums(pred, target, weight)
-        if not self.detach_gamma and (torch.is_grad_enabled() or engine.is_dual(pred)):
-            found["total"] = engine.weighted_sum(self._call(self.counted, pred, target, weight, {}))
-        return found
+        seen = pred.detach() if self.detach_gamma else pred
+        total = engine.weighted_sum(self._call(self.counted, seen, target, weight, {}))
+        return {**super().sums(pred, target, weight), "total": total}
 
     def counted(self, pred: Tensor, target: Any, weight: Tensor | None, _: Any) -> Tensor:
         """The ``p_t`` of what counts in the mean."""
@@ -81,8 +80,7 @@ class AdaptiveThresholdFocalLoss(
         return torch.where(counts(pred, valid, weight) > 0, _p_t(pred, target), 0.0)
 
     def statistics(self, pred, target, valid, weight):
-        counted = counts(pred, valid, weight)
-        return {"total": torch.where(counted > 0, _p_t(pred, target), 0.0).sum(), "count": counted.sum()}
+        return {"count": counts(pred, valid, weight).sum()}
 
     def summarise(self, sums):
         return {"mean": torch.where(sums["count"] > 0, sums["total"] / sums["count"].clamp(min=1), 1.0)}
