@@ -156,8 +156,8 @@ def pooled(rows: Sequence[Row], metric: str, level: float = LEVEL) -> Pooled | N
 
     It takes the spread over the seeds to be the same for all losses, which three seeds of each cannot tell from one
     another: so many more degrees of freedom find smaller differences, and the chance that any verdict of the table is
-    wrong stays below ``1 - level``. None if the stock losses or all others have the
-    metric of fewer than ``FEWEST`` seeds.
+    wrong stays below ``1 - level``. None if the stock losses or all others have the metric of fewer than ``FEWEST``
+    seeds.
     """
     from scipy.stats import t
 
