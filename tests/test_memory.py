@@ -90,9 +90,12 @@ def test_memory_of_yolos_logits(undisturbed):
 
 
 def test_memory_of_a_loss_whose_mean_has_a_gradient(undisturbed, monkeypatch):
-    """Which is as long as that of the losses, and added to it; of half precision, both are in float32."""
+    """Which is as long as that of the losses, and added to it; of half precision, both are in float32.
+
+    Without gradients it takes a chunk's operators, of which BCE has three more in torch 2.1.
+    """
     monkeypatch.setitem(precision.CHUNK, "cpu", precision.CHUNK["cpu"] // 10)
-    cases = [(34_000, torch.float32, 5, 1), (YOLO, torch.float32, 4, 1), (YOLO, torch.bfloat16, 9, 3)]
+    cases = [(34_000, torch.float32, 5, 2), (YOLO, torch.float32, 4, 1), (YOLO, torch.bfloat16, 9, 4)]
     check_memory(AdaptiveThresholdFocalLoss(), cases, share=10)
 
 
