@@ -24,6 +24,8 @@ from detloss_plugins.ablation.page import Page
 RESULTS = "results.json"
 # Metric -> the head of its column, in the second table.
 DETAILS = {
+    "AP50_test": "AP50 (test)",
+    "AP_test": "AP (test)",
     "AP75": "AP75",
     "AP_small": "small (COCO)",
     "AP_medium": "medium (COCO)",
@@ -49,14 +51,14 @@ OF_A_RUN = {
 }
 METHOD = """\
 AP50, AP and AP75 are those of Ultralytics' own final validation, of `best.pt`, the epoch that was best on the \
-validation set: all are a little flattered by that choice, stock and others alike. For MMDetection they are those of \
-CocoMetric, of the last epoch. The spread is the standard deviation over the seeds. A difference is paired: of the \
-same seed with the stock losses, then the mean over the seeds; behind it are Student's 95 % interval and, after \
-"boot.", the percentile bootstrap over the seeds. The verdict goes by Student's interval: with three seeds the \
-bootstrap is no more than the lowest and the highest of three differences, and too narrow. Fewer than 3 seeds have no \
-verdict. Three seeds make a wide interval, though, so all losses of a table are also judged at once: their means by \
-the standard deviation pooled over the table, which is taken to be the same for all, with Bonferroni's correction for \
-their number."""
+validation set: all are a little flattered by that choice, stock and others alike; those of a test set, where the data \
+have one, are not. For MMDetection they are those of CocoMetric, of the last epoch. The spread is the standard \
+deviation over the seeds. A difference is paired: of the same seed with the stock losses, then the mean over the \
+seeds; behind it are Student's 95 % interval and, after "boot.", the percentile bootstrap over the seeds. The verdict \
+goes by Student's interval: with three seeds the bootstrap is no more than the lowest and the highest of three \
+differences, and too narrow. Fewer than 3 seeds have no verdict. Three seeds make a wide interval, though, so all \
+losses of a table are also judged at once: their means by the standard deviation pooled over the table, which is taken \
+to be the same for all, with Bonferroni's correction for their number."""
 SIZES = """\
 COCO's sizes are areas below 32², below 96² and above, in pixels of the image; the thirds part the objects of the \
 validation set by area. The calibration error is the mean distance between score and share of correct detections (an \
