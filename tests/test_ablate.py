@@ -242,6 +242,27 @@ def test_the_bar_counts_epochs(tmp_path, capsys):
         assert "1/4 epochs, 0:05:00 left; vfl-yolov8n-digits-0, vfl-yolov8n-digits-1" in capsys.readouterr().out
 
 
+def test_the_time_left_after_an_earlier_start(tmp_path, capsys):
+    """What was done before took none of the time since."""
+    ours, runs = Study(tmp_path), [RUN, replace(RUN, seed=1)]
+    ours.add(runs)
+    for run in runs:
+        (ours.of(run) / "results.csv").write_text("epoch,time\n1,5\n", encoding="utf-8")
+    with Bar(ours, runs, every=0) as bar:
+        bar.progress.tasks[0].start_time -= 100
+        bar.tick(runs)
+        assert "2/4 epochs, time left: not known yet" in capsys.readouterr().out
+        (ours.of(RUN) / "results.csv").write_text("epoch,time\n1,5\n2,10\n", encoding="utf-8")
+        bar.tick(runs)
+        assert "3/4 epochs, 0:01:40 left" in capsys.readouterr().out
+        for run in runs:  # both begin again
+            (ours.of(run) / "results.csv").write_text("epoch,time\n", encoding="utf-8")
+        bar.tick(runs)
+        (ours.of(RUN) / "results.csv").write_text("epoch,time\n1,5\n", encoding="utf-8")
+        bar.tick(runs)
+        assert "1/4 epochs, 0:05:00 left" in capsys.readouterr().out
+
+
 def test_ap_by_size_and_calibration_by_hand():
     """Three objects, each a size of COCO's and a third; the middle one is missed, by a detection elsewhere."""
     pytest.importorskip("pycocotools")
