@@ -1,5 +1,6 @@
 """The report of an ablation, from the content of ``results.json``."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -94,6 +95,9 @@ def read_results(path: str | Path) -> dict:
         for key, kind in OF_A_RUN.items():
             if not isinstance(run[key], kind):
                 raise ValueError(f"{path} is no file of results: {key} of a run is {run[key]!r}.")
+        for name, value in run["metrics"].items():
+            if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value)):
+                raise ValueError(f"{path} is no file of results: {name} of a run is {value!r}.")
     # What is said in words, and may be missing in a file that was put together by hand.
     return {"name": path.absolute().parent.name, "versions": {}, "machine": "a machine not named", **content}
 
@@ -106,6 +110,7 @@ def write_report(results: Sequence[Mapping], folder: str | Path) -> None:
     """
     if not results:
         raise ValueError("There are no results to report.")
+    check_same(results)
     runs, folder = merged(results), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if len(results) == 1:
@@ -124,6 +129,20 @@ def write_report(results: Sequence[Mapping], folder: str | Path) -> None:
     page.text(chance(runs))
     write_whole(folder / "report.md", page.markdown())
     write_whole(folder / "report.html", page.html())
+
+
+def check_same(results: Sequence[Mapping]) -> None:
+    """``ValueError`` if two results have the same training with other metrics, of which one would be lost."""
+    found: dict[tuple, dict] = {}
+    for run in (run for result in results for run in result["runs"]):
+        key = tuple(run[name] for name in ("label", "model", "data", "epochs", "seed"))
+        own = {name: run["metrics"].get(name) for name in JUDGED}
+        if found.setdefault(key, own) != own:
+            label, model, data, _, seed = key
+            raise ValueError(
+                f"{label} with {model} on {data}, seed {seed}, is in two of the results with other metrics. If these "
+                "are other data of that name, or from another machine, report them one by one."
+            )
 
 
 def summary(results, runs):

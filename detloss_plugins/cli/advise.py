@@ -29,7 +29,8 @@ def command(data, split, imgsz, scenario):
 
     First come the losses that the study of this package found better than the stock ones on the scenario that is like
     your data; if they are fewer than three, others follow whose mean difference there is above 0. One that it found
-    worse on any of the scenarios is left out. Each has its verdict beside it. The study has small data: take them as what to try first, not as what will help.
+    worse on any of the scenarios is left out. Each has its verdicts beside it, with every model that was tried. The
+    study has small data: take them as what to try first, not as what will help.
     """
     from detloss_plugins.advice import LabelsError, advise, describe, read_labels
 
