@@ -49,15 +49,12 @@ class _Steps(NamedTuple):
         kinks, order = torch.cat([scores - delta, scores + delta]).sort()
         return cls(kinks, *order.argsort().chunk(2))
 
-    def pieces(self, queries, delta):
-        """On which linear piece each query lies: how many kinks are below it, in int32."""
+    def places(self, queries, delta):
+        """On which linear piece each query lies, how many kinks are below it, in int32; and how far from its start."""
         # With delta = 0, a query on the step has passed it.
-        return torch.searchsorted(self.kinks, queries, right=delta == 0, out_int32=True)
-
-    def along(self, queries, pieces, delta):
-        """How far each query is from the start of its piece; no piece with a slope is longer than 2 delta."""
+        pieces = torch.searchsorted(self.kinks, queries, right=delta == 0, out_int32=True)
         start = torch.cat([self.kinks[:1], self.kinks]).index_select(0, pieces)
-        return torch.sub(queries, start, out=start).clamp_(0, 2 * delta)
+        return pieces, torch.sub(queries, start, out=start).clamp_(0, 2 * delta)  # no slope is longer
 
     def lengths(self, delta):
         """Of the pieces between two kinks."""
@@ -109,8 +106,8 @@ class _Ranking(NamedTuple):
         if not len(positive):
             return None
         steps = _Steps.of(scores[positive], delta)
-        pieces = steps.pieces(scores, delta).masked_fill_(target != 0, 0)
-        return cls(positive, scores[positive], pieces, steps.along(scores, pieces, delta), *steps)
+        pieces, along = steps.places(scores, delta)
+        return cls(positive, scores[positive], pieces.masked_fill_(target != 0, 0), along, *steps)
 
     @property
     def steps(self):
@@ -118,8 +115,7 @@ class _Ranking(NamedTuple):
 
     def above(self, delta, weight=None):
         """``sum_k w_k H(s_k - s_i)`` over the positives, i itself included with ``H(0)``."""
-        pieces = self.steps.pieces(self.scores, delta)
-        return self.steps.over_queries(pieces, self.steps.along(self.scores, pieces, delta), delta, weight)
+        return self.steps.over_queries(*self.steps.places(self.scores, delta), delta, weight)
 
     def outranked(self, delta):
         """``sum_j H(t_j - s_i)`` over the negatives."""
