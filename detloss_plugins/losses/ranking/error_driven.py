@@ -95,9 +95,7 @@ class _Ranking(NamedTuple):
     scores: torch.Tensor  # (P,) theirs
     pieces: torch.Tensor  # (M,) the negatives' linear pieces; 0, where all steps are zero, for the other scores
     along: torch.Tensor  # (M,)
-    kinks: torch.Tensor
-    low: torch.Tensor
-    high: torch.Tensor
+    steps: _Steps
 
     @classmethod
     def of(cls, pred, target, delta):
@@ -107,11 +105,7 @@ class _Ranking(NamedTuple):
             return None
         steps = _Steps.of(scores[positive], delta)
         pieces, along = steps.places(scores, delta)
-        return cls(positive, scores[positive], pieces.masked_fill_(target != 0, 0), along, *steps)
-
-    @property
-    def steps(self):
-        return _Steps(self.kinks, self.low, self.high)
+        return cls(positive, scores[positive], pieces.masked_fill_(target != 0, 0), along, steps)
 
     def above(self, delta, weight=None):
         """``sum_k w_k H(s_k - s_i)`` over the positives, i itself included with ``H(0)``."""
@@ -136,21 +130,22 @@ class _ErrorDriven(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, pred, losses, update, ranking, delta):
-        ctx.save_for_backward(*update, *ranking)
+        *places, steps = ranking
+        ctx.save_for_backward(*update, *places, *steps)
         ctx.shape, ctx.delta = pred.shape, delta
         return losses.to(pred.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, incoming):
-        saved, delta = ctx.saved_tensors, ctx.delta
-        count = len(_Update._fields)
-        update, ranking, incoming = _Update(*saved[:count]), _Ranking(*saved[count:]), longest(incoming)
+        (*update, positive, scores, pieces, along, kinks, low, high), delta = ctx.saved_tensors, ctx.delta
+        update, incoming = _Update(*update), longest(incoming)
+        steps = _Steps(kinks, low, high)
         up = -incoming * update.own
         if update.sorting is not None:
-            up += _missorted(ranking.scores, update.quality, incoming * update.sorting, delta)
-        gradient = ranking.steps.over_positives(ranking.pieces, ranking.along, delta, incoming * update.share)
-        gradient[ranking.positive] = up.to(gradient.dtype)
+            up += _missorted(scores, update.quality, incoming * update.sorting, delta)
+        gradient = steps.over_positives(pieces, along, delta, incoming * update.share)
+        gradient[positive] = up.to(gradient.dtype)
         return gradient.reshape(ctx.shape), None, None, None, None
 
 
