@@ -159,13 +159,11 @@ class SeesawLoss(
         reduction = check_reduction(self.reduction if reduction is None else reduction, avg_factor)
         rows = super().reduced(pred, target, weight, None, "none", factor)
         positives = ((target >= 0) & (target < self.num_classes)).sum().clamp(min=1)
-        parts = {
-            "loss_cls_objectness": (rows[..., 1], max(rows[..., 1].numel(), 1)),
-            "loss_cls_classes": (rows[..., 0], positives),
+        classes, objectness = (part if reduction == "none" else part.sum() for part in rows.unbind(-1))
+        loss = {
+            "loss_cls_objectness": scaled(objectness, max(target.numel(), 1), avg_factor, reduction),
+            "loss_cls_classes": scaled(classes, positives, avg_factor, reduction),
         }
-        if reduction != "none":
-            parts = {name: (rows.sum(), count) for name, (rows, count) in parts.items()}
-        loss = {name: scaled(value, count, avg_factor, reduction) for name, (value, count) in parts.items()}
         return loss if self.return_dict else sum(loss.values())
 
 
