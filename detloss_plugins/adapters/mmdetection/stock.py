@@ -2,7 +2,6 @@
 
 import copy
 from pathlib import Path
-from typing import Any
 
 import torch
 from mmengine.config import Config
@@ -45,9 +44,10 @@ def stock_config(cfg: Config) -> Config:
         NotStockError: if the detector has other layers than mmdet's, or scores otherwise.
     """
     stock = copy.deepcopy(cfg)
-    for path, loss in list(our_losses(stock.model)):
-        *parents, last = path.split(".")
-        _inside(stock.model, parents)[int(last) if last.isdigit() else last] = _stock_loss(loss)
+    for _, loss in our_losses(stock.model):
+        made = _stock_loss(loss)
+        loss.clear()
+        loss.update(made)
     for part in _dicts(stock.model):
         if _is_ours(part):
             part.update(_stock_part(part))
@@ -113,12 +113,6 @@ def _dicts(node):
         yield node
     for child in node.values() if isinstance(node, dict) else node if isinstance(node, list | tuple) else ():
         yield from _dicts(child)
-
-
-def _inside(node: Any, path):
-    for key in path:
-        node = node[int(key) if key.isdigit() else key]
-    return node
 
 
 def _without_ours(entry):
