@@ -47,8 +47,9 @@ def per_image(criterion: Any, preds: Any, batch: Mapping[str, Any]) -> LossesByI
     """
     observers = {name: _ByAnchor(branch, batch) for name, branch in branches(criterion).items()}
     copies = {name: observer.criterion for name, observer in observers.items()}
-    twin = copies.get("criterion") or copy.copy(criterion)
-    if "criterion" not in copies:
+    twin = copies.get("criterion")
+    if twin is None:  # of an end-to-end head
+        twin = copy.copy(criterion)
         vars(twin).update(copies)
     with torch.no_grad(), contextlib.ExitStack() as still:
         for observer in observers.values():
