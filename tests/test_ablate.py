@@ -242,6 +242,27 @@ def test_the_bar_counts_epochs(tmp_path, capsys):
         assert "1/4 epochs, 0:05:00 left; vfl-yolov8n-digits-0, vfl-yolov8n-digits-1" in capsys.readouterr().out
 
 
+def test_the_time_left_after_an_earlier_start(tmp_path, capsys):
+    """What was done before took none of the time since."""
+    ours, runs = Study(tmp_path), [RUN, replace(RUN, seed=1)]
+    ours.add(runs)
+    for run in runs:
+        (ours.of(run) / "results.csv").write_text("epoch,time\n1,5\n", encoding="utf-8")
+    with Bar(ours, runs, every=0) as bar:
+        bar.progress.tasks[0].start_time -= 100
+        bar.tick(runs)
+        assert "2/4 epochs, time left: not known yet" in capsys.readouterr().out
+        (ours.of(RUN) / "results.csv").write_text("epoch,time\n1,5\n2,10\n", encoding="utf-8")
+        bar.tick(runs)
+        assert "3/4 epochs, 0:01:40 left" in capsys.readouterr().out
+        for run in runs:  # both begin again
+            (ours.of(run) / "results.csv").write_text("epoch,time\n", encoding="utf-8")
+        bar.tick(runs)
+        (ours.of(RUN) / "results.csv").write_text("epoch,time\n1,5\n", encoding="utf-8")
+        bar.tick(runs)
+        assert "1/4 epochs, 0:05:00 left" in capsys.readouterr().out
+
+
 def test_ap_by_size_and_calibration_by_hand():
     """Three objects, each a size of COCO's and a third; the middle one is missed, by a detection elsewhere."""
     pytest.importorskip("pycocotools")
@@ -286,7 +307,7 @@ def test_as_many_detections_count_as_ultralytics_has():
     )
 
 
-def test_what_is_measured_is_what_was_trained(monkeypatch):
+def test_what_is_measured_is_what_was_trained(tmp_path, monkeypatch):
     """The classes and the split of the training, for one; and what Ultralytics has measured, it says itself."""
     pytest.importorskip("pycocotools")
     monkeypatch.setattr(measuring, "collector", lambda task, kept: kept.update(truth=objects, found=[], images=1))
@@ -296,11 +317,42 @@ def test_what_is_measured_is_what_was_trained(monkeypatch):
         names={0: "a", 1: "b", 2: "c"}, val=lambda **how: told.update(how) or SimpleNamespace(box=own)
     )
     settings = {"classes": [0, 2], "split": "test", "lr0": 0.1}
-    result, per_class = measuring.measure(model, "detect", "data.yaml", settings)
+    result, per_class = measuring.measure(model, "detect", "data.yaml", settings, tmp_path)
     assert (told["data"], told["classes"], told["split"]) == ("data.yaml", [0, 2], "test")
+    assert told["project"] == str(tmp_path), "not in the folder where somebody works"
     assert "lr0" not in told
     assert (result["AP50"], result["AP"], result["AP75"], result["AP_small"]) == (0.5, 0.3, 0.4, 0)
     assert per_class == {"a": 0, "b": None, "c": 0.3}
+
+
+@pytest.mark.parametrize(
+    ("named", "args", "ap", "found"),
+    [
+        ("images", {}, 0.25, {"AP50_test": 0.5, "AP_test": 0.25}),
+        (["images", "list.txt"], {}, 0.25, {"AP50_test": 0.5, "AP_test": 0.25}),
+        ("images", {}, None, {}),  # without objects
+        ("images", {"split": "test"}, 0.25, {}),  # which has been measured already
+        ("missing", {}, 0.25, {}),
+        ("empty", {}, 0.25, {}),
+        (None, {}, 0.25, {}),
+    ],
+)
+def test_the_test_set_is_measured_where_there_is_one(tmp_path, monkeypatch, named, args, ap, found):
+    pytest.importorskip("ultralytics")
+    for name in ("train", "images", "empty"):
+        (tmp_path / name).mkdir()
+    for name in ("train/1.png", "images/1.png", "list.txt"):
+        (tmp_path / name).touch()
+    data = tmp_path / "data.yaml"
+    test = {} if named is None else {"test": named}
+    data.write_text(json.dumps({"path": str(tmp_path), "train": "train", "val": "train", "nc": 1, **test}))
+
+    def measure(model, task, data, args, folder):
+        assert args["split"] == "test"
+        return {"AP50": 0.5, "AP": 0.25, "AP75": 0.1}, {"a": ap}
+
+    monkeypatch.setattr(measuring, "measure", measure)
+    assert measuring.measure_on_test(None, "detect", str(data), args, tmp_path) == found
 
 
 @pytest.mark.parametrize(
@@ -401,10 +453,11 @@ def test_what_comes_out_of_a_training_with_ultralytics(tmp_path, monkeypatch):
     monkeypatch.setattr(adapter, "model_task", lambda model: "detect")
     monkeypatch.setattr(adapter, "trained_losses", lambda path: record[str(path)])
     monkeypatch.setattr(measuring, "measure", lambda model, *given: ({"of": model.model}, {"given": given}))
+    monkeypatch.setattr(measuring, "measure_on_test", lambda *given: {"AP_test": 0.5})
     run = replace(RUN, path="trees.yaml", losses={"cls": {"type": "VarifocalLoss", "loss_weight": "auto"}})
     assert yolo.train(run, tmp_path, 0) == {
-        "metrics": {"of": str(best), "seconds_per_epoch": 10.0},
-        "per_class": {"given": ("detect", "trees.yaml", run.args)},
+        "metrics": {"of": str(best), "AP_test": 0.5, "seconds_per_epoch": 10.0},
+        "per_class": {"given": ("detect", "trees.yaml", run.args, tmp_path)},
         "curve": {"AP50": [0.5, 0.75], "AP": [0.25, None]},
         "weights": {"cls": 2.5},
         "resumed": False,

@@ -255,10 +255,43 @@ def test_the_losses_that_were_better_on_such_data_come_first():
     assert [choice.better for choice in found.choices] == [True, False]
     assert found.tried == 3
     small = advise(description(tiny=0.8), STUDY)
-    assert labels_of(small) == ["NWDLoss", "FocalLoss", "GIoULoss"], "what is better on plain data follows"
-    assert [choice.data for choice in small.choices] == ["digits:small", "digits", "digits"]
+    assert labels_of(small) == ["NWDLoss", "GIoULoss"], "focal loss has a row on small objects, below stock"
+    assert [choice.data for choice in small.choices] == ["digits:small", "digits"]
     assert small.choices[0].mean() == pytest.approx(0.0533, abs=1e-4)
     assert small.choices[0].noise == pytest.approx(0.01)
+
+
+def test_a_loss_that_is_worse_on_any_data_like_it_is_not_advised():
+    more = trained("CIoULoss", "digits:small", (0.25, 0.28, 0.26), "box")  # better, but worse on plain data
+    found = advise(description(tiny=0.8), [{"runs": [*STUDY[0]["runs"], *more]}])
+    assert labels_of(found) == ["NWDLoss", "GIoULoss"]
+
+
+def test_a_loss_is_shown_with_all_its_models(monkeypatch, tmp_path):
+    """Of several, the best alone would be there because it was lucky."""
+    other = [dict(run, model="yolo11n.yaml") for run in STUDY[0]["runs"][:3]]
+    other += [dict(run, model="yolo11n.yaml") for run in trained("FocalLoss", "digits", (0.39, 0.40, 0.41))]
+    runs = [*STUDY[0]["runs"], *other]
+    first = advise(description(), [{"runs": runs}]).choices[0]
+    assert (first.row.label, first.model, [one.model for one in first.others]) == (
+        "FocalLoss",
+        "yolov8n.yaml",
+        ["yolo11n.yaml"],
+    )
+    assert first.mean() == pytest.approx((0.13 / 3 - 0.01) / 2)
+    path = write_yolo(tmp_path, [["0 0.5 0.5 0.5 0.5"]])
+    output = command(path, monkeypatch=monkeypatch, studied=[{"runs": runs}]).output
+    assert "FocalLoss on digits, yolov8n.yaml, 3 epochs, seeds 0, 1, 2; AP of the stock losses there ± 0.010:" in output
+    assert "FocalLoss on digits, yolo11n.yaml" in output
+
+
+def test_what_is_better_by_itself_and_not_beside_all_others_says_so(monkeypatch, tmp_path):
+    noisy = trained("EIoULoss", "digits", (0.2, 0.6, 0.4), "box")
+    path = write_yolo(tmp_path, [["0 0.5 0.5 0.5 0.5"]])
+    for more, says in (([], "better\n"), (noisy, "better; beside all losses tried there: not distinguishable\n")):
+        runs = [run for run in STUDY[0]["runs"] if run["label"] != "GIoULoss"]
+        output = command(path, monkeypatch=monkeypatch, studied=[{"runs": [*runs, *more]}]).output
+        assert f"AP50  +0.043, 95 % interval +0.029 to +0.058: {says}" in output
 
 
 @pytest.mark.parametrize(
@@ -312,8 +345,8 @@ def test_command(tmp_path, monkeypatch):
         "2 objects in 1 images",
         "50% small, 50% medium, 0% large",
         "1 without objects: c",
-        "{cls: {type: FocalLoss, loss_weight: 2.0}}",
-        "AP50  +0.043, 95 % interval +0.029 to +0.058: better",
+        "{box: {type: NWDLoss, loss_weight: 2.0}}",
+        "AP50  +0.053, 95 % interval +0.039 to +0.068: better",
         f"--data {path}",
         "mean nothing",
     ):

@@ -168,6 +168,31 @@ def test_trainings_with_other_arguments_are_not_compared():
         merged([small, large])
 
 
+def test_a_training_with_two_results_is_not_reported(tmp_path):
+    """As of two data sets whose folders have one name: one of the two would be left out without a word."""
+    first, again = {**RESULTS, "runs": [*STOCK, *GOOD]}, {**RESULTS, "runs": [*STOCK]}
+    write_report([first, again], tmp_path / "same")
+    other = {**RESULTS, "runs": [run("stock", 0, 0.9)]}
+    with pytest.raises(ValueError, match=r"stock with .* seed 0, is in two of the results with other metrics"):
+        write_report([first, other], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "0.5"])
+def test_a_metric_that_is_no_number_is_refused(tmp_path, value):
+    write_json(tmp_path / "some.json", {**RESULTS, "runs": [{**STOCK[0], "metrics": {"AP": 0.5, "AP50": value}}]})
+    with pytest.raises(ValueError, match="is no file of results: AP50 of a run is"):
+        read_results(tmp_path / "some.json")
+
+
+def test_figures_of_a_test_set_are_in_the_report(tmp_path):
+    tested = [{**run, "metrics": {**run["metrics"], "AP50_test": 0.3125}} for run in GOOD]
+    write_report([{**RESULTS, "runs": [*STOCK, *tested]}], tmp_path)
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "| losses | AP50 (test) |" in text
+    assert "| GoodLoss | 0.312 ± 0.000 |" in text
+
+
 def test_the_page(tmp_path):
     (tmp_path / "a.png").write_bytes(b"png")
     page = Page("A & B", tmp_path)

@@ -5,6 +5,7 @@ import json
 import pytest
 import study
 
+from detloss_plugins.ablation import grid
 from detloss_plugins.ablation.compare import WORSE, groups, merged, table
 from detloss_plugins.cli._common import UsageError
 from detloss_plugins.cli.train import DEFAULT_CONFIG
@@ -16,7 +17,12 @@ def trained(label, data, aps, slot="cls", weight=2.0):
     """Runs of a loss, a seed each, with these AP."""
     losses = {} if label == "stock" else {slot: {"type": label, "loss_weight": weight}}
     same = {"label": label, "slot": slot, "losses": losses, "model": "yolov8n.yaml", "data": data, "epochs": 3}
-    figures = {"AP_first_third": 0.123456, "AP_last_third": None, "seconds_per_epoch": 1200.0}
+    figures = {
+        "AP_first_third": 0.123456,
+        "AP_last_third": None,
+        "calibration_error": 0.031,
+        "seconds_per_epoch": 1200.0,
+    }
     return [
         {
             **same,
@@ -64,7 +70,7 @@ def test_the_page_has_every_loss_beside_stock():
     assert cells[:3] == ["FocalLoss", "12.3", "0.653 ± 0.015"]
     assert cells[3].startswith("+0.043 [+0.029, +0.058]")
     assert cells[4] == "better"
-    assert cells[-3:] == ["0.123 ± 0.000", "-", "3"]
+    assert cells[-3:] == ["0.123 ± 0.000", "0.031 ± 0.000", "3"]
     assert sections[3].count("| stock |") == 2, "one a slot"
     assert "Pairs in AP: better: FocalLoss; worse: none, of 2 with 3 seeds." in sections[3]
     assert "two means of 3 seeds must be 0.044 apart: better: none; worse: none." in sections[3]
@@ -131,6 +137,12 @@ def test_weights_that_were_found_are_on_the_page():
     assert any(line.startswith("| B | auto |") for line in lines)
 
 
+def test_settings_beside_the_weight_are_on_the_page():
+    slide = {"cls": {"type": "SlideLoss", "loss_weight": 0.785, "decay": 0.999}}
+    runs = [{**run, "losses": slide} for run in trained("SlideLoss", "digits", (0.44, 0.47))]
+    assert "| SlideLoss | 0.785 decay=0.999 |" in study.content([results(*RUNS[:3], *runs)])
+
+
 def test_nothing_is_added_that_no_page_can_be_made_of(tmp_path):
     """Another study has the same loss with another weight."""
     study.add(written(tmp_path / "results.json", results(*RUNS[:6])), "mine", tmp_path)
@@ -155,6 +167,23 @@ def test_command(tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit):
             study.main(words)
     assert study.main(["--add", str(tmp_path / "x"), "--name", "x"]) == 2
+
+
+def test_the_grids_of_the_study(tmp_path, capsys):
+    """What ablate makes of them are the study's trainings."""
+    assert study.main(["--grids", str(tmp_path)]) == 0
+    files = [*tmp_path.iterdir()]
+    assert {*capsys.readouterr().out.splitlines()} == {*map(str, files)}
+    assert len(files) == len(groups(merged(studies())))
+    there, again = {}, {}
+    for run in merged(studies()):
+        table = there.setdefault((run["model"], run["data"], run["epochs"]), {})
+        table.update({run["label"]: run["losses"]} if run["label"] != "stock" else {})
+    for file in files:
+        own = grid.check_grid(grid.parse_words([str(file)])[0])
+        (model,), (data,) = own["models"], own["data"]
+        again[model, data, own["epochs"]] = own["losses"]
+    assert again == there
 
 
 def test_the_page_is_that_of_the_study():

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -206,7 +207,7 @@ def rows(image, *columns):
     return np.hstack([np.full((len(both), 1), image), both]).tolist()
 
 
-def measure(model: Any, task: str, data: str, args: Mapping) -> tuple[dict, dict]:
+def measure(model: Any, task: str, data: str, args: Mapping, folder: Path) -> tuple[dict, dict]:
     """The metrics and the AP of each class of a trained model, on the validation set.
 
     AP50, AP, AP75 and those of the classes are Ultralytics' own; those by size and the calibration error are of the
@@ -217,11 +218,13 @@ def measure(model: Any, task: str, data: str, args: Mapping) -> tuple[dict, dict
         task: "detect" or "rtdetr".
         data: the data YAML.
         args: arguments of the training.
+        folder: where Ultralytics makes the folder that it wants for a validation.
     """
     kept = {}
-    same = {key: args[key] for key in OF_VALIDATION if key in args}
-    validator = collector(task, kept)
-    own = model.val(validator=validator, data=data, plots=False, verbose=False, save_json=False, **same).box
+    how = {"project": str(folder.absolute()), "name": "val", "exist_ok": True}
+    how |= {"data": data, "plots": False, "verbose": False, "save_json": False}
+    how |= {key: args[key] for key in OF_VALIDATION if key in args}
+    own = model.val(validator=collector(task, kept), **how).box
     truth, found = (np.array(kept[key], dtype=float).reshape(-1, width) for key, width in (("truth", 6), ("found", 7)))
     names = list(model.names.values())
     result = evaluate(truth, found, kept["images"], len(names))
@@ -229,3 +232,22 @@ def measure(model: Any, task: str, data: str, args: Mapping) -> tuple[dict, dict
     by_class = {str(int(c)): round(float(ap), 5) for c, ap in zip(own.ap_class_index, own.ap, strict=True)}
     per_class = {c: by_class.get(c, None if ap is None else 0.0) for c, ap in result.pop("per_class").items()}
     return result, {str(names[int(c)]): ap for c, ap in per_class.items()}
+
+
+def measure_on_test(model: Any, task: str, data: str, args: Mapping, folder: Path) -> dict:
+    """AP50 and AP on the test set, as ``AP50_test`` and ``AP_test``; nothing if it has no images or no objects."""
+    if args.get("split") == "test" or not has_test(data):
+        return {}
+    metrics, per_class = measure(model, task, data, {**args, "split": "test"}, folder)
+    if all(ap is None for ap in per_class.values()):
+        return {}
+    return {f"{name}_test": metrics[name] for name in ("AP50", "AP")}
+
+
+def has_test(data: str) -> bool:
+    """Whether a data YAML names a test set of which something is there: many have a line for one that is not."""
+    from ultralytics.data.utils import check_det_dataset
+
+    named = check_det_dataset(data).get("test") or []
+    places = [Path(named)] if isinstance(named, str) else [*map(Path, named)]
+    return bool(places) and all(place.is_file() or any(place.rglob("*")) for place in places)

@@ -1,5 +1,6 @@
 """The report of an ablation, from the content of ``results.json``."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ from detloss_plugins.ablation.page import Page
 RESULTS = "results.json"
 # Metric -> the head of its column, in the second table.
 DETAILS = {
+    "AP50_test": "AP50 (test)",
+    "AP_test": "AP (test)",
     "AP75": "AP75",
     "AP_small": "small (COCO)",
     "AP_medium": "medium (COCO)",
@@ -49,14 +52,14 @@ OF_A_RUN = {
 }
 METHOD = """\
 AP50, AP and AP75 are those of Ultralytics' own final validation, of `best.pt`, the epoch that was best on the \
-validation set: all are a little flattered by that choice, stock and others alike. For MMDetection they are those of \
-CocoMetric, of the last epoch. The spread is the standard deviation over the seeds. A difference is paired: of the \
-same seed with the stock losses, then the mean over the seeds; behind it are Student's 95 % interval and, after \
-"boot.", the percentile bootstrap over the seeds. The verdict goes by Student's interval: with three seeds the \
-bootstrap is no more than the lowest and the highest of three differences, and too narrow. Fewer than 3 seeds have no \
-verdict. Three seeds make a wide interval, though, so all losses of a table are also judged at once: their means by \
-the standard deviation pooled over the table, which is taken to be the same for all, with Bonferroni's correction for \
-their number."""
+validation set: all are a little flattered by that choice, stock and others alike; those of a test set, where the data \
+have one, are not. For MMDetection they are those of CocoMetric, of the last epoch. The spread is the standard \
+deviation over the seeds. A difference is paired: of the same seed with the stock losses, then the mean over the \
+seeds; behind it are Student's 95 % interval and, after "boot.", the percentile bootstrap over the seeds. The verdict \
+goes by Student's interval: with three seeds the bootstrap is no more than the lowest and the highest of three \
+differences, and too narrow. Fewer than 3 seeds have no verdict. Three seeds make a wide interval, though, so all \
+losses of a table are also judged at once: their means by the standard deviation pooled over the table, which is taken \
+to be the same for all, with Bonferroni's correction for their number."""
 SIZES = """\
 COCO's sizes are areas below 32², below 96² and above, in pixels of the image; the thirds part the objects of the \
 validation set by area. The calibration error is the mean distance between score and share of correct detections (an \
@@ -92,6 +95,9 @@ def read_results(path: str | Path) -> dict:
         for key, kind in OF_A_RUN.items():
             if not isinstance(run[key], kind):
                 raise ValueError(f"{path} is no file of results: {key} of a run is {run[key]!r}.")
+        for name, value in run["metrics"].items():
+            if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value)):
+                raise ValueError(f"{path} is no file of results: {name} of a run is {value!r}.")
     # What is said in words, and may be missing in a file that was put together by hand.
     return {"name": path.absolute().parent.name, "versions": {}, "machine": "a machine not named", **content}
 
@@ -104,6 +110,7 @@ def write_report(results: Sequence[Mapping], folder: str | Path) -> None:
     """
     if not results:
         raise ValueError("There are no results to report.")
+    check_same(results)
     runs, folder = merged(results), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if len(results) == 1:
@@ -122,6 +129,20 @@ def write_report(results: Sequence[Mapping], folder: str | Path) -> None:
     page.text(chance(runs))
     write_whole(folder / "report.md", page.markdown())
     write_whole(folder / "report.html", page.html())
+
+
+def check_same(results: Sequence[Mapping]) -> None:
+    """``ValueError`` if two results have the same training with other metrics, of which one would be lost."""
+    found: dict[tuple, dict] = {}
+    for run in (run for result in results for run in result["runs"]):
+        key = tuple(run[name] for name in ("label", "model", "data", "epochs", "seed"))
+        own = {name: run["metrics"].get(name) for name in JUDGED}
+        if found.setdefault(key, own) != own:
+            label, model, data, _, seed = key
+            raise ValueError(
+                f"{label} with {model} on {data}, seed {seed}, is in two of the results with other metrics. If these "
+                "are other data of that name, or from another machine, report them one by one."
+            )
 
 
 def summary(results, runs):

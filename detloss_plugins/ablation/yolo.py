@@ -101,8 +101,10 @@ def read_labels(run: Run) -> None:
     from ultralytics.data import build_yolo_dataset
     from ultralytics.data.utils import check_det_dataset
 
+    from detloss_plugins.ablation.measure import has_test
+
     cfg, data = get_cfg(overrides={**run.args, "task": "detect", "cache": False}), check_det_dataset(data_yaml(run))
-    for split in ("train", "val"):
+    for split in ("train", "val", "test")[: 3 if has_test(data_yaml(run)) else 2]:
         build_yolo_dataset(cfg, data[split], 1, data, mode=split)
 
 
@@ -115,7 +117,7 @@ def train(run: Run, folder: Path, resume_after: float) -> dict:
     Otherwise it starts again: what Ultralytics stores (weights in half precision, no state of the random numbers) does
     not make the training that would have been without the interruption, and then nothing differs.
     """
-    from detloss_plugins.ablation.measure import measure
+    from detloss_plugins.ablation.measure import measure, measure_on_test
     from detloss_plugins.adapters.ultralytics import model_task, open_model
     from detloss_plugins.testing.digits import made_cache
 
@@ -132,7 +134,9 @@ def train(run: Run, folder: Path, resume_after: float) -> dict:
     best = folder / BEST if (folder / BEST).exists() else folder / LAST
     columns = read_curves(folder / "results.csv")
     model = open_model(str(best))
-    metrics, per_class = measure(model, model_task(model.model), data_yaml(run), run.args)
+    how = model, model_task(model.model), data_yaml(run), run.args, folder
+    metrics, per_class = measure(*how)
+    metrics.update(measure_on_test(*how))
     metrics["seconds_per_epoch"] = seconds_per_epoch(columns.get("time", []))
     curve = {"AP50": columns.get("metrics/mAP50(B)", []), "AP": columns.get("metrics/mAP50-95(B)", [])}
     weights = weights_found(run.losses, best)

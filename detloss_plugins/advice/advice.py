@@ -2,11 +2,12 @@
 
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import fmean
 
 import yaml
 
-from detloss_plugins.ablation.compare import BETTER, STOCK, WORSE, Row, groups, merged, table
+from detloss_plugins.ablation.compare import BETTER, JUDGED, STOCK, WORSE, Row, groups, merged, pooled, table
 from detloss_plugins.ablation.mmdetection import is_config
 from detloss_plugins.advice.describe import Description
 from detloss_plugins.advice.rules import scenarios
@@ -30,6 +31,8 @@ class Choice:
     epochs: int
     row: Row
     noise: float | None  # the stock losses' standard deviation of AP over the seeds, there
+    at_once: Mapping[str, str]  # metric -> verdict, of all losses of that table judged at once
+    others: Sequence["Choice"] = ()  # the same loss on the same data, with other models or epochs
 
     @property
     def better(self) -> bool:
@@ -42,9 +45,9 @@ class Choice:
         return any(found.verdict == WORSE for found in self.row.differences.values())
 
     def mean(self, metric: str = METRIC) -> float:
-        """The mean difference to the stock losses; minus infinity if no seed has both."""
-        found = self.row.differences[metric].mean
-        return float("-inf") if found is None else found
+        """The mean difference to the stock losses, over all its models too; minus infinity if no seed has both."""
+        found = [one.row.differences[metric].mean for one in (self, *self.others)]
+        return fmean(known) if (known := [mean for mean in found if mean is not None]) else float("-inf")
 
     @property
     def as_yaml(self) -> str:
@@ -88,7 +91,11 @@ def candidates(runs: Iterable[Mapping], scenario: str) -> list[Choice]:
         rows = table(own) if name == data and not is_config(model) else []
         stock = [row.spreads[METRIC] for row in rows if row.label == STOCK]
         noise = stock[0].deviation if stock and stock[0] else None
-        found += [Choice(scenario, name, model, epochs, row, noise) for row in rows if row.differences]
+        together = {metric: judged.verdicts for metric in JUDGED if rows and (judged := pooled(rows, metric))}
+        for row in rows:
+            if row.differences:
+                at_once = {metric: of[row.label] for metric, of in together.items() if row.label in of}
+                found.append(Choice(scenario, name, model, epochs, row, noise, at_once))
     return found
 
 
@@ -98,7 +105,8 @@ def advise(
     """The losses of the study worth trying on a data set: those that are better on data like it, the best first.
 
     If there are fewer than three, those follow that are neither better nor worse, by their mean difference if it is
-    above 0. A loss is named once, where it comes first.
+    above 0. A loss that has rows on several of the scenarios is judged by those on the first of them; one that is worse
+    on any of them is left out.
 
     Args:
         found: the data set.
@@ -108,12 +116,21 @@ def advise(
     like = dict(scenarios(found) if likeness is None else likeness)
     runs = merged(studies() if studied is None else studied)
     of = {scenario: candidates(runs, scenario) for scenario in like}
-    pool = [choice for choices in of.values() for choice in sorted(choices, key=lambda one: -one.mean())]
+    best: dict[str, Choice] = {}
+    for choices in of.values():
+        best = {choice.row.label: choice for choice in one_a_label(choices)} | best
+    worse = {choice.row.label for choices in of.values() for choice in choices if choice.worse}
+    pool = [choice for label, choice in best.items() if label not in worse]
+    pool.sort(key=lambda choice: ([*like].index(choice.scenario), -choice.mean()))
     good = [choice for choice in pool if choice.better]
-    rest = [choice for choice in pool if not (choice.better or choice.worse) and choice.mean() > 0]
-    chosen: dict[str, Choice] = {}
-    for choice in (*good, *rest):
-        if len(chosen) < MOST:
-            chosen.setdefault(choice.row.label, choice)
+    rest = [choice for choice in pool if not choice.better and choice.mean() > 0]
     unknown = [scenario for scenario, choices in of.items() if not choices]
-    return Advice(like, unknown, [*chosen.values()], len({choice.row.label for choice in pool}))
+    return Advice(like, unknown, [*good, *rest][:MOST], len(best))
+
+
+def one_a_label(choices: Iterable[Choice]) -> list[Choice]:
+    """The best choice of each label, with its others."""
+    labels: dict[str, list[Choice]] = {}
+    for choice in sorted(choices, key=lambda one: (not one.better, -one.mean())):
+        labels.setdefault(choice.row.label, []).append(choice)
+    return [replace(first, others=others) for first, *others in labels.values()]

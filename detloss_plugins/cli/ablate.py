@@ -47,7 +47,7 @@ INSTALL = {
     "--jobs", type=click.IntRange(1), metavar="N", help="Trainings side by side.  [default: one a GPU, or one a core]"
 )
 @click.option(
-    "--ray", metavar="ADDRESS", help="Train on a Ray cluster (auto: this machine's); all its nodes must share DIR."
+    "--ray", metavar="ADDRESS", help="Train on a Ray cluster (auto: this machine's); all its nodes share DIR and data."
 )
 @click.option(
     "--cores", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Of each training on Ray."

@@ -28,8 +28,9 @@ def command(data, split, imgsz, scenario):
       detloss advise data.yaml --scenario noisy    that labels are wrong cannot be seen in them: say so
 
     First come the losses that the study of this package found better than the stock ones on the scenario that is like
-    your data; if they are fewer than three, others follow whose mean difference there is above 0. Each has its verdict
-    beside it. The study has small data: take them as what to try first, not as what will help.
+    your data; if they are fewer than three, others follow whose mean difference there is above 0. One that it found
+    worse on any of the scenarios is left out. Each has its verdicts beside it, with every model that was tried. The
+    study has small data: take them as what to try first, not as what will help.
     """
     from detloss_plugins.advice import LabelsError, advise, describe, read_labels
 
@@ -109,28 +110,27 @@ def advice_lines(data, in_coco, advice):
     yield "Worth an ablation, beside the stock losses:"
     for number, choice in enumerate(advice.choices, 1):
         yield f"{number}. {choice.as_yaml}"
-        yield from (f"     {line}" for line in evidence(choice))
+        yield from (f"     {line}" for one in (choice, *choice.others) for line in evidence(one))
     yield ""
     yield "Try them, with the study's weights, or with your own from detloss calibrate:"
     yield f"  {advice.command('data.yaml' if in_coco else data)}"
     if in_coco:
         yield "It needs a data YAML of the same data; in MMDetection a dict goes in place of loss_cls or loss_bbox."
     yield ""
-    yield prior(advice)
+    yield PRIOR
 
 
 def evidence(choice):
     """A row of the study in words, a line a metric."""
     seeds = ", ".join(map(str, choice.row.seeds))
-    yield f"{choice.row.label} on {choice.data}, {choice.model}, {choice.epochs} epochs, seeds {seeds}:"
+    noise = "" if choice.noise is None else f"; AP of the stock losses there ± {choice.noise:.3f}"
+    yield f"{choice.row.label} on {choice.data}, {choice.model}, {choice.epochs} epochs, seeds {seeds}{noise}:"
     for metric, found in choice.row.differences.items():
         interval = f", 95 % interval {found.interval[0]:+.3f} to {found.interval[1]:+.3f}" if found.interval else ""
-        mean = "not measured" if found.mean is None else f"{found.mean:+.3f}{interval}: {found.verdict}"
+        at_once = choice.at_once.get(metric, found.verdict)
+        also = "" if at_once == found.verdict else f"; beside all losses tried there: {at_once}"
+        mean = "not measured" if found.mean is None else f"{found.mean:+.3f}{interval}: {found.verdict}{also}"
         yield f"  {metric:5} {mean}"
 
 
-def prior(advice):
-    """What a difference means before it is measured."""
-    noise = [choice.noise for choice in advice.choices if choice.noise is not None]
-    spread = f" (the stock losses' AP: up to {max(noise):.3f} in the study)" if noise else ""
-    return f"Differences below the spread from seed to seed{spread} mean nothing: take three seeds or more."
+PRIOR = "Differences below the spread from seed to seed mean nothing: take three seeds or more."

@@ -22,7 +22,7 @@ EPOCHS, SEEDS = 6, 2  # of --verify
 @click.option("--model", metavar="FILE", help=f"What YOLO takes, a YAML file or a checkpoint.  [default: {MODEL}]")
 @data_option
 @click.option("--steps", type=click.IntRange(1), default=100, show_default=True, help="Steps of the stock training.")
-@click.option("--verify", is_flag=True, help="Train with 1/2, 1, 2 and 4 times each weight, and say which is best.")
+@click.option("--verify", is_flag=True, help="Train a YOLO with 1/2, 1, 2, 4 times each weight; say which is best.")
 @click.option("--epochs", type=click.IntRange(1), default=EPOCHS, show_default=True, help="Of each such training.")
 @click.option("--seeds", type=click.IntRange(2), default=SEEDS, show_default=True, help="Such trainings of a weight.")
 @click.option("--json", "file", type=Path, metavar="FILE", help="Write what was found here too.")
