@@ -64,9 +64,7 @@ _EXAMPLE = {"num_classes": 10}
 _FOCAL = {"scale": 0.0, **_EXAMPLE}  # with which the powers do not move
 
 
-class _Equalized(
-    GradientRatio, paper="https://arxiv.org/abs/2201.02593", needs_mining=False, filled=("ratio",), example=_EXAMPLE
-):
+class _Equalized(GradientRatio, paper="https://arxiv.org/abs/2201.02593", needs_mining=False, example=_EXAMPLE):
     """What both take from their state: its ratio is at most 1."""
 
     start = largest = 1.0

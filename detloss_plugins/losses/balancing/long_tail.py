@@ -199,7 +199,7 @@ def eqlv2_weight(target: Tensor, ratio: Tensor, gamma: float, mu: float, alpha: 
     return torch.lerp(negative, 1 + alpha * (1 - negative), target)
 
 
-class GradientRatio(ClassificationLoss):
+class GradientRatio(ClassificationLoss, filled=("ratio",)):
     """A state: the gradient that the positives and the negatives of each class have had so far, and their ratio."""
 
     start: ClassVar[float]  # the ratio of a class that has had none
@@ -236,7 +236,6 @@ class EQLV2Loss(
     paper="https://arxiv.org/abs/2012.08548",
     row_wise=True,
     sums_classes=True,
-    filled=("ratio",),
     example={"num_classes": 9},  # the sample's tenth column is the background
     upstream=alike(MMDET + "EQLV2Loss", {"num_classes": 9}),
 ):
