@@ -3,14 +3,12 @@
 import copy
 from pathlib import Path
 
-import torch
 from mmengine.config import Config
 from mmengine.dist import master_only
 from mmengine.hooks import Hook
-from mmengine.registry import MODELS, DefaultScope
 from mmengine.utils import get_object_from_string
 
-from detloss_plugins.adapters.mmdetection.check import build_alone, our_losses
+from detloss_plugins.adapters.mmdetection.check import build_alone, build_detector, our_losses
 from detloss_plugins.registry import SCOPE
 
 # Of each family, a loss that makes a head of mmdet the same at inference.
@@ -54,9 +52,7 @@ def stock_config(cfg: Config) -> Config:
             part.pop("self_balance_period", None)  # of RankingRetinaHead
     for key in ("custom_hooks", "custom_imports"):
         stock[key] = _without_ours(stock.get(key))
-    scope = cfg.get("default_scope", "mmdet")
-    with DefaultScope.overwrite_default_scope(scope), torch.random.fork_rng(devices=[]):
-        layers, ours = (_layers(config.model) for config in (stock, cfg))
+    layers, ours = _layers(stock), _layers(cfg)
     if layers != ours:
         raise NotStockError(f"mmdet's own detector has no {', '.join(sorted(ours.keys() ^ layers.keys())[:3])} ...")
     return stock
@@ -96,9 +92,9 @@ def _stock_part(part):
     return {"type": f"mmdet.{theirs.__name__}"}
 
 
-def _layers(model):
+def _layers(cfg):
     """The shapes of all that a detector keeps, but for the states of losses."""
-    built = MODELS.build(copy.deepcopy(model))
+    built = build_detector(cfg)
     state = built.state_dict()
     for name, module in built.named_modules():
         if type(module).__module__.startswith((f"{SCOPE}.losses", "mmdet.models.losses")):
