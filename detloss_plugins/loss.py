@@ -417,6 +417,11 @@ def rank_mean(tensor: Tensor, every_rank: bool = True) -> Tensor:
     return total / torch.distributed.get_world_size()
 
 
+def takes_probabilities(loss: nn.Module) -> bool:
+    """Whether a loss, or one that it is made of, takes probabilities in the place of logits."""
+    return any(getattr(part, "activated", False) or not getattr(part, "activate", True) for part in loss.modules())
+
+
 def check_use_sigmoid(loss: Loss, given: bool | None) -> None:
     """Raise ``ValueError`` if a config's ``use_sigmoid`` is not what the loss's other settings make it."""
     if given not in (None, loss.use_sigmoid):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from detloss_plugins.facts import Facts, Increasing, NonNegative, Parts
 from detloss_plugins.families import ClassificationLoss
-from detloss_plugins.loss import Loss, check_use_sigmoid
+from detloss_plugins.loss import Loss, check_use_sigmoid, takes_probabilities
 from detloss_plugins.losses.classification import confidence_weight
 from detloss_plugins.losses.classification.common import OverBase
 from detloss_plugins.precision import float32, outside_graph, without_autocast
@@ -328,20 +328,27 @@ def set_progress(
 
 
 def confidence_weighted_loss(
-    pred: Tensor, target: Tensor, *, power: NonNegative = 2.0, use_sigmoid: bool = True, elements: Tensor
+    pred: Tensor,
+    target: Tensor,
+    *,
+    power: NonNegative = 2.0,
+    use_sigmoid: bool = True,
+    activated: bool = False,
+    elements: Tensor,
 ) -> Tensor:
     """``(1 - Q_fg)^power Q_bg``, a constant of the row, times per-element losses, ``(..., C)`` or ``(...)``.
 
-    Q_fg and Q_bg are the confidences that the row of logits ``(..., C)`` is an object or background. With
-    ``use_sigmoid`` they are the largest class probability and one minus it; else the largest of the classes in the
-    softmax, and the background, which is last.
+    Q_fg and Q_bg are the confidences that the row of logits ``(..., C)``, or of probabilities if ``activated``, is an
+    object or background. With ``use_sigmoid`` they are the largest class probability and one minus it; else the largest
+    of the classes in the softmax, and the background, which is last.
 
     >>> logit = torch.tensor([[0.5]]).logit()  # (1 - 1/2)^2 * 1/2 * ln 2
     >>> confidence_weighted_loss(logit, torch.ones(1, 1), elements=torch.tensor([[2.0]]).log())
     tensor([[0.0866]])
     """
-    logits = float32(pred).detach()
-    scores = logits.sigmoid() if use_sigmoid else logits.softmax(-1)
+    scores = float32(pred).detach()
+    if not activated:
+        scores = scores.sigmoid() if use_sigmoid else scores.softmax(-1)
     foreground = scores if use_sigmoid else scores[..., :-1]
     q_fg = foreground.amax(-1) if foreground.shape[-1] else scores.new_zeros(scores.shape[:-1])
     weight = confidence_weight(q_fg, 1 - q_fg if use_sigmoid else scores[..., -1], power)
@@ -354,7 +361,7 @@ class ConfidenceWeightedLoss(
     fn=confidence_weighted_loss,
     row_wise=True,
     true_gradient=False,
-    filled=("use_sigmoid", "elements"),
+    filled=("use_sigmoid", "activated", "elements"),
 ):
     """A classification loss weighted by how sure the model is that a sample is background.
 
@@ -382,4 +389,5 @@ class ConfidenceWeightedLoss(
 
     def unweighted(self, pred, target, seen):
         elements, valid = self.of_base(pred, target, seen)
-        return self.fn(pred, elements, **self.settings, use_sigmoid=self.use_sigmoid, elements=elements), valid
+        given = {"use_sigmoid": self.use_sigmoid, "activated": takes_probabilities(self.base), "elements": elements}
+        return self.fn(pred, elements, **self.settings, **given), valid
