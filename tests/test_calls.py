@@ -51,10 +51,26 @@ def test_a_joint_loss_takes_what_its_parts_take():
         build_loss({"type": "JointLoss", "losses": [{"type": "SeesawLoss", "num_classes": 3}]})
 
 
+def test_a_joint_loss_is_of_logits_or_of_probabilities():
+    for parts in (["BinaryCrossEntropyLoss", "FocalLoss"], ["DiceLoss", "TverskyLoss"]):
+        setting = {"activate": False} if "DiceLoss" in parts else {"activated": True}
+        first, second = ({"type": name} for name in parts)
+        build_loss({"type": "JointLoss", "losses": [{**first, **setting}, {**second, **setting}]})
+        nested = {"type": "JointLoss", "losses": [first]}
+        for odd in (first, nested):
+            with pytest.raises(ValueError, match="in all of them, for probabilities, or in none"):
+                build_loss({"type": "JointLoss", "losses": [odd, {**second, **setting}]})
+
+
 @pytest.mark.parametrize("name", ["SlideLoss", "ConfidenceWeightedLoss"])
 def test_bases_that_are_none(name):
-    masks = [{"type": "CrossEntropyLoss", "use_mask": True}] * (name == "ConfidenceWeightedLoss")
-    for base in ({"type": "JointLoss", "losses": [GHMC]}, {"type": "SeesawLoss", "num_classes": 3}, *masks):
+    bases = [{"type": "JointLoss", "losses": [GHMC]}, {"type": "SeesawLoss", "num_classes": 3}]
+    if name == "ConfidenceWeightedLoss":
+        wrong, over = {"type": "CrossEntropyLoss", "use_mask": True}, {"type": "SlideLoss"}
+    else:
+        wrong, over = {"type": "GeneralizedFocalLoss", "values": (1.0, 3.0)}, {"type": "ConfidenceWeightedLoss"}
+    bases += [wrong, {"type": "JointLoss", "losses": [wrong]}, {**over, "base": wrong}]
+    for base in bases:
         with pytest.raises(ValueError, match=f"base of {name} must be a"):
             build_loss({"type": name, "base": base})
 

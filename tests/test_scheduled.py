@@ -144,6 +144,7 @@ def test_in_a_compiled_model(traced):
         ({"losses": [BCE, {"type": "CIoULoss"}], "at": [2]}, "one family"),
         ({"losses": [BCE, {"type": "CrossEntropyLoss"}], "at": [2]}, "one use_sigmoid"),
         ({"losses": [{"type": "SeesawLoss"}] * 2, "at": [2]}, "channels of their own"),
+        ({"losses": [BCE, {**BCE, "activated": True}], "at": [2]}, "in all of them, for probabilities, or in none"),
         ({"at": [2], "use_sigmoid": False}, "use_sigmoid=False"),
     ],
 )

@@ -41,10 +41,15 @@ def _added(parts):
     return sum(part if part.dim() == fewest else part.sum(-1) for part in parts)
 
 
-def check_channels(loss: Any) -> None:
-    """Raise ``ValueError`` if one of the losses of another needs logits that the others do not."""
+def check_input(loss: Any) -> None:
+    """Raise ``ValueError`` if one of the losses of another needs an input that the others do not."""
     if any(getattr(part, "custom_cls_channels", False) for part in loss.losses):
         raise ValueError(f"losses of {type(loss).__name__} must not need channels of their own, as SeesawLoss does.")
+    if len({takes_probabilities(part) for part in loss.losses}) > 1:
+        raise ValueError(
+            f"losses of {type(loss).__name__} are given one input: write activated=True (activate=False of region "
+            "losses) in all of them, for probabilities, or in none."
+        )
 
 
 def facts_of_sum(losses: Sequence[Loss]) -> Facts:
@@ -91,7 +96,7 @@ class JointLoss(Loss, fn=joint_loss):
         families = {loss.family for loss in self.losses}
         if len(families) != 1:
             raise ValueError("losses of JointLoss must be one or more config dicts of losses of one family.")
-        check_channels(self)
+        check_input(self)
         self.facts = facts_of_sum([*self.losses])
         self.use_sigmoid = all(getattr(loss, "use_sigmoid", True) for loss in self.losses)
         check_use_sigmoid(self, use_sigmoid)
@@ -233,7 +238,7 @@ class ScheduledLoss(Loss, fn=scheduled_loss):
             raise ValueError(
                 f"losses of ScheduledLoss must be of one family, or classification and ranking losses, not {families}."
             )
-        check_channels(self)
+        check_input(self)
         if "classification" in families and len({loss.use_sigmoid for loss in self.losses}) > 1:
             raise ValueError("losses of ScheduledLoss must have one use_sigmoid, as a head keeps its channels.")
 
@@ -381,7 +386,8 @@ class ConfidenceWeightedLoss(
 
     def __init__(self, *, base: Mapping | None = None, use_sigmoid: bool | None = None, **settings):
         part = build_part({"type": "BinaryCrossEntropyLoss"} if base is None else base)
-        if part.family != "classification" or getattr(part, "use_mask", False):
+        of_masks = any(getattr(inner, "use_mask", False) for inner in part.modules())
+        if part.family != "classification" or of_masks:
             raise ValueError(f"base of ConfidenceWeightedLoss must be a classification loss of classes, not {part}.")
         super().__init__(use_sigmoid=part.use_sigmoid, **settings)
         check_use_sigmoid(self, use_sigmoid)
