@@ -391,9 +391,10 @@ class ConfidenceWeightedLoss(
             raise ValueError(f"base of ConfidenceWeightedLoss must be a classification loss of classes, not {part}.")
         super().__init__(use_sigmoid=part.use_sigmoid, **settings)
         check_use_sigmoid(self, use_sigmoid)
+        self.of_probabilities = takes_probabilities(part)
         self.take(part)
 
     def unweighted(self, pred, target, seen):
         elements, valid = self.of_base(pred, target, seen)
-        given = {"use_sigmoid": self.use_sigmoid, "activated": takes_probabilities(self.base), "elements": elements}
+        given = {"use_sigmoid": self.use_sigmoid, "activated": self.of_probabilities, "elements": elements}
         return self.fn(pred, elements, **self.settings, **given), valid
