@@ -75,6 +75,22 @@ def test_bases_that_are_none(name):
             build_loss({"type": name, "base": base})
 
 
+BCE, QFL = {"type": "BinaryCrossEntropyLoss"}, {"type": "QualityFocalLoss"}
+WITHOUT_1 = {"type": "CrossEntropyLoss", "use_sigmoid": True, "ignore_index": 1}
+
+
+@pytest.mark.parametrize("odd", [QFL, WITHOUT_1, {"type": "CrossEntropyLoss"}], ids=str)
+@pytest.mark.parametrize("name", ["SlideLoss", "ConfidenceWeightedLoss"])
+def test_the_parts_of_a_base_are_of_one_kind(name, odd):
+    """As the losses over it have one shape, one mean and one mask, which were those of the first part."""
+    nested = {"type": "JointLoss", "losses": [{"type": "ConfidenceWeightedLoss", "base": odd}]}
+    for parts in ([BCE, odd], [odd, BCE], [BCE, nested]):
+        with pytest.raises(ValueError, match=f"base of {name} must be a"):
+            build_loss({"type": name, "base": {"type": "JointLoss", "losses": parts}})
+    if name == "ConfidenceWeightedLoss" or odd["type"] == "QualityFocalLoss":
+        build_loss({"type": name, "base": {"type": "JointLoss", "losses": [odd, odd]}})
+
+
 @pytest.mark.parametrize("cfg", OVER_BASE, ids=str)
 def test_the_mean_of_a_loss_over_another_is_the_bases(cfg):
     """GHM-C divides by the number of elements that count, whatever avg_factor says."""

@@ -81,7 +81,7 @@ class JointLoss(Loss, fn=joint_loss):
         use_sigmoid: may be given because mmdet's heads read it from the config; it must fit the parts.
 
     Raises:
-        ValueError: if there is none, or they are of different families.
+        ValueError: if there is none, or they are of different families, or only some take probabilities.
     """
 
     facts = ClassificationLoss.facts.but(  # of the example; an instance has those of its parts
@@ -379,7 +379,8 @@ class ConfidenceWeightedLoss(
         use_sigmoid: may be given because mmdet's heads read it from the config; it must fit the base.
 
     Raises:
-        ValueError: if ``base`` is no classification loss, or ``use_sigmoid`` does not fit it.
+        ValueError: if ``base`` is no classification loss, or a JointLoss whose parts have losses of another shape,
+            another ``ignore_index`` or means of their own, or ``use_sigmoid`` does not fit it.
     """
 
     sigmoid_only = False
