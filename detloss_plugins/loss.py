@@ -158,6 +158,10 @@ class Loss(nn.Module, metaclass=_Checked):
         """Some rows in the form that ``fn`` takes: pred, target, and a mask of the valid rows or elements, or None."""
         return pred, target.to(pred.dtype), None
 
+    def without_ignored(self, pred: Tensor, target: Any) -> Any:
+        """A target in which what is ignored is negative, of a class loss that has another sign for it."""
+        return target
+
     def leading(self, pred: Tensor) -> int:
         """How many dimensions of ``pred`` count rows."""
         return pred.dim() - 1

@@ -111,6 +111,20 @@ def test_the_base_says_what_is_ignored():
         torch.testing.assert_close(loss(pred, label), loss(pred[::2], label[::2]))
 
 
+@pytest.mark.parametrize("dense", [False, True])
+def test_what_the_base_ignores_is_not_in_the_mean_iou(dense):
+    """Whichever index it is, and however deep the base."""
+    pred, label, iou = torch.randn(3, 4), torch.tensor([0, 1, 2]), torch.tensor([0.8, 0.2, 0.6])
+    target = (label, iou)
+    if dense:  # whose elements of that value are ignored
+        target = torch.tensor([[0.8, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0.6, 0]])
+    over = {"type": "ConfidenceWeightedLoss", "base": WITHOUT_1}
+    for base in (WITHOUT_1, over, {"type": "JointLoss", "losses": [over, over]}):
+        loss = build_loss({"type": "SlideLoss", "base": base})
+        loss(pred, target)
+        torch.testing.assert_close(loss.mean_iou, torch.tensor(0.7))
+
+
 @pytest.mark.parametrize("name", ["QualityFocalLoss", "ModifiedCrossEntropyLoss", "EQLV2Loss", "FocalLoss"])
 def test_ignored_elements_stay_so_beside_a_weight_of_each_row(name):
     """A sum over the classes leaves no place for a mask of classes."""

@@ -112,6 +112,9 @@ class JointLoss(Loss, fn=joint_loss):
     def leading(self, pred):
         return self.losses[0].leading(pred)
 
+    def without_ignored(self, pred, target):
+        return self.losses[0].without_ignored(pred, target)  # as they all are below another loss
+
     def reduced(self, pred, target, weight, avg_factor, reduction, factor):
         """The sum of the parts, each called with the same arguments; of rows in one pass, which keeps one gradient."""
         reduction = check_reduction(self.reduction if reduction is None else reduction, avg_factor)

@@ -114,6 +114,12 @@ class OverBase(ClassificationLoss):
     def arranged(self, pred, target, weight):
         return self.base.arranged(pred, target, weight)
 
+    def without_ignored(self, pred, target):
+        return self.base.without_ignored(pred, target)
+
+    def prepare(self, pred, target):
+        return super().prepare(pred, self.without_ignored(pred, target))
+
     def look(self, pred, target):
         self.base.look(pred, target)
 
