@@ -261,6 +261,16 @@ def test_confidence_weighted_of_probabilities(cfg):
         torch.testing.assert_close(of_scores(scores, label), of_logits(pred, label))
 
 
+def test_confidence_weighted_beside_a_column_of_the_background():
+    """Whose score is no class's."""
+    pred, label = torch.tensor([[0.5, -1.0, 9.0], [-3.0, 0.0, 9.0]]), torch.tensor([1, 2])
+    base = {"type": "EQLV2Loss", "num_classes": 2}
+    loss = build_loss({"type": "ConfidenceWeightedLoss", "base": base, "reduction": "none"})
+    q_fg = torch.tensor([0.5, 0.0]).sigmoid()
+    of_base = build_loss({**base, "reduction": "none"})(pred, label)
+    torch.testing.assert_close(loss(pred, label), (1 - q_fg) ** 3 * of_base)
+
+
 def test_joint():
     parts = [{"type": "FocalLoss", "loss_weight": 2.0}, {"type": "QualityFocalLoss"}]
     joint = build_loss({"type": "JointLoss", "losses": parts, "loss_weight": 3.0})

@@ -396,9 +396,12 @@ class ConfidenceWeightedLoss(
         super().__init__(use_sigmoid=part.use_sigmoid, **settings)
         check_use_sigmoid(self, use_sigmoid)
         self.of_probabilities = takes_probabilities(part)
+        # What a sigmoid loss has beyond them is the background's column.
+        self.classes = min((x.num_classes for x in part.modules() if hasattr(x, "num_classes")), default=None)
         self.take(part)
 
     def unweighted(self, pred, target, seen):
         elements, valid = self.of_base(pred, target, seen)
+        pred = pred[..., : self.classes] if self.use_sigmoid else pred
         given = {"use_sigmoid": self.use_sigmoid, "activated": self.of_probabilities, "elements": elements}
         return self.fn(pred, elements, **self.settings, **given), valid
