@@ -72,6 +72,7 @@ class Loss(nn.Module, metaclass=_Checked):
     hyper: ClassVar[tuple[str, ...]] = ()  # the settings that fn takes
     rules: ClassVar[Mapping[str, Rule | None]] = {}  # of all settings
     outside_kernel: ClassVar[frozenset] = frozenset({"reduction", "loss_weight", "compile"})  # settings that it has not
+    couples = False  # whether what it observes carries a gradient, which is added to that of the rows
     can_be_part: ClassVar[bool] = True  # of a loss that is made of others
     seen_as: ClassVar[Callable | None] = None  # of a loss's type, the class that isinstance is told: set by adapters
 
@@ -295,6 +296,7 @@ class Loss(nn.Module, metaclass=_Checked):
     ) -> Tensor:
         """The loss times a factor."""
         reduction = check_reduction(self.reduction if reduction is None else reduction, avg_factor)
+        pred = self.added_up(pred)
         self.look(pred, target)
         shape, given = pred.shape[: self.leading(pred)], pred.dim()
         with without_autocast(pred.device):
@@ -310,6 +312,10 @@ class Loss(nn.Module, metaclass=_Checked):
                 return times(loss, factor)
             total = self.summed(pred, target, weight, seen)
             return self.normalized(total, pred, seen, avg_factor, reduction, factor)
+
+    def added_up(self, pred: Tensor) -> Tensor:
+        """What gets several gradients, which are not to be added up in half precision."""
+        return float32(pred) if self.couples else pred
 
     def summed(self, pred: Tensor, target: Any, weight: Tensor | None, seen: dict[str, Any]) -> Tensor:
         """The sum of the weighted losses, by the engine where chunks or a kernel gain something."""

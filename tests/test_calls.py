@@ -111,6 +111,24 @@ def test_the_base_says_what_is_ignored():
         torch.testing.assert_close(loss(pred, label), loss(pred[::2], label[::2]))
 
 
+SEVERAL = {"type": "JointLoss", "losses": [BCE, {"type": "FocalLoss"}, {"type": "VarifocalLoss"}]}
+ATFL = {"type": "AdaptiveThresholdFocalLoss"}
+
+
+@pytest.mark.parametrize("base", [SEVERAL, ATFL, {"type": "JointLoss", "losses": [ATFL, BCE]}], ids=str)
+@pytest.mark.parametrize("name", ["SlideLoss", "ConfidenceWeightedLoss"])
+@pytest.mark.parametrize("call", [{}, {"reduction_override": "none"}], ids=str)
+def test_gradients_are_not_added_up_in_half_precision(name, base, call):
+    """They are those of float32, rounded once."""
+    loss = build_loss({"type": name, "base": base}).eval()
+    pred, target = 2 * torch.randn(64, 8), torch.rand(64, 8) * (torch.rand(64, 8) < 0.3)
+    for dtype in (torch.float16, torch.bfloat16):
+        half = pred.to(dtype).requires_grad_()
+        full = half.detach().float().requires_grad_()
+        found, wanted = (torch.autograd.grad(64 * loss(x, target, **call).sum(), x)[0] for x in (half, full))
+        assert (found == wanted.to(dtype)).float().mean() > 0.99, dtype
+
+
 @pytest.mark.parametrize("dense", [False, True])
 def test_what_the_base_ignores_is_not_in_the_mean_iou(dense):
     """Whichever index it is, and however deep the base."""

@@ -98,6 +98,7 @@ class JointLoss(Loss, fn=joint_loss):
             raise ValueError("losses of JointLoss must be one or more config dicts of losses of one family.")
         check_input(self)
         self.facts = facts_of_sum([*self.losses])
+        self.couples = any(loss.couples for loss in self.losses)
         self.use_sigmoid = all(getattr(loss, "use_sigmoid", True) for loss in self.losses)
         check_use_sigmoid(self, use_sigmoid)
 
@@ -122,6 +123,7 @@ class JointLoss(Loss, fn=joint_loss):
             pred = float32(pred)  # once, so that half-precision gradients are not added up in half precision
             parts = (loss(pred, target, weight, avg_factor, reduction) for loss in self.losses)
             return times(_added(parts), factor)
+        pred = self.added_up(pred)
         self.look(pred, target)
         with without_autocast(pred.device):
             pred, target, weight = self.as_rows(pred, target, weight)
@@ -157,6 +159,7 @@ class JointLoss(Loss, fn=joint_loss):
         return total
 
     def unweighted(self, pred, target, seen):
+        pred = float32(pred)  # as in ``weighted``
         parts = [
             (loss.loss_weight, *loss.unweighted(pred, target, of_loss))
             for loss, of_loss in zip(self.losses, seen.values(), strict=True)

@@ -100,6 +100,7 @@ class OverBase(ClassificationLoss):
                 f"class, not this {type(base).__name__}; of a JointLoss, put a {type(self).__name__} around each part."
             )
         self.base, theirs = base, base.facts
+        self.couples = base.couples
         self.facts = self.facts.but(
             row_wise=self.facts.row_wise and theirs.row_wise,
             sums_classes=theirs.sums_classes,
