@@ -34,6 +34,15 @@ def joint_loss(pred: Tensor, target: Tensor, *, losses: Sequence[Loss]) -> Tenso
     return _added(loss(pred, target, reduction_override="none") for loss in losses)
 
 
+def check_one_family(losses: Sequence[Loss]) -> None:
+    """Raise ``ValueError`` for losses whose per-element losses do not stand side by side."""
+    if len({loss.family for loss in losses}) > 1:
+        raise ValueError(
+            'reduction="none" has no meaning while a class loss fades into a ranking loss, which has one loss a '
+            'positive: take "mean" or "sum".'
+        )
+
+
 def _added(parts):
     """The sum of losses; beside some with one a row, those with one a class are summed over the classes."""
     parts = list(parts)
@@ -175,6 +184,7 @@ def scheduled_loss(pred: Tensor, target: Tensor, *, losses: Sequence[Loss], shar
     >>> scheduled_loss(torch.tensor([3.0]), torch.tensor([0.0]), losses=both, shares=[0.75, 0.25])
     tensor([3.5000])
     """
+    check_one_family(losses)
     found = (loss(pred, target, reduction_override="none") for loss in losses)
     return _added(times(of_loss, share) for of_loss, share in zip(found, shares, strict=True))
 
@@ -300,6 +310,8 @@ class ScheduledLoss(Loss, fn=scheduled_loss):
         """The sum of the losses in turn, each called with the same arguments."""
         reduction = self.reduction if reduction is None else reduction
         parts = self.in_turn()
+        if reduction == "none":
+            check_one_family([loss for loss, _ in parts])
         pred = pred if len(parts) == 1 else float32(pred)  # so that half-precision gradients are not added up
         found = (times(loss(pred, target, weight, avg_factor, reduction), share) for loss, share in parts)
         return times(_added(found), factor)
