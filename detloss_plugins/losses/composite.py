@@ -74,6 +74,8 @@ def facts_of_sum(losses: Sequence[Loss]) -> Facts:
         true_gradient=all(f.true_gradient for f in facts),
         needs_mining=any(f.needs_mining for f in facts),
         takes_quality=any(f.takes_quality for f in facts),
+        symmetric=all(f.symmetric for f in facts),
+        scale_invariant=all(f.scale_invariant for f in facts),
         self_normalized=False,
         paper="",
         upstream=(),
