@@ -142,9 +142,8 @@ class Pair:
     @property
     def center_distance2(self) -> Tensor:
         """Squared distance of the centers."""
-        p, t = self.pred, self.target
-        twice_dx, twice_dy = (t.x1 - p.x1) + (t.x2 - p.x2), (t.y1 - p.y1) + (t.y2 - p.y2)
-        return (twice_dx.square() + twice_dy.square()) / 4
+        dx, dy = self.center_offset
+        return dx.square() + dy.square()
 
     @property
     def center_penalty(self) -> Tensor:
@@ -195,8 +194,8 @@ class Pair:
         tensor(5.)
         """
         p, t = self.pred, self.target
-        first, second = (p.x1 - t.x1).square() + (p.y1 - t.y1).square(), (p.x2 - t.x2).square()
-        return first + second + (p.y2 - t.y2).square()
+        first = (p.x1 - t.x1).square() + (p.y1 - t.y1).square()
+        return first + (p.x2 - t.x2).square() + (p.y2 - t.y2).square()
 
     @property
     def aspect_ratio_term(self) -> Tensor:

@@ -305,7 +305,7 @@ class Loss(nn.Module, metaclass=_Checked):
             if reduction == "none":
                 call = self._call(self.weighted, pred, target, weight, seen)
                 # The backward of a chunk would be as long as the batch.
-                whole = torch.is_grad_enabled() and any(x.requires_grad for x in (*call.rows, *call.shared))
+                whole = torch.is_grad_enabled() and call.learned()
                 found = [call.losses()] if whole else call.of_each_chunk()
                 loss = torch.cat(found) if len(found) > 1 else found[0]
                 loss = loss.unflatten(0, shape) if pred.dim() < given else loss

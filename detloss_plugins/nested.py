@@ -33,6 +33,10 @@ def unflatten(structure: Any, flat: tuple[Tensor, ...] | list[Tensor]) -> Any:
 
 
 def each_tensor(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """``function`` of every tensor, in its place."""
-    flat, structure = flatten(value)
-    return unflatten(structure, list(map(function, flat)))
+    """Nested dicts, lists and tuples with ``function`` of every tensor in its place, and all else as it is."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, dict):
+        return {name: each_tensor(function, part) for name, part in value.items()}
+    kind = list if isinstance(value, list) else tuple
+    return kind(each_tensor(function, part) for part in value) if isinstance(value, (list, tuple)) else value

@@ -10,7 +10,7 @@ import inspect
 import warnings
 import weakref
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from mmengine.logging import print_log
@@ -47,33 +47,37 @@ _IN_STRIDES = {
 }  # fmt: skip
 _IN_PIXELS = {"AutoAssignHead", "VFNetHead", "_PixelLevels", "_PixelPoints"}
 _KNOWN = {family for families in FAMILIES.values() for family in families}
-# What heads of mmdet do in a method of theirs: those of one's own that do otherwise are not meant.
-_REDUCE = {  # more than what a loss gives: in which slots, what that must be, and why
-    ("YOLOXHead", "loss_by_feat"): (
-        ("loss_cls", "loss_bbox", "loss_obj", "loss_l1"),
-        "sum",
-        "divides the sum by its number of positives",
-    ),
-    ("FSAFHead", "loss_by_feat"): (
-        ("loss_cls", "loss_bbox"),
-        "none",
-        "chooses the level of an object by the loss of each anchor",
-    ),
-    ("YOLACTHead", "loss_by_feat"): (("loss_cls",), "none", "mines the negatives by the loss of each anchor"),
-    ("MultiInstanceBBoxHead", "emd_loss"): (
-        ("loss_cls", "loss_bbox"),
+_SWITCHES = {"loss_cls": "with_cls", "loss_bbox": "with_reg"}  # of a head that may have no such branch
+
+
+class _Use(NamedTuple):
+    """What a method of a head of mmdet's does with some losses: it goes on with what they give, or never calls them."""
+
+    head: str
+    slots: tuple[str, ...]
+    reduction: str = ""  # that they must have; "" for those that are never called
+    does: str = ""
+    method: str = "loss_by_feat"  # a head of one's own that has another is not meant
+
+
+_BOTH = ("loss_cls", "loss_bbox")
+_USES = (
+    _Use("YOLOXHead", (*_BOTH, "loss_obj", "loss_l1"), "sum", "divides the sum by its number of positives"),
+    _Use("FSAFHead", _BOTH, "none", "chooses the level of an object by the loss of each anchor"),
+    _Use("YOLACTHead", ("loss_cls",), "none", "mines the negatives by the loss of each anchor"),
+    _Use(
+        "MultiInstanceBBoxHead",
+        _BOTH,
         "none",
         "chooses between two orders of its boxes by the loss of each",
+        "emd_loss",
     ),
-}
-_LEAVE_OUT = {  # and work out something else
-    ("FreeAnchorRetinaHead", "loss_by_feat"): ("loss_cls",),
-    ("AutoAssignHead", "loss_by_feat"): ("loss_cls", "loss_centerness"),
-    ("RTMDetHead", "loss_by_feat_single"): ("loss_centerness",),
-    ("TOODHead", "loss_by_feat_single"): ("loss_centerness",),
-    ("RepPointsHead", "loss_by_feat_single"): ("loss_bbox",),
-}
-_SWITCHES = {"loss_cls": "with_cls", "loss_bbox": "with_reg"}  # of a head that may have no such branch
+    _Use("FreeAnchorRetinaHead", ("loss_cls",)),
+    _Use("AutoAssignHead", ("loss_cls", "loss_centerness")),
+    _Use("RTMDetHead", ("loss_centerness",), method="loss_by_feat_single"),
+    _Use("TOODHead", ("loss_centerness",), method="loss_by_feat_single"),
+    _Use("RepPointsHead", ("loss_bbox",), method="loss_by_feat_single"),
+)
 
 
 def kept_settings(kind: str | type, before: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,8 +117,7 @@ def check_fit(head: nn.Module, name: str, loss: nn.Module, whole: nn.Module | No
         )
     if has_bins(loss) and type(head).__module__.startswith(("mmdet.models.", "detloss_plugins.")):
         raise ValueError(f"{where} decodes by bins 0, 1, 2 and so on; leave bins out of {kind}.")
-    _check_reduction(head, name, whole or loss)
-    _check_use(head, name, loss)
+    _check_use(head, name, loss, whole or loss)
     _check_unit(head, name, loss, where)
     if _is_skipped(head, name):
         for part in (part for part in loss.modules() if isinstance(part, Loss)):
@@ -130,7 +133,7 @@ def check_fit(head: nn.Module, name: str, loss: nn.Module, whole: nn.Module | No
             f"and {type(whole or loss).__name__} is a loss with use_sigmoid={use_sigmoid}."
         )
     _check_class_weights(head, loss, where)
-    if loss.family == "ranking" and _goes_by_level(type(head)):
+    if loss.family == "ranking" and _goes_by_level(head):
         raise ValueError(
             f"{where} is called level by level, where {kind} would rank each level for itself: take RankingRetinaHead "
             "or RankingATSSHead of detloss_plugins.adapters.mmdetection, or PluginSSDHead."
@@ -139,8 +142,7 @@ def check_fit(head: nn.Module, name: str, loss: nn.Module, whole: nn.Module | No
 
 def _check_unit(head, name, loss, where):
     """Warn, once, of a loss whose value depends on the unit of the boxes in a head that does not hand over pixels."""
-    bases = (base.__name__ for base in type(head).__mro__)
-    nearest = next((base for base in bases if base in _IN_STRIDES | _IN_PIXELS), None)
+    nearest = _based_on(head, *_IN_STRIDES, *_IN_PIXELS)
     if not name.startswith("loss_bbox") or nearest not in _IN_STRIDES or not getattr(head, "norm_on_bbox", True):
         return
     for part in loss.modules():
@@ -158,8 +160,8 @@ def _check_unit(head, name, loss, where):
 def _check_class_weights(head, loss, where):
     classes = getattr(head, "num_classes", None)
     # Which have a channel for it beside a sigmoid loss too, but for that of Sparse R-CNN and QueryInst.
-    background = _is_a(head, "BBoxHead", "SABLHead") and not (
-        _is_a(head, "DIIHead") and getattr(loss, "use_sigmoid", False)
+    background = bool(_based_on(head, "BBoxHead", "SABLHead")) and not (
+        _based_on(head, "DIIHead") and getattr(loss, "use_sigmoid", False)
     )
     has = f"{classes} classes" + " and one for the background" * background
     for part in loss.modules():
@@ -173,30 +175,25 @@ def _check_class_weights(head, loss, where):
             )
 
 
-def _check_reduction(head, name, loss):
-    """Raise ``ValueError`` for a loss that a head, which reduces it further by itself, would take for another one."""
-    names, reduction, does = next((how for key, how in _REDUCE.items() if _runs(head, *key)), ((), "", ""))
-    if name in names and loss.reduction != reduction and getattr(head, "use_ohem", True):  # YOLACT's mining
-        raise ValueError(
-            f'Write reduction="{reduction}" in the config of {name} of {type(head).__name__}: the head {does}, and '
-            f'{type(loss).__name__} is given reduction="{loss.reduction}".'
-        )
-
-
-def _check_use(head, name, loss):
-    """Raise ``ValueError`` for a loss that a head never calls, or hands something that it does not take."""
+def _check_use(head, name, loss, whole):
+    """Raise ``ValueError`` for a loss that a head never calls, reduces further, or hands what it does not take."""
     where, kind = f"{name} of {type(head).__name__}", type(loss).__name__
-    left_out = next((names for key, names in _LEAVE_OUT.items() if _runs(head, *key)), ())
-    if name in left_out or getattr(head, _SWITCHES.get(name, ""), True) is False:
+    use = next((use for use in _USES if name in use.slots and _based_on(head, use.head, method=use.method)), None)
+    if use and use.reduction not in ("", whole.reduction) and getattr(head, "use_ohem", True):  # YOLACT's mining
+        raise ValueError(
+            f'Write reduction="{use.reduction}" in the config of {where}: the head {use.does}, and '
+            f'{type(whole).__name__} is given reduction="{whole.reduction}".'
+        )
+    if (use and not use.reduction) or getattr(head, _SWITCHES.get(name, ""), True) is False:
         raise ValueError(f"{kind} has no effect as {where}, which the head never calls: leave it out.")
-    if name in ("loss_cls", "initial_loss_cls") and _is_a(head, "TOODHead"):
+    if name in ("loss_cls", "initial_loss_cls") and _based_on(head, "TOODHead"):
         for part in filter(_is_whole, loss.modules()):
             if not getattr(part, "activated", False):
                 kind = type(part).__name__
                 do = "write activated=True" if hasattr(part, "activated") else "take one with activated=True"
                 raise ValueError(f"{where} is given probabilities, and {kind} takes logits: {do}.")
     of_rows = any(part.facts.sums_classes or part.facts.one_per_row for part in filter(_is_whole, loss.modules()))
-    if name == "loss_cls" and _runs(head, "PAAHead", "get_pos_loss") and of_rows:
+    if name == "loss_cls" and _based_on(head, "PAAHead", method="get_pos_loss") and of_rows:
         raise ValueError(
             f"{where} is no place for {kind}, which has one loss an anchor: the head adds up those of its classes. "
             "Take one that has a loss for each class, such as FocalLoss."
@@ -208,10 +205,16 @@ def _is_whole(part):
     return isinstance(part, Loss) and not any(isinstance(other, Loss) for other in part.modules() if other is not part)
 
 
-def _runs(head, name, method):
-    """Whether the method that a head runs is that of mmdet's head of this name."""
-    bases = (base for base in type(head).__mro__ if method in vars(base))
-    return next((base.__name__ for base in bases if not base.__module__.startswith("detloss_plugins.")), "") == name
+def _based_on(head, *names, method=""):
+    """The nearest of mmdet's classes of these names that a head is, or is based on; "" if there is none.
+
+    With a ``method``, the one whose method of that name the head runs.
+    """
+    bases = type(head).__mro__
+    if method:
+        own = (base for base in bases if method in vars(base))
+        bases = [base for base in own if not base.__module__.startswith("detloss_plugins.")][:1]
+    return next((base.__name__ for base in bases if base.__name__ in names), "")
 
 
 def _is_skipped(head, name):
@@ -220,12 +223,7 @@ def _is_skipped(head, name):
     DINO's does so for the denoising queries, which are made of objects.
     """
     skipped = ("loss_centerness", "loss_iou", "loss_mask", "loss_point")
-    return name in skipped or (name == "loss_cls" and _is_a(head, "YOLOXHead", "DINOHead"))
-
-
-def _is_a(head, *names):
-    """Whether a head is, or is based on, one of mmdet's of these names."""
-    return any(base.__name__ in names for base in type(head).__mro__)
+    return name in skipped or (name == "loss_cls" and _based_on(head, "YOLOXHead", "DINOHead"))
 
 
 _told = set()  # sentences, once in a process
@@ -262,9 +260,9 @@ def _of_mmdet(head):
 
 def _goes_by_level(head):
     """Whether ``loss_by_feat`` of an mmdet head takes its predictions level by level, or image by image."""
-    if {"DETRHead", "GathersLevels"} & {base.__name__ for base in head.__mro__}:  # layers of a decoder; all at once
+    if _based_on(head, "DETRHead", "GathersLevels"):  # layers of a decoder; all at once
         return False
-    for base in head.__mro__:
+    for base in type(head).__mro__:
         code = getattr(vars(base).get("loss_by_feat"), "__code__", None)
         if code and any(name.startswith("loss") and name.endswith("by_feat_single") for name in code.co_names):
             return True

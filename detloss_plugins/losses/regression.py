@@ -91,10 +91,8 @@ class RMSELoss(RegressionLoss, fn=rmse_loss, row_wise=True, keeps_little=True, r
     def weigh(self, loss, valid, weight):
         return super().weigh(loss.square(), valid, weight)
 
-    def forward(self, pred, target, weight=None, avg_factor=None, reduction_override=None):
-        return self.loss_weight * root(
-            self.reduced(pred, target, self.tensor_or_none(weight), avg_factor, reduction_override, 1.0)
-        )
+    def reduced(self, pred, target, weight, avg_factor, reduction, factor):
+        return factor * root(super().reduced(pred, target, weight, avg_factor, reduction, 1.0))
 
 
 def smooth_l1_loss(pred: Tensor, target: Tensor, *, beta: NonNegative = 1.0) -> Tensor:

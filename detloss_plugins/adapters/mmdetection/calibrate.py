@@ -9,12 +9,12 @@ import torch
 from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
-from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import Runner
 
 from detloss_plugins.adapters.calibrate import LOOKS, STOCK, Candidate, Gradients, amounts, has_state, look_steps
 from detloss_plugins.adapters.curves import gradients
 from detloss_plugins.adapters.heads import check_fit, kept_settings
+from detloss_plugins.adapters.mmdetection.check import build_detector
 from detloss_plugins.adapters.mmdetection.counts import ClassCountsHook, count_for
 from detloss_plugins.adapters.mmdetection.curves import object_rows
 from detloss_plugins.losses import ScheduledLoss
@@ -106,8 +106,7 @@ def build_head(cfg):
     Raises:
         ValueError: if the detector has none whose losses can be calibrated.
     """
-    with DefaultScope.overwrite_default_scope(cfg.get("default_scope", "mmdet")), torch.random.fork_rng(devices=[]):
-        model = MODELS.build(copy.deepcopy(cfg.model))
+    model = build_detector(cfg)
     head = getattr(model, "bbox_head", None)
     has_both = all(isinstance(getattr(head, slot, None), torch.nn.Module) for slot in SLOTS)
     if not isinstance(head, BaseDenseHead) or not has_both:

@@ -43,6 +43,13 @@ def build_alone(loss: Mapping) -> Loss:
     return build_loss({key: value for key, value in loss.items() if key not in of_head})
 
 
+def build_detector(cfg: Config) -> torch.nn.Module:
+    """The detector of a config, with new weights; random numbers go on as if nothing had been."""
+    scope = cfg.get("default_scope", "mmdet")
+    with DefaultScope.overwrite_default_scope(scope), torch.random.fork_rng(devices=[]):
+        return MODELS.build(copy.deepcopy(cfg.model))
+
+
 def check_config(cfg: Config, stock: Config | None = None, overrides: Mapping[str, Any] = {}) -> list[str]:
     """What does not fit in a config, one sentence each; an empty list if all is well.
 
@@ -57,16 +64,14 @@ def check_config(cfg: Config, stock: Config | None = None, overrides: Mapping[st
     written = {path: _keys_below(overrides, path) for path, kind in of_types.items() if _is_ours(kind)}
     found = left_over(stock, cfg, written) if stock else []
     found += _left_over_in_file(cfg.filename) if cfg.filename else []
-    scope = cfg.get("default_scope", "mmdet")
-    with DefaultScope.overwrite_default_scope(scope), torch.random.fork_rng(devices=[]):
-        try:
-            for _, loss in our_losses(cfg.model):
-                build_alone(loss)  # which knows the nearest name
-            MODELS.build(copy.deepcopy(cfg.model))
-        except (TypeError, ValueError) as error:  # a sentence of ours, or as good
-            found.append(str(error))
-        except (AssertionError, AttributeError, KeyError) as error:
-            found.append(f"The detector cannot be built: {type(error).__name__} {error}".strip())
+    try:
+        for _, loss in our_losses(cfg.model):
+            build_alone(loss)  # which knows the nearest name
+        build_detector(cfg)
+    except (TypeError, ValueError) as error:  # a sentence of ours, or as good
+        found.append(str(error))
+    except (AssertionError, AttributeError, KeyError) as error:
+        found.append(f"The detector cannot be built: {type(error).__name__} {error}".strip())
     return found
 
 

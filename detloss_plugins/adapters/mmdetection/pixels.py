@@ -12,17 +12,7 @@ Every other dense head of mmdet hands over pixels already, and so do FCOS and Co
 import inspect
 
 import torch
-from mmdet.models.dense_heads import (
-    BoxInstBboxHead,
-    CenterNetUpdateHead,
-    CondInstBboxHead,
-    FCOSHead,
-    GFLHead,
-    LDHead,
-    NASFCOSHead,
-    RepPointsHead,
-    TOODHead,
-)
+from mmdet.models import dense_heads
 
 
 class _PixelLevels:
@@ -50,19 +40,19 @@ class _PixelLevels:
                 hook.remove()
 
 
-class PixelGFLHead(_PixelLevels, GFLHead):
+class PixelGFLHead(_PixelLevels, dense_heads.GFLHead):
     """GFLHead with pixels for ``loss_bbox``."""
 
 
-class PixelLDHead(_PixelLevels, LDHead):
+class PixelLDHead(_PixelLevels, dense_heads.LDHead):
     """LDHead with pixels for ``loss_bbox``."""
 
 
-class PixelTOODHead(_PixelLevels, TOODHead):
+class PixelTOODHead(_PixelLevels, dense_heads.TOODHead):
     """TOODHead with pixels for ``loss_bbox``."""
 
 
-class PixelRepPointsHead(_PixelLevels, RepPointsHead):
+class PixelRepPointsHead(_PixelLevels, dense_heads.RepPointsHead):
     """RepPointsHead with pixels for ``loss_bbox_init`` and ``loss_bbox_refine``."""
 
     box_losses = ("loss_bbox_init", "loss_bbox_refine")
@@ -90,28 +80,28 @@ class _PixelPoints:
         return (labels, self.to_pixels(bbox_targets), *rest)
 
 
-class PixelFCOSHead(_PixelPoints, FCOSHead):
+class PixelFCOSHead(_PixelPoints, dense_heads.FCOSHead):
     """FCOSHead with pixels for ``loss_bbox`` under ``norm_on_bbox=True`` too."""
 
 
-class PixelNASFCOSHead(_PixelPoints, NASFCOSHead):
+class PixelNASFCOSHead(_PixelPoints, dense_heads.NASFCOSHead):
     """NASFCOSHead with pixels for ``loss_bbox`` under ``norm_on_bbox=True`` too."""
 
 
-class PixelCondInstBboxHead(_PixelPoints, CondInstBboxHead):
+class PixelCondInstBboxHead(_PixelPoints, dense_heads.CondInstBboxHead):
     """CondInstBboxHead with pixels for ``loss_bbox`` under ``norm_on_bbox=True`` too."""
 
 
-class PixelBoxInstBboxHead(_PixelPoints, BoxInstBboxHead):
+class PixelBoxInstBboxHead(_PixelPoints, dense_heads.BoxInstBboxHead):
     """BoxInstBboxHead with pixels for ``loss_bbox`` under ``norm_on_bbox=True`` too."""
 
 
-class PixelCenterNetUpdateHead(_PixelPoints, CenterNetUpdateHead):
+class PixelCenterNetUpdateHead(_PixelPoints, dense_heads.CenterNetUpdateHead):
     """CenterNetUpdateHead with pixels for ``loss_bbox``."""
 
     def get_targets(self, points, batch_gt_instances):
         # Skips _PixelPoints: here the targets of all levels are one tensor.
-        labels, bbox_targets = CenterNetUpdateHead.get_targets(self, points, batch_gt_instances)
+        labels, bbox_targets = dense_heads.CenterNetUpdateHead.get_targets(self, points, batch_gt_instances)
         sizes = [len(batch_gt_instances) * len(level) for level in points]
         return labels, torch.cat(self.to_pixels(bbox_targets.split(sizes)))
 

@@ -2,16 +2,13 @@
 
 import copy
 from pathlib import Path
-from typing import Any
 
-import torch
 from mmengine.config import Config
 from mmengine.dist import master_only
 from mmengine.hooks import Hook
-from mmengine.registry import MODELS, DefaultScope
 from mmengine.utils import get_object_from_string
 
-from detloss_plugins.adapters.mmdetection.check import build_alone, our_losses
+from detloss_plugins.adapters.mmdetection.check import build_alone, build_detector, our_losses
 from detloss_plugins.registry import SCOPE
 
 # Of each family, a loss that makes a head of mmdet the same at inference.
@@ -45,18 +42,17 @@ def stock_config(cfg: Config) -> Config:
         NotStockError: if the detector has other layers than mmdet's, or scores otherwise.
     """
     stock = copy.deepcopy(cfg)
-    for path, loss in list(our_losses(stock.model)):
-        *parents, last = path.split(".")
-        _inside(stock.model, parents)[int(last) if last.isdigit() else last] = _stock_loss(loss)
+    for _, loss in our_losses(stock.model):
+        made = _stock_loss(loss)
+        loss.clear()
+        loss.update(made)
     for part in _dicts(stock.model):
         if _is_ours(part):
             part.update(_stock_part(part))
             part.pop("self_balance_period", None)  # of RankingRetinaHead
     for key in ("custom_hooks", "custom_imports"):
         stock[key] = _without_ours(stock.get(key))
-    scope = cfg.get("default_scope", "mmdet")
-    with DefaultScope.overwrite_default_scope(scope), torch.random.fork_rng(devices=[]):
-        layers, ours = (_layers(config.model) for config in (stock, cfg))
+    layers, ours = _layers(stock), _layers(cfg)
     if layers != ours:
         raise NotStockError(f"mmdet's own detector has no {', '.join(sorted(ours.keys() ^ layers.keys())[:3])} ...")
     return stock
@@ -96,9 +92,9 @@ def _stock_part(part):
     return {"type": f"mmdet.{theirs.__name__}"}
 
 
-def _layers(model):
+def _layers(cfg):
     """The shapes of all that a detector keeps, but for the states of losses."""
-    built = MODELS.build(copy.deepcopy(model))
+    built = build_detector(cfg)
     state = built.state_dict()
     for name, module in built.named_modules():
         if type(module).__module__.startswith((f"{SCOPE}.losses", "mmdet.models.losses")):
@@ -113,12 +109,6 @@ def _dicts(node):
         yield node
     for child in node.values() if isinstance(node, dict) else node if isinstance(node, list | tuple) else ():
         yield from _dicts(child)
-
-
-def _inside(node: Any, path):
-    for key in path:
-        node = node[int(key) if key.isdigit() else key]
-    return node
 
 
 def _without_ours(entry):

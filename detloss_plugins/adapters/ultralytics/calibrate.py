@@ -35,6 +35,7 @@ from detloss_plugins.adapters.ultralytics.model import open_model, student
 from detloss_plugins.adapters.ultralytics.per_image import branch_weight
 from detloss_plugins.adapters.ultralytics.trainer import class_counts, criterion_of, make_trainer
 from detloss_plugins.losses import ScheduledLoss
+from detloss_plugins.nested import each_tensor
 from detloss_plugins.precision import without_autocast
 from detloss_plugins.registry import build_loss, registered_losses
 
@@ -109,7 +110,9 @@ class Look:
             return
         with without_autocast(criterion.device):
             observer = _Kept(criterion)
-            observer.criterion.loss(as_leaves(_in_float32(preds)), batch)
+            # In half precision small gradients would be 0.
+            preds = each_tensor(lambda x: x.float() if x.is_floating_point() else x, preds)
+            observer.criterion.loss(as_leaves(preds), batch)
             if looks:
                 for slot in {candidate.slot for candidate in self.candidates}:
                     self.add(slot, STOCK, observer.of_slot(observer, slot))
@@ -164,15 +167,6 @@ class RTDETRLook:
         (value,) = (value for name, value in values.items() if name.startswith(slot))
         if found := gradients(value, [pred]):
             self.found.add(self.step(), slot, label, amounts(found[0], positive))
-
-
-def _in_float32(value):
-    """Nested predictions with float32 for half precision, in which small gradients would be 0."""
-    if isinstance(value, torch.Tensor):
-        return value.float() if value.is_floating_point() else value
-    if isinstance(value, dict):
-        return {name: _in_float32(part) for name, part in value.items()}
-    return type(value)(map(_in_float32, value)) if isinstance(value, list | tuple) else value
 
 
 def candidate(loss, task="detect", slot=None, label=None):

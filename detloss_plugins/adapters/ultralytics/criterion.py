@@ -20,7 +20,7 @@ from detloss_plugins.adapters.ultralytics.building import (
 )
 from detloss_plugins.adapters.ultralytics.config import load_losses
 from detloss_plugins.adapters.ultralytics.ignore import Regions, StockClassLoss
-from detloss_plugins.adapters.ultralytics.per_image import LossesByImage, per_image
+from detloss_plugins.adapters.ultralytics.per_image import LossesByImage, branches, per_image
 from detloss_plugins.adapters.ultralytics.slots import BoxCriterion, ClassSlot, RotatedBoxCriterion
 from detloss_plugins.precision import float32, is_asynchronous
 
@@ -150,13 +150,6 @@ def criterion_class(stock: type) -> type:
     if issubclass(PluginDetectionLoss, stock):
         return PluginDetectionLoss
     return type(f"Plugin{stock.__name__.removeprefix('v8')}", (PluginDetectionLoss, stock), {})
-
-
-def branches(criterion):
-    """The criteria of a head, by name: an end-to-end head has two, each with losses and state of its own."""
-    if isinstance(criterion, compat.E2ELoss):
-        return {"one2many": criterion.one2many, "one2one": criterion.one2one}
-    return {"criterion": criterion}
 
 
 def criterion_state(criterion: Any) -> dict[str, dict[str, dict[str, Tensor]]]:

@@ -8,7 +8,7 @@ from detloss_plugins.adapters.curves import gradients, part_names, part_values, 
 from detloss_plugins.adapters.ultralytics import compat
 from detloss_plugins.adapters.ultralytics.criterion import branches
 from detloss_plugins.adapters.ultralytics.per_image import SLOTS, Observer
-from detloss_plugins.nested import flatten
+from detloss_plugins.nested import each_tensor, flatten
 
 EVERY = 50  # steps between two looks
 
@@ -43,11 +43,7 @@ class Curves:
 
 def as_leaves(value):
     """The tensors of nested dicts, lists and tuples as leaves of a graph of their own; all else as it is."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().requires_grad_(value.is_floating_point())
-    if isinstance(value, dict):
-        return {name: as_leaves(part) for name, part in value.items()}
-    return type(value)(map(as_leaves, value)) if isinstance(value, list | tuple) else value
+    return each_tensor(lambda x: x.detach().requires_grad_(x.is_floating_point()), value)
 
 
 class Slots(Observer):

@@ -45,23 +45,27 @@ def per_image(criterion: Any, preds: Any, batch: Mapping[str, Any]) -> LossesByI
     Raises:
         ValueError: for a loss that does not weigh its anchors (GHMR), and so has no part for each.
     """
-    twin, found = copy.copy(criterion), []
-    parts = ("one2many", "one2one") if isinstance(criterion, compat.E2ELoss) else ()
-    for name in parts:
-        observer = _ByAnchor(getattr(criterion, name), batch)
-        setattr(twin, name, observer.criterion)
-        found.append((observer, branch_weight(criterion, name)))
-    if not parts:
-        observer = _ByAnchor(criterion, batch)
-        twin, found = observer.criterion, [(observer, 1.0)]
+    observers = {name: _ByAnchor(branch, batch) for name, branch in branches(criterion).items()}
+    copies = {name: observer.criterion for name, observer in observers.items()}
+    twin = copies.get("criterion")
+    if twin is None:  # of an end-to-end head
+        twin = copy.copy(criterion)
+        vars(twin).update(copies)
     with torch.no_grad(), contextlib.ExitStack() as still:
-        for observer, _ in found:
+        for observer in observers.values():
             still.enter_context(observer.still())
         twin(preds, batch)
-    images, objects = zip(*(observer.losses() for observer, _ in found), strict=True)
-    weights = [weight for _, weight in found]
+    images, objects = zip(*(observer.losses() for observer in observers.values()), strict=True)
+    weights = [branch_weight(criterion, name) for name in observers]
     objects = _added(objects, weights)
     return LossesByImage(_added(images, weights), objects, objects.pop("weight"))
+
+
+def branches(criterion):
+    """The criteria of a head, by name: an end-to-end head has two, each with losses and state of its own."""
+    if isinstance(criterion, compat.E2ELoss):
+        return {name: getattr(criterion, name) for name in WEIGHTS}
+    return {"criterion": criterion}
 
 
 def branch_weight(criterion, name):

@@ -18,21 +18,8 @@ from ultralytics.models.yolo.segment import SegmentationTrainer
 from ultralytics.nn.tasks import yaml_model_load
 from ultralytics.utils import DEFAULT_CFG, LOGGER
 
-from detloss_plugins.adapters.ultralytics import compat
+from detloss_plugins.adapters.ultralytics import compat, config
 from detloss_plugins.adapters.ultralytics.building import check_head, model_task, slot_gains
-from detloss_plugins.adapters.ultralytics.config import (
-    at,
-    counted,
-    default_prior,
-    default_weight,
-    filled,
-    load_losses,
-    unlike,
-    waiting,
-    weights_of,
-    with_weights,
-    without_weight,
-)
 from detloss_plugins.adapters.ultralytics.criterion import branches, criterion_state
 from detloss_plugins.adapters.ultralytics.curves import EVERY, Curves, append, scalars
 from detloss_plugins.adapters.ultralytics.ignore import ignored_classes, make_validator
@@ -108,8 +95,8 @@ def class_counts(dataset, classes, ignored=()):
 
 def default_weights(losses):
     """The weights by default in the places that wait for one: place -> number."""
-    found = {place: build_loss(without_weight(at(losses, place))) for place in waiting(losses)}
-    return {place: default_weight(loss, place[0]) for place, loss in found.items()}
+    found = {place: build_loss(config.without_weight(config.at(losses, place))) for place in config.waiting(losses)}
+    return {place: config.default_weight(loss, place[0]) for place, loss in found.items()}
 
 
 def describe(losses: Mapping[str, Any], args: Any, task: str = "detect") -> list[str]:
@@ -118,8 +105,8 @@ def describe(losses: Mapping[str, Any], args: Any, task: str = "detect") -> list
     A weight below a quarter of the slot's default for the loss, or above four times, has the default beside it: with
     such a one of the user's own it may hardly learn, or drown the others, and nothing else would say so.
     """
-    lines, asked = [], waiting(losses)
-    losses = with_weights(losses, default_weights(losses))
+    lines, asked = [], config.waiting(losses)
+    losses = config.with_weights(losses, default_weights(losses))
     for slot, gain in slot_gains(args, task).items():
         line = "stock loss"
         if slot in losses:
@@ -142,7 +129,7 @@ def runs_compiled(loss):
 
 def _weight(loss, slot):
     """The weight of a loss in words; one that is far from the slot's default with that."""
-    default = default_weight(loss, slot)
+    default = config.default_weight(loss, slot)
     far = not default / 4 <= loss.loss_weight <= 4 * default
     return f"{loss.loss_weight:g}{f' (default {default:g})' * far}"
 
@@ -259,19 +246,17 @@ def make_trainer(
             suit it, before any data is read. The trainer raises ``ValueError`` for a model of another task, and
             ``RuntimeError`` for training arguments that need a newer Ultralytics.
     """
-    losses, curves = (
-        load_losses(losses, task, auto=True, compile=compile),
-        checked("make_trainer", "curves", curves, HOW_OFTEN),
-    )
+    losses = config.load_losses(losses, task, auto=True, compile=compile)
+    curves = checked("make_trainer", "curves", curves, HOW_OFTEN)
     every = EVERY if curves is True else int(curves)
     base = trainer or TRAINERS[task]
-    asked, places = losses, waiting(losses)  # for what, and where, weights are to be found
-    losses = with_weights(losses, default_weights(losses))  # until they are
+    asked, places = losses, config.waiting(losses)  # for what, and where, weights are to be found
+    losses = config.with_weights(losses, default_weights(losses))  # until they are
     scheduled = any(isinstance(build_loss(cfg), ScheduledLoss) for slot, cfg in losses.items() if slot != "ignore")
     of_classes = losses.get("cls") or losses.get("loss_class")
     # Linear probing must have weights, and trains on with them.
-    prior = default_prior(build_loss(of_classes)) if of_classes and not compat.probes(base) else None
-    waits_for_counts = counted(losses, []) != losses
+    prior = config.default_prior(build_loss(of_classes)) if of_classes and not compat.probes(base) else None
+    waits_for_counts = config.counted(losses, []) != losses
 
     class PluginTrainer(base):
         plugin_losses = losses
@@ -307,7 +292,7 @@ def make_trainer(
 
         def settle(self, weights):
             """Take the weights that were waited for: place -> number."""
-            self.plugin_losses = with_weights(asked, weights)
+            self.plugin_losses = config.with_weights(asked, weights)
             self.write_losses(self.plugin_losses)
 
         def check_resume(self, overrides):
@@ -346,7 +331,7 @@ def make_trainer(
         @staticmethod
         def weights_to_go_on_with(record):
             """The weights that were found when the run that resumes was started."""
-            found = weights_of(asked, record["losses"])
+            found = config.weights_of(asked, record["losses"])
             if missing := [place for place in places if place not in found]:
                 raise NoWeightError(
                     f'This run resumes with another loss for {missing[0][0]}, and loss_weight "auto" is found when a '
@@ -356,8 +341,8 @@ def make_trainer(
 
         def state_to_go_on_with(self, record):
             """The state of those losses that a run which resumes still has; what it has no longer is said."""
-            before, now = filled(record["losses"]), self.plugin_losses
-            differ, others = unlike(before, now)
+            before, now = config.filled(record["losses"]), self.plugin_losses
+            differ, others = config.unlike(before, now)
             for slot in differ:
                 none, what = ("nothing", "ignore") if slot == "ignore" else ("the stock loss", f"{slot} loss")
                 was, is_ = (losses.get(slot, none) for losses in (before, now))
@@ -385,7 +370,7 @@ def make_trainer(
                 model = student(compat.unwrap_model(self.model))
                 ignored = ignored_classes(self.plugin_losses, model.names)
                 counts = class_counts(self.train_loader.dataset, self.data["nc"], ignored)
-                install(model, counted(self.plugin_losses, counts), self.plugin_state)
+                install(model, config.counted(self.plugin_losses, counts), self.plugin_state)
                 LOGGER.info(f"detloss_plugins: class weights by the effective numbers of {counts} objects")
             if task == "rtdetr" and self.args.cls_pw:
                 LOGGER.warning(

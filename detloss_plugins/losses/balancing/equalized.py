@@ -60,7 +60,11 @@ def equalized_quality_focal_loss(
     return focus / gamma * quality_focal_loss(pred, target, beta=focus)
 
 
-class _Equalized(GradientRatio):
+_EXAMPLE = {"num_classes": 10}
+_FOCAL = {"scale": 0.0, **_EXAMPLE}  # with which the powers do not move
+
+
+class _Equalized(GradientRatio, paper="https://arxiv.org/abs/2201.02593", needs_mining=False, example=_EXAMPLE):
     """What both take from their state: its ratio is at most 1."""
 
     start = largest = 1.0
@@ -74,9 +78,11 @@ class _Equalized(GradientRatio):
         return super().prepare(pred, target)
 
     def statistics(self, pred, target, valid, weight):
-        focus, (gap, slope) = _focus(pred, self.gamma, self.scale, self.pos_neg), self.gap(pred, target)
+        focus, p = _focus(pred, self.gamma, self.scale, self.pos_neg), pred.sigmoid()
+        gap, sign = self.gap(pred, target)  # and its derivative for p
+        slope = sign * p * (-pred).sigmoid()
         # The derivative of gap^focus BCE, as the head gets it.
-        size = focus * power(gap, focus - 1) * slope * bce(pred, target) + power(gap, focus) * (pred.sigmoid() - target)
+        size = focus * power(gap, focus - 1) * slope * bce(pred, target) + power(gap, focus) * (p - target)
         size = (focus / self.gamma * balance(getattr(self, "alpha", None), target) * size).abs()
         size = apply_weight(apply_weight(size, weight), valid)
         positive = target > self.label_smoothing / 2  # what a target of 0 is after smoothing
@@ -84,19 +90,11 @@ class _Equalized(GradientRatio):
         return {name: part.flatten(0, -2).nansum(0) for name, part in parts.items()}
 
 
-_EXAMPLE = {"num_classes": 10}
-_FOCAL = {"scale": 0.0, **_EXAMPLE}  # with which the powers do not move
-
-
 @MODELS.register_module()
 class EqualizedFocalLoss(
     _Equalized,
     fn=equalized_focal_loss,
-    paper="https://arxiv.org/abs/2201.02593",
     row_wise=True,
-    needs_mining=False,
-    filled=("ratio",),
-    example=_EXAMPLE,
     upstream=(
         Upstream(MMDET + "FocalLoss", _FOCAL, {"use_sigmoid": True}),
         Upstream("torchvision.ops.sigmoid_focal_loss", _FOCAL),
@@ -113,8 +111,7 @@ class EqualizedFocalLoss(
     """
 
     def gap(self, pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        p, rest = pred.sigmoid(), (-pred).sigmoid()
-        return miss(pred, target), (1 - 2 * target) * p * rest
+        return miss(pred, target), 1 - 2 * target
 
 
 @MODELS.register_module()
@@ -122,13 +119,9 @@ class EqualizedQualityFocalLoss(
     _Equalized,
     KeepsPositives,
     fn=equalized_quality_focal_loss,
-    paper="https://arxiv.org/abs/2201.02593",
     row_wise=True,
-    needs_mining=False,
     takes_quality=True,
     sums_classes=True,
-    filled=("ratio",),
-    example=_EXAMPLE,
     upstream=(Upstream(MMDET + "QualityFocalLoss", _FOCAL),),
 ):
     """Li et al., Equalized Focal Loss, 2022, on the quality focal loss (EQFL).
@@ -142,5 +135,5 @@ class EqualizedQualityFocalLoss(
     """
 
     def gap(self, pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        p, rest = pred.sigmoid(), (-pred).sigmoid()
-        return (target - p).abs(), (p - target).sign() * p * rest
+        excess = pred.sigmoid() - target
+        return excess.abs(), excess.sign()

@@ -159,13 +159,11 @@ class SeesawLoss(
         reduction = check_reduction(self.reduction if reduction is None else reduction, avg_factor)
         rows = super().reduced(pred, target, weight, None, "none", factor)
         positives = ((target >= 0) & (target < self.num_classes)).sum().clamp(min=1)
-        parts = {
-            "loss_cls_objectness": (rows[..., 1], max(rows[..., 1].numel(), 1)),
-            "loss_cls_classes": (rows[..., 0], positives),
+        classes, objectness = (part if reduction == "none" else part.sum() for part in rows.unbind(-1))
+        loss = {
+            "loss_cls_objectness": scaled(objectness, max(target.numel(), 1), avg_factor, reduction),
+            "loss_cls_classes": scaled(classes, positives, avg_factor, reduction),
         }
-        if reduction != "none":
-            parts = {name: (rows.sum(), count) for name, (rows, count) in parts.items()}
-        loss = {name: scaled(value, count, avg_factor, reduction) for name, (value, count) in parts.items()}
         return loss if self.return_dict else sum(loss.values())
 
 
@@ -201,7 +199,7 @@ def eqlv2_weight(target: Tensor, ratio: Tensor, gamma: float, mu: float, alpha: 
     return torch.lerp(negative, 1 + alpha * (1 - negative), target)
 
 
-class GradientRatio(ClassificationLoss):
+class GradientRatio(ClassificationLoss, filled=("ratio",)):
     """A state: the gradient that the positives and the negatives of each class have had so far, and their ratio."""
 
     start: ClassVar[float]  # the ratio of a class that has had none
@@ -238,7 +236,6 @@ class EQLV2Loss(
     paper="https://arxiv.org/abs/2012.08548",
     row_wise=True,
     sums_classes=True,
-    filled=("ratio",),
     example={"num_classes": 9},  # the sample's tenth column is the background
     upstream=alike(MMDET + "EQLV2Loss", {"num_classes": 9}),
 ):

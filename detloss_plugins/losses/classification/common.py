@@ -40,7 +40,7 @@ def class_vector(values: Any, pred: Tensor) -> Any:
     return vector
 
 
-class KeepsPositives(ClassificationLoss):
+class KeepsPositives(ClassificationLoss, takes_quality=True):
     """A loss for which a positive of quality 0 is no negative: a ``(label, quality)`` target tells the two apart."""
 
     def prepare(self, pred, target):

@@ -38,7 +38,6 @@ class MALoss(
     paper="https://arxiv.org/abs/2412.04234",
     row_wise=True,
     needs_mining=False,
-    takes_quality=True,
     marks_positives=True,
     true_gradient=False,
     upstream=(
@@ -85,7 +84,6 @@ class IABCELoss(
     paper="https://arxiv.org/abs/2304.07527",
     row_wise=True,
     needs_mining=False,
-    takes_quality=True,
     marks_positives=True,
     true_gradient=False,
     upstream=(Upstream(MMDET + "VarifocalLoss", {"alpha": 0.0}, {"alpha": 1.0, "iou_weighted": False}),),

@@ -49,15 +49,12 @@ class _Steps(NamedTuple):
         kinks, order = torch.cat([scores - delta, scores + delta]).sort()
         return cls(kinks, *order.argsort().chunk(2))
 
-    def pieces(self, queries, delta):
-        """On which linear piece each query lies: how many kinks are below it, in int32."""
+    def places(self, queries, delta):
+        """On which linear piece each query lies, how many kinks are below it, in int32; and how far from its start."""
         # With delta = 0, a query on the step has passed it.
-        return torch.searchsorted(self.kinks, queries, right=delta == 0, out_int32=True)
-
-    def along(self, queries, pieces, delta):
-        """How far each query is from the start of its piece; no piece with a slope is longer than 2 delta."""
+        pieces = torch.searchsorted(self.kinks, queries, right=delta == 0, out_int32=True)
         start = torch.cat([self.kinks[:1], self.kinks]).index_select(0, pieces)
-        return torch.sub(queries, start, out=start).clamp_(0, 2 * delta)
+        return pieces, torch.sub(queries, start, out=start).clamp_(0, 2 * delta)  # no slope is longer
 
     def lengths(self, delta):
         """Of the pieces between two kinks."""
@@ -98,9 +95,7 @@ class _Ranking(NamedTuple):
     scores: torch.Tensor  # (P,) theirs
     pieces: torch.Tensor  # (M,) the negatives' linear pieces; 0, where all steps are zero, for the other scores
     along: torch.Tensor  # (M,)
-    kinks: torch.Tensor
-    low: torch.Tensor
-    high: torch.Tensor
+    steps: _Steps
 
     @classmethod
     def of(cls, pred, target, delta):
@@ -109,17 +104,12 @@ class _Ranking(NamedTuple):
         if not len(positive):
             return None
         steps = _Steps.of(scores[positive], delta)
-        pieces = steps.pieces(scores, delta).masked_fill_(target != 0, 0)
-        return cls(positive, scores[positive], pieces, steps.along(scores, pieces, delta), *steps)
-
-    @property
-    def steps(self):
-        return _Steps(self.kinks, self.low, self.high)
+        pieces, along = steps.places(scores, delta)
+        return cls(positive, scores[positive], pieces.masked_fill_(target != 0, 0), along, steps)
 
     def above(self, delta, weight=None):
         """``sum_k w_k H(s_k - s_i)`` over the positives, i itself included with ``H(0)``."""
-        pieces = self.steps.pieces(self.scores, delta)
-        return self.steps.over_queries(pieces, self.steps.along(self.scores, pieces, delta), delta, weight)
+        return self.steps.over_queries(*self.steps.places(self.scores, delta), delta, weight)
 
     def outranked(self, delta):
         """``sum_j H(t_j - s_i)`` over the negatives."""
@@ -140,21 +130,22 @@ class _ErrorDriven(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, pred, losses, update, ranking, delta):
-        ctx.save_for_backward(*update, *ranking)
+        *places, steps = ranking
+        ctx.save_for_backward(*update, *places, *steps)
         ctx.shape, ctx.delta = pred.shape, delta
         return losses.to(pred.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, incoming):
-        saved, delta = ctx.saved_tensors, ctx.delta
-        count = len(_Update._fields)
-        update, ranking, incoming = _Update(*saved[:count]), _Ranking(*saved[count:]), longest(incoming)
+        (*update, positive, scores, pieces, along, kinks, low, high), delta = ctx.saved_tensors, ctx.delta
+        update, incoming = _Update(*update), longest(incoming)
+        steps = _Steps(kinks, low, high)
         up = -incoming * update.own
         if update.sorting is not None:
-            up += _missorted(ranking.scores, update.quality, incoming * update.sorting, delta)
-        gradient = ranking.steps.over_positives(ranking.pieces, ranking.along, delta, incoming * update.share)
-        gradient[ranking.positive] = up.to(gradient.dtype)
+            up += _missorted(scores, update.quality, incoming * update.sorting, delta)
+        gradient = steps.over_positives(pieces, along, delta, incoming * update.share)
+        gradient[positive] = up.to(gradient.dtype)
         return gradient.reshape(ctx.shape), None, None, None, None
 
 
