@@ -115,8 +115,8 @@ def check_fit(head: nn.Module, name: str, loss: nn.Module, whole: nn.Module | No
         raise ValueError(
             f"{where} is no place for {kind}, a {loss.family} loss: it takes {', '.join(families)} losses."
         )
-    if has_bins(loss) and type(head).__module__.startswith(("mmdet.models.", "detloss_plugins.")):
-        raise ValueError(f"{where} decodes by bins 0, 1, 2 and so on; leave bins out of {kind}.")
+    if _is_stock(head):
+        _check_columns(head, loss, where)
     _check_use(head, name, loss, whole or loss)
     _check_unit(head, name, loss, where)
     if _is_skipped(head, name):
@@ -138,6 +138,21 @@ def check_fit(head: nn.Module, name: str, loss: nn.Module, whole: nn.Module | No
             f"{where} is called level by level, where {kind} would rank each level for itself: take RankingRetinaHead "
             "or RankingATSSHead of detloss_plugins.adapters.mmdetection, or PluginSSDHead."
         )
+
+
+def _check_columns(head, loss, where):
+    """Raise ``ValueError`` for a loss that wants other columns of logits or boxes than a head predicts."""
+    kind = type(loss).__name__
+    if has_bins(loss):
+        raise ValueError(f"{where} decodes by bins 0, 1, 2 and so on; leave bins out of {kind}.")
+    if getattr(loss, "custom_cls_channels", False) and _based_on(head, "BBoxHead", "DIIHead", "SABLHead") != "BBoxHead":
+        raise ValueError(
+            f"{where} is no place for {kind}, which has channels of its own: heads based on mmdet's BBoxHead make them, "
+            "such as Shared2FCBBoxHead."
+        )
+    # MMRotate puts mmdet's heads around a coder of rotated boxes; anchor-free ones have theirs later, and 4 columns.
+    if loss.family == "rotated" and getattr(getattr(head, "bbox_coder", None), "encode_size", 4) == 4:
+        raise ValueError(f"{where} predicts boxes without an angle, and {kind} compares rotated ones.")
 
 
 def _check_unit(head, name, loss, where):
@@ -252,6 +267,11 @@ def _is_it_averaged(loss, _):
 def _ranks():
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_world_size() if distributed else 1
+
+
+def _is_stock(head):
+    """Whether a head is one of mmdet or ours: what others make of their losses is not known."""
+    return type(head).__module__.startswith(("mmdet.models.", "detloss_plugins."))
 
 
 def _of_mmdet(head):
