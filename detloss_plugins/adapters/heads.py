@@ -78,6 +78,13 @@ _USES = (
     _Use("TOODHead", ("loss_centerness",), method="loss_by_feat_single"),
     _Use("RepPointsHead", ("loss_bbox",), method="loss_by_feat_single"),
 )
+# What mmdet's heads call with ``avg_factor``, which only a mean is divided by: all that they have but for masks, other
+# than in these.
+_AVERAGED = tuple(slot for slot in FAMILIES if slot != "loss_mask")
+_NOT_AVERAGED = {
+    **dict.fromkeys(("YOLOV3Head", "LinearReIDHead", "SSDHead", "_Ranking"), _AVERAGED),
+    **dict.fromkeys(("AutoAssignHead", "FreeAnchorRetinaHead"), ("loss_bbox",)),
+}
 
 
 def kept_settings(kind: str | type, before: Mapping[str, Any]) -> dict[str, Any]:
@@ -147,8 +154,8 @@ def _check_columns(head, loss, where):
         raise ValueError(f"{where} decodes by bins 0, 1, 2 and so on; leave bins out of {kind}.")
     if getattr(loss, "custom_cls_channels", False) and _based_on(head, "BBoxHead", "DIIHead", "SABLHead") != "BBoxHead":
         raise ValueError(
-            f"{where} is no place for {kind}, which has channels of its own: heads based on mmdet's BBoxHead make them, "
-            "such as Shared2FCBBoxHead."
+            f"{where} is no place for {kind}, which has channels of its own: only heads based on mmdet's BBoxHead make "
+            "them, such as Shared2FCBBoxHead."
         )
     # MMRotate puts mmdet's heads around a coder of rotated boxes; anchor-free ones have theirs later, and 4 columns.
     if loss.family == "rotated" and getattr(getattr(head, "bbox_coder", None), "encode_size", 4) == 4:
@@ -194,13 +201,21 @@ def _check_use(head, name, loss, whole):
     """Raise ``ValueError`` for a loss that a head never calls, reduces further, or hands what it does not take."""
     where, kind = f"{name} of {type(head).__name__}", type(loss).__name__
     use = next((use for use in _USES if name in use.slots and _based_on(head, use.head, method=use.method)), None)
-    if use and use.reduction not in ("", whole.reduction) and getattr(head, "use_ohem", True):  # YOLACT's mining
+    if use and use.reduction and not getattr(head, "use_ohem", True):  # YOLACT's mining
+        use = None
+    if use and use.reduction not in ("", whole.reduction):
         raise ValueError(
             f'Write reduction="{use.reduction}" in the config of {where}: the head {use.does}, and '
             f'{type(whole).__name__} is given reduction="{whole.reduction}".'
         )
     if (use and not use.reduction) or getattr(head, _SWITCHES.get(name, ""), True) is False:
         raise ValueError(f"{kind} has no effect as {where}, which the head never calls: leave it out.")
+    averaged = name in _AVERAGED and name not in _NOT_AVERAGED.get(_based_on(head, *_NOT_AVERAGED), ())
+    if averaged and not use and whole.reduction != "mean" and _is_stock(head):
+        raise ValueError(
+            f'Leave reduction="{whole.reduction}" out of the config of {where}: the head gives the number to divide by '
+            "(avg_factor), and only a mean is divided by it."
+        )
     if name in ("loss_cls", "initial_loss_cls") and _based_on(head, "TOODHead"):
         for part in filter(_is_whole, loss.modules()):
             if not getattr(part, "activated", False):

@@ -122,6 +122,31 @@ def test_a_head_that_reduces_its_losses_by_itself(name, slots, reduction, option
         assert head(name, loss_cls={**loss, "reduction": "mean"}, use_ohem=False).loss_cls.reduction == "mean"
 
 
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_a_head_that_divides_its_losses(reduction):
+    """It hands over ``avg_factor``, which "none" leaves unused without a word, and "sum" refuses in the first step."""
+    box, own = {"type": "GIoULoss", "reduction": reduction}, {"reg_decoded_bbox": True}
+    written = f'^Leave reduction="{reduction}" out of the config of'
+    for name in ("RetinaHead", "FCOSHead", "Shared2FCBBoxHead", "YOLACTHead", f"{OURS}.PixelGFLHead"):
+        with pytest.raises(ValueError, match=f"{written} loss_bbox of {name.rpartition('.')[2]}"):
+            head(name, loss_bbox=box)
+    with pytest.raises(ValueError, match=f"{written} loss_cls of YOLACTHead"):
+        head("YOLACTHead", loss_cls={"type": "CrossEntropyLoss", "reduction": reduction}, use_ohem=False)
+    schedule = {"type": "ScheduledLoss", "reduction": reduction, "losses": [{"type": "GIoULoss"}, {"type": "CIoULoss"}]}
+    with pytest.raises(ValueError, match=f"{written} loss_bbox of RetinaHead"):
+        head("RetinaHead", loss_bbox={**schedule, "at": [3]}, **own)
+
+    class Mine(RetinaHead):
+        pass
+
+    mine = Mine(80, 8, loss_bbox={**box, "type": "detloss_plugins.GIoULoss"}, **own)
+    for there in (mine, head("FreeAnchorRetinaHead", loss_bbox=box, **own, **SMALL)):
+        assert there.loss_bbox.reduction == reduction
+    assert head(
+        "FCNMaskHead", loss_mask={"type": "CrossEntropyLoss", "use_mask": True, "reduction": reduction}
+    ).loss_mask
+
+
 FOCAL_LOSS, CIOU, BCE = (
     {"type": "FocalLoss", "use_sigmoid": True},
     {"type": "CIoULoss"},
