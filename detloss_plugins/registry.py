@@ -16,7 +16,27 @@ from mmengine.registry import Registry
 from mmengine.utils import get_object_from_string
 
 SCOPE = "detloss_plugins"
-MODELS = Registry("model", parent=MMENGINE_MODELS, scope=SCOPE, locations=["detloss_plugins.losses"])
+
+
+class LossRegistry(Registry):
+    """A registry of mmengine that says which name is near where a loss is misspelt."""
+
+    def get(self, key: str) -> type | None:
+        """The class of a name, as mmengine's registries give it; None for a path, which their root looks up.
+
+        Raises:
+            ValueError: for a name that no loss has, nor anything in a parent; the message gives the nearest ones.
+        """
+        found = super().get(key)
+        return loss_class(key) if found is None and "." not in key.removeprefix(f"{SCOPE}.") else found
+
+    def __contains__(self, key: str) -> bool:
+        with contextlib.suppress(ValueError):
+            return super().__contains__(key)
+        return False
+
+
+MODELS = LossRegistry("model", parent=MMENGINE_MODELS, scope=SCOPE, locations=["detloss_plugins.losses"])
 
 
 def runner_progress(unit: str) -> tuple[float, float] | None:

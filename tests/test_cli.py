@@ -16,7 +16,7 @@ from detloss_plugins import configs
 from detloss_plugins.cli import _facts, main, train
 from detloss_plugins.cli._common import INSTALL, DataSet, UsageError
 from detloss_plugins.cli.check import wrong_label
-from detloss_plugins.cli.train import yolo_data
+from detloss_plugins.cli.train import is_of_data, yolo_data
 from detloss_plugins.configs import find
 from detloss_plugins.losses import CIoULoss, FocalLoss, GIoULoss, L1Loss
 from detloss_plugins.registry import registered_losses
@@ -300,6 +300,42 @@ def test_a_line_that_is_no_label(line, tmp_path):
     assert "line 3 is no label" in wrong_label([file], 1)
     file.write_text("\n0 .5 .5 .1 .1\n", encoding="utf-8")
     assert wrong_label([file], 1) is None
+
+
+@pytest.mark.parametrize(
+    ("task", "points", "fits", "errs"),
+    [
+        ("segment", 0, (6, 8), (4, 5)),
+        ("obb", 0, (8,), (4, 6)),
+        ("pose", 6, (10,), (4, 9, 11)),
+        ("rtdetr", 0, (4, 6), ()),
+    ],
+)
+def test_a_label_of_another_task(task, points, fits, errs, tmp_path):
+    file = tmp_path / "1.txt"
+    for count in (*fits, *errs):
+        file.write_text("\n0" + " .5" * count, encoding="utf-8")
+        found = wrong_label([file], 1, task, points)
+        assert (found is None) == (count in fits), found
+        assert not found or f"line 2 has {count} coordinates; for task='{task}' it needs {fits[0]}" in found
+
+
+def test_a_data_set_of_another_task(capsys, tmp_path):
+    """What Ultralytics says when it reads one is a sentence too; another error keeps its traceback."""
+    YOLODataset = pytest.importorskip("ultralytics.data").YOLODataset
+    losses = write(tmp_path, "losses.yaml", "box: {type: CIoULoss}")
+    data = write(tmp_path, "set/data.yaml", f"path: {(tmp_path / 'set').as_posix()}\ntrain: a\nval: a\nnames: [cat]\n")
+    write(data.parent, "a/1.png", "")
+    label = write(data.parent, "a/1.txt", "0 0.5 0.5 0.1 0.1\n")
+    for model, words in (("yolov8n-seg", f"{label}, line 1 has 4"), ("yolov8n-pose", "needs a kpt_shape")):
+        _, errors = checked(capsys, losses, "--data", data, "--model", f"{model}.yaml", status=1)
+        assert any(words in error for error in errors)
+    with pytest.raises(ValueError, match="kpt_shape") as refused:
+        YOLODataset(img_path=str(data.parent), data={"names": ["cat"]}, task="pose")
+    assert is_of_data(refused.value)
+    with pytest.raises(ValueError, match="invalid literal") as other:
+        int("a")
+    assert not is_of_data(other.value)
 
 
 def test_check_the_data_of_yolo(capsys, tmp_path):

@@ -68,6 +68,20 @@ def test_errors():
             build_loss(bad)
 
 
+def test_a_misspelt_loss_in_a_config_of_another_package(monkeypatch):
+    """Whoever builds it, the sentence is ours; what is no name of ours is looked up as mmengine does."""
+    for build in (ROOT.build, ANOTHER.build, MODELS.build):
+        with pytest.raises(ValueError, match=r"no loss named .*CIOULoss'.*did you mean CIoULoss"):
+            build({"type": "detloss_plugins.CIOULoss"})
+        with pytest.raises(KeyError, match="is not in"):
+            build({"type": "detloss_plugins.losses.CIOULoss"})
+    monkeypatch.setitem(ROOT.module_dict, "OfTheRoot", dict)
+    assert MODELS.get("OfTheRoot") is dict
+    assert MODELS.get("another.CIoULoss") is None
+    assert "CIoULoss" in MODELS
+    assert "CIOULoss" not in MODELS
+
+
 LAZY = """
 from detloss_plugins.losses import DIoULoss, FocalLoss, InnerIoULoss, JointLoss, MultiBoxLoss, SlideLoss, VarifocalLoss
 from detloss_plugins.losses import ConfidenceWeightedLoss, FocalerIoULoss

@@ -78,6 +78,13 @@ _USES = (
     _Use("TOODHead", ("loss_centerness",), method="loss_by_feat_single"),
     _Use("RepPointsHead", ("loss_bbox",), method="loss_by_feat_single"),
 )
+# What mmdet's heads call with ``avg_factor``, which only a mean is divided by: all that they have but for masks, other
+# than in these.
+_AVERAGED = tuple(slot for slot in FAMILIES if slot != "loss_mask")
+_NOT_AVERAGED = {
+    **dict.fromkeys(("YOLOV3Head", "LinearReIDHead", "SSDHead", "_Ranking"), _AVERAGED),
+    **dict.fromkeys(("AutoAssignHead", "FreeAnchorRetinaHead"), ("loss_bbox",)),
+}
 
 
 def kept_settings(kind: str | type, before: Mapping[str, Any]) -> dict[str, Any]:
@@ -115,8 +122,8 @@ def check_fit(head: nn.Module, name: str, loss: nn.Module, whole: nn.Module | No
         raise ValueError(
             f"{where} is no place for {kind}, a {loss.family} loss: it takes {', '.join(families)} losses."
         )
-    if has_bins(loss) and type(head).__module__.startswith(("mmdet.models.", "detloss_plugins.")):
-        raise ValueError(f"{where} decodes by bins 0, 1, 2 and so on; leave bins out of {kind}.")
+    if _is_stock(head):
+        _check_columns(head, loss, where)
     _check_use(head, name, loss, whole or loss)
     _check_unit(head, name, loss, where)
     if _is_skipped(head, name):
@@ -138,6 +145,21 @@ def check_fit(head: nn.Module, name: str, loss: nn.Module, whole: nn.Module | No
             f"{where} is called level by level, where {kind} would rank each level for itself: take RankingRetinaHead "
             "or RankingATSSHead of detloss_plugins.adapters.mmdetection, or PluginSSDHead."
         )
+
+
+def _check_columns(head, loss, where):
+    """Raise ``ValueError`` for a loss that wants other columns of logits or boxes than a head predicts."""
+    kind = type(loss).__name__
+    if has_bins(loss):
+        raise ValueError(f"{where} decodes by bins 0, 1, 2 and so on; leave bins out of {kind}.")
+    if getattr(loss, "custom_cls_channels", False) and _based_on(head, "BBoxHead", "DIIHead", "SABLHead") != "BBoxHead":
+        raise ValueError(
+            f"{where} is no place for {kind}, which has channels of its own: only heads based on mmdet's BBoxHead make "
+            "them, such as Shared2FCBBoxHead."
+        )
+    # MMRotate puts mmdet's heads around a coder of rotated boxes; anchor-free ones have theirs later, and 4 columns.
+    if loss.family == "rotated" and getattr(getattr(head, "bbox_coder", None), "encode_size", 4) == 4:
+        raise ValueError(f"{where} predicts boxes without an angle, and {kind} compares rotated ones.")
 
 
 def _check_unit(head, name, loss, where):
@@ -179,13 +201,21 @@ def _check_use(head, name, loss, whole):
     """Raise ``ValueError`` for a loss that a head never calls, reduces further, or hands what it does not take."""
     where, kind = f"{name} of {type(head).__name__}", type(loss).__name__
     use = next((use for use in _USES if name in use.slots and _based_on(head, use.head, method=use.method)), None)
-    if use and use.reduction not in ("", whole.reduction) and getattr(head, "use_ohem", True):  # YOLACT's mining
+    if use and use.reduction and not getattr(head, "use_ohem", True):  # YOLACT's mining
+        use = None
+    if use and use.reduction not in ("", whole.reduction):
         raise ValueError(
             f'Write reduction="{use.reduction}" in the config of {where}: the head {use.does}, and '
             f'{type(whole).__name__} is given reduction="{whole.reduction}".'
         )
     if (use and not use.reduction) or getattr(head, _SWITCHES.get(name, ""), True) is False:
         raise ValueError(f"{kind} has no effect as {where}, which the head never calls: leave it out.")
+    averaged = name in _AVERAGED and name not in _NOT_AVERAGED.get(_based_on(head, *_NOT_AVERAGED), ())
+    if averaged and not use and whole.reduction != "mean" and _is_stock(head):
+        raise ValueError(
+            f'Leave reduction="{whole.reduction}" out of the config of {where}: the head gives the number to divide by '
+            "(avg_factor), and only a mean is divided by it."
+        )
     if name in ("loss_cls", "initial_loss_cls") and _based_on(head, "TOODHead"):
         for part in filter(_is_whole, loss.modules()):
             if not getattr(part, "activated", False):
@@ -252,6 +282,11 @@ def _is_it_averaged(loss, _):
 def _ranks():
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_world_size() if distributed else 1
+
+
+def _is_stock(head):
+    """Whether a head is one of mmdet or ours: what others make of their losses is not known."""
+    return type(head).__module__.startswith(("mmdet.models.", "detloss_plugins."))
 
 
 def _of_mmdet(head):

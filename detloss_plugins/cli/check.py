@@ -69,7 +69,7 @@ def check_yolo(path, model=None, data=None):
     if data is not None:
         content = yolo_content(data, task)
         found.lines.append(f"data: {content['yaml_file']}, {len(content['names'])} classes")
-        found.problems += yolo_faults(content)
+        found.problems += yolo_faults(content, task)
         model.model[-1].nc, model.names = len(content["names"]), content["names"]  # as the training will make it
     found.problems += misfits(model, losses)
     return found
@@ -130,11 +130,16 @@ def yolo_content(data, task):
         raise UsageError(f"{path} is no data set: {first_line(error)}") from error
 
 
-def yolo_faults(content):
-    """What is wrong with the images and labels of a data set of Ultralytics, as far as a look tells."""
+def yolo_faults(content, task):
+    """What is wrong with the images and labels of a data set of Ultralytics for a task, as far as a look tells."""
     from ultralytics.data.utils import IMG_FORMATS, img2label_paths
 
-    found = []
+    found, points = [], 0
+    if task == "pose":
+        shape = content.get("kpt_shape")
+        if not isinstance(shape, list | tuple) or [type(number) for number in shape] != [int, int]:
+            return [f"{content['yaml_file']} needs a kpt_shape, such as [17, 3] for 17 keypoints of x, y and visible."]
+        points = math.prod(shape)
     for split in ("train", "val"):
         places = content[split] if isinstance(content[split], list) else [content[split]]
         folders = [Path(place) for place in places if Path(place).is_dir()]
@@ -145,23 +150,32 @@ def yolo_faults(content):
         there = [path for path in labels if path.is_file()]
         if labels and not there:
             found.append(f"No image for {split} has a file of labels such as {labels[0]}.")
-        found += filter(None, [wrong_label(there, len(content["names"]))])
+        found += filter(None, [wrong_label(there, len(content["names"]), task, points)])
     return found
 
 
-def wrong_label(files, classes):
-    """The first label in files of YOLO's form that is none, or of a class that there is not; None if all are well."""
+def wrong_label(files, classes, task="detect", points=0):
+    """The first label in files of YOLO's form that is none, or of a class that there is not; None if all are well.
+
+    A box has 4 coordinates, a polygon 6 or more, an oriented box 8, and one with keypoints 4 and ``points`` numbers.
+    """
     from detloss_plugins.adapters.ultralytics.compat import LABELS
 
+    least = {"segment": 6, "obb": 8, "pose": 4 + points}.get(task, 4)
     for file in files:
         for number, line in enumerate(file.read_text(encoding=LABELS, errors="replace").splitlines(), 1):
+            if not line.split():
+                continue
             try:
-                index, *box = [float(word) for word in line.split()] or [0, 0, 0, 0, 0]
+                index, *box = map(float, line.split())
                 if len(box) < 4 or not all(map(math.isfinite, (index, *box))):
                     raise ValueError
                 index = int(index)
             except ValueError:
                 return f"{file}, line {number} is no label: {line[:40]!r}."
+            if len(box) < least or (task == "pose" and len(box) > least):
+                many = "" if task == "pose" else " or more"
+                return f"{file}, line {number} has {len(box)} coordinates; for task={task!r} it needs {least}{many}."
             if not 0 <= index < classes:
                 return f"{file}, line {number} is of class {index}, and the data set has classes 0 to {classes - 1}."
     return None

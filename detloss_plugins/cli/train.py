@@ -3,6 +3,7 @@
 import copy
 import os
 import pickle
+import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -175,6 +176,12 @@ def yolo_data(data, task):
     return data, DIGITS_ARGS if of_digits else {}
 
 
+def is_of_data(error):
+    """Whether it was raised where Ultralytics reads data sets, whose labels it then refuses."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals["__name__"].startswith("ultralytics.data.")
+
+
 def train_yolo(args):
     """Train with Ultralytics and print what came out."""
     from detloss_plugins.adapters.ultralytics import check_head, describe, make_trainer, model_task, open_model
@@ -222,6 +229,10 @@ def train_yolo(args):
         raise UsageError(first_line(error)) from error
     except RuntimeError as error:  # how it refuses labels and images, or runs out of memory
         raise RunError(f"{type(error).__name__}: {first_line(error)}") from error
+    except ValueError as error:
+        if not is_of_data(error):
+            raise
+        raise RunError(f"Ultralytics refuses the data set: {first_line(error)}") from error
     active = describe(yolo.trainer.plugin_losses, yolo.trainer.args, task)
     report(average_precision(*box_aps(metrics)), yolo.trainer.best, active)
 

@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 from mmdet.models.dense_heads import FreeAnchorRetinaHead, RetinaHead
+from mmdet.models.task_modules import DeltaXYWHBBoxCoder
 from mmdet.registry import MODELS as MMDET_MODELS
 from mmengine.config import Config
 from mmengine.hub import get_config
@@ -16,7 +17,7 @@ from detloss_plugins.adapters import heads
 from detloss_plugins.adapters.mmdetection.calibrate import candidate
 from detloss_plugins.adapters.mmdetection.check import build_alone, check_config, our_losses, unknown_keys
 from detloss_plugins.cli.check import check_mmdet
-from detloss_plugins.losses import CIoULoss, FocalLoss
+from detloss_plugins.losses import CIoULoss, FocalLoss, KLDLoss
 from detloss_plugins.registry import build_loss, registered_losses
 
 pytestmark = pytest.mark.usefixtures("mmdet_scope")
@@ -121,6 +122,31 @@ def test_a_head_that_reduces_its_losses_by_itself(name, slots, reduction, option
         assert head(name, loss_cls={**loss, "reduction": "mean"}, use_ohem=False).loss_cls.reduction == "mean"
 
 
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+def test_a_head_that_divides_its_losses(reduction):
+    """It hands over ``avg_factor``, which "none" leaves unused without a word, and "sum" refuses in the first step."""
+    box, own = {"type": "GIoULoss", "reduction": reduction}, {"reg_decoded_bbox": True}
+    written = f'^Leave reduction="{reduction}" out of the config of'
+    for name in ("RetinaHead", "FCOSHead", "Shared2FCBBoxHead", "YOLACTHead", f"{OURS}.PixelGFLHead"):
+        with pytest.raises(ValueError, match=f"{written} loss_bbox of {name.rpartition('.')[2]}"):
+            head(name, loss_bbox=box)
+    with pytest.raises(ValueError, match=f"{written} loss_cls of YOLACTHead"):
+        head("YOLACTHead", loss_cls={"type": "CrossEntropyLoss", "reduction": reduction}, use_ohem=False)
+    schedule = {"type": "ScheduledLoss", "reduction": reduction, "losses": [{"type": "GIoULoss"}, {"type": "CIoULoss"}]}
+    with pytest.raises(ValueError, match=f"{written} loss_bbox of RetinaHead"):
+        head("RetinaHead", loss_bbox={**schedule, "at": [3]}, **own)
+
+    class Mine(RetinaHead):
+        pass
+
+    mine = Mine(80, 8, loss_bbox={**box, "type": "detloss_plugins.GIoULoss"}, **own)
+    for there in (mine, head("FreeAnchorRetinaHead", loss_bbox=box, **own, **SMALL)):
+        assert there.loss_bbox.reduction == reduction
+    assert head(
+        "FCNMaskHead", loss_mask={"type": "CrossEntropyLoss", "use_mask": True, "reduction": reduction}
+    ).loss_mask
+
+
 FOCAL_LOSS, CIOU, BCE = (
     {"type": "FocalLoss", "use_sigmoid": True},
     {"type": "CIoULoss"},
@@ -192,6 +218,30 @@ def test_a_head_that_adds_up_the_loss_of_each_class(name):
         head(name, loss_cls=joint, **SMALL)
 
 
+SEESAW = {"type": "SeesawLoss", "num_classes": 80}
+
+
+@pytest.mark.parametrize("name", ["RetinaHead", "ATSSHead", "FCOSHead", "DIIHead"])
+def test_a_loss_with_channels_of_its_own(name):
+    """They are made by the head, and only mmdet's ``BBoxHead`` asks how many there must be."""
+    assert head("Shared2FCBBoxHead", loss_cls=SEESAW).fc_cls.out_features == 82
+    with pytest.raises(ValueError, match=f"loss_cls of {name} is no place for SeesawLoss, which has channels of its"):
+        head(name, loss_cls=SEESAW)
+
+
+class RotatedCoder(DeltaXYWHBBoxCoder):
+    encode_size = 5
+
+
+def test_a_loss_of_rotated_boxes():
+    """Where the boxes have an angle it is at home, as in MMRotate, which gives mmdet's heads another coder."""
+    kld, coder = {"type": "KLDLoss"}, {"type": RotatedCoder}
+    assert head("RetinaHead", loss_bbox=kld, bbox_coder=coder, reg_decoded_bbox=True).loss_bbox.family == "rotated"
+    for name in ("RetinaHead", "FCOSHead", "Shared2FCBBoxHead", f"{OURS}.PixelGFLHead"):
+        with pytest.raises(ValueError, match="predicts boxes without an angle, and KLDLoss compares rotated ones"):
+            head(name, loss_bbox=kld)
+
+
 def test_a_loss_by_its_path_is_one_of_ours(tmp_path, monkeypatch):
     code = "from detloss_plugins.losses import FocalLoss\nclass Mine(FocalLoss):\n    pass\n"
     (tmp_path / "losses_of_a_user.py").write_text(code, encoding="utf-8")
@@ -214,6 +264,7 @@ def test_it_is_the_heads_of_mmdet_that_are_looked_at():
     with pytest.raises(ValueError, match="loss_bbox of Ours"):
         mine.loss_bbox = FocalLoss()
     mine.anything = FocalLoss()
+    mine.loss_bbox = KLDLoss()
     anybodys = torch.nn.Module()
     anybodys.loss_bbox = FocalLoss()
     anybodys.loss_cls = CIoULoss()

@@ -381,6 +381,12 @@ def test_third_slot_suits_the_head():
             ValueError,
             "out of FocalLoss",
         ),
+        ({"box": {"type": "CIoULoss", "reduction": "none"}}, ValueError, 'leave reduction="none" out of CIoULoss'),
+        (
+            {"cls": {"type": "JointLoss", "losses": [{"type": "FocalLoss", "reduction": "sum"}]}},
+            ValueError,
+            'leave reduction="sum" out of FocalLoss',
+        ),
         ({"box": "GIoULoss"}, TypeError, "'type'"),
         ("nothing.yaml", FileNotFoundError, "nothing.yaml"),
     ],

@@ -274,6 +274,12 @@ def _checked(task, slot, cfg, auto):
         raise ValueError("The heads of YOLO decode by bins 0, 1, 2 and so on; leave bins out of DistributionFocalLoss.")
     if activated := [type(part).__name__ for part in loss.modules() if getattr(part, "activated", False)]:
         raise ValueError(f"YOLO hands logits to its loss; leave activated=True out of {activated[0]}.")
+    for part in loss.modules():
+        if getattr(part, "reduction", "mean") != "mean":
+            raise ValueError(
+                f'A slot sums its loss and divides the sum itself; leave reduction="{part.reduction}" out of '
+                f"{type(part).__name__}."
+            )
     return {"loss_weight": default_weight(loss, slot), **cfg}
 
 
