@@ -67,6 +67,21 @@ def test_train_takes_a_config_by_its_name(capsys, tmp_path, monkeypatch):
     assert "there is no configs/qfl.yaml" in refused(capsys, "configs/qfl.yaml", status=2)
 
 
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("CIoULoss", ": detloss train stock box.type=CIoULoss"),
+        ("EIoULoss", ": detloss train stock box.type=EIoULoss"),
+        ("MPDIoULoss", ": detloss train stock box.type=MPDIoULoss"),
+        ("L1Loss", ": detloss train stock model=rtdetr-l.yaml loss_bbox.type=L1Loss"),
+        ("KLDLoss", ": detloss train stock model=yolov8n-obb.yaml box.type=KLDLoss"),
+        ("SeesawLoss", ": detloss show SeesawLoss says how"),
+    ],
+)
+def test_a_loss_in_place_of_a_config_is_told_how_it_is_trained(name, how, capsys):
+    assert f"{name} is a loss, and no config{how}" in refused(capsys, name, "--data", "x", status=2)
+
+
 def test_a_scenario_is_trained_as_the_digits_set_is(tmp_path, monkeypatch):
     monkeypatch.setenv("DETLOSS_PLUGINS_CACHE", str(tmp_path / "cache"))
     for folder in (tmp_path / "cache" / "small-digits-v1", tmp_path / "mine"):

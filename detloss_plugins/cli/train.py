@@ -1,6 +1,7 @@
 """The subcommand that trains a detector with losses of ours."""
 
 import copy
+import importlib.util
 import os
 import pickle
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from detloss_plugins.cli._common import (
 )
 from detloss_plugins.configs import path_of
 from detloss_plugins.facts import number_in
+from detloss_plugins.registry import loss_class
 
 DEFAULT_CONFIG = "atfl_mpdiou"
 # Small images, few of them, glyphs that must not be mirrored: enough for a detector that works after 12 epochs.
@@ -373,6 +375,26 @@ class Arguments:
     lite: bool = False
 
 
+def how_to_train(name):
+    """How the loss of that name is trained, for who gives it where a CONFIG stands; None if there is no such loss."""
+    from detloss_plugins.cli._facts import yolo_slots
+    from detloss_plugins.cli.check import MODELS
+
+    try:
+        cls = loss_class(name)
+    except ValueError:
+        return None
+    whole = cls.facts.example.keys() <= {"image_size"}  # which YOLO fills in
+    slots = yolo_slots(cls) if whole and importlib.util.find_spec("ultralytics") else {}
+    if cls.facts.family == "regression":
+        slots.pop("dfl", None)  # which has bins in most models
+    if not slots:
+        return f"{name} is a loss, and no config: detloss show {name} says how it is written in one."
+    slot, (task, *_) = next(iter(slots.items()))
+    model = "" if task == "detect" else f"model={MODELS[task]} "
+    return f"{name} is a loss, and no config: detloss train stock {model}{slot}.type={name}"
+
+
 def parsed_words(words):
     """The config's file, whether it was given, and the overrides, of ``CONFIG`` and ``KEY=VALUE`` in any order."""
     configs = [word for word in words if "=" not in word]
@@ -381,7 +403,7 @@ def parsed_words(words):
     try:
         config = path_of(configs[0] if configs else DEFAULT_CONFIG)
     except ValueError as error:
-        raise UsageError(error) from error
+        raise UsageError(how_to_train(configs[0]) or error) from error
     if config.suffix not in {".yaml", ".yml", ".py"}:
         raise UsageError(f"CONFIG must be a .yaml of losses for Ultralytics or a .py for MMDetection, not {config}")
     return config, bool(configs), dict(word.split("=", 1) for word in words if "=" in word)
