@@ -82,6 +82,17 @@ def test_a_loss_in_place_of_a_config_is_told_how_it_is_trained(name, how, capsys
     assert f"{name} is a loss, and no config{how}" in refused(capsys, name, "--data", "x", status=2)
 
 
+def test_train_takes_a_model_as_an_option_too(capsys, monkeypatch):
+    found = []
+    monkeypatch.setattr(train, "train", lambda args: found.append(args.overrides))
+    for words in (["model=yolo11n.yaml"], ["--model", "yolo11n.yaml"], ["model=yolo11n.yaml", "--model=yolo11n.yaml"]):
+        detloss(capsys, "train", "qfl", "epochs=3", *words)
+    assert found == [{"epochs": "3", "model": "yolo11n.yaml"}] * 3
+    twice = refused(capsys, "model=yolo11n.yaml", "--model", "yolov8n.yaml", status=2)
+    assert "given twice: leave model=yolo11n.yaml or --model yolov8n.yaml out" in twice
+    assert "--model is for Ultralytics" in refused(capsys, ATSS, "--model", "yolo11n.yaml", status=2)
+
+
 def test_a_scenario_is_trained_as_the_digits_set_is(tmp_path, monkeypatch):
     monkeypatch.setenv("DETLOSS_PLUGINS_CACHE", str(tmp_path / "cache"))
     for folder in (tmp_path / "cache" / "small-digits-v1", tmp_path / "mine"):

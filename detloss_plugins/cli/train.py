@@ -409,6 +409,21 @@ def parsed_words(words):
     return config, bool(configs), dict(word.split("=", 1) for word in words if "=" in word)
 
 
+def with_model(overrides, model, config):
+    """The overrides with the model of ``--model`` in them, which may be None.
+
+    Raises:
+        UsageError: if they have another one, or the config is MMDetection's.
+    """
+    if model is None:
+        return overrides
+    if config.suffix == ".py":
+        raise UsageError("--model is for Ultralytics; a config of MMDetection has its own")
+    if (word := overrides.get("model", model)) != model:
+        raise UsageError(f"The model is given twice: leave model={word} or --model {model} out.")
+    return {**overrides, "model": model}
+
+
 def check(args):
     """Raise ``UsageError`` for options that do not go together, or a file that is not there."""
     if args.lite and args.config.suffix != ".py":
@@ -426,11 +441,12 @@ def train(args):
 
 @click.command()
 @click.argument("words", nargs=-1, metavar="[CONFIG] [KEY=VALUE ...]", shell_complete=complete_config)
+@click.option("--model", metavar="M", help="What YOLO takes, a YAML file or a checkpoint; or model=M.")
 @data_option
 @click.option("--work-dir", type=Path, metavar="DIR", help="Where checkpoints and logs go.")
 @click.option("--new-losses", is_flag=True, help="Resume with other losses than the run was started with.")
 @click.option("--lite", is_flag=True, help="torchvision's operators where mmcv has no compiled ones.")
-def command(words, data, work_dir, new_losses, lite):
+def command(words, model, data, work_dir, new_losses, lite):
     """Train a detector with the losses of CONFIG.
 
     \b
@@ -438,7 +454,7 @@ def command(words, data, work_dir, new_losses, lite):
       detloss train my_losses.yaml                     a .yaml of losses goes to Ultralytics
       detloss train my_config.py                       a .py config goes to mmengine's Runner
       detloss train retinanet_r18_fpn_digits           a config of this package, by its name
-      detloss train --data data.yaml model=yolo11n.yaml epochs=50 cls.loss_weight=2
+      detloss train --data data.yaml --model yolo11n.yaml epochs=50 cls.loss_weight=2
       detloss train obb model=yolov8n-obb.yaml         oriented boxes, here of turned digits
       detloss train resume=runs/x/weights/last.pt      goes on with the losses of that run; others: --new-losses
 
@@ -451,6 +467,7 @@ def command(words, data, work_dir, new_losses, lite):
 
     --lite (or DETLOSS_LITE=1 in the environment) trains MMDetection with mmcv-lite: torchvision's operators for mmcv's.
     """
-    args = Arguments(*parsed_words(words), data, work_dir, new_losses, lite)
+    config, given, overrides = parsed_words(words)
+    args = Arguments(config, given, with_model(overrides, model, config), data, work_dir, new_losses, lite)
     check(args)
     train(args)
