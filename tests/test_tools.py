@@ -345,6 +345,21 @@ def test_train_overrides_come_in_any_order():
     assert losses["cls"] == {"type": "FocalLoss", "loss_weight": 2}
 
 
+def test_train_overrides_the_losses_in_a_loss():
+    inner = {"box.base.type": "InnerIoULoss", "box.base.base.type": "CIoULoss", "box.base.ratio": 0.8}
+    losses = train.yolo_losses({}, {**inner, "box.type": "WIoULoss"})
+    base = {"type": "InnerIoULoss", "ratio": 0.8, "base": {"type": "CIoULoss"}}
+    assert losses == {"box": {"type": "WIoULoss", "base": base}}
+    parts = {"cls": {"type": "JointLoss", "losses": [{"type": "FocalLoss", "gamma": 1.5}, {"type": "PolyLoss"}]}}
+    before = copy.deepcopy(parts)
+    found = train.yolo_losses(parts, {"cls.losses.0.alpha": 0.5, "cls.losses.1.type": "GHMC"})["cls"]["losses"]
+    assert found == [{"type": "FocalLoss", "gamma": 1.5, "alpha": 0.5}, {"type": "GHMC"}]
+    assert parts == before
+    for index in ("2", "-1", "a"):
+        with pytest.raises(UsageError, match=f"cls.losses.{index}.gamma: there is no {index} in a list of 2"):
+            train.yolo_losses(parts, {f"cls.losses.{index}.gamma": 1})
+
+
 def test_a_data_set_is_given_once_and_as_ultralytics_has_it(tmp_path):
     args = {"data": str(tmp_path / "own.yaml"), "epochs": 3}
     data = train.given_data(None, args)

@@ -77,11 +77,28 @@ def yolo_losses(losses, overrides):
     losses = dict(losses)
     slots = {"ignore", *(slot for of_task in SLOTS.values() for slot in of_task)}
     of_slots = [key for key in overrides if key.split(".")[0] in slots and "." in key]
-    for key in sorted(of_slots, key=lambda key: not key.endswith(".type")):  # which begins a loss anew
-        slot, name = key.split(".", 1)
-        value = overrides.pop(key)
-        losses[slot] = {"type": value} if name == "type" else {**(losses.get(slot) or {}), name: value}
+    # From the outside to the inside; first the type, which begins a loss anew.
+    for key in sorted(of_slots, key=lambda key: (key.count("."), not key.endswith(".type"))):
+        losses = with_setting(losses, key.split("."), overrides.pop(key), key)
     return losses
+
+
+def with_setting(node, names, value, key):
+    """A copy of a dict of losses, or of a list in it, with a value at some names; a list's are its indices.
+
+    >>> with_setting({"box": {"type": "WIoULoss"}}, ["box", "base", "type"], "CIoULoss", "box.base.type")
+    {'box': {'type': 'WIoULoss', 'base': {'type': 'CIoULoss'}}}
+    """
+    name, *rest = names
+    if isinstance(node, list):
+        if name not in map(str, range(len(node))):
+            raise UsageError(f"{key}: there is no {name} in a list of {len(node)}, which counts from 0")
+        index = int(name)
+        return [*node[:index], with_setting(node[index], rest, value, key) if rest else value, *node[index + 1 :]]
+    node = node if isinstance(node, dict) else {}
+    if not rest:
+        return {"type": value} if name == "type" else {**node, name: value}
+    return {**node, name: with_setting(node.get(name), rest, value, key)}
 
 
 def yolo_checkpoint(args, overrides):
@@ -462,8 +479,8 @@ def command(words, model, data, work_dir, new_losses, lite):
     stock. detloss list has the losses.
 
     KEY=VALUE overrides: for Ultralytics a training argument (epochs=3) or a setting of a slot's loss
-    (box.type=CIoULoss); for mmengine a dotted key that the config has (train_cfg.max_epochs=2, which stretches the
-    schedule of the learning rate too).
+    (box.type=CIoULoss, box.base.ratio=0.8, cls.losses.0.gamma=1); for mmengine a dotted key that the config has
+    (train_cfg.max_epochs=2, which stretches the schedule of the learning rate too).
 
     --lite (or DETLOSS_LITE=1 in the environment) trains MMDetection with mmcv-lite: torchvision's operators for mmcv's.
     """
