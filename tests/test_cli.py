@@ -269,6 +269,13 @@ def test_check_losses_of_yolo(capsys, tmp_path):
     assert len(errors) == 4
 
 
+@pytest.mark.parametrize(("content", "says"), [("", True), ("ignore: {classes: [1]}", False)])
+def test_check_says_that_nothing_is_swapped(content, says, capsys, tmp_path):
+    pytest.importorskip("ultralytics")
+    out, _ = checked(capsys, write(tmp_path, "losses.yaml", content))
+    assert ("no slot is changed: this is the stock training" in out) == says
+
+
 def test_check_of_a_weight_that_is_found_at_the_start(capsys, tmp_path):
     pytest.importorskip("ultralytics")
     parts = "[{type: VarifocalLoss, loss_weight: auto}, {type: FocalLoss, loss_weight: 3}]"

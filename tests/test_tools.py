@@ -217,6 +217,8 @@ DATA = "train: images\nval: images\nnames: [a]\n"
     ("words", "message"),
     [
         (["broken.yaml"], "broken.yaml is no YAML"),
+        (["twice.yaml"], "twice.yaml has the key box twice, in line 1 and in line 3."),
+        (["inside.yaml"], "inside.yaml has the key type twice, in line 1 and in line 1."),
         (["list.yaml"], "list.yaml must hold a dict of losses"),
         (["null.yaml"], "A loss is configured by a dict"),
         (["cls.gamma=[1"], "cls.gamma=[1 is no YAML"),
@@ -234,7 +236,15 @@ DATA = "train: images\nval: images\nnames: [a]\n"
 )
 def test_a_training_with_ultralytics_that_cannot_be(words, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name, content in (("broken", "cls: [1"), ("list", "[1]"), ("null", "cls:"), ("data", DATA)):
+    twice = "box: {type: WIoULoss}\ncls: {type: FocalLoss}\nbox: {type: CIoULoss}"
+    for name, content in (
+        ("twice", twice),
+        ("inside", "box: {type: A, type: B}"),
+        ("broken", "cls: [1"),
+        ("list", "[1]"),
+        ("null", "cls:"),
+        ("data", DATA),
+    ):
         (tmp_path / f"{name}.yaml").write_text(content, encoding="utf-8")
     assert message in refused(capsys, *words, status=2)
     assert not (tmp_path / "runs").exists()

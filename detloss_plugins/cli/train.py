@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
-import yaml
 
 from detloss_plugins.cli._coco import evaluators, provide_data, type_name
 from detloss_plugins.cli._common import (
@@ -23,7 +22,7 @@ from detloss_plugins.cli._common import (
     first_line,
     require,
 )
-from detloss_plugins.configs import path_of
+from detloss_plugins.configs import path_of, read_yaml
 from detloss_plugins.facts import number_in
 from detloss_plugins.registry import loss_class
 
@@ -59,11 +58,9 @@ def values(overrides):
 def yaml_file(path):
     """The content of a YAML file; ``UsageError`` if it is none."""
     try:
-        return number_in(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} cannot be read: {first_line(error)}") from error
+        return number_in(read_yaml(path))
+    except (OSError, ValueError) as error:
+        raise UsageError(error) from error
 
 
 def yolo_losses(losses, overrides):
