@@ -219,6 +219,7 @@ DATA = "train: images\nval: images\nnames: [a]\n"
         (["broken.yaml"], "broken.yaml is no YAML"),
         (["twice.yaml"], "twice.yaml has the key box twice, in line 1 and in line 3."),
         (["inside.yaml"], "inside.yaml has the key type twice, in line 1 and in line 1."),
+        (["resume=."], "There is no checkpoint weights/last.pt to resume."),
         (["list.yaml"], "list.yaml must hold a dict of losses"),
         (["null.yaml"], "A loss is configured by a dict"),
         (["cls.gamma=[1"], "cls.gamma=[1 is no YAML"),

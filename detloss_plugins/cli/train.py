@@ -106,6 +106,7 @@ def yolo_checkpoint(args, overrides):
     if resume is True and args.work_dir is None:
         raise UsageError("resume=true needs --work-dir, or name the checkpoint: resume=runs/x/weights/last.pt.")
     last = args.work_dir / "weights" / "last.pt" if resume is True else Path(str(resume))
+    last = last / "weights" / "last.pt" if last.is_dir() else last
     if last.suffix != ".pt" or not last.is_file():
         raise UsageError(f"There is no checkpoint {last} to resume.")
     if args.work_dir is not None and not last.resolve().is_relative_to(args.work_dir.resolve()):
