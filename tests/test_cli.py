@@ -180,6 +180,7 @@ def test_show_of_ones_own_loss(capsys, tmp_path, monkeypatch):
     for word in ("own_losses:Mine", "own_losses.py:Mine", "own_losses.Mine"):
         assert detloss(capsys, "show", word).startswith("Mine (regression loss)\nOf mine"), word
     assert "has no attribute 'Other'" in last_line(capsys, "show", "own_losses:Other", status=2)
+    assert last_line(capsys, "show", "nowhere.py:Mine", status=2) == "error: there is no nowhere.py"
     assert "cannot import nowhere: ModuleNotFoundError" in last_line(capsys, "show", "nowhere:Mine", status=2)
 
 
