@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,17 @@ def test_the_package_is_the_command_and_its_help_needs_no_framework():
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Usage: detloss ")
     assert all(f"\n  {name} " in done.stdout for name in COMMANDS)
+
+
+def test_a_warning_of_an_import_is_not_shown(capsys, monkeypatch):
+    shown = []
+    monkeypatch.setattr(warnings, "showwarning", lambda message, *_: shown.append(str(message)))
+    detloss(capsys, "list", "--configs")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")  # as torch does
+        for message in ("`TorchScript` support for functional optimizers is deprecated and ...", "another"):
+            warnings.warn(message, DeprecationWarning, stacklevel=2)
+    assert shown == ["another"]
 
 
 def test_list_has_every_loss_once(capsys):
