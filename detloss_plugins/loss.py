@@ -72,6 +72,7 @@ class Loss(nn.Module, metaclass=_Checked):
     hyper: ClassVar[tuple[str, ...]] = ()  # the settings that fn takes
     rules: ClassVar[Mapping[str, Rule | None]] = {}  # of all settings
     outside_kernel: ClassVar[frozenset] = frozenset({"reduction", "loss_weight", "compile"})  # settings that it has not
+    couples = False  # whether what it observes carries a gradient, which is added to that of the rows
     can_be_part: ClassVar[bool] = True  # of a loss that is made of others
     seen_as: ClassVar[Callable | None] = None  # of a loss's type, the class that isinstance is told: set by adapters
 
@@ -157,6 +158,10 @@ class Loss(nn.Module, metaclass=_Checked):
     def prepare(self, pred: Tensor, target: Any) -> tuple[Tensor, Tensor, Tensor | None]:
         """Some rows in the form that ``fn`` takes: pred, target, and a mask of the valid rows or elements, or None."""
         return pred, target.to(pred.dtype), None
+
+    def without_ignored(self, pred: Tensor, target: Any) -> Any:
+        """A target in which what is ignored is negative, of a class loss that has another sign for it."""
+        return target
 
     def leading(self, pred: Tensor) -> int:
         """How many dimensions of ``pred`` count rows."""
@@ -291,6 +296,7 @@ class Loss(nn.Module, metaclass=_Checked):
     ) -> Tensor:
         """The loss times a factor."""
         reduction = check_reduction(self.reduction if reduction is None else reduction, avg_factor)
+        pred = self.added_up(pred)
         self.look(pred, target)
         shape, given = pred.shape[: self.leading(pred)], pred.dim()
         with without_autocast(pred.device):
@@ -306,6 +312,10 @@ class Loss(nn.Module, metaclass=_Checked):
                 return times(loss, factor)
             total = self.summed(pred, target, weight, seen)
             return self.normalized(total, pred, seen, avg_factor, reduction, factor)
+
+    def added_up(self, pred: Tensor) -> Tensor:
+        """What gets several gradients, which are not to be added up in half precision."""
+        return float32(pred) if self.couples else pred
 
     def summed(self, pred: Tensor, target: Any, weight: Tensor | None, seen: dict[str, Any]) -> Tensor:
         """The sum of the weighted losses, by the engine where chunks or a kernel gain something."""
@@ -415,6 +425,11 @@ def rank_mean(tensor: Tensor, every_rank: bool = True) -> Tensor:
     total = tensor.clone()
     torch.distributed.all_reduce(total)
     return total / torch.distributed.get_world_size()
+
+
+def takes_probabilities(loss: nn.Module) -> bool:
+    """Whether a loss, or one that it is made of, takes probabilities in the place of logits."""
+    return any(getattr(part, "activated", False) or not getattr(part, "activate", True) for part in loss.modules())
 
 
 def check_use_sigmoid(loss: Loss, given: bool | None) -> None:

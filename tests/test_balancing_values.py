@@ -242,6 +242,35 @@ def test_confidence_weighted():
     close(of_function, [2 * 0.294])
 
 
+OF_SCORES = [{"type": "FocalLoss"}, {"type": "QualityFocalLoss"}, {"type": "BinaryCrossEntropyLoss"}]
+
+
+@pytest.mark.parametrize("cfg", [*OF_SCORES, {"type": "FocalLoss", "use_sigmoid": False}], ids=str)
+def test_confidence_weighted_of_probabilities(cfg):
+    """Which are confidences as they are, also where only a part of the base takes them."""
+    pred, label = torch.randn(5, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 2, 0])
+    sigmoid = cfg.get("use_sigmoid", True)
+    ways = [lambda part: part, lambda part: {"type": "JointLoss", "losses": [part]}]
+    ways += [lambda part: {"type": "SlideLoss", "base": part}] * sigmoid
+    for way in ways:
+        of_logits, of_scores = (
+            build_loss({"type": "ConfidenceWeightedLoss", "base": way(part), "reduction": "none"})
+            for part in (cfg, {**cfg, "activated": True})
+        )
+        scores = pred.sigmoid() if sigmoid else pred.softmax(-1)
+        torch.testing.assert_close(of_scores(scores, label), of_logits(pred, label))
+
+
+def test_confidence_weighted_beside_a_column_of_the_background():
+    """Whose score is no class's."""
+    pred, label = torch.tensor([[0.5, -1.0, 9.0], [-3.0, 0.0, 9.0]]), torch.tensor([1, 2])
+    base = {"type": "EQLV2Loss", "num_classes": 2}
+    loss = build_loss({"type": "ConfidenceWeightedLoss", "base": base, "reduction": "none"})
+    q_fg = torch.tensor([0.5, 0.0]).sigmoid()
+    of_base = build_loss({**base, "reduction": "none"})(pred, label)
+    torch.testing.assert_close(loss(pred, label), (1 - q_fg) ** 3 * of_base)
+
+
 def test_joint():
     parts = [{"type": "FocalLoss", "loss_weight": 2.0}, {"type": "QualityFocalLoss"}]
     joint = build_loss({"type": "JointLoss", "losses": parts, "loss_weight": 3.0})

@@ -51,12 +51,44 @@ def test_a_joint_loss_takes_what_its_parts_take():
         build_loss({"type": "JointLoss", "losses": [{"type": "SeesawLoss", "num_classes": 3}]})
 
 
+def test_a_joint_loss_is_of_logits_or_of_probabilities():
+    for parts in (["BinaryCrossEntropyLoss", "FocalLoss"], ["DiceLoss", "TverskyLoss"]):
+        setting = {"activate": False} if "DiceLoss" in parts else {"activated": True}
+        first, second = ({"type": name} for name in parts)
+        build_loss({"type": "JointLoss", "losses": [{**first, **setting}, {**second, **setting}]})
+        nested = {"type": "JointLoss", "losses": [first]}
+        for odd in (first, nested):
+            with pytest.raises(ValueError, match="in all of them, for probabilities, or in none"):
+                build_loss({"type": "JointLoss", "losses": [odd, {**second, **setting}]})
+
+
 @pytest.mark.parametrize("name", ["SlideLoss", "ConfidenceWeightedLoss"])
 def test_bases_that_are_none(name):
-    masks = [{"type": "CrossEntropyLoss", "use_mask": True}] * (name == "ConfidenceWeightedLoss")
-    for base in ({"type": "JointLoss", "losses": [GHMC]}, {"type": "SeesawLoss", "num_classes": 3}, *masks):
+    bases = [{"type": "JointLoss", "losses": [GHMC]}, {"type": "SeesawLoss", "num_classes": 3}]
+    if name == "ConfidenceWeightedLoss":
+        wrong, over = {"type": "CrossEntropyLoss", "use_mask": True}, {"type": "SlideLoss"}
+    else:
+        wrong, over = {"type": "GeneralizedFocalLoss", "values": (1.0, 3.0)}, {"type": "ConfidenceWeightedLoss"}
+    bases += [wrong, {"type": "JointLoss", "losses": [wrong]}, {**over, "base": wrong}]
+    for base in bases:
         with pytest.raises(ValueError, match=f"base of {name} must be a"):
             build_loss({"type": name, "base": base})
+
+
+BCE, QFL = {"type": "BinaryCrossEntropyLoss"}, {"type": "QualityFocalLoss"}
+WITHOUT_1 = {"type": "CrossEntropyLoss", "use_sigmoid": True, "ignore_index": 1}
+
+
+@pytest.mark.parametrize("odd", [QFL, WITHOUT_1, {"type": "CrossEntropyLoss"}], ids=str)
+@pytest.mark.parametrize("name", ["SlideLoss", "ConfidenceWeightedLoss"])
+def test_the_parts_of_a_base_are_of_one_kind(name, odd):
+    """As the losses over it have one shape, one mean and one mask, which were those of the first part."""
+    nested = {"type": "JointLoss", "losses": [{"type": "ConfidenceWeightedLoss", "base": odd}]}
+    for parts in ([BCE, odd], [odd, BCE], [BCE, nested]):
+        with pytest.raises(ValueError, match=f"base of {name} must be a"):
+            build_loss({"type": name, "base": {"type": "JointLoss", "losses": parts}})
+    if name == "ConfidenceWeightedLoss" or odd["type"] == "QualityFocalLoss":
+        build_loss({"type": name, "base": {"type": "JointLoss", "losses": [odd, odd]}})
 
 
 @pytest.mark.parametrize("cfg", OVER_BASE, ids=str)
@@ -77,6 +109,38 @@ def test_the_base_says_what_is_ignored():
         loss(pred, label)  # the mean IoU of a batch is not that of two of its rows, but the last one seen
         loss.eval()
         torch.testing.assert_close(loss(pred, label), loss(pred[::2], label[::2]))
+
+
+SEVERAL = {"type": "JointLoss", "losses": [BCE, {"type": "FocalLoss"}, {"type": "VarifocalLoss"}]}
+ATFL = {"type": "AdaptiveThresholdFocalLoss"}
+
+
+@pytest.mark.parametrize("base", [SEVERAL, ATFL, {"type": "JointLoss", "losses": [ATFL, BCE]}], ids=str)
+@pytest.mark.parametrize("name", ["SlideLoss", "ConfidenceWeightedLoss"])
+@pytest.mark.parametrize("call", [{}, {"reduction_override": "none"}], ids=str)
+def test_gradients_are_not_added_up_in_half_precision(name, base, call):
+    """They are those of float32, rounded once."""
+    loss = build_loss({"type": name, "base": base}).eval()
+    pred, target = 2 * torch.randn(64, 8), torch.rand(64, 8) * (torch.rand(64, 8) < 0.3)
+    for dtype in (torch.float16, torch.bfloat16):
+        half = pred.to(dtype).requires_grad_()
+        full = half.detach().float().requires_grad_()
+        found, wanted = (torch.autograd.grad(64 * loss(x, target, **call).sum(), x)[0] for x in (half, full))
+        assert (found == wanted.to(dtype)).float().mean() > 0.99, dtype
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_what_the_base_ignores_is_not_in_the_mean_iou(dense):
+    """Whichever index it is, and however deep the base."""
+    pred, label, iou = torch.randn(3, 4), torch.tensor([0, 1, 2]), torch.tensor([0.8, 0.2, 0.6])
+    target = (label, iou)
+    if dense:  # whose elements of that value are ignored
+        target = torch.tensor([[0.8, 0, 0, 0], [1, 0, 0, 0], [0, 0, 0.6, 0]])
+    over = {"type": "ConfidenceWeightedLoss", "base": WITHOUT_1}
+    for base in (WITHOUT_1, over, {"type": "JointLoss", "losses": [over, over]}):
+        loss = build_loss({"type": "SlideLoss", "base": base})
+        loss(pred, target)
+        torch.testing.assert_close(loss.mean_iou, torch.tensor(0.7))
 
 
 @pytest.mark.parametrize("name", ["QualityFocalLoss", "ModifiedCrossEntropyLoss", "EQLV2Loss", "FocalLoss"])

@@ -11,7 +11,14 @@ from torch.autograd.function import once_differentiable
 from detloss_plugins.facts import NonNegative, Positive, Upstream
 from detloss_plugins.families import BoxLoss, ClassificationLoss, RegressionLoss
 from detloss_plugins.geometry import Pair
-from detloss_plugins.losses import CIoULoss
+from detloss_plugins.losses import (
+    AlphaIoULoss,
+    CIoULoss,
+    ConfidenceWeightedLoss,
+    InnerIoULoss,
+    JointLoss,
+    SlideLoss,
+)
 from detloss_plugins.reduction import reduce
 from detloss_plugins.testing import check_loss, checks, instances
 from detloss_plugins.testing.check import NoWaiting
@@ -88,6 +95,25 @@ def test_settings_are_checked_as_given():
     with pytest.raises(AssertionError, match=r'^WrongBounds\(scale=0.5\) breaks the promise "bounds": .*\.$'):
         check_loss(WrongBounds, scale=0.5)
     assert [repr(loss) for loss in instances(CIoULoss)] == ["CIoULoss()", "CIoULoss(alpha_gate=0.5)"]
+
+
+OF_SCORES = {"base": {"type": "FocalLoss", "activated": True}}
+
+
+@pytest.mark.parametrize(
+    ("cls", "settings"),
+    [
+        (JointLoss, {"losses": [{"type": "CIoULoss"}, {"type": "NWDLoss"}]}),
+        (InnerIoULoss, {"base": {"type": "NWDLoss"}}),
+        (AlphaIoULoss, {"penalty": "ciou", "alpha": 0.5}),
+        (SlideLoss, OF_SCORES),
+        (ConfidenceWeightedLoss, OF_SCORES),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_what_is_known_of_a_loss_follows_its_settings(cls, settings):
+    """So that it is held to no promise that these do not make."""
+    check_loss(cls, **settings)
 
 
 def square(pred, target):

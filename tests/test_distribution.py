@@ -98,6 +98,14 @@ def test_distillation_weighs_both_kinds_by_the_roots_of_their_counts(share):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float32])
+def test_matched_may_be_ones_and_zeros(dtype):
+    student, teacher, matched = torch.randn(5, 8), torch.randn(5, 8), torch.tensor([True, False, False, True, False])
+    loss = DistributionDistillationLoss()
+    found = loss(student, teacher, matched=matched.to(dtype))
+    torch.testing.assert_close(found, loss(student, teacher, matched=matched))
+
+
 def test_without_weights_all_sides_count_alike():
     student, teacher, matched, weight = distillation()
     found = DistributionDistillationLoss()(student, teacher, matched=matched)

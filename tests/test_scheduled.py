@@ -8,7 +8,7 @@ import torch
 from support import counted_graphs, gradient, needs_compiler, sample_for
 
 from detloss_plugins import build_loss
-from detloss_plugins.losses import set_progress
+from detloss_plugins.losses import scheduled_loss, set_progress
 from detloss_plugins.testing import sample
 
 BCE, FOCAL, AP = {"type": "BinaryCrossEntropyLoss"}, {"type": "FocalLoss", "loss_weight": 4.0}, {"type": "APLoss"}
@@ -45,6 +45,20 @@ def test_one_loss_fades_into_the_next(epoch, share):
     loss = at_epoch(scheduled(at=[2], fade=4), epoch)
     expected = (1 - share) * build_loss(BCE)(pred, target) + share * build_loss(FOCAL)(pred, target)
     torch.testing.assert_close(loss(pred, target), expected)
+
+
+@pytest.mark.parametrize("positives", [1, 3])
+def test_a_class_loss_that_fades_into_a_ranking_loss_has_no_losses_of_rows(positives):
+    """One positive would be added to every row."""
+    pred, label = torch.randn(5, 4), torch.tensor([0] * positives + [4] * (5 - positives))
+    loss = at_epoch(scheduled([BCE, AP], at=[2], fade=2), 3)
+    first, second = (build_loss(cfg)(pred, label) for cfg in (BCE, AP))
+    torch.testing.assert_close(loss(pred, label), (first + second) / 2)
+    with pytest.raises(ValueError, match='take "mean" or "sum"'):
+        loss(pred, label, reduction_override="none")
+    with pytest.raises(ValueError, match='take "mean" or "sum"'):
+        scheduled_loss(pred, label, losses=loss.losses, shares=[0.5, 0.5])
+    at_epoch(loss, 4)(pred, label, reduction_override="none")  # of the ranking loss alone
 
 
 def test_a_weight_that_moves():
@@ -144,6 +158,7 @@ def test_in_a_compiled_model(traced):
         ({"losses": [BCE, {"type": "CIoULoss"}], "at": [2]}, "one family"),
         ({"losses": [BCE, {"type": "CrossEntropyLoss"}], "at": [2]}, "one use_sigmoid"),
         ({"losses": [{"type": "SeesawLoss"}] * 2, "at": [2]}, "channels of their own"),
+        ({"losses": [BCE, {**BCE, "activated": True}], "at": [2]}, "in all of them, for probabilities, or in none"),
         ({"at": [2], "use_sigmoid": False}, "use_sigmoid=False"),
     ],
 )

@@ -1,6 +1,7 @@
 """The study's page and what is taken into the study, with trainings that are made up."""
 
 import json
+import re
 
 import pytest
 import study
@@ -190,6 +191,17 @@ def test_the_page_is_that_of_the_study():
     assert study.updated(study.PAGE.read_text(encoding="utf-8"), study.studies()) == study.PAGE.read_text(
         encoding="utf-8"
     ), "run tools/study.py"
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh-CN.md", "docs/index.md"])
+def test_the_means_that_are_shown_first_are_those_of_the_study(page):
+    (found,) = (runs for key, runs in groups(merged(studies())).items() if key == ("digits", "yolov8n.yaml", 12))
+    rows = {row.label: row for row in table(found)}
+    means = [f"{rows[label].spreads['AP50'].mean:.3f}" for label in ("ATFL+MPDIoU", "stock")]
+    text = (study.PAGE.parents[1] / page).read_text(encoding="utf-8")
+    (line,) = (part for part in text.split("\n\n") if "detloss train stock" in part and means[1] in part)
+    assert re.findall(r"0\.\d{3}", line)[-2:] == means
+    assert {len(rows[label].seeds) for label in ("ATFL+MPDIoU", "stock")} == {6}, "the sentence says six"
 
 
 def test_the_default_losses_are_not_worse_than_stock_in_the_study():

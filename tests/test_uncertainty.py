@@ -62,6 +62,13 @@ def test_reductions_and_weights():
         loss(pred, target, log_variance, avg_factor=7.0, reduction_override="sum")
 
 
+def test_a_weight_that_is_no_tensor():
+    pred, target, log_variance = torch.zeros(3, 2, 4)
+    for given in ((log_variance,), ()):
+        with pytest.raises(TypeError, match="weight of UncertaintyKLLoss must be a tensor or None"):
+            UncertaintyKLLoss()(pred, target, *given, weight=2.0)
+
+
 def test_without_a_log_variance_it_is_smooth_l1():
     pred, target, log_variance = sample()
     expected = SmoothL1Loss()(pred, target)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from detloss_plugins.facts import Facts, Increasing, NonNegative, Parts
 from detloss_plugins.families import ClassificationLoss
-from detloss_plugins.loss import Loss, check_use_sigmoid
+from detloss_plugins.loss import Loss, check_use_sigmoid, takes_probabilities
 from detloss_plugins.losses.classification import confidence_weight
 from detloss_plugins.losses.classification.common import OverBase
 from detloss_plugins.precision import float32, outside_graph, without_autocast
@@ -34,6 +34,15 @@ def joint_loss(pred: Tensor, target: Tensor, *, losses: Sequence[Loss]) -> Tenso
     return _added(loss(pred, target, reduction_override="none") for loss in losses)
 
 
+def check_one_family(losses: Sequence[Loss]) -> None:
+    """Raise ``ValueError`` for losses whose per-element losses do not stand side by side."""
+    if len({loss.family for loss in losses}) > 1:
+        raise ValueError(
+            'reduction="none" has no meaning while a class loss fades into a ranking loss, which has one loss a '
+            'positive: take "mean" or "sum".'
+        )
+
+
 def _added(parts):
     """The sum of losses; beside some with one a row, those with one a class are summed over the classes."""
     parts = list(parts)
@@ -41,10 +50,15 @@ def _added(parts):
     return sum(part if part.dim() == fewest else part.sum(-1) for part in parts)
 
 
-def check_channels(loss: Any) -> None:
-    """Raise ``ValueError`` if one of the losses of another needs logits that the others do not."""
+def check_input(loss: Any) -> None:
+    """Raise ``ValueError`` if one of the losses of another needs an input that the others do not."""
     if any(getattr(part, "custom_cls_channels", False) for part in loss.losses):
         raise ValueError(f"losses of {type(loss).__name__} must not need channels of their own, as SeesawLoss does.")
+    if len({takes_probabilities(part) for part in loss.losses}) > 1:
+        raise ValueError(
+            f"losses of {type(loss).__name__} are given one input: write activated=True (activate=False of region "
+            "losses) in all of them, for probabilities, or in none."
+        )
 
 
 def facts_of_sum(losses: Sequence[Loss]) -> Facts:
@@ -60,6 +74,8 @@ def facts_of_sum(losses: Sequence[Loss]) -> Facts:
         true_gradient=all(f.true_gradient for f in facts),
         needs_mining=any(f.needs_mining for f in facts),
         takes_quality=any(f.takes_quality for f in facts),
+        symmetric=all(f.symmetric for f in facts),
+        scale_invariant=all(f.scale_invariant for f in facts),
         self_normalized=False,
         paper="",
         upstream=(),
@@ -76,7 +92,7 @@ class JointLoss(Loss, fn=joint_loss):
         use_sigmoid: may be given because mmdet's heads read it from the config; it must fit the parts.
 
     Raises:
-        ValueError: if there is none, or they are of different families.
+        ValueError: if there is none, or they are of different families, or only some take probabilities.
     """
 
     facts = ClassificationLoss.facts.but(  # of the example; an instance has those of its parts
@@ -91,8 +107,9 @@ class JointLoss(Loss, fn=joint_loss):
         families = {loss.family for loss in self.losses}
         if len(families) != 1:
             raise ValueError("losses of JointLoss must be one or more config dicts of losses of one family.")
-        check_channels(self)
+        check_input(self)
         self.facts = facts_of_sum([*self.losses])
+        self.couples = any(loss.couples for loss in self.losses)
         self.use_sigmoid = all(getattr(loss, "use_sigmoid", True) for loss in self.losses)
         check_use_sigmoid(self, use_sigmoid)
 
@@ -107,6 +124,9 @@ class JointLoss(Loss, fn=joint_loss):
     def leading(self, pred):
         return self.losses[0].leading(pred)
 
+    def without_ignored(self, pred, target):
+        return self.losses[0].without_ignored(pred, target)  # as they all are below another loss
+
     def reduced(self, pred, target, weight, avg_factor, reduction, factor):
         """The sum of the parts, each called with the same arguments; of rows in one pass, which keeps one gradient."""
         reduction = check_reduction(self.reduction if reduction is None else reduction, avg_factor)
@@ -114,6 +134,7 @@ class JointLoss(Loss, fn=joint_loss):
             pred = float32(pred)  # once, so that half-precision gradients are not added up in half precision
             parts = (loss(pred, target, weight, avg_factor, reduction) for loss in self.losses)
             return times(_added(parts), factor)
+        pred = self.added_up(pred)
         self.look(pred, target)
         with without_autocast(pred.device):
             pred, target, weight = self.as_rows(pred, target, weight)
@@ -149,6 +170,7 @@ class JointLoss(Loss, fn=joint_loss):
         return total
 
     def unweighted(self, pred, target, seen):
+        pred = float32(pred)  # as in ``weighted``
         parts = [
             (loss.loss_weight, *loss.unweighted(pred, target, of_loss))
             for loss, of_loss in zip(self.losses, seen.values(), strict=True)
@@ -164,6 +186,7 @@ def scheduled_loss(pred: Tensor, target: Tensor, *, losses: Sequence[Loss], shar
     >>> scheduled_loss(torch.tensor([3.0]), torch.tensor([0.0]), losses=both, shares=[0.75, 0.25])
     tensor([3.5000])
     """
+    check_one_family(losses)
     found = (loss(pred, target, reduction_override="none") for loss in losses)
     return _added(times(of_loss, share) for of_loss, share in zip(found, shares, strict=True))
 
@@ -233,7 +256,7 @@ class ScheduledLoss(Loss, fn=scheduled_loss):
             raise ValueError(
                 f"losses of ScheduledLoss must be of one family, or classification and ranking losses, not {families}."
             )
-        check_channels(self)
+        check_input(self)
         if "classification" in families and len({loss.use_sigmoid for loss in self.losses}) > 1:
             raise ValueError("losses of ScheduledLoss must have one use_sigmoid, as a head keeps its channels.")
 
@@ -289,6 +312,8 @@ class ScheduledLoss(Loss, fn=scheduled_loss):
         """The sum of the losses in turn, each called with the same arguments."""
         reduction = self.reduction if reduction is None else reduction
         parts = self.in_turn()
+        if reduction == "none":
+            check_one_family([loss for loss, _ in parts])
         pred = pred if len(parts) == 1 else float32(pred)  # so that half-precision gradients are not added up
         found = (times(loss(pred, target, weight, avg_factor, reduction), share) for loss, share in parts)
         return times(_added(found), factor)
@@ -328,20 +353,27 @@ def set_progress(
 
 
 def confidence_weighted_loss(
-    pred: Tensor, target: Tensor, *, power: NonNegative = 2.0, use_sigmoid: bool = True, elements: Tensor
+    pred: Tensor,
+    target: Tensor,
+    *,
+    power: NonNegative = 2.0,
+    use_sigmoid: bool = True,
+    activated: bool = False,
+    elements: Tensor,
 ) -> Tensor:
     """``(1 - Q_fg)^power Q_bg``, a constant of the row, times per-element losses, ``(..., C)`` or ``(...)``.
 
-    Q_fg and Q_bg are the confidences that the row of logits ``(..., C)`` is an object or background. With
-    ``use_sigmoid`` they are the largest class probability and one minus it; else the largest of the classes in the
-    softmax, and the background, which is last.
+    Q_fg and Q_bg are the confidences that the row of logits ``(..., C)``, or of probabilities if ``activated``, is an
+    object or background. With ``use_sigmoid`` they are the largest class probability and one minus it; else the largest
+    of the classes in the softmax, and the background, which is last.
 
     >>> logit = torch.tensor([[0.5]]).logit()  # (1 - 1/2)^2 * 1/2 * ln 2
     >>> confidence_weighted_loss(logit, torch.ones(1, 1), elements=torch.tensor([[2.0]]).log())
     tensor([[0.0866]])
     """
-    logits = float32(pred).detach()
-    scores = logits.sigmoid() if use_sigmoid else logits.softmax(-1)
+    scores = float32(pred).detach()
+    if not activated:
+        scores = scores.sigmoid() if use_sigmoid else scores.softmax(-1)
     foreground = scores if use_sigmoid else scores[..., :-1]
     q_fg = foreground.amax(-1) if foreground.shape[-1] else scores.new_zeros(scores.shape[:-1])
     weight = confidence_weight(q_fg, 1 - q_fg if use_sigmoid else scores[..., -1], power)
@@ -354,7 +386,7 @@ class ConfidenceWeightedLoss(
     fn=confidence_weighted_loss,
     row_wise=True,
     true_gradient=False,
-    filled=("use_sigmoid", "elements"),
+    filled=("use_sigmoid", "activated", "elements"),
 ):
     """A classification loss weighted by how sure the model is that a sample is background.
 
@@ -367,19 +399,26 @@ class ConfidenceWeightedLoss(
         use_sigmoid: may be given because mmdet's heads read it from the config; it must fit the base.
 
     Raises:
-        ValueError: if ``base`` is no classification loss, or ``use_sigmoid`` does not fit it.
+        ValueError: if ``base`` is no classification loss, or a JointLoss whose parts have losses of another shape,
+            another ``ignore_index`` or means of their own, or ``use_sigmoid`` does not fit it.
     """
 
     sigmoid_only = False
 
     def __init__(self, *, base: Mapping | None = None, use_sigmoid: bool | None = None, **settings):
         part = build_part({"type": "BinaryCrossEntropyLoss"} if base is None else base)
-        if part.family != "classification" or getattr(part, "use_mask", False):
+        of_masks = any(getattr(inner, "use_mask", False) for inner in part.modules())
+        if part.family != "classification" or of_masks:
             raise ValueError(f"base of ConfidenceWeightedLoss must be a classification loss of classes, not {part}.")
         super().__init__(use_sigmoid=part.use_sigmoid, **settings)
         check_use_sigmoid(self, use_sigmoid)
+        self.of_probabilities = takes_probabilities(part)
+        # What a sigmoid loss has beyond them is the background's column.
+        self.classes = min((x.num_classes for x in part.modules() if hasattr(x, "num_classes")), default=None)
         self.take(part)
 
     def unweighted(self, pred, target, seen):
         elements, valid = self.of_base(pred, target, seen)
-        return self.fn(pred, elements, **self.settings, use_sigmoid=self.use_sigmoid, elements=elements), valid
+        pred = pred[..., : self.classes] if self.use_sigmoid else pred
+        given = {"use_sigmoid": self.use_sigmoid, "activated": self.of_probabilities, "elements": elements}
+        return self.fn(pred, elements, **self.settings, **given), valid

@@ -173,7 +173,7 @@ class DistributionDistillationLoss(
         rows = pred.shape[:-1]
         matched, weight = (
             x.reshape(*x.shape, *[1] * (len(rows) - x.dim())).expand(rows)
-            for x in (matched, pred.new_ones(()) if weight is None else weight)
+            for x in (matched.bool(), pred.new_ones(()) if weight is None else weight)
         )
         share = root_shares(matched)
         return super().forward(pred, target, weight.detach() * share, None, "sum")

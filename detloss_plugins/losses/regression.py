@@ -252,6 +252,7 @@ class UncertaintyKLLoss(
         clamp: the log variance is that far from 0 at most; one outside gets the gradient of the nearer end.
 
     Raises:
+        TypeError: for a weight that is no tensor.
         ValueError: if the shapes differ, or ``log_variance`` has no gradient while ``pred`` has one: a head that knows
             nothing of variances passes its weights there.
     """
@@ -266,6 +267,7 @@ class UncertaintyKLLoss(
                 f"{tuple(pred.shape)} and with a gradient, not weights {tuple(log_variance.shape)}; in MMDetection use "
                 "UncertaintyBBoxHead or UncertaintyRetinaHead, which predict it."
             )
+        weight = self.tensor_or_none(weight)
         reduction = self.reduction if reduction_override is None else reduction_override
         self.look(pred, target)
         with without_autocast(pred.device):

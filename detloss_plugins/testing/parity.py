@@ -9,7 +9,7 @@ from torch import Tensor
 
 from detloss_plugins.facts import Upstream
 from detloss_plugins.families import ClassificationLoss
-from detloss_plugins.loss import Loss
+from detloss_plugins.loss import Loss, takes_probabilities
 from detloss_plugins.nested import each_tensor
 from detloss_plugins.testing.samples import sample
 from detloss_plugins.testing.twins import twin_of
@@ -59,7 +59,7 @@ def inputs_for(loss: Loss, pred: Tensor, target: Any) -> list[tuple[str, Tensor,
         target = ClassificationLoss.dense(pred, double(target))[0]
     dense, label = double(target), target.argmax(-1)
     positive = target.sum(-1) > 0
-    if getattr(loss, "activated", False):
+    if takes_probabilities(loss):
         pred = pred.sigmoid()
     if not loss.use_sigmoid:
         distribution = (dense + 0.1)[positive]

@@ -9,6 +9,7 @@ from detloss_plugins.facts import Positive, Share
 from detloss_plugins.families import of_one_type
 from detloss_plugins.loss import rank_mean
 from detloss_plugins.losses.classification.common import OverBase, bce
+from detloss_plugins.losses.classification.focal import GeneralizedFocalLoss
 from detloss_plugins.precision import float32
 from detloss_plugins.reduction import counts
 from detloss_plugins.registry import MODELS, build_part
@@ -85,7 +86,8 @@ class SlideLoss(
         tau: in how many batches the decay grows.
 
     Raises:
-        ValueError: if ``base`` is no sigmoid classification loss.
+        ValueError: if ``base`` is no sigmoid classification loss of IoUs, or a JointLoss whose parts have losses of
+            another shape, another ``ignore_index`` or means of their own.
     """
 
     def __init__(self, *, base: Mapping | None = None, decay: Share | None = None, tau: Positive = 2000.0, **settings):
@@ -94,6 +96,9 @@ class SlideLoss(
         part = build_part({"type": "BinaryCrossEntropyLoss"} if base is None else base)
         if part.family != "classification" or not part.use_sigmoid:
             raise ValueError(f"base of SlideLoss must be a sigmoid classification loss, not {part}.")
+        generalized = [inner for inner in part.modules() if isinstance(inner, GeneralizedFocalLoss)]
+        if any(inner.values != (0.0, 1.0) for inner in generalized):
+            raise ValueError("base of SlideLoss must be a loss of IoUs: leave values out of GeneralizedFocalLoss.")
         self.take(part)
         self.register_buffer("mean_iou", torch.tensor(0.5 if decay is None else 1.0))
         self.register_buffer("updates", None if decay is None else torch.tensor(0.0))

@@ -73,7 +73,11 @@ class _OverABase(BoxLoss, true_gradient=False, attracts=True, filled=("base",)):
         if of_base.family != "box" or not of_base.one_per_row:
             name = type(self).__name__
             raise ValueError(f"base of {name} must be a box loss of one value a box, not {type(self.base).__name__}.")
-        self.facts = self.facts.but(row_wise=self.facts.row_wise and of_base.row_wise)
+        self.facts = self.facts.but(
+            row_wise=self.facts.row_wise and of_base.row_wise,
+            symmetric=self.facts.symmetric and of_base.symmetric,
+            scale_invariant=self.facts.scale_invariant and of_base.scale_invariant,
+        )
 
     def observe(self, pred, target, weight):
         of_base = {} if self.base is None else {"base": self.base.observe(pred, target, weight)}

@@ -302,6 +302,10 @@ class AlphaIoULoss(
         penalty: "iou" for none, "giou", "diou" or "ciou".
     """
 
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.facts = self.facts.but(true_gradient=self.penalty != "ciou")
+
 
 def shape_iou_loss(
     pred: Tensor, target: Tensor, *, scale: NonNegative = 0.0, theta: AtLeastOne = 4.0, eps: Positive = 1e-7

@@ -64,10 +64,7 @@ class AdaptiveThresholdFocalLoss(
         super().__init__(**settings)
         self.detach_gamma = detach_gamma
         self.facts = self.facts.but(true_gradient=not detach_gamma)
-
-    def reduced(self, pred, *args):
-        # Once, so that the gradients through loss and mean are not added up in half precision.
-        return super().reduced(pred if self.detach_gamma else float32(pred), *args)
+        self.couples = not detach_gamma
 
     def sums(self, pred, target, weight):
         seen = pred.detach() if self.detach_gamma else pred

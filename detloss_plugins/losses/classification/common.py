@@ -85,15 +85,22 @@ class OverBase(ClassificationLoss):
     base: Loss
 
     def take(self, base: Loss) -> None:
-        """Make a loss the base; ``ValueError`` for one whose elements are not all that there is to it."""
+        """Make a loss the base; ``ValueError`` for one whose elements are not all that there is to it, or not alike."""
         parts = [part for part in base.modules() if isinstance(part, Loss) and part is not base]
         own_mean = any(part.facts.self_normalized or getattr(part, "avg_non_ignore", False) for part in parts)
-        if (hasattr(base, "losses") and own_mean) or getattr(base, "custom_cls_channels", False):
+        leaves = [part for part in parts if not hasattr(part, "losses") and not hasattr(part, "base")]
+        kinds = {
+            (part.facts.one_per_row, part.facts.sums_classes, max(getattr(part, "ignore_index", -1), -1))
+            for part in leaves
+        }
+        mixed = hasattr(base, "losses") and (own_mean or len(kinds) > 1)
+        if mixed or getattr(base, "custom_cls_channels", False):
             raise ValueError(
-                f"base of {type(self).__name__} must be a loss with one mean and a channel for each class, not this "
-                f"{type(base).__name__}; of a JointLoss, put a {type(self).__name__} around each part."
+                f"base of {type(self).__name__} must be a loss with one mean, one ignore_index and a channel for each "
+                f"class, not this {type(base).__name__}; of a JointLoss, put a {type(self).__name__} around each part."
             )
         self.base, theirs = base, base.facts
+        self.couples = base.couples
         self.facts = self.facts.but(
             row_wise=self.facts.row_wise and theirs.row_wise,
             sums_classes=theirs.sums_classes,
@@ -107,6 +114,12 @@ class OverBase(ClassificationLoss):
 
     def arranged(self, pred, target, weight):
         return self.base.arranged(pred, target, weight)
+
+    def without_ignored(self, pred, target):
+        return self.base.without_ignored(pred, target)
+
+    def prepare(self, pred, target):
+        return super().prepare(pred, self.without_ignored(pred, target))
 
     def look(self, pred, target):
         self.base.look(pred, target)

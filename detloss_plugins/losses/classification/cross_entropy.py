@@ -131,11 +131,14 @@ class CrossEntropyLoss(
         if of_labels and not self.use_sigmoid:
             target = target.long()  # an index to ignore would be another number in a byte
             return pred, target, (target >= 0) & (target != self.ignore_index)
+        return super().prepare(pred, self.without_ignored(pred, target))
+
+    def without_ignored(self, pred, target):
         if isinstance(target, (tuple, list)):
-            target = self._without_ignored(target[0]), target[1]
-        elif of_labels or (target.shape == pred.shape and self.use_sigmoid):
-            target = self._without_ignored(target)
-        return super().prepare(pred, target)
+            return self._without_ignored(target[0]), target[1]
+        of_labels = target.shape == pred.shape[:-1] and not target.is_floating_point()
+        dense = target.shape == pred.shape and self.use_sigmoid
+        return self._without_ignored(target) if of_labels or dense else target
 
     def _without_ignored(self, target):
         target = target.int() if target.dtype in (torch.bool, torch.uint8) else target

@@ -1,5 +1,6 @@
 """Whether a loss keeps this package's promises: ``check_loss(YourLoss)``, much as scikit-learn's check_estimator."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -32,13 +33,17 @@ def check_loss(cls: type[Loss], *, device: str = "cpu", compile: bool = False, *
         raise TypeError(f"check_loss takes a subclass of detloss_plugins.loss.Loss, not {cls!r}.")
     if "reduction" in settings or settings.get("loss_weight", 1) == 0:
         raise ValueError("check_loss tries every reduction by itself, and a loss_weight of 0 gives none: leave it out.")
-    for check in checks(cls):
+    for check in checks(cls, **settings):
         check(cls, device=device, compile=compile, **settings)
 
 
-def checks(cls: type[Loss] | None = None) -> list[Callable]:
+def checks(cls: type[Loss] | None = None, **settings: Any) -> list[Callable]:
     """All checks in their order, or those that say something of a class; each is called as :func:`check_loss` is."""
-    return [check for check in CHECKS if cls is None or check.applies(cls.facts)]
+    facts = None if cls is None else cls.facts
+    if settings:
+        with contextlib.suppress(Exception):  # which the first check names
+            facts = cls.make(**settings).facts
+    return [check for check in CHECKS if facts is None or check.applies(facts)]
 
 
 def instances(cls: type[Loss]) -> list[Loss]:

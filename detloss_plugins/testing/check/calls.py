@@ -8,6 +8,7 @@ import math
 import torch
 
 from detloss_plugins.facts import Facts
+from detloss_plugins.loss import takes_probabilities
 from detloss_plugins.nested import each_tensor, flatten
 from detloss_plugins.reduction import AVG_FACTOR_EPS, REDUCTIONS
 from detloss_plugins.testing.check.subject import (
@@ -273,7 +274,7 @@ def autocast(s: Subject) -> None:
 def nan(s: Subject) -> None:
     """A NaN is not hidden, and the next call knows nothing of it."""
     loss, (pred, target) = s.make().train(), s.input()
-    if getattr(loss, "activated", False):
+    if takes_probabilities(loss):
         return  # torch refuses a probability that is NaN
     spoilt = pred.detach().clone()
     spoilt[0] = math.nan

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from detloss_plugins import precision
 from detloss_plugins.facts import Facts
-from detloss_plugins.loss import Loss
+from detloss_plugins.loss import Loss, takes_probabilities
 from detloss_plugins.nested import each_tensor, flatten
 from detloss_plugins.reduction import REDUCTIONS
 from detloss_plugins.testing.samples import sample
@@ -52,9 +52,7 @@ class Subject:
 
     def activated(self, pred: Tensor) -> Tensor:
         """Logits, as probabilities where the loss takes those."""
-        loss = self.make()
-        probabilities = getattr(loss, "activated", False) or not getattr(loss, "activate", True)
-        return pred.sigmoid() if probabilities else pred
+        return pred.sigmoid() if takes_probabilities(self.make()) else pred
 
     def forms(self, n: int, dtype: torch.dtype) -> list[tuple[Tensor, Any]]:
         """The input with each form of target that a loss of its family takes."""
