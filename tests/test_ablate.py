@@ -73,7 +73,7 @@ def test_files_and_configs_are_words_too(tmp_path):
     [
         ("VarifokalLoss", "did you mean VarifocalLoss"),
         ("nothing", "no loss and no file of losses"),
-        ("none.yaml", "cannot read none.yaml"),
+        ("none.yaml", "there is no none.yaml"),
         ("VarifocalLoss:heavy", "a weight is a number"),
         ("retinanet_r18_fpn_digits", "give it as the model"),
         ("a={type: [}", "is no YAML"),

@@ -94,6 +94,14 @@ def test_a_data_yaml_means_what_it_does_in_ultralytics(tmp_path):
         assert (found.names, found.cls.tolist()) == (["person", "car"], [0])
 
 
+def test_a_path_that_ultralytics_takes_from_the_working_directory_is_told(tmp_path, monkeypatch):
+    path = write_yolo(tmp_path / "own", [["0 0.5 0.5 0.1 0.1"]])
+    for here, told in (tmp_path, True), (tmp_path / "own", False):
+        monkeypatch.chdir(here)
+        output = command(path, monkeypatch=monkeypatch).output
+        assert ("does not look for path: . beside data.yaml" in output) == told
+
+
 def test_files_of_windows_and_of_phones(tmp_path):
     """A mark at the beginning of a label file, and a photograph that is stored on its side."""
     path = write_yolo(tmp_path, [["0 0.5 0.5 0.5 0.5"]])

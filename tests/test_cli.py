@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,17 @@ def test_the_package_is_the_command_and_its_help_needs_no_framework():
     assert all(f"\n  {name} " in done.stdout for name in COMMANDS)
 
 
+def test_a_warning_of_an_import_is_not_shown(capsys, monkeypatch):
+    shown = []
+    monkeypatch.setattr(warnings, "showwarning", lambda message, *_: shown.append(str(message)))
+    detloss(capsys, "list", "--configs")
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")  # as torch does
+        for message in ("`TorchScript` support for functional optimizers is deprecated and ...", "another"):
+            warnings.warn(message, DeprecationWarning, stacklevel=2)
+    assert shown == ["another"]
+
+
 def test_list_has_every_loss_once(capsys):
     header, *lines = detloss(capsys, "list").splitlines()
     assert header.split() == ["family", "loss", "equal", "to", "paper", "settings"]
@@ -180,6 +192,7 @@ def test_show_of_ones_own_loss(capsys, tmp_path, monkeypatch):
     for word in ("own_losses:Mine", "own_losses.py:Mine", "own_losses.Mine"):
         assert detloss(capsys, "show", word).startswith("Mine (regression loss)\nOf mine"), word
     assert "has no attribute 'Other'" in last_line(capsys, "show", "own_losses:Other", status=2)
+    assert last_line(capsys, "show", "nowhere.py:Mine", status=2) == "error: there is no nowhere.py"
     assert "cannot import nowhere: ModuleNotFoundError" in last_line(capsys, "show", "nowhere:Mine", status=2)
 
 
@@ -267,6 +280,13 @@ def test_check_losses_of_yolo(capsys, tmp_path):
     wanted = "did you mean CIoULoss", "no slot 'nose'", "over 16 bins", "3 class weights, and the model 80 classes"
     assert [any(words in error for error in errors) for words in wanted] == [True] * 4
     assert len(errors) == 4
+
+
+@pytest.mark.parametrize(("content", "says"), [("", True), ("ignore: {classes: [1]}", False)])
+def test_check_says_that_nothing_is_swapped(content, says, capsys, tmp_path):
+    pytest.importorskip("ultralytics")
+    out, _ = checked(capsys, write(tmp_path, "losses.yaml", content))
+    assert ("no slot is changed: this is the stock training" in out) == says
 
 
 def test_check_of_a_weight_that_is_found_at_the_start(capsys, tmp_path):

@@ -67,6 +67,32 @@ def test_train_takes_a_config_by_its_name(capsys, tmp_path, monkeypatch):
     assert "there is no configs/qfl.yaml" in refused(capsys, "configs/qfl.yaml", status=2)
 
 
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("CIoULoss", ": detloss train stock box.type=CIoULoss"),
+        ("EIoULoss", ": detloss train stock box.type=EIoULoss"),
+        ("MPDIoULoss", ": detloss train stock box.type=MPDIoULoss"),
+        ("L1Loss", ": detloss train stock model=rtdetr-l.yaml loss_bbox.type=L1Loss"),
+        ("KLDLoss", ": detloss train stock model=yolov8n-obb.yaml box.type=KLDLoss"),
+        ("SeesawLoss", ": detloss show SeesawLoss says how"),
+    ],
+)
+def test_a_loss_in_place_of_a_config_is_told_how_it_is_trained(name, how, capsys):
+    assert f"{name} is a loss, and no config{how}" in refused(capsys, name, "--data", "x", status=2)
+
+
+def test_train_takes_a_model_as_an_option_too(capsys, monkeypatch):
+    found = []
+    monkeypatch.setattr(train, "train", lambda args: found.append(args.overrides))
+    for words in (["model=yolo11n.yaml"], ["--model", "yolo11n.yaml"], ["model=yolo11n.yaml", "--model=yolo11n.yaml"]):
+        detloss(capsys, "train", "qfl", "epochs=3", *words)
+    assert found == [{"epochs": "3", "model": "yolo11n.yaml"}] * 3
+    twice = refused(capsys, "model=yolo11n.yaml", "--model", "yolov8n.yaml", status=2)
+    assert "given twice: leave model=yolo11n.yaml or --model yolov8n.yaml out" in twice
+    assert "--model is for Ultralytics" in refused(capsys, ATSS, "--model", "yolo11n.yaml", status=2)
+
+
 def test_a_scenario_is_trained_as_the_digits_set_is(tmp_path, monkeypatch):
     monkeypatch.setenv("DETLOSS_PLUGINS_CACHE", str(tmp_path / "cache"))
     for folder in (tmp_path / "cache" / "small-digits-v1", tmp_path / "mine"):
@@ -191,6 +217,9 @@ DATA = "train: images\nval: images\nnames: [a]\n"
     ("words", "message"),
     [
         (["broken.yaml"], "broken.yaml is no YAML"),
+        (["twice.yaml"], "twice.yaml has the key box twice, in line 1 and in line 3."),
+        (["inside.yaml"], "inside.yaml has the key type twice, in line 1 and in line 1."),
+        (["resume=."], "There is no checkpoint weights/last.pt to resume."),
         (["list.yaml"], "list.yaml must hold a dict of losses"),
         (["null.yaml"], "A loss is configured by a dict"),
         (["cls.gamma=[1"], "cls.gamma=[1 is no YAML"),
@@ -208,7 +237,15 @@ DATA = "train: images\nval: images\nnames: [a]\n"
 )
 def test_a_training_with_ultralytics_that_cannot_be(words, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name, content in (("broken", "cls: [1"), ("list", "[1]"), ("null", "cls:"), ("data", DATA)):
+    twice = "box: {type: WIoULoss}\ncls: {type: FocalLoss}\nbox: {type: CIoULoss}"
+    for name, content in (
+        ("twice", twice),
+        ("inside", "box: {type: A, type: B}"),
+        ("broken", "cls: [1"),
+        ("list", "[1]"),
+        ("null", "cls:"),
+        ("data", DATA),
+    ):
         (tmp_path / f"{name}.yaml").write_text(content, encoding="utf-8")
     assert message in refused(capsys, *words, status=2)
     assert not (tmp_path / "runs").exists()
@@ -317,6 +354,21 @@ def test_train_overrides_come_in_any_order():
     overrides = {"cls.loss_weight": 2, "cls.type": "FocalLoss"}
     losses = train.yolo_losses(find(train.DEFAULT_CONFIG), overrides)
     assert losses["cls"] == {"type": "FocalLoss", "loss_weight": 2}
+
+
+def test_train_overrides_the_losses_in_a_loss():
+    inner = {"box.base.type": "InnerIoULoss", "box.base.base.type": "CIoULoss", "box.base.ratio": 0.8}
+    losses = train.yolo_losses({}, {**inner, "box.type": "WIoULoss"})
+    base = {"type": "InnerIoULoss", "ratio": 0.8, "base": {"type": "CIoULoss"}}
+    assert losses == {"box": {"type": "WIoULoss", "base": base}}
+    parts = {"cls": {"type": "JointLoss", "losses": [{"type": "FocalLoss", "gamma": 1.5}, {"type": "PolyLoss"}]}}
+    before = copy.deepcopy(parts)
+    found = train.yolo_losses(parts, {"cls.losses.0.alpha": 0.5, "cls.losses.1.type": "GHMC"})["cls"]["losses"]
+    assert found == [{"type": "FocalLoss", "gamma": 1.5, "alpha": 0.5}, {"type": "GHMC"}]
+    assert parts == before
+    for index in ("2", "-1", "a"):
+        with pytest.raises(UsageError, match=f"cls.losses.{index}.gamma: there is no {index} in a list of 2"):
+            train.yolo_losses(parts, {f"cls.losses.{index}.gamma": 1})
 
 
 def test_a_data_set_is_given_once_and_as_ultralytics_has_it(tmp_path):

@@ -165,11 +165,9 @@ def _config(word):
 def read_mapping(path: str | Path) -> dict:
     """The dict of a YAML file; ``ValueError`` if there is none."""
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = configs.read_yaml(path)
     except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(error) from error
     if content is not None and not isinstance(content, dict):
         raise ValueError(f"{path} must hold a dict, such as {{cls: {{type: VarifocalLoss}}}}.")
     return content or {}

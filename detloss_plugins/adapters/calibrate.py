@@ -17,6 +17,7 @@ from detloss_plugins.loss import Loss
 
 STEPS = 100  # how long the training with stock losses is
 LOOKS = 4  # at a training, at equal distances, the last at its end
+FAR = 100.0  # times the default of a loss, a weight that its gradients alone do not justify
 MOVES = 3.0  # times the smallest ratio, the largest of one that goes on moving
 SOME, ALL = 0.9, 0.98  # of the stock gradient, and nearly all of one
 STOCK = None  # in the place of a candidate's label
@@ -71,6 +72,13 @@ class Suggestion:
     def moves(self) -> bool:
         """Whether the ratio is not the same all along, as it is at the start of a training: the weight says little."""
         return self.range is not None and self.range[1] > MOVES * self.range[0]
+
+    @property
+    def doubt(self) -> str | None:
+        """Why the weight is not to be used as it is, in words; None if nothing speaks against it."""
+        far = self.weight is not None and self.weight > FAR * self.default
+        words = ["the ratio has moved all along"] * self.moves + [f"more than {FAR:g} times the default"] * far
+        return ", ".join(words) or None
 
     @property
     def focuses(self) -> bool:

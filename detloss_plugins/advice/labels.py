@@ -12,7 +12,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
-__all__ = ["Labels", "LabelsError", "read_labels"]
+__all__ = ["Labels", "LabelsError", "beside_only", "read_labels"]
 
 ORIENTATION, SIDEWAYS = 274, (5, 6, 7, 8)  # of a photograph's EXIF data
 PICTURES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
@@ -148,6 +148,16 @@ def _root(path: Path, data: dict) -> Path:
 
         root = Path(DATASETS_DIR) / root
     return root.absolute()
+
+
+def beside_only(path: Path) -> str | None:
+    """The ``path`` of a data YAML that is taken here from beside the file, and by Ultralytics from elsewhere, or None.
+
+    Ultralytics looks for a relative one in the working directory, then among its own data sets.
+    """
+    root = yaml.safe_load(path.read_text(encoding="utf-8")).get("path")
+    beside = path.parent / (root or ".")
+    return root if root and beside.exists() and beside.resolve() != Path(root).resolve() else None
 
 
 def _place(root: Path, place: str) -> Path:

@@ -8,7 +8,7 @@ import importlib
 import pkgutil
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -54,6 +54,16 @@ class Subcommands(click.Group):
             return super().invoke(ctx)
 
 
+def _without_torchscript(show: Callable[..., None]) -> Callable[..., None]:
+    """What shows warnings but torch's of its functional optimizers, which it gives whatever the filters are."""
+
+    def show_others(message, *where, **more):
+        if not str(message).startswith("`TorchScript` support for functional optimizers"):
+            show(message, *where, **more)
+
+    return show_others
+
+
 COMPLETION = """A shell completes subcommands, options and the names of losses and configs after
 eval "$(_DETLOSS_COMPLETE=bash_source detloss)" in ~/.bashrc, zsh_source in ~/.zshrc, or
 _DETLOSS_COMPLETE=fish_source detloss | source in fish."""
@@ -76,8 +86,9 @@ def main(ctx: click.Context) -> None:
       detloss show CIoULoss            formula, settings, and what others compute
       detloss COMMAND --help           each with examples
     """
-    # An import of mmengine's, which nobody who types a command can change.
+    # Of imports of mmengine's, which nobody who types a command can change.
     warnings.filterwarnings("ignore", "pkg_resources is deprecated")
+    warnings.showwarning = _without_torchscript(warnings.showwarning)
     # Losses of the user's are in the working directory, where ``python -m`` looks; a command has its own folder there.
     if "" not in sys.path:
         sys.path.append("")  # behind what is installed

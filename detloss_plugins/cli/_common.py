@@ -148,11 +148,14 @@ def _module(name):
     try:
         if not name.endswith(".py"):
             return importlib.import_module(name)
+        check_there(Path(name))
         spec = importlib.util.spec_from_file_location(Path(name).stem, name)
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # where dataclasses and pickles look for what it defines
         spec.loader.exec_module(module)
         return module
+    except UsageError:
+        raise
     except Exception as error:  # of the user's own file, which is run
         raise UsageError(f"cannot import {name}: {type(error).__name__}: {first_line(error)}") from error
 

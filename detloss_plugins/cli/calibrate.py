@@ -231,7 +231,7 @@ def show(found, checked):
     table = Table(
         box=SIMPLE, title=f"gradient of the stock loss over that of the loss, at steps {steps or 'with objects'}"
     )
-    table.add_column("loss", no_wrap=True)
+    table.add_column("loss", overflow="fold")  # before any other column is cut
     for name in ("weight", "range", "on positives", "default"):
         table.add_column(name, justify="right", no_wrap=True)
     for slot in dict.fromkeys(each.slot for each in found):
@@ -246,7 +246,7 @@ def show(found, checked):
     console.print(table)
     for each in found:
         if each.weight is not None:
-            click.echo(to_copy(each))
+            click.echo(f"# {to_copy(each)}  # {each.doubt}" if each.doubt else to_copy(each))
     if moving := [each.label for each in found if each.moves]:
         click.echo(f"The ratio of {', '.join(moving)} has moved all along: give more --steps, or --verify.")
     if focusing := [each for each in found if each.focuses]:

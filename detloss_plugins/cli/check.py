@@ -66,6 +66,8 @@ def check_yolo(path, model=None, data=None):
     active += [f"{where_of(place)}: its weight is found by a short stock training first" for place in places]
     losses = with_weights(losses, dict.fromkeys(places, 1.0))
     found.lines = [f"{path} in {name} ({task}):", *(f"  {line}" for line in active)]
+    if not given:
+        found.lines.append("  no slot is changed: this is the stock training")
     if data is not None:
         content = yolo_content(data, task)
         found.lines.append(f"data: {content['yaml_file']}, {len(content['names'])} classes")

@@ -1,6 +1,7 @@
 """The subcommand that trains a detector with losses of ours."""
 
 import copy
+import importlib.util
 import os
 import pickle
 import traceback
@@ -8,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
-import yaml
 
 from detloss_plugins.cli._coco import evaluators, provide_data, type_name
 from detloss_plugins.cli._common import (
@@ -23,8 +23,9 @@ from detloss_plugins.cli._common import (
     first_line,
     require,
 )
-from detloss_plugins.configs import path_of
+from detloss_plugins.configs import path_of, read_yaml
 from detloss_plugins.facts import number_in
+from detloss_plugins.registry import loss_class
 
 DEFAULT_CONFIG = "atfl_mpdiou"
 # Small images, few of them, glyphs that must not be mirrored: enough for a detector that works after 12 epochs.
@@ -58,11 +59,9 @@ def values(overrides):
 def yaml_file(path):
     """The content of a YAML file; ``UsageError`` if it is none."""
     try:
-        return number_in(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} cannot be read: {first_line(error)}") from error
+        return number_in(read_yaml(path))
+    except (OSError, ValueError) as error:
+        raise UsageError(error) from error
 
 
 def yolo_losses(losses, overrides):
@@ -76,11 +75,28 @@ def yolo_losses(losses, overrides):
     losses = dict(losses)
     slots = {"ignore", *(slot for of_task in SLOTS.values() for slot in of_task)}
     of_slots = [key for key in overrides if key.split(".")[0] in slots and "." in key]
-    for key in sorted(of_slots, key=lambda key: not key.endswith(".type")):  # which begins a loss anew
-        slot, name = key.split(".", 1)
-        value = overrides.pop(key)
-        losses[slot] = {"type": value} if name == "type" else {**(losses.get(slot) or {}), name: value}
+    # From the outside to the inside; first the type, which begins a loss anew.
+    for key in sorted(of_slots, key=lambda key: (key.count("."), not key.endswith(".type"))):
+        losses = with_setting(losses, key.split("."), overrides.pop(key), key)
     return losses
+
+
+def with_setting(node, names, value, key):
+    """A copy of a dict of losses, or of a list in it, with a value at some names; a list's are its indices.
+
+    >>> with_setting({"box": {"type": "WIoULoss"}}, ["box", "base", "type"], "CIoULoss", "box.base.type")
+    {'box': {'type': 'WIoULoss', 'base': {'type': 'CIoULoss'}}}
+    """
+    name, *rest = names
+    if isinstance(node, list):
+        if name not in map(str, range(len(node))):
+            raise UsageError(f"{key}: there is no {name} in a list of {len(node)}, which counts from 0")
+        index = int(name)
+        return [*node[:index], with_setting(node[index], rest, value, key) if rest else value, *node[index + 1 :]]
+    node = node if isinstance(node, dict) else {}
+    if not rest:
+        return {"type": value} if name == "type" else {**node, name: value}
+    return {**node, name: with_setting(node.get(name), rest, value, key)}
 
 
 def yolo_checkpoint(args, overrides):
@@ -91,6 +107,7 @@ def yolo_checkpoint(args, overrides):
     if resume is True and args.work_dir is None:
         raise UsageError("resume=true needs --work-dir, or name the checkpoint: resume=runs/x/weights/last.pt.")
     last = args.work_dir / "weights" / "last.pt" if resume is True else Path(str(resume))
+    last = last / "weights" / "last.pt" if last.is_dir() else last
     if last.suffix != ".pt" or not last.is_file():
         raise UsageError(f"There is no checkpoint {last} to resume.")
     if args.work_dir is not None and not last.resolve().is_relative_to(args.work_dir.resolve()):
@@ -384,6 +401,26 @@ class Arguments:
     lite: bool = False
 
 
+def how_to_train(name):
+    """How the loss of that name is trained, for who gives it where a CONFIG stands; None if there is no such loss."""
+    from detloss_plugins.cli._facts import yolo_slots
+    from detloss_plugins.cli.check import MODELS
+
+    try:
+        cls = loss_class(name)
+    except ValueError:
+        return None
+    whole = cls.facts.example.keys() <= {"image_size"}  # which YOLO fills in
+    slots = yolo_slots(cls) if whole and importlib.util.find_spec("ultralytics") else {}
+    if cls.facts.family == "regression":
+        slots.pop("dfl", None)  # which has bins in most models
+    if not slots:
+        return f"{name} is a loss, and no config: detloss show {name} says how it is written in one."
+    slot, (task, *_) = next(iter(slots.items()))
+    model = "" if task == "detect" else f"model={MODELS[task]} "
+    return f"{name} is a loss, and no config: detloss train stock {model}{slot}.type={name}"
+
+
 def parsed_words(words):
     """The config's file, whether it was given, and the overrides, of ``CONFIG`` and ``KEY=VALUE`` in any order."""
     configs = [word for word in words if "=" not in word]
@@ -392,10 +429,25 @@ def parsed_words(words):
     try:
         config = path_of(configs[0] if configs else DEFAULT_CONFIG)
     except ValueError as error:
-        raise UsageError(error) from error
+        raise UsageError(how_to_train(configs[0]) or error) from error
     if config.suffix not in {".yaml", ".yml", ".py"}:
         raise UsageError(f"CONFIG must be a .yaml of losses for Ultralytics or a .py for MMDetection, not {config}")
     return config, bool(configs), dict(word.split("=", 1) for word in words if "=" in word)
+
+
+def with_model(overrides, model, config):
+    """The overrides with the model of ``--model`` in them, which may be None.
+
+    Raises:
+        UsageError: if they have another one, or the config is MMDetection's.
+    """
+    if model is None:
+        return overrides
+    if config.suffix == ".py":
+        raise UsageError("--model is for Ultralytics; a config of MMDetection has its own")
+    if (word := overrides.get("model", model)) != model:
+        raise UsageError(f"The model is given twice: leave model={word} or --model {model} out.")
+    return {**overrides, "model": model}
 
 
 def check(args):
@@ -415,11 +467,12 @@ def train(args):
 
 @click.command()
 @click.argument("words", nargs=-1, metavar="[CONFIG] [KEY=VALUE ...]", shell_complete=complete_config)
+@click.option("--model", metavar="M", help="What YOLO takes, a YAML file or a checkpoint; or model=M.")
 @data_option
 @click.option("--work-dir", type=Path, metavar="DIR", help="Where checkpoints and logs go.")
 @click.option("--new-losses", is_flag=True, help="Resume with other losses than the run was started with.")
 @click.option("--lite", is_flag=True, help="torchvision's operators where mmcv has no compiled ones.")
-def command(words, data, work_dir, new_losses, lite):
+def command(words, model, data, work_dir, new_losses, lite):
     """Train a detector with the losses of CONFIG.
 
     \b
@@ -427,7 +480,7 @@ def command(words, data, work_dir, new_losses, lite):
       detloss train my_losses.yaml                     a .yaml of losses goes to Ultralytics
       detloss train my_config.py                       a .py config goes to mmengine's Runner
       detloss train retinanet_r18_fpn_digits           a config of this package, by its name
-      detloss train --data data.yaml model=yolo11n.yaml epochs=50 cls.loss_weight=2
+      detloss train --data data.yaml --model yolo11n.yaml epochs=50 cls.loss_weight=2
       detloss train obb model=yolov8n-obb.yaml         oriented boxes, here of turned digits
       detloss train resume=runs/x/weights/last.pt      goes on with the losses of that run; others: --new-losses
 
@@ -435,11 +488,12 @@ def command(words, data, work_dir, new_losses, lite):
     stock. detloss list has the losses.
 
     KEY=VALUE overrides: for Ultralytics a training argument (epochs=3) or a setting of a slot's loss
-    (box.type=CIoULoss); for mmengine a dotted key that the config has (train_cfg.max_epochs=2, which stretches the
-    schedule of the learning rate too).
+    (box.type=CIoULoss, box.base.ratio=0.8, cls.losses.0.gamma=1); for mmengine a dotted key that the config has
+    (train_cfg.max_epochs=2, which stretches the schedule of the learning rate too).
 
     --lite (or DETLOSS_LITE=1 in the environment) trains MMDetection with mmcv-lite: torchvision's operators for mmcv's.
     """
-    args = Arguments(*parsed_words(words), data, work_dir, new_losses, lite)
+    config, given, overrides = parsed_words(words)
+    args = Arguments(config, given, with_model(overrides, model, config), data, work_dir, new_losses, lite)
     check(args)
     train(args)

@@ -9,8 +9,11 @@ They are the files of the repository's folder ``configs``, which a wheel has in 
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-__all__ = ["FRAMEWORKS", "find", "names", "path_of"]
+import yaml
+
+__all__ = ["FRAMEWORKS", "find", "names", "path_of", "read_yaml"]
 
 FRAMEWORKS = ("mmdetection", "mmrotate", "ultralytics")
 _HERE = Path(__file__).parent
@@ -71,6 +74,44 @@ def is_file(word: str | Path) -> bool:
         return Path(word).is_file()
     except OSError:  # it is too long for the name of one
         return False
+
+
+def read_yaml(path: str | Path) -> Any:
+    """The content of a YAML file.
+
+    Raises:
+        FileNotFoundError: if it is not there.
+        ValueError: if it cannot be read, is no YAML, or has a key twice, of which YAML readers take the last.
+    """
+    try:
+        return yaml.load(Path(path).read_text(encoding="utf-8"), _EachKeyOnce)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    except _KeyTwiceError as error:
+        raise ValueError(f"{path} {error}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+
+
+class _KeyTwiceError(ValueError):
+    """Which key is there twice in a YAML file, and in which lines."""
+
+
+class _EachKeyOnce(yaml.SafeLoader):
+    """The safe loader, which refuses a key that a dict has twice."""
+
+    def compose_mapping_node(self, anchor):
+        node, lines = super().compose_mapping_node(anchor), {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            line, name = key.start_mark.line + 1, (key.tag, key.value)
+            if name in lines:
+                raise _KeyTwiceError(f"has the key {key.value} twice, in line {lines[name]} and in line {line}.")
+            lines[name] = line
+        return node
 
 
 def _paths(frameworks: Iterable[str]) -> dict[str, Path]:

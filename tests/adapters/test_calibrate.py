@@ -117,6 +117,26 @@ def test_a_loss_that_leaves_the_negatives_alone_is_told_so(own, stock, focuses, 
     assert ("3 to 4 times this weight" in capsys.readouterr().out) == focuses
 
 
+@pytest.mark.parametrize(
+    ("weight", "ratios", "doubt"),
+    [
+        (15.0, (15.0, 16.0), ""),
+        (15.0, (5.0, 16.0), "  # the ratio has moved all along"),
+        (59900.0, (59900.0,), "  # more than 100 times the default"),
+        (59900.0, (210.0, 99000.0), "  # the ratio has moved all along, more than 100 times the default"),
+    ],
+)
+def test_a_weight_in_doubt_is_no_line_to_copy(weight, ratios, doubt, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    losses = {"cls": {"type": "FocalLoss", "loss_weight": weight}}
+    label = "EqualizedQualityFocalLoss of my_losses"
+    show([Suggestion(label, "cls", 16.0, losses, weight, dict(enumerate(ratios)), 1.0, 1.0)], [])
+    shown = capsys.readouterr().out
+    line = f"cls: {{type: FocalLoss, loss_weight: {weight}}}"
+    assert (f"# {line}{doubt}" if doubt else line) in shown.splitlines()
+    assert shown.splitlines()[2].split() == ["loss", "weight", "range", "on", "positives", "default"]
+
+
 def test_labels_are_no_markup(capsys):
     labels = "GHMC of a[red]b", "GHMC of c[/x]", "GHMC of d:bug:"
     show([Suggestion(label, "cls", 16.0, {}, None, {1: 15.0}, 1.0, 0.8) for label in labels], [])
@@ -135,7 +155,7 @@ def test_auto_has_no_meaning_for_a_loss_alone():
         ([], "give at least one loss, such as VarifocalLoss, or --slot cls"),
         (["VarifocaLoss"], "did you mean VarifocalLoss"),
         (["vfl_eiou_dlf"], "is no loss and no file of losses"),
-        (["none.yaml"], "cannot read none.yaml"),
+        (["none.yaml"], "there is no none.yaml"),
         (["mine={cls: 3}"], "mine must hold a dict of losses"),
         (["seeds=3", "grid.yaml"], "a YAML file of a whole grid is for detloss ablate"),
         (["none.py"], "there is no none.py"),

@@ -388,7 +388,7 @@ def test_third_slot_suits_the_head():
             'leave reduction="sum" out of FocalLoss',
         ),
         ({"box": "GIoULoss"}, TypeError, "'type'"),
-        ("nothing.yaml", FileNotFoundError, "nothing.yaml"),
+        ("nothing.yaml", FileNotFoundError, "^there is no nothing.yaml$"),
     ],
 )
 def test_mistakes_fail_before_the_data_is_touched(losses, error, words, tmp_path):

@@ -339,6 +339,7 @@ def test_the_command_refuses_what_a_resume_would_ignore(stopped, tmp_path, capsy
     ):
         assert words in last_line(capsys, "train", resume, *arguments, status=2), arguments
     assert "resume=true needs --work-dir" in last_line(capsys, "train", "resume=true", status=2)
+    assert "leave epochs=9 out" in last_line(capsys, "train", f"resume={stopped.parents[1]}", "epochs=9", status=2)
     assert "no checkpoint no-such.pt" in last_line(capsys, "train", "resume=no-such.pt", status=2)
     (tmp_path / "half.pt").write_bytes(stopped.read_bytes()[:10000])
     assert last_line(capsys, "train", "resume=half.pt", status=2)

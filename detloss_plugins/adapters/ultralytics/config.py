@@ -7,9 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from detloss_plugins.configs import path_of
+from detloss_plugins.configs import path_of, read_yaml
 from detloss_plugins.families import has_bins
 from detloss_plugins.loss import AUTO, Loss
 from detloss_plugins.losses import JointLoss, ScheduledLoss
@@ -124,13 +122,14 @@ def load_losses(
     Raises:
         TypeError: if it is not a dict of dicts, or a hyper-parameter is unknown.
         ValueError: for an unknown task, slot, loss or name, or a loss of a family that the slot does not take.
+        FileNotFoundError: if there is no such file.
     """
     check_task(task)
     if isinstance(losses, str | Path):
         path = path_of(losses)
         if path.suffix == ".py":
             raise ValueError(f"{losses} is a config of MMDetection, and no YAML file of losses.")
-        losses = yaml.safe_load(path.read_text(encoding="utf-8"))
+        losses = read_yaml(path)
     if not isinstance(losses, Mapping):
         raise TypeError(f"losses must be a dict such as {{'cls': {{'type': 'VarifocalLoss'}}}}, not {losses!r}.")
     if unknown := [slot for slot in losses if slot not in (*SLOTS[task], "ignore")]:
