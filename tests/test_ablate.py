@@ -345,7 +345,9 @@ def test_the_test_set_is_measured_where_there_is_one(tmp_path, monkeypatch, name
         (tmp_path / name).touch()
     data = tmp_path / "data.yaml"
     test = {} if named is None else {"test": named}
-    data.write_text(json.dumps({"path": str(tmp_path), "train": "train", "val": "train", "nc": 1, **test}))
+    data.write_text(
+        json.dumps({"path": str(tmp_path), "train": "train", "val": "train", "nc": 1, **test}), encoding="utf-8"
+    )
 
     def measure(model, task, data, args, folder):
         assert args["split"] == "test"

@@ -35,7 +35,7 @@ OF_QUALITY = {
     "joint, one to one": joint("FocalLoss", "MALoss"),
     "weighted": weighted(dict(type="VarifocalLoss")),
     "weighted, one to one": weighted(dict(type="IABCELoss")),
-    "weighted joint": weighted(joint("FocalLoss", "QualityFocalLoss")),
+    "weighted joint": weighted(joint("FocalLoss", "VarifocalLoss")),
     "joint weighted": dict(type="JointLoss", losses=[dict(type="FocalLoss"), weighted(dict(type="QualityFocalLoss"))]),
 }
 OF_LABELS = {

@@ -123,7 +123,7 @@ def test_a_class_loss_of_ious_that_is_skipped_without_positives():
 @pytest.mark.parametrize("cfg", OF_STATE, ids=str)
 def test_a_head_that_skips_its_class_loss_without_positives(cfg, monkeypatch):
     """YOLOX's, and DINO's of its denoising queries: a state of a class loss is averaged as that of a box loss there."""
-    cfg = {**cfg, "type": f"detloss_plugins.{cfg['type']}", "use_sigmoid": True, "reduction": "sum"}
+    cfg = {**cfg, "type": f"detloss_plugins.{cfg['type']}", "use_sigmoid": True}
     dense = {"num_classes": 3, "in_channels": 8, "feat_channels": 8, "stacked_convs": 1}
     layers = {"num_classes": 3, "embed_dims": 8, "share_pred_layer": False, "num_pred_layer": 1}
     monkeypatch.setattr(heads, "_ranks", lambda: 2)
@@ -131,7 +131,8 @@ def test_a_head_that_skips_its_class_loss_without_positives(cfg, monkeypatch):
         with DefaultScope.overwrite_default_scope("mmdet"), warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
             monkeypatch.setattr(heads, "_asked", set())
-            loss = MODELS.build({"type": name, **options, "loss_cls": cfg}).loss_cls
+            reduction = "sum" if name == "YOLOXHead" else "mean"
+            loss = MODELS.build({"type": name, **options, "loss_cls": {**cfg, "reduction": reduction}}).loss_cls
             assert waits(loss, monkeypatch) != skips
         assert any(WARNING in str(warning.message) for warning in seen) == skips
 

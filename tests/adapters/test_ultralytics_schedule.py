@@ -87,7 +87,7 @@ def test_in_the_slots_of_rtdetr(batches):
     ("losses", "words"),
     [
         ({"cls": schedule(BCE, {"type": "CIoULoss"}, at=[1])}, "one family"),
-        ({"cls": schedule(BCE, {"type": "FocalLoss", "activated": True}, at=[1])}, "logits"),
+        ({"cls": schedule(BCE, {"type": "FocalLoss", "activated": True}, at=[1])}, "for probabilities"),
         ({"box": schedule(BCE, AP, at=[1])}, "takes a box loss"),
     ],
 )
