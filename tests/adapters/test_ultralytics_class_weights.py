@@ -24,8 +24,10 @@ from ultralytics.cfg import get_cfg
 from ultralytics.data.utils import check_det_dataset
 from ultralytics.utils.torch_utils import ModelEMA
 
+from detloss_plugins import build_loss
 from detloss_plugins.adapters.ultralytics import install, make_trainer, trained_losses
 from detloss_plugins.adapters.ultralytics.config import counted, load_losses, unlike
+from detloss_plugins.adapters.ultralytics.slots import ClassSlot
 from detloss_plugins.families import effective_weights
 
 pytestmark = since("8.4.37", "it has no class weights to compare with")
@@ -159,3 +161,16 @@ def test_effective_weights_reach_a_copy_that_was_made_before_them(batches):
     copied = trainer.ema.ema.train()
     torch.testing.assert_close(copied.loss(batches["detect"])[0], loss)
     assert trained_losses(copied)["losses"]["cls"]["class_counts"] == list(range(1, 11))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_through_loss_and_mean_are_added_up_in_float32(dtype):
+    """Of a loss whose mean has a gradient too, where the criterion weights the classes."""
+    torch.manual_seed(0)
+    target = (torch.rand(2, 50, 4) < 0.1) * torch.rand(2, 50, 4)
+    slot = ClassSlot(build_loss({"type": "AdaptiveThresholdFocalLoss"}), weighs=True)
+    half = torch.randn(2, 50, 4).to(dtype).requires_grad_()
+    whole = half.detach().float().requires_grad_()
+    for scores in (half, whole):
+        slot(scores, target).sum().backward()
+    assert (half.grad == whole.grad.to(dtype)).float().mean() > 0.99

@@ -44,7 +44,7 @@ class ClassSlot:
         # Under autocast the sum of the scores would be rounded to half precision.
         target_scores, target = float32(target_scores), float32(target)
         with without_autocast(pred_scores.device):
-            rows = pred_scores.flatten(0, -2), target.flatten(0, -2)
+            rows = self.loss.added_up(pred_scores).flatten(0, -2), target.flatten(0, -2)
             seen = self.loss.observe(*rows, None)
             elements, valid = self.loss.unweighted(*rows, seen)
         if self.loss.family == "ranking":
