@@ -304,7 +304,7 @@ class AlphaIoULoss(
 
     def __init__(self, **settings):
         super().__init__(**settings)
-        self.facts = self.facts.but(true_gradient=self.penalty != "ciou")
+        self.facts = self.facts.but(true_gradient=self.facts.true_gradient and self.penalty != "ciou")
 
 
 def shape_iou_loss(
