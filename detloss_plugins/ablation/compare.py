@@ -233,12 +233,12 @@ def mean_curve(curves: Sequence[Sequence[float | None]]) -> list[float | None]:
     return [None if of_epoch is None else of_epoch.mean for of_epoch in found]
 
 
-def merged(results: Sequence[Mapping]) -> list[dict]:
-    """The runs of several results, each once.
+def merged(results: Sequence[Mapping], strict: bool = False) -> list[dict]:
+    """The runs of several results, each once, the first of those of the same label, model, data set, epochs and seed.
 
     Raises:
-        ValueError: if two of the same label, model, data set, epochs and seed have other losses, or two of the same
-            model, data set and epochs were trained with other arguments.
+        ValueError: if two of the same have other losses or, if ``strict``, other metrics, or two of the same model,
+            data set and epochs were trained with other arguments.
     """
     found, losses, args = {}, {}, {}
     for run in (run for result in results for run in result["runs"]):
@@ -250,5 +250,11 @@ def merged(results: Sequence[Mapping]) -> list[dict]:
             raise ValueError(
                 f"{run['label']} with {run['model']} is {losses[key]} in one and {run['losses']} in another."
             )
-        found.setdefault((*key, run["seed"]), run)
+        kept = found.setdefault((*key, run["seed"]), run)
+        if strict and any(kept["metrics"].get(name) != run["metrics"].get(name) for name in JUDGED):
+            raise ValueError(
+                f"{run['label']} with {run['model']} on {run['data']}, seed {run['seed']}, is in two of the results "
+                "with other metrics. If these are other data of that name, or from another machine, report them one by "
+                "one."
+            )
     return list(found.values())

@@ -236,7 +236,9 @@ def measure(model: Any, task: str, data: str, args: Mapping, folder: Path) -> tu
 
 def measure_on_test(model: Any, task: str, data: str, args: Mapping, folder: Path) -> dict:
     """AP50 and AP on the test set, as ``AP50_test`` and ``AP_test``; nothing if it has no images or no objects."""
-    if args.get("split") == "test" or not has_test(data):
+    from ultralytics.data.utils import check_det_dataset
+
+    if args.get("split") == "test" or not has_test(check_det_dataset(data)):
         return {}
     metrics, per_class = measure(model, task, data, {**args, "split": "test"}, folder)
     if all(ap is None for ap in per_class.values()):
@@ -244,10 +246,8 @@ def measure_on_test(model: Any, task: str, data: str, args: Mapping, folder: Pat
     return {f"{name}_test": metrics[name] for name in ("AP50", "AP")}
 
 
-def has_test(data: str) -> bool:
-    """Whether a data YAML names a test set of which something is there: many have a line for one that is not."""
-    from ultralytics.data.utils import check_det_dataset
-
-    named = check_det_dataset(data).get("test") or []
+def has_test(data: Mapping) -> bool:
+    """Whether a data YAML, as Ultralytics reads it, names a test set that is there: many have a line for none."""
+    named = data.get("test") or []
     places = [Path(named)] if isinstance(named, str) else [*map(Path, named)]
     return bool(places) and all(place.is_file() or any(place.rglob("*")) for place in places)

@@ -110,8 +110,7 @@ def write_report(results: Sequence[Mapping], folder: str | Path) -> None:
     """
     if not results:
         raise ValueError("There are no results to report.")
-    check_same(results)
-    runs, folder = merged(results), Path(folder)
+    runs, folder = merged(results, strict=True), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if len(results) == 1:
         write_json(folder / RESULTS, results[0])
@@ -129,20 +128,6 @@ def write_report(results: Sequence[Mapping], folder: str | Path) -> None:
     page.text(chance(runs))
     write_whole(folder / "report.md", page.markdown())
     write_whole(folder / "report.html", page.html())
-
-
-def check_same(results: Sequence[Mapping]) -> None:
-    """``ValueError`` if two results have the same training with other metrics, of which one would be lost."""
-    found: dict[tuple, dict] = {}
-    for run in (run for result in results for run in result["runs"]):
-        key = tuple(run[name] for name in ("label", "model", "data", "epochs", "seed"))
-        own = {name: run["metrics"].get(name) for name in JUDGED}
-        if found.setdefault(key, own) != own:
-            label, model, data, _, seed = key
-            raise ValueError(
-                f"{label} with {model} on {data}, seed {seed}, is in two of the results with other metrics. If these "
-                "are other data of that name, or from another machine, report them one by one."
-            )
 
 
 def summary(results, runs):

@@ -104,7 +104,7 @@ def read_labels(run: Run) -> None:
     from detloss_plugins.ablation.measure import has_test
 
     cfg, data = get_cfg(overrides={**run.args, "task": "detect", "cache": False}), check_det_dataset(data_yaml(run))
-    for split in ("train", "val", "test")[: 3 if has_test(data_yaml(run)) else 2]:
+    for split in ["train", "val"] + ["test"] * has_test(data):
         build_yolo_dataset(cfg, data[split], 1, data, mode=split)
 
 

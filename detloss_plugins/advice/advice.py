@@ -118,10 +118,10 @@ def advise(
     of = {scenario: candidates(runs, scenario) for scenario in like}
     best: dict[str, Choice] = {}
     for choices in of.values():
-        best = {choice.row.label: choice for choice in one_a_label(choices)} | best
+        for choice in one_a_label(choices):
+            best.setdefault(choice.row.label, choice)
     worse = {choice.row.label for choices in of.values() for choice in choices if choice.worse}
     pool = [choice for label, choice in best.items() if label not in worse]
-    pool.sort(key=lambda choice: ([*like].index(choice.scenario), -choice.mean()))
     good = [choice for choice in pool if choice.better]
     rest = [choice for choice in pool if not choice.better and choice.mean() > 0]
     unknown = [scenario for scenario, choices in of.items() if not choices]
@@ -129,8 +129,10 @@ def advise(
 
 
 def one_a_label(choices: Iterable[Choice]) -> list[Choice]:
-    """The best choice of each label, with its others."""
+    """The best choice of each label, with its others; the labels with the largest mean first."""
     labels: dict[str, list[Choice]] = {}
     for choice in sorted(choices, key=lambda one: (not one.better, -one.mean())):
         labels.setdefault(choice.row.label, []).append(choice)
-    return [replace(first, others=others) for first, *others in labels.values()]
+    return sorted(
+        (replace(first, others=others) for first, *others in labels.values()), key=lambda choice: -choice.mean()
+    )
