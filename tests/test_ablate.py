@@ -53,6 +53,13 @@ def test_words(word):
     assert parse_words([word]) == ({}, *WORDS[word])
 
 
+def test_a_slot_fills_in_what_a_loss_must_be_given():
+    pytest.importorskip("ultralytics")
+    assert slots_of({"type": "MPDIoULoss"}, "detect") == {
+        "box": {"image_size": "batch", "type": "MPDIoULoss", "loss_weight": 1.0}
+    }
+
+
 def test_files_and_configs_are_words_too(tmp_path):
     own, grid = tmp_path / "mine.yaml", tmp_path / "grid.yaml"
     own.write_text("box: {type: WIoULoss}", encoding="utf-8")

@@ -12,7 +12,7 @@ import yaml
 
 from detloss_plugins import configs
 from detloss_plugins.facts import number_in
-from detloss_plugins.registry import build_loss, portable, registered_losses
+from detloss_plugins.registry import build_loss, loss_class, portable, registered_losses
 
 EPOCHS = 12
 STOCK = "stock"
@@ -118,8 +118,9 @@ def plain(value: Any) -> Any:
 
 
 def family_of(loss: Mapping) -> str:
-    """The family of the loss of a config; its weight does not matter, and may be "auto"."""
-    return build_loss({key: value for key, value in loss.items() if key != "loss_weight"}).family
+    """The family of the loss of a config. Its weight does not matter, and may be "auto"; nor what a slot fills in."""
+    others = {key: value for key, value in loss.items() if key != "loss_weight"}
+    return build_loss({**loss_class(loss["type"]).facts.example, **others}).family
 
 
 def losses_of_word(word: str) -> tuple[str, Any]:
@@ -152,8 +153,6 @@ def _config(word):
     try:
         path = configs.find(word)
     except ValueError as error:
-        from detloss_plugins.registry import loss_class
-
         if word[:1].isupper():
             loss_class(word.partition(":")[0])  # raises, with the nearest names
         raise ValueError(f"{word} is no loss and no file of losses. {error}") from None
