@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import disable_saved_tensors_hooks
 
 from detloss_plugins.precision import float32, is_compiling, is_large, rows_in_chunk
+from detloss_plugins.reduction import times
 
 
 class Call(NamedTuple):
@@ -27,10 +28,15 @@ class Call(NamedTuple):
     row_wise: bool = False  # whether the losses of a row depend on that row and on what is shared alone
     # To compile it once: what is equal for equal functions, what makes one that cannot change, its name in a warning.
     kernel: tuple[Hashable, Callable[[], Callable[..., Tensor]], str] | None = None
+    factor: float = 1.0  # of the sum of the losses
 
     def losses(self) -> Tensor:
         """The losses of all rows, in plain operators."""
         return self.function(*self.rows, *self.shared)
+
+    def total(self) -> Tensor:
+        """The sum of the losses of all rows, times the factor."""
+        return times(self.losses().sum(), self.factor)
 
     def filled(self, flat: Sequence[Tensor]) -> "Call":
         """The same with other tensors."""
@@ -59,20 +65,20 @@ class Call(NamedTuple):
 
 
 def weighted_sum(call: Call) -> Tensor:
-    """The sum of the losses of all rows; ``pred`` and what is shared get their gradients by chunks or a kernel."""
+    """The call's :meth:`~Call.total`; ``pred`` and what is shared get their gradients by chunks or a kernel."""
     learned = call.learned() if torch.is_grad_enabled() else ()
     others = any(i < len(call.rows) for i in learned[1:]) or (learned and learned[0] > 0)
     lost = any(is_dual(x) for i, x in enumerate((*call.rows, *call.shared)) if i not in learned)
     if not call.row_wise or is_compiling() or others or lost:
-        return call.losses().sum()
+        return call.total()
     # 0 and 1 rows would be compiled for themselves.
     if call.kernel and len(call.rows[0]) > 1 and (value := _by_kernel(call, learned)) is not None:
         return value
     if not call.in_chunks():
-        return call.losses().sum()
+        return call.total()
     if learned:
         return _GradientInForward.apply(_chunk_by_chunk, call, learned, *call.rows, *call.shared)[0]
-    return torch.stack([chunk.losses().sum() for _, chunk in call.chunks()]).sum()
+    return torch.stack([chunk.total() for _, chunk in call.chunks()]).sum()
 
 
 def is_dual(x: Tensor) -> bool:
@@ -92,7 +98,7 @@ def _chunk_by_chunk(call: Call, learned: tuple[int, ...]) -> tuple[Tensor, ...]:
         with torch.enable_grad():
             for i in learned:
                 flat[i] = float32(flat[i]).requires_grad_()
-            value = chunk.function(*flat).sum()
+            value = chunk.filled(flat).total()
         gradient[part], *of_shared = torch.autograd.grad(value, [flat[i] for i in learned])
         sums.append((value.detach(), *of_shared))
     value, *of_shared = (torch.stack(x).sum(0) for x in zip(*sums, strict=True))
@@ -127,7 +133,7 @@ class _GradientInForward(torch.autograd.Function):
 
         def total(*given):
             given = dict(zip(ctx.learned, given, strict=True))
-            return ctx.call.filled([given.get(i, x) for i, x in enumerate(flat)]).losses().sum()
+            return ctx.call.filled([given.get(i, x) for i, x in enumerate(flat)]).total()
 
         return torch.func.vjp(total, *(flat[i] for i in ctx.learned))[1](outer)
 
@@ -144,7 +150,7 @@ class _GradientInForward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, way, call, learned, *flat):
-        value = torch.vmap(lambda *flat: call.filled(flat).losses().sum(), in_dims[3:])(*flat)
+        value = torch.vmap(lambda *flat: call.filled(flat).total(), in_dims[3:])(*flat)
         return (value, *[value.detach()] * len(learned)), (0,) * (1 + len(learned))
 
 
@@ -173,8 +179,7 @@ def _by_kernel(call: Call, learned: tuple[int, ...]) -> Tensor | None:
         place = key, len(call.rows), learned, call.rows[0].device.type == "cpu" and not _is_narrow(call.rows[0])
         kernel = _kernels.get(place) or _kernels.setdefault(place, _compile(make(), *place[2:]))
         flat = [_contiguous(x.detach()) for x in (*call.rows, *call.shared)]
-        one = flat[0].new_ones(1 if _is_narrow(flat[0]) else len(flat[0]))
-        sums, *found = kernel(one, *flat)
+        sums, *found = kernel(_factor_of_rows(flat[0], call.factor, place[-1]), *flat)
         return sums.sum(), *found[:1], *(x.sum() for x in found[1:])
 
     try:
@@ -201,6 +206,12 @@ def _are_hooked() -> bool:
         return True
 
 
+def _factor_of_rows(pred: Tensor, factor: float, of_each: bool) -> Tensor:
+    """A factor as a kernel takes it, a number on the host, which costs a GPU no launch; or one of each row."""
+    dtype = torch.float64 if pred.dtype == torch.float64 else torch.float32
+    return torch.full((len(pred),) if of_each else (), factor, dtype=dtype, device="cpu")
+
+
 def _is_narrow(x: Tensor) -> bool:
     return x.numel() <= 5 * len(x)
 
@@ -214,12 +225,13 @@ def _contiguous(x: Tensor) -> Tensor:
 def _compile(function: Callable[..., Tensor], learned: tuple[int, ...], one_loop: bool) -> Callable:
     """A kernel that gives a sum for each row, as a full one would run in one block of a GPU, and maybe the gradients.
 
-    A 1 for each row comes first: without a number a row, the compiler makes a loop over all and another over the rows.
+    The factor comes first: on a CPU one for each row, without which the compiler makes a loop over all and another over
+    the rows.
     """
 
-    def sums(one, *flat):
+    def sums(factor, *flat):
         of_rows = function(*flat)
-        of_rows = one * (of_rows.flatten(1).sum(1) if of_rows.dim() > 1 else of_rows)
+        of_rows = factor * (of_rows.flatten(1).sum(1) if of_rows.dim() > 1 else of_rows)
         return of_rows.sum(), of_rows
 
     def slopes(place, of_rows, *flat):
@@ -230,10 +242,10 @@ def _compile(function: Callable[..., Tensor], learned: tuple[int, ...], one_loop
 
         return torch.func.grad(along)(torch.ones_like(of_rows))
 
-    def plain(one, pred, *others):
+    def plain(factor, pred, *others):
         if not learned:
-            return (sums(one, pred, *others)[1],)
-        flat = one, float32(pred), *others
+            return (sums(factor, pred, *others)[1],)
+        flat = factor, float32(pred), *others
         gradient, of_rows = torch.func.grad(sums, argnums=1, has_aux=True)(*flat)
         gradient = gradient if pred.dtype == torch.float16 else gradient.to(pred.dtype)
         return of_rows, gradient, *(slopes(1 + place, of_rows, *flat) for place in learned[1:])

@@ -14,7 +14,7 @@ from detloss_plugins import engine
 from detloss_plugins.facts import Facts, NonNegative, Rule, checked, plain, rule_of
 from detloss_plugins.nested import each_tensor, flatten, unflatten
 from detloss_plugins.precision import COMPILES_FROM, can_compile, float32, is_compiling, is_large, without_autocast
-from detloss_plugins.reduction import apply_weight, check_reduction, scaled, times
+from detloss_plugins.reduction import apply_weight, check_reduction, divisor_of, scaled, times
 
 AUTO = "auto"  # in the place of a weight that is found out when a training starts
 _ANY_KIND = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -310,33 +310,37 @@ class Loss(nn.Module, metaclass=_Checked):
                 loss = torch.cat(found) if len(found) > 1 else found[0]
                 loss = loss.unflatten(0, shape) if pred.dim() < given else loss
                 return times(loss, factor)
-            total = self.summed(pred, target, weight, seen)
-            return self.normalized(total, pred, seen, avg_factor, reduction, factor)
+            return self.summed(pred, target, weight, seen, self.divisor(pred, seen, avg_factor, reduction), factor)
 
     def added_up(self, pred: Tensor) -> Tensor:
         """What gets several gradients, which are not to be added up in half precision."""
         return float32(pred) if self.couples else pred
 
-    def summed(self, pred: Tensor, target: Any, weight: Tensor | None, seen: dict[str, Any]) -> Tensor:
-        """The sum of the weighted losses, by the engine where chunks or a kernel gain something."""
-        if not self.compiled and (self.facts.keeps_little or not is_large(pred)):
-            return self.weighted(pred, target, weight, seen).sum()
-        return engine.weighted_sum(self._call(self.weighted, pred, target, weight, seen))
-
-    def normalized(
+    def summed(
         self,
-        total: Tensor,
         pred: Tensor,
+        target: Any,
+        weight: Tensor | None,
         seen: dict[str, Any],
-        avg_factor: Tensor | float | None,
-        reduction: str,
-        factor: Tensor | float,
+        divisor: Tensor | float | None = None,
+        factor: Tensor | float = 1.0,
     ) -> Tensor:
-        """The sum over the rows of ``pred`` reduced to "mean" or "sum", times a factor."""
+        """The sum of the weighted losses, scaled, by the engine where chunks or a kernel gain something."""
+        if not self.compiled and (self.facts.keeps_little or not is_large(pred)):
+            return scaled(self.weighted(pred, target, weight, seen).sum(), divisor, factor)
+        call = self._call(self.weighted, pred, target, weight, seen)
+        if call.kernel and not isinstance(divisor, Tensor) and not isinstance(factor, Tensor):  # its kernel scales it
+            return engine.weighted_sum(call._replace(factor=factor if divisor is None else factor / divisor))
+        return scaled(engine.weighted_sum(call), divisor, factor)
+
+    def divisor(
+        self, pred: Tensor, seen: dict[str, Any], avg_factor: Tensor | float | None, reduction: str
+    ) -> Tensor | float | None:
+        """What the sum over the rows of ``pred`` is divided by; None for "sum"."""
         one_per_row = self.facts.one_per_row or self.facts.sums_classes
         count = pred.shape[: self.leading(pred)].numel() if one_per_row else pred.numel()
         avg_factor = None if self.facts.self_normalized else avg_factor
-        return scaled(total, self.normalizer(max(count, 1), seen), avg_factor, reduction, factor)
+        return divisor_of(self.normalizer(max(count, 1), seen), avg_factor, reduction)
 
     def as_rows(self, pred: Tensor, target: Any, weight: Tensor | None) -> tuple[Tensor, Any, Tensor | None]:
         """The same with one leading dimension, the rows, if the loss is row-wise and the shapes fit."""

@@ -62,13 +62,16 @@ def fit_weight(weight: Tensor, loss: Tensor) -> Tensor:
     )
 
 
-def scaled(
-    total: Tensor, count: Tensor | int, avg_factor: Tensor | float | None, reduction: str, factor: Tensor | float = 1.0
-) -> Tensor:
-    """A sum of losses, reduced: for "mean" over ``avg_factor``, or else over ``count``; times ``factor``."""
-    if reduction == "mean":
-        total = total / (count if avg_factor is None else avg_factor + AVG_FACTOR_EPS)
-    return times(total, factor)
+def divisor_of(count: Tensor | int, avg_factor: Tensor | float | None, reduction: str) -> Tensor | float | None:
+    """What a sum of losses is divided by: ``avg_factor`` or else ``count`` for "mean", nothing for "sum"."""
+    if reduction != "mean":
+        return None
+    return count if avg_factor is None else avg_factor + AVG_FACTOR_EPS
+
+
+def scaled(total: Tensor, divisor: Tensor | float | None, factor: Tensor | float = 1.0) -> Tensor:
+    """A sum over ``divisor``, if there is one, times ``factor``."""
+    return times(total if divisor is None else total / divisor, factor)
 
 
 def times(value: Tensor, factor: Tensor | float) -> Tensor:
@@ -106,4 +109,4 @@ def reduce(
     """
     check_reduction(reduction, avg_factor)
     loss = apply_weight(loss, weight)
-    return loss if reduction == "none" else scaled(loss.sum(), max(loss.numel(), 1), avg_factor, reduction)
+    return loss if reduction == "none" else scaled(loss.sum(), divisor_of(max(loss.numel(), 1), avg_factor, reduction))

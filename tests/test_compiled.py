@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 from support import counted_graphs, gradient, needs_compiler, sample_for
+from timing import kernels_and_waits
 from torch import nn
 
 from detloss_plugins import build_loss, engine
@@ -176,6 +177,22 @@ def test_in_a_distributed_model(traced, tmp_path):
         assert counted_graphs() == 1
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_a_scale_costs_no_operator(device, traced):
+    """Forward and backward: the kernel multiplies by the weight of the loss and what is averaged over."""
+
+    def operators(loss, **how):
+        pred, target = (x.to(device) for x in sample(loss, 8))
+
+        def run():
+            loss(pred.detach().requires_grad_(), target, **how).backward()
+
+        run()
+        return kernels_and_waits(run, torch.device(device))[0]
+
+    scaled = operators(CIoULoss(compile=True, loss_weight=2.0), avg_factor=3.0)
+    assert scaled == operators(CIoULoss(compile=True), reduction_override="sum")
 
 
 @pytest.mark.parametrize("name", ["FocalLoss", "CIoULoss", pytest.param("KLDLoss", marks=pytest.mark.slow)])

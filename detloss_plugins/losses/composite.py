@@ -15,7 +15,7 @@ from detloss_plugins.loss import Loss, check_use_sigmoid, takes_probabilities
 from detloss_plugins.losses.classification import confidence_weight
 from detloss_plugins.losses.classification.common import OverBase
 from detloss_plugins.precision import float32, outside_graph, without_autocast
-from detloss_plugins.reduction import apply_weight, check_reduction, times
+from detloss_plugins.reduction import apply_weight, check_reduction, scaled, times
 from detloss_plugins.registry import MODELS, build_loss, build_part, runner_progress
 
 __all__ = [
@@ -151,7 +151,7 @@ class JointLoss(Loss, fn=joint_loss):
                 loss.add_scales(of_loss, pred, avg_factor, reduction)
                 of_loss["scale"] = times(one, loss.loss_weight)
             else:
-                of_loss["scale"] = loss.normalized(one, pred, of_loss, avg_factor, reduction, loss.loss_weight)
+                of_loss["scale"] = scaled(one, loss.divisor(pred, of_loss, avg_factor, reduction), loss.loss_weight)
 
     def look(self, pred, target):
         for loss in self.losses:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from ultralytics.utils.tal import TaskAlignedAssigner, bbox2dist, make_anchors
+from ultralytics.utils.tal import TaskAlignedAssigner, make_anchors
 
 from detloss_plugins.adapters.ultralytics import compat
 from detloss_plugins.loss import Loss
@@ -142,9 +142,14 @@ def decode(bins, dist, places):
     if bins > 1:
         share = sides.unflatten(-1, (4, bins)).softmax(-1)
         sides = (share * torch.arange(bins, dtype=share.dtype, device=share.device)).sum(-1)
-    before, after = sides.chunk(2, -1)
-    points, stride = places.split((2, 1), -1)
-    return torch.cat([points - before, points + after], -1) * stride
+    points, stride = places.unsqueeze(-2).split((2, 1), -1)
+    corners = points + sides.unflatten(-1, (2, 2)) * _side_signs(sides.device)
+    return (corners * stride).flatten(-2)
+
+
+def _side_signs(device):
+    """The sign of left and top, and of right and bottom; a product with it is in the kernel of what follows."""
+    return 2 * torch.arange(2, device=device).unsqueeze(-1) - 1
 
 
 def boxes_of(bins, dist, target, places, weight):
@@ -154,8 +159,9 @@ def boxes_of(bins, dist, target, places, weight):
 
 def sides_of(bins, dist, target, places, weight):
     """What a distribution loss compares, side by side, and its weight: a box counts as the mean of its four sides."""
-    points, stride = places.split((2, 1), -1)
-    distances = bbox2dist(points, target / stride, bins - 1)
+    points, stride = places.unsqueeze(-2).split((2, 1), -1)
+    sides = (target.unflatten(-1, (2, 2)) / stride - points) * _side_signs(target.device)
+    distances = sides.flatten(-2).clamp(0, bins - 1 - 0.01)  # as the stock criterion clamps them
     return dist.unflatten(-1, (4, bins)), distances, (weight / 4).unsqueeze(-1).expand_as(distances)
 
 
@@ -187,7 +193,7 @@ class OfHead(Loss):
 
 def sum_of_head(loss, inputs, bins, dist, target, places, weight):
     """The sum of a loss on what the head predicts; see :class:`OfHead`, which does not call what sums up a loss."""
-    if all(getattr(type(loss), name) is getattr(Loss, name) for name in ("forward", "reduced", "summed", "normalized")):
+    if all(getattr(type(loss), name) is getattr(Loss, name) for name in ("forward", "reduced", "summed", "divisor")):
         return OfHead(loss, bins, inputs)(dist, (target, places), weight, reduction_override="sum")
     return loss(*inputs(bins, dist, target, places, weight), reduction_override="sum")
 

@@ -12,7 +12,7 @@ from detloss_plugins.families import ClassificationLoss, of_one_type
 from detloss_plugins.loss import rank_mean
 from detloss_plugins.losses.classification.common import bce
 from detloss_plugins.precision import float32, is_asynchronous, is_compiling
-from detloss_plugins.reduction import check_reduction, counts, scaled
+from detloss_plugins.reduction import check_reduction, counts, divisor_of, scaled
 from detloss_plugins.registry import MODELS
 
 __all__ = ["EQLV2Loss", "SeesawLoss", "eqlv2_loss", "eqlv2_weight", "seesaw_loss"]
@@ -161,8 +161,8 @@ class SeesawLoss(
         positives = ((target >= 0) & (target < self.num_classes)).sum().clamp(min=1)
         classes, objectness = (part if reduction == "none" else part.sum() for part in rows.unbind(-1))
         loss = {
-            "loss_cls_objectness": scaled(objectness, max(target.numel(), 1), avg_factor, reduction),
-            "loss_cls_classes": scaled(classes, positives, avg_factor, reduction),
+            "loss_cls_objectness": scaled(objectness, divisor_of(max(target.numel(), 1), avg_factor, reduction)),
+            "loss_cls_classes": scaled(classes, divisor_of(positives, avg_factor, reduction)),
         }
         return loss if self.return_dict else sum(loss.values())
 
