@@ -17,6 +17,7 @@ import playground
 import simulate
 import torch
 import yaml
+from docstrings import as_markdown
 
 from detloss_plugins.cli import _facts, _plot
 from detloss_plugins.families import ClassificationLoss
@@ -68,12 +69,6 @@ STYLE = """<style>
 .losses a { display: block; text-align: center; font-size: .62rem; overflow-wrap: anywhere; }
 .panels img, .losses img { display: block; width: 100%; background: none; }
 </style>"""
-
-
-def as_markdown(text: str) -> str:
-    """A docstring as Markdown: code in single ticks, references by their last part, examples as code."""
-    text = re.sub(r":\w+:`~?(?:[\w.]+\.)?(\w+)`", r"`\1`", text).replace("``", "`")
-    return re.sub(r"^(>>> .*(?:\n(?!\n).*)*)", r"```pycon\n\1\n```", text, flags=re.MULTILINE)
 
 
 def in_a_cell(text: str) -> str:
