@@ -235,8 +235,8 @@ SMALLER = {
 }
 # By the kind of a config.
 SHORTER = {".yaml": ["epochs=1", "imgsz=64", "fraction=0.1"], ".py": ["train_cfg.max_epochs=1"]}
-# On the digits, or the file that the tests have in place; a resumed one and COCO's would have to be there, and mmengine's
-# mixed precision is for a GPU.
+# On the digits, or the file that the tests have in place; a resumed one and COCO's would have to be there, and mixed
+# precision is for a GPU.
 TRAININGS = [
     line
     for line, words in DETLOSS.items()
