@@ -20,7 +20,6 @@ import yaml
 from docstrings import as_markdown
 
 from detloss_plugins.cli import _facts, _plot
-from detloss_plugins.families import ClassificationLoss
 from detloss_plugins.registry import SCOPE, registered_losses
 
 ROOT = Path(__file__).parents[1]
@@ -101,8 +100,7 @@ def settings(cls: type) -> str:
     for s in own:
         default = "" if s.default is inspect.Parameter.empty else f"`{s.default!r}`"
         lines.append(f"| `{s.name}` | {in_a_cell(default)} | {in_a_cell(s.allowed)} | {in_a_cell(s.meaning)} |")
-    common = [*_facts.SHARED, *(_facts.OF_CLASSES if issubclass(cls, ClassificationLoss) else ())]
-    names = ", ".join(f"`{name}`" for name in common if name not in [s.name for s in own])
+    names = ", ".join(f"`{name}`" for name in _facts.shared(cls) if name not in [s.name for s in own])
     return "\n".join([*(lines if own else []), "", f"And those of every loss of its kind: {names}."])
 
 
