@@ -180,6 +180,9 @@ def test_show_says_what_weight_yolo_gives(capsys, monkeypatch):
     assert "cls: {type: FocalLoss}, for detect, segment, pose, obb, with loss_weight 16" in text
     assert "loss_class: {type: FocalLoss}, for rtdetr, with loss_weight 1\n" in text + "\n"
     assert "it fits no slot there" in detloss(capsys, "show", "SeesawLoss")
+    assert "label_smoothing=0.0" in text
+    for name in ("APLoss", "SlideLoss", "VarifocalLoss"):
+        assert "label_smoothing" not in detloss(capsys, "show", name).partition("its kind has")[2], "it is refused"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "Ultralytics: not installed here" in detloss(capsys, "show", "FocalLoss")
 

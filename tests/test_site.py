@@ -64,6 +64,16 @@ def test_it_builds_strictly(site):
 
 
 @pytest.mark.slow
+def test_the_reference_is_markdown(site):
+    """Examples of docstrings are code, not quotations, and no markup of Sphinx is left."""
+    for page in (site / "api").glob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        assert "<blockquote" not in text, page
+        assert not re.search(r":(func|class|mod|meth):", text), page
+    assert "&gt;&gt;&gt; </span>" in (site / "api" / "box-losses.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
 def test_pages_are_small(site):
     """With their pictures, styles and scripts."""
     for page in set(site.rglob("*.html")) - {site / "404.html"}:  # whose links begin at the root

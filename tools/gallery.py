@@ -17,9 +17,9 @@ import playground
 import simulate
 import torch
 import yaml
+from docstrings import as_markdown
 
 from detloss_plugins.cli import _facts, _plot
-from detloss_plugins.families import ClassificationLoss
 from detloss_plugins.registry import SCOPE, registered_losses
 
 ROOT = Path(__file__).parents[1]
@@ -70,12 +70,6 @@ STYLE = """<style>
 </style>"""
 
 
-def as_markdown(text: str) -> str:
-    """A docstring as Markdown: code in single ticks, references by their last part, examples as code."""
-    text = re.sub(r":\w+:`~?(?:[\w.]+\.)?(\w+)`", r"`\1`", text).replace("``", "`")
-    return re.sub(r"^(>>> .*(?:\n(?!\n).*)*)", r"```pycon\n\1\n```", text, flags=re.MULTILINE)
-
-
 def in_a_cell(text: str) -> str:
     """Text for a cell of a table."""
     return as_markdown(text).replace("|", r"\|")
@@ -106,8 +100,7 @@ def settings(cls: type) -> str:
     for s in own:
         default = "" if s.default is inspect.Parameter.empty else f"`{s.default!r}`"
         lines.append(f"| `{s.name}` | {in_a_cell(default)} | {in_a_cell(s.allowed)} | {in_a_cell(s.meaning)} |")
-    common = [*_facts.SHARED, *(_facts.OF_CLASSES if issubclass(cls, ClassificationLoss) else ())]
-    names = ", ".join(f"`{name}`" for name in common if name not in [s.name for s in own])
+    names = ", ".join(f"`{name}`" for name in _facts.shared(cls) if name not in [s.name for s in own])
     return "\n".join([*(lines if own else []), "", f"And those of every loss of its kind: {names}."])
 
 

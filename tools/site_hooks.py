@@ -1,13 +1,15 @@
 """What MkDocs does for this site besides.
 
 Formulas in LaTeX become MathML, which browsers draw without a script. The gallery, which tools/gallery.py writes and no
-commit has, joins the navigation where it has been written.
+commit has, joins the navigation where it has been written. The examples of docstrings are shown as code.
 """
 
 import html
 import re
 from pathlib import Path
 
+from docstrings import as_markdown
+from griffe import Extension
 from latex2mathml.converter import convert
 
 FORMULA = re.compile(r'<(span|div) class="arithmatex">(.*?)</\1>', re.DOTALL)
@@ -43,3 +45,12 @@ def on_config(config):
 def on_page_content(content: str, **_) -> str:
     """The HTML of a page with its formulas drawn; called by MkDocs."""
     return FORMULA.sub(as_mathml, content)
+
+
+class Docstrings(Extension):
+    """Docstrings as Markdown, whose examples would otherwise be quotations; called by mkdocstrings."""
+
+    def on_instance(self, *, obj, **_):
+        """Called for every object with its docstring."""
+        if obj.docstring:
+            obj.docstring.value = as_markdown(obj.docstring.value)

@@ -22,7 +22,7 @@ model = dict(
         out_channels=[64],
         anchor_generator=dict(_delete_=True, type="YOLOAnchorGenerator", base_sizes=[[(27, 33)]], strides=[8]),
         featmap_strides=[8],
-        # All class losses here have the alpha of the fourth source document, and a weight that makes up for it.
+        # All class losses here have the alpha of lvsolo's experiment, and a weight that makes up for it.
         loss_cls=dict(alpha=0.25, loss_weight=4.0),
     ),
 )

@@ -1,5 +1,6 @@
 """What a loss class states about itself, in words: for ``detloss list`` and ``show``, and the documents' tables."""
 
+import contextlib
 import inspect
 import re
 from collections.abc import Iterator
@@ -7,6 +8,7 @@ from typing import Any, NamedTuple
 
 from detloss_plugins import MODELS
 from detloss_plugins.facts import Upstream
+from detloss_plugins.families import ClassificationLoss
 from detloss_plugins.loss import Loss
 from detloss_plugins.registry import registered_losses
 from detloss_plugins.testing.twins import in_words
@@ -59,6 +61,17 @@ def settings(cls: type[Loss]) -> list[Setting]:
     """The settings of a loss without those that every loss of its kind has."""
     common = {*SHARED, *set(OF_CLASSES) - set(cls.hyper)}
     return [setting for setting in every_setting(cls) if setting.name not in common]
+
+
+def shared(cls: type[Loss]) -> list[str]:
+    """The names of the settings that every loss of its kind has, without those that this one refuses."""
+    names = list(SHARED)
+    if issubclass(cls, ClassificationLoss):
+        for given, of_it in (({"class_weight": [1.0]}, OF_CLASSES[:3]), ({"label_smoothing": 0.1}, OF_CLASSES[3:])):
+            with contextlib.suppress(TypeError, ValueError):
+                cls.make(**given)
+                names += of_it
+    return names
 
 
 def every_setting(cls: type[Loss]) -> list[Setting]:

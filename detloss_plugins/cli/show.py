@@ -10,7 +10,6 @@ import click
 
 from detloss_plugins.cli import _facts
 from detloss_plugins.cli._common import UsageError, check_folder, complete_loss, first_line, loss_class_of
-from detloss_plugins.families import ClassificationLoss
 from detloss_plugins.registry import SCOPE
 
 WIDTH = 100
@@ -48,9 +47,8 @@ def setting_lines(cls):
     for setting in _facts.settings(cls):
         lines.append(f"  {setting!s:<28} {setting.allowed}".rstrip())
         lines += wrapped(setting.meaning, " " * 6)
-    also = [*_facts.SHARED, *(_facts.OF_CLASSES if issubclass(cls, ClassificationLoss) else ())]
-    names = [setting.name for setting in _facts.settings(cls)]
-    also = ", ".join(str(s) for s in _facts.every_setting(cls) if s.name in also and s.name not in names)
+    names, shared = [setting.name for setting in _facts.settings(cls)], _facts.shared(cls)
+    also = ", ".join(str(s) for s in _facts.every_setting(cls) if s.name in shared and s.name not in names)
     return [*lines, *wrapped(f"and as its kind has: {also}", "  ")]
 
 

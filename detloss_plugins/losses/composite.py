@@ -390,8 +390,8 @@ class ConfidenceWeightedLoss(
 ):
     """A classification loss weighted by how sure the model is that a sample is background.
 
-    The weight of the third source document; no paper is known. It is not focal loss: it favours whatever is confidently
-    background, positives that the model misses among them.
+    The weight comes from an article on the losses of SSD; no paper is known. It is not focal loss: it favours whatever
+    is confidently background, positives that the model misses among them.
 
     Args:
         base: config of a classification loss; binary cross entropy if it is not given.

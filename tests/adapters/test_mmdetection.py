@@ -420,7 +420,6 @@ def test_validation_does_not_move_the_state_of_a_loss(batch):
         assert torch.equal(state, before) != moves
 
 
-# The losses of the source documents, as the issue lists them.
 CLASSIFICATION = ["CrossEntropyLoss", "BinaryCrossEntropyLoss", "BalancedCrossEntropyLoss", "FocalLoss"]
 CLASSIFICATION += ["ModifiedCrossEntropyLoss", "QualityFocalLoss", "VarifocalLoss", "GeneralizedFocalLoss"]
 CLASSIFICATION += ["ConfidenceWeightedLoss", "JointLoss"]

@@ -274,7 +274,6 @@ def test_end_to_end_head(name):
 CLASS_LOSSES = [
     cls for cls in registered_losses().values() if cls.facts.family in SLOTS["detect"]["cls"] and cls.make().use_sigmoid
 ]
-# Those that the source documents describe.
 DOCUMENTED = """BinaryCrossEntropyLoss BalancedCrossEntropyLoss FocalLoss ModifiedCrossEntropyLoss QualityFocalLoss
 VarifocalLoss GeneralizedFocalLoss ConfidenceWeightedLoss JointLoss""".split()
 

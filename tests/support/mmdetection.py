@@ -206,5 +206,5 @@ def run(work_dir, hook, **options):
     return runner
 
 
-# The losses between coordinates that the source documents describe.
+# Losses between coordinates.
 REGRESSION = ["L1Loss", "SmoothL1Loss", "HuberLoss", "BalancedL1Loss", "MSELoss", "RMSELoss"]
