@@ -422,6 +422,11 @@ def test_a_model_of_another_task_fails_before_the_data_is_touched(model, given, 
         trainer(overrides=overrides).train()
 
 
+def test_a_model_of_a_task_without_slots_fails_without_advice_to_name_it(tmp_path):
+    with pytest.raises(ValueError, match=r"Losses can be swapped for the tasks detect.*, not for 'classify'"):
+        YOLO("yolov8n-cls.yaml").train(data="no-such-data.yaml", trainer=make_trainer({}), project=str(tmp_path))
+
+
 SHIPPED = sorted((Path(__file__).parents[2] / "configs" / "ultralytics").glob("*.yaml"))
 
 
