@@ -333,6 +333,17 @@ def test_default_gains_and_priors():
     assert [(default_gain(loss), default_prior(loss)) for loss in (Stated, Stated())] == [(3, 0.2)] * 2
     joint = build_loss({"type": "JointLoss", "losses": [{"type": "DRLoss"}, {"type": "APLoss"}]})
     assert (default_gain(joint), default_prior(joint)) == (1, 0.1)
+    focal = {"type": "FocalLoss"}
+    for kind, base, gain in [
+        ("SlideLoss", focal, 16),
+        ("SlideLoss", {"type": "BinaryCrossEntropyLoss"}, 1),
+        ("SlideLoss", {**focal, "loss_weight": 16.0}, 1),  # which is weighed already
+        ("ConfidenceWeightedLoss", focal, 16),
+        ("ConfidenceWeightedLoss", {"type": "SlideLoss", "base": focal}, 16),
+        ("ConfidenceWeightedLoss", {"type": "BinaryCrossEntropyLoss"}, 4),
+        ("WIoULoss", {"type": "EIoULoss"}, 1),
+    ]:
+        assert default_gain(build_loss({"type": kind, "base": base})) == gain, (kind, base)
     bases = {base.__name__ for cls in registered_losses().values() for base in cls.__mro__}
     assert {*GAINS, *PRIORS} <= bases
 
@@ -420,6 +431,11 @@ def test_a_model_of_another_task_fails_before_the_data_is_touched(model, given, 
     overrides = {**SETTINGS, "data": datasets[given], "model": f"{model}.yaml", "project": str(tmp_path)}
     with pytest.raises(ValueError, match=words):
         trainer(overrides=overrides).train()
+
+
+def test_a_model_of_a_task_without_slots_fails_without_advice_to_name_it(tmp_path):
+    with pytest.raises(ValueError, match=r"Losses can be swapped for the tasks detect.*, not for 'classify'"):
+        YOLO("yolov8n-cls.yaml").train(data="no-such-data.yaml", trainer=make_trainer({}), project=str(tmp_path))
 
 
 SHIPPED = sorted((Path(__file__).parents[2] / "configs" / "ultralytics").glob("*.yaml"))

@@ -62,12 +62,16 @@ PRIORS = {"RankingLoss": 0.01, "ALRPLoss": 0.1, "DRLoss": 0.1}
 def default_gain(loss: Loss | type[Loss]) -> float:
     """The ``loss_weight`` by default of a loss or its class: its ``yolo_gain``, or that of the nearest class known.
 
+    A loss around another one, its ``base``, that has a default of its own and is not weighed, has the base's.
+
     >>> from detloss_plugins.losses import FocalLoss
     >>> class Own(FocalLoss): ...
     >>> default_gain(Own)
     16.0
     """
-    return _stated(loss, "yolo_gain", GAINS, 1.0)
+    base = getattr(loss, "base", None)
+    of_base = default_gain(base) if isinstance(base, Loss) and base.loss_weight == 1 else 1.0
+    return _stated(loss, "yolo_gain", GAINS if of_base == 1 else {}, of_base)
 
 
 def default_weight(loss: Loss | type[Loss], slot: str) -> float:

@@ -314,6 +314,7 @@ def make_trainer(
         @staticmethod
         def check_same_task(given):
             if given != task:
+                config.check_task(given)
                 raise ValueError(f"The model's task is {given!r}; write make_trainer(losses, task={given!r}).")
 
         def get_model(self, cfg=None, weights=None, verbose=True):
