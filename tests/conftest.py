@@ -1,18 +1,25 @@
 """Any test that asks for ``loss_cls`` runs once for every registered loss, or for those that ``support.only`` leaves;
 ``--device`` moves them to a GPU."""
 
+import functools
 import importlib
 import os
 import sys
 import warnings
 from pathlib import Path
 
+import mmengine.config.config
+import mmengine.config.utils
 import pytest
 import torch
 from mmengine.logging import MessageHub
 
 from detloss_plugins import engine
 from detloss_plugins.registry import MODELS, registered_losses
+
+# For each "mmdet::" in a config, mmengine reads the hundred files of mmdet's index again and reloads pkg_resources.
+mmengine.config.utils.load = functools.cache(mmengine.config.utils.load)
+mmengine.config.config.is_installed = functools.cache(mmengine.config.config.is_installed)
 
 
 def pytest_addoption(parser):

@@ -5,6 +5,7 @@ Every config of configs/mmdetection is found by globbing and made small, so that
 
 import copy
 import functools
+import itertools
 import re
 import time
 
@@ -16,6 +17,7 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.runner import set_random_seed
 from support.commands import python
 from support.mmdetection import (
+    BOX_LOSSES,
     CONFIG_DIR,
     DIGITS,
     FORMS,
@@ -26,8 +28,6 @@ from support.mmdetection import (
     box_loss_cfg,
     branches,
     build,
-    config,
-    every_box_loss,
     loss_dicts,
     run,
     scalars,
@@ -38,6 +38,7 @@ from support.mmdetection import (
 
 from detloss_plugins.families import BoxLoss
 from detloss_plugins.loss import Loss
+from detloss_plugins.losses import BoundedIoULoss, CIoULoss, InnerIoULoss, NWDLoss, WIoULoss
 from detloss_plugins.registry import MODELS, loss_class
 from detloss_plugins.testing.digits import build_digits
 
@@ -52,28 +53,35 @@ every_config = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.st
 
 @every_config
 def test_every_loss_of_a_config_is_ours(path):
+    """And says use_sigmoid: mmdet's heads read it from the config, and without it make one channel too many."""
     cfg = small(path)
     configured = sorted(loss_class(loss["type"]).__name__ for loss in loss_dicts(cfg))
     modules = dict(build(cfg).named_modules())
     built = {name: module for name, module in modules.items() if "losses" in type(module).__module__.split(".")}
     built.pop("roi_head.mask_head.loss_mask", None)  # mmdet's, see loss_dicts
     assert configured
-    assert all(loss["type"].startswith("detloss_plugins.") for loss in loss_dicts(cfg))
+    for loss in loss_dicts(cfg):
+        assert loss["type"].startswith("detloss_plugins.")
+        assert loss_class(loss["type"]).facts.family != "classification" or "use_sigmoid" in loss
     assert all(isinstance(module, Loss) for module in built.values())
     assert sorted(type(loss).__name__ for name, loss in built.items() if not name.endswith(".base")) == configured
 
 
 @every_config
-def test_classification_losses_write_use_sigmoid(path):
-    """mmdet's heads read it from the config, and without it make one channel too many."""
-    for loss in loss_dicts(config(path)):
-        assert loss_class(loss["type"]).facts.family != "classification" or "use_sigmoid" in loss
-
-
-@every_config
 def test_two_optimiser_steps(path, batch):
+    """A box loss gets boxes, not encoded deltas: the corners of its targets are in order."""
+    called = []
+
+    def check(loss, arguments):
+        called.append(loss)
+        top_left, bottom_right = arguments[1].split(2, -1)
+        assert (top_left <= bottom_right).all()
+
     cfg = small(path)
     model = build(cfg)
+    box_losses = [module for module in model.modules() if isinstance(module, BoxLoss)]
+    for loss in box_losses:
+        loss.register_forward_pre_hook(check)
     optimizer = build_optim_wrapper(model, cfg.optim_wrapper)
     for _ in range(2):
         optimizer.zero_grad()
@@ -84,41 +92,16 @@ def test_two_optimiser_steps(path, batch):
         assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
         assert all(parameter.grad.abs().sum() > 0 for parameter in branches(model))
         optimizer.step()
+    assert {*called} == {*box_losses}
 
 
-@every_config
-def test_box_losses_get_boxes(path, batch):
-    """Not encoded deltas: the corners of their targets are in order."""
-
-    called = []
-
-    def check(loss, arguments):
-        called.append(loss)
-        top_left, bottom_right = arguments[1].split(2, -1)
-        assert (top_left <= bottom_right).all()
-
-    model = build(small(path))
-    losses = [module for module in model.modules() if isinstance(module, BoxLoss)]
-    if not losses:
-        pytest.skip("it has none: its boxes are offsets")
-    for loss in losses:
-        loss.register_forward_pre_hook(check)
-    backward(model, batch)
-    assert {*called} == {*losses}
-
-
-@pytest.fixture(scope="module")
-def retinanet():
-    return Config.fromfile(RETINANET)
-
-
-@every_box_loss
-def test_any_box_loss_by_one_override(loss, retinanet):
-    cfg = copy.deepcopy(retinanet)
-    cfg.merge_from_dict({f"model.bbox_head.loss_bbox.{key}": value for key, value in box_loss_cfg(loss).items()})
-    built = MMDET_MODELS.build(cfg.model.bbox_head.loss_bbox)
-    assert type(built) is loss
-    assert built.loss_weight == 2.0
+def test_any_box_loss_by_one_override():
+    for loss in BOX_LOSSES:
+        cfg = small(RETINANET)
+        cfg.merge_from_dict({f"model.bbox_head.loss_bbox.{key}": value for key, value in box_loss_cfg(loss).items()})
+        built = MMDET_MODELS.build(cfg.model.bbox_head.loss_bbox)
+        assert type(built) is loss
+        assert built.loss_weight == 2.0
 
 
 def test_an_auxiliary_box_loss_is_added_at_its_ratio(batch):
@@ -184,8 +167,12 @@ def with_box_loss(headless_body, monkeypatch):
     return get
 
 
-@every_box_loss
-@pytest.mark.parametrize("detector", BOX_HEADS)
+# Every loss in one of them; in the others those with a number a coordinate, with a state, in pixels, over another.
+STEPS = [("RetinaNet", loss) for loss in BOX_LOSSES]
+STEPS += itertools.product([*BOX_HEADS][1:], [BoundedIoULoss, WIoULoss, NWDLoss, InnerIoULoss])
+
+
+@pytest.mark.parametrize(("detector", "loss"), STEPS, ids=lambda x: getattr(x, "__name__", x))
 def test_any_box_loss_takes_steps(detector, loss, with_box_loss, batch):
     heads = BOX_HEADS[detector][1]
     model = with_box_loss(detector, loss, True, heads)
@@ -208,16 +195,21 @@ def test_any_box_loss_takes_steps(detector, loss, with_box_loss, batch):
     assert all(one != other for one, other in zip(before, after, strict=True))
 
 
-@every_box_loss
 @pytest.mark.parametrize(
-    ("detector", "name"),
-    [("RetinaNet", "bbox_head"), ("Faster R-CNN", "rpn_head"), ("Faster R-CNN", "roi_head.bbox_head")],
+    ("detector", "name", "losses"),
+    [
+        ("RetinaNet", "bbox_head", BOX_LOSSES),
+        ("Faster R-CNN", "rpn_head", [CIoULoss]),
+        ("Faster R-CNN", "roi_head.bbox_head", [CIoULoss]),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
 )
-def test_encoded_deltas_are_refused(detector, name, loss, with_box_loss, batch):
+def test_encoded_deltas_are_refused(detector, name, losses, with_box_loss, batch):
     """In the first step, and with what to do about it."""
-    model = with_box_loss(detector, loss, False, [name])
-    with pytest.raises(ValueError, match=rf"{loss.__name__} takes boxes .*reg_decoded_bbox=True"):
-        backward(model, batch)
+    for loss in losses:
+        model = with_box_loss(detector, loss, False, [name])
+        with pytest.raises(ValueError, match=rf"{loss.__name__} takes boxes .*reg_decoded_bbox=True"):
+            backward(model, batch)
 
 
 def classifier(name, use_sigmoid):

@@ -8,7 +8,6 @@ import re
 from pathlib import Path
 
 import mmdet.models
-import pytest
 import torch
 from mmdet.registry import MODELS as MMDET_MODELS
 from mmdet.structures.mask import BitmapMasks
@@ -124,7 +123,6 @@ def branches(model):
 
 
 BOX_LOSSES = [cls for cls in registered_losses().values() if cls.facts.family == "box"]
-every_box_loss = pytest.mark.parametrize("loss", BOX_LOSSES, ids=lambda cls: cls.__name__)
 
 
 def box_loss_cfg(loss):
