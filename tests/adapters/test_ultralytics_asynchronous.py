@@ -7,6 +7,7 @@ from support.ultralytics import (
     assert_same,
     branches,
     detector,
+    known,
     ours,
     result,
     since,
@@ -184,7 +185,7 @@ def test_absent_slots_are_stock_bit_for_bit(name, batches, asynchronous):
     assert_same(result(model, ours(model, {}), batch), stock, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", [name for name in TASK_MODELS if task_of(name) in ("segment", "pose")])
+@pytest.mark.parametrize("name", known("yolo26n-seg", "yolov8n-pose"))
 def test_what_a_task_does_to_its_targets_does_not_reach_the_backward(name, batches, asynchronous, traced):
     """The keypoint loss divides the boxes in place, which a kernel has saved."""
     model, batch = detector(name), batches[task_of(name)]
