@@ -14,6 +14,7 @@ from support.ultralytics import (
     stock_criterion,
     task_of,
     third,
+    value_and_gradients,
     wide,
 )
 from timing import kernels_and_waits, named_loops
@@ -132,23 +133,6 @@ def stock_equivalents(name):
 
 def compiled(losses):
     return {slot: {**cfg, "compile": True} for slot, cfg in losses.items()}
-
-
-def leaves(preds):
-    """The predictions as leaves, and those that get a gradient."""
-    if isinstance(preds, torch.Tensor):
-        leaf = preds.detach().requires_grad_()
-        return leaf, [leaf]
-    if isinstance(preds, dict):
-        pairs = {name: leaves(value) for name, value in preds.items()}
-        return {name: made for name, (made, _) in pairs.items()}, [x for _, found in pairs.values() for x in found]
-    return preds, []  # a list of features, of which only the sizes are read
-
-
-def value_and_gradients(criterion, preds, batch):
-    preds, inputs = leaves(preds)
-    value, _ = criterion(preds, {**batch, "bboxes": batch["bboxes"].clone()})  # a new batch, as in each step
-    return [value, *torch.autograd.grad(value.sum(), inputs, allow_unused=True)]
 
 
 def assert_near(found, expected):
