@@ -205,20 +205,3 @@ def test_whichever_is_imported_first(order, tmp_path):
         encoding="utf-8",
     )
     python(tmp_path / "script.py")
-
-
-def test_without_mmdet(tmp_path):
-    """There is nothing to be seen as, and nothing is imported for it."""
-    (tmp_path / "script.py").write_text(
-        textwrap.dedent(
-            """
-            import sys
-            from detloss_plugins import build_loss
-            loss = build_loss(dict(type="JointLoss", losses=[dict(type="VarifocalLoss")]))
-            assert loss.__class__ is type(loss)
-            assert not {"mmdet", "mmcv", "ultralytics"} & {name.split(".")[0] for name in sys.modules}
-            """
-        ),
-        encoding="utf-8",
-    )
-    python(tmp_path / "script.py")
