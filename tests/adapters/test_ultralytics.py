@@ -437,7 +437,9 @@ def test_shipped_files_of_losses_suit_their_task(path):
     task = next((task for task in ("rtdetr", "obb") if path.stem.startswith(task)), "detect")
     losses = load_losses(path, task)
     assert bool(losses) == (path.stem != "stock")
+    assert all("loss_weight" in cfg for cfg in losses.values())
     assert load_losses(path.stem, task) == losses, "by its name, as for the command"
+    assert load_losses(yaml.safe_load(path.read_text(encoding="utf-8")), task) == losses
 
 
 def test_a_name_that_no_shipped_file_has():

@@ -7,7 +7,7 @@ import pytest
 import table
 import torch
 from support.commands import train
-from support.ultralytics import branches, detector, head, named, ours, task_of
+from support.ultralytics import branches, detector, head, in_slot, named, ours, task_of
 
 from detloss_plugins import build_loss
 from detloss_plugins import loss as core
@@ -17,10 +17,6 @@ from detloss_plugins.registry import registered_losses
 from detloss_plugins.testing.check import NoWaiting
 
 NAMES = ("yolov8n", "yolo26n", "yolov8n-obb", "yolo26n-obb")
-
-
-def in_slot(cls):
-    return {"type": cls.__name__, **cls.facts.example}
 
 
 def any_loss(name, **settings):
