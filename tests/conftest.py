@@ -1,18 +1,28 @@
 """Any test that asks for ``loss_cls`` runs once for every registered loss, or for those that ``support.only`` leaves;
 ``--device`` moves them to a GPU."""
 
+import functools
+import gc
 import importlib
 import os
 import sys
 import warnings
 from pathlib import Path
 
+import mmengine.config.config
+import mmengine.config.utils
 import pytest
 import torch
 from mmengine.logging import MessageHub
 
 from detloss_plugins import engine
 from detloss_plugins.registry import MODELS, registered_losses
+
+# For each "mmdet::" in a config, mmengine reads the hundred files of mmdet's index again and reloads pkg_resources;
+# and half of the time of a short training it would lay out the text of its config nicely, six times.
+mmengine.config.utils.load = functools.cache(mmengine.config.utils.load)
+mmengine.config.config.is_installed = functools.cache(mmengine.config.config.is_installed)
+mmengine.config.config.FormatCode = lambda text, **_: (text, False)
 
 
 def pytest_addoption(parser):
@@ -29,6 +39,11 @@ def pytest_configure():
         os.environ["OMP_NUM_THREADS"] = str(threads)  # for the processes that a test starts
         cache = os.environ.get("DETLOSS_PLUGINS_CACHE") or Path.home() / ".cache" / "detloss_plugins"
         os.environ["DETLOSS_PLUGINS_CACHE"] = str(Path(cache) / worker)
+
+
+def pytest_collection_finish():
+    """The frameworks collect garbage for each data set and training, and need not look through what is imported."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -13,15 +13,16 @@ def mmdet_scope():
         yield
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def batch():
     """A batch of digits for MMDetection's detectors."""
     from support.mmdetection import digits_batch
 
-    return digits_batch()
+    with DefaultScope.overwrite_default_scope("mmdet"):
+        return digits_batch()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def datasets(tmp_path_factory):
     """For each task of Ultralytics a small data set."""
     from support.ultralytics import build_datasets
@@ -29,7 +30,7 @@ def datasets(tmp_path_factory):
     return build_datasets(tmp_path_factory.mktemp("cache"))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def batches(datasets, tmp_path_factory):
     """A training batch for each task as its real data loader makes it."""
     from support.ultralytics import real_batch
@@ -37,7 +38,7 @@ def batches(datasets, tmp_path_factory):
     return {task: real_batch(task, path, tmp_path_factory.mktemp("batch")) for task, path in datasets.items()}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def warm(batches):
     """A model after some steps of stock training: at first the assigner's scores, the targets, grow from nothing."""
     from support.ultralytics import detector, steps, stock_criterion

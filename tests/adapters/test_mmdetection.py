@@ -5,6 +5,7 @@ Every config of configs/mmdetection is found by globbing and made small, so that
 
 import copy
 import functools
+import itertools
 import re
 import time
 
@@ -16,28 +17,27 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.runner import set_random_seed
 from support.commands import python
 from support.mmdetection import (
+    BOX_LOSSES,
     CONFIG_DIR,
     DIGITS,
     FORMS,
     REGRESSION,
     TRAIN,
-    Interrupt,
     backward,
     box_loss_cfg,
     branches,
     build,
-    config,
-    every_box_loss,
     loss_dicts,
-    run,
     scalars,
     settings_of,
     small,
+    stopped_and_resumed,
     twin_configs,
 )
 
 from detloss_plugins.families import BoxLoss
 from detloss_plugins.loss import Loss
+from detloss_plugins.losses import BoundedIoULoss, CIoULoss, InnerIoULoss, NWDLoss, WIoULoss
 from detloss_plugins.registry import MODELS, loss_class
 from detloss_plugins.testing.digits import build_digits
 
@@ -52,28 +52,35 @@ every_config = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.st
 
 @every_config
 def test_every_loss_of_a_config_is_ours(path):
+    """And says use_sigmoid: mmdet's heads read it from the config, and without it make one channel too many."""
     cfg = small(path)
     configured = sorted(loss_class(loss["type"]).__name__ for loss in loss_dicts(cfg))
     modules = dict(build(cfg).named_modules())
     built = {name: module for name, module in modules.items() if "losses" in type(module).__module__.split(".")}
     built.pop("roi_head.mask_head.loss_mask", None)  # mmdet's, see loss_dicts
     assert configured
-    assert all(loss["type"].startswith("detloss_plugins.") for loss in loss_dicts(cfg))
+    for loss in loss_dicts(cfg):
+        assert loss["type"].startswith("detloss_plugins.")
+        assert loss_class(loss["type"]).facts.family != "classification" or "use_sigmoid" in loss
     assert all(isinstance(module, Loss) for module in built.values())
     assert sorted(type(loss).__name__ for name, loss in built.items() if not name.endswith(".base")) == configured
 
 
 @every_config
-def test_classification_losses_write_use_sigmoid(path):
-    """mmdet's heads read it from the config, and without it make one channel too many."""
-    for loss in loss_dicts(config(path)):
-        assert loss_class(loss["type"]).facts.family != "classification" or "use_sigmoid" in loss
-
-
-@every_config
 def test_two_optimiser_steps(path, batch):
+    """A box loss gets boxes, not encoded deltas: the corners of its targets are in order."""
+    called = []
+
+    def check(loss, arguments):
+        called.append(loss)
+        top_left, bottom_right = arguments[1].split(2, -1)
+        assert (top_left <= bottom_right).all()
+
     cfg = small(path)
     model = build(cfg)
+    box_losses = [module for module in model.modules() if isinstance(module, BoxLoss)]
+    for loss in box_losses:
+        loss.register_forward_pre_hook(check)
     optimizer = build_optim_wrapper(model, cfg.optim_wrapper)
     for _ in range(2):
         optimizer.zero_grad()
@@ -84,41 +91,16 @@ def test_two_optimiser_steps(path, batch):
         assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
         assert all(parameter.grad.abs().sum() > 0 for parameter in branches(model))
         optimizer.step()
+    assert {*called} == {*box_losses}
 
 
-@every_config
-def test_box_losses_get_boxes(path, batch):
-    """Not encoded deltas: the corners of their targets are in order."""
-
-    called = []
-
-    def check(loss, arguments):
-        called.append(loss)
-        top_left, bottom_right = arguments[1].split(2, -1)
-        assert (top_left <= bottom_right).all()
-
-    model = build(small(path))
-    losses = [module for module in model.modules() if isinstance(module, BoxLoss)]
-    if not losses:
-        pytest.skip("it has none: its boxes are offsets")
-    for loss in losses:
-        loss.register_forward_pre_hook(check)
-    backward(model, batch)
-    assert {*called} == {*losses}
-
-
-@pytest.fixture(scope="module")
-def retinanet():
-    return Config.fromfile(RETINANET)
-
-
-@every_box_loss
-def test_any_box_loss_by_one_override(loss, retinanet):
-    cfg = copy.deepcopy(retinanet)
-    cfg.merge_from_dict({f"model.bbox_head.loss_bbox.{key}": value for key, value in box_loss_cfg(loss).items()})
-    built = MMDET_MODELS.build(cfg.model.bbox_head.loss_bbox)
-    assert type(built) is loss
-    assert built.loss_weight == 2.0
+def test_any_box_loss_by_one_override():
+    for loss in BOX_LOSSES:
+        cfg = small(RETINANET)
+        cfg.merge_from_dict({f"model.bbox_head.loss_bbox.{key}": value for key, value in box_loss_cfg(loss).items()})
+        built = MMDET_MODELS.build(cfg.model.bbox_head.loss_bbox)
+        assert type(built) is loss
+        assert built.loss_weight == 2.0
 
 
 def test_an_auxiliary_box_loss_is_added_at_its_ratio(batch):
@@ -184,8 +166,12 @@ def with_box_loss(headless_body, monkeypatch):
     return get
 
 
-@every_box_loss
-@pytest.mark.parametrize("detector", BOX_HEADS)
+# Every loss in one of them; in the others those with a number a coordinate, with a state, in pixels, over another.
+STEPS = [("RetinaNet", loss) for loss in BOX_LOSSES]
+STEPS += itertools.product([*BOX_HEADS][1:], [BoundedIoULoss, WIoULoss, NWDLoss, InnerIoULoss])
+
+
+@pytest.mark.parametrize(("detector", "loss"), STEPS, ids=lambda x: getattr(x, "__name__", x))
 def test_any_box_loss_takes_steps(detector, loss, with_box_loss, batch):
     heads = BOX_HEADS[detector][1]
     model = with_box_loss(detector, loss, True, heads)
@@ -208,16 +194,21 @@ def test_any_box_loss_takes_steps(detector, loss, with_box_loss, batch):
     assert all(one != other for one, other in zip(before, after, strict=True))
 
 
-@every_box_loss
 @pytest.mark.parametrize(
-    ("detector", "name"),
-    [("RetinaNet", "bbox_head"), ("Faster R-CNN", "rpn_head"), ("Faster R-CNN", "roi_head.bbox_head")],
+    ("detector", "name", "losses"),
+    [
+        ("RetinaNet", "bbox_head", BOX_LOSSES),
+        ("Faster R-CNN", "rpn_head", [CIoULoss]),
+        ("Faster R-CNN", "roi_head.bbox_head", [CIoULoss]),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
 )
-def test_encoded_deltas_are_refused(detector, name, loss, with_box_loss, batch):
+def test_encoded_deltas_are_refused(detector, name, losses, with_box_loss, batch):
     """In the first step, and with what to do about it."""
-    model = with_box_loss(detector, loss, False, [name])
-    with pytest.raises(ValueError, match=rf"{loss.__name__} takes boxes .*reg_decoded_bbox=True"):
-        backward(model, batch)
+    for loss in losses:
+        model = with_box_loss(detector, loss, False, [name])
+        with pytest.raises(ValueError, match=rf"{loss.__name__} takes boxes .*reg_decoded_bbox=True"):
+            backward(model, batch)
 
 
 def classifier(name, use_sigmoid):
@@ -354,34 +345,10 @@ def test_mmdet_train_command_without_custom_imports(tmp_path):
     ]
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The work directory of a run of two epochs."""
-    build_digits()
-    work_dir = tmp_path_factory.mktemp("whole")
-    run(work_dir, Interrupt())
-    return work_dir
-
-
-def test_resume_continues_as_if_never_stopped(whole, tmp_path):
-    run(tmp_path, Interrupt(at=1))
-    assert not (tmp_path / "epoch_2.pth").exists()
-    hook = Interrupt()
-    resumed = run(tmp_path, hook, resume=True)
-    assert hook.began == [(1, 2)]
-    assert (resumed.epoch, resumed.iter) == (2, 4)
-    never_stopped, stopped = (torch.load(d / "epoch_2.pth", weights_only=False) for d in (whole, tmp_path))
-    for key in ("state_dict", "optimizer"):  # equal only if the moments of AdamW and the schedule came back too
-        torch.testing.assert_close(stopped[key], never_stopped[key], rtol=1e-4, atol=1e-6)
-
-
-def test_checkpoint_needs_nothing_of_ours(whole):
-    """It loads where detloss_plugins cannot be imported, and fits the stock model."""
-    path = str(whole / "epoch_2.pth")
-    block = "import sys, torch; sys.modules['detloss_plugins'] = None"
-    python("-c", f"{block}; assert torch.load({path!r}, weights_only=False)['state_dict']")
-    stock = build(twin_configs(DIGITS)[1])
-    stock.load_state_dict(torch.load(path, weights_only=False)["state_dict"], strict=True)
+def test_resume_continues_as_if_never_stopped(tmp_path):
+    """And what it has learnt fits the stock model."""
+    weights, _ = stopped_and_resumed(tmp_path)
+    build(twin_configs(DIGITS)[1]).load_state_dict(weights, strict=True)
 
 
 def balanced_retinanet():
@@ -395,16 +362,11 @@ STATE = "bbox_head.loss_cls.acc_sum"
 
 
 def test_state_of_a_loss_is_saved_and_resumed(tmp_path):
-    build_digits()
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    runner = run(whole, Interrupt(), model=balanced_retinanet())
-    run(stopped, Interrupt(at=1), model=balanced_retinanet())
-    half = torch.load(stopped / "epoch_1.pth", weights_only=False)["state_dict"][STATE]
-    run(stopped, Interrupt(), model=balanced_retinanet(), resume=True)
-    full, resumed = (torch.load(d / "epoch_2.pth", weights_only=False)["state_dict"][STATE] for d in (whole, stopped))
-    assert 0 < half.sum() < full.sum()  # the average starts at zero and grows
-    torch.testing.assert_close(resumed, full, rtol=1e-4, atol=1e-6)
-    assert torch.equal(runner.model.state_dict()[STATE], full)  # the run validates after it has saved
+    weights, runner = stopped_and_resumed(tmp_path, balanced_retinanet())
+    half = torch.load(tmp_path / "stopped" / "epoch_1.pth", weights_only=False)["state_dict"][STATE]
+    assert 0 < half.sum() < weights[STATE].sum()  # the average starts at zero and grows
+    last = torch.load(tmp_path / "stopped" / "epoch_2.pth", weights_only=False)["state_dict"][STATE]
+    assert torch.equal(runner.model.state_dict()[STATE], last)  # the run validates after it has saved
 
 
 def test_validation_does_not_move_the_state_of_a_loss(batch):

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from support.commands import ROOT, python, train
+from support.commands import ROOT, last_line, python, train
 
 from detloss_plugins.adapters.mmdetection import lite
 
@@ -252,10 +252,9 @@ def test_the_command_with_an_operator_that_is_missing(tmp_path):
     assert "Traceback" not in error
 
 
-def test_the_option_is_for_mmdetection(tmp_path):
-    status, error = command(tmp_path, ROOT / "configs" / "ultralytics" / "qfl.yaml", "--lite")
-    assert status == 2
-    assert error.splitlines()[-1].endswith("--lite is for MMDetection, so for a .py config")
+def test_the_option_is_for_mmdetection(capsys):
+    said = last_line(capsys, "train", ROOT / "configs" / "ultralytics" / "qfl.yaml", "--lite", status=2)
+    assert said.endswith("--lite is for MMDetection, so for a .py config")
 
 
 @pytest.mark.slow

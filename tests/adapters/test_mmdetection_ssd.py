@@ -20,14 +20,13 @@ from support.mmdetection import (
     FORMS,
     REGRESSION,
     TRAIN,
-    Interrupt,
     backward,
     box_loss_cfg,
     build,
-    run,
     scalars,
     settings_of,
     small,
+    stopped_and_resumed,
 )
 from support.mmdetection_features import CLASSES, features, grads, samples
 
@@ -335,34 +334,10 @@ def test_extreme_predictions_are_finite():
             assert all(gradient.isfinite().all() for gradient in grads(model, losses).values())
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """The work directories of two epochs in one go, and stopped after the first and resumed."""
-    build_digits()
-    whole, stopped = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("stopped")
-    cfg = small(DIGITS)
-    run(whole, Interrupt(), model=cfg.model)
-    run(stopped, Interrupt(at=1), model=cfg.model)
-    assert not (stopped / "epoch_2.pth").exists()
-    hook = Interrupt()
-    run(stopped, hook, model=cfg.model, resume=True)
-    assert hook.began == [(1, 2)]
-    return whole, stopped
-
-
-def test_resume_continues_as_if_never_stopped(runs):
-    whole, stopped = (torch.load(folder / "epoch_2.pth", weights_only=False) for folder in runs)
-    for key in ("state_dict", "optimizer"):
-        torch.testing.assert_close(stopped[key], whole[key], rtol=1e-4, atol=1e-6)
-
-
-def test_checkpoint_needs_nothing_of_ours(runs, batch):
-    """It loads where detloss_plugins cannot be imported, and fits the stock model."""
-    path = str(runs[0] / "epoch_2.pth")
-    block = "import sys, torch; sys.modules['detloss_plugins'] = None"
-    python("-c", f"{block}; assert torch.load({path!r}, weights_only=False)['state_dict']")
-    _, stock = detectors(batch)
-    stock.load_state_dict(torch.load(path, weights_only=False)["state_dict"], strict=True)
+def test_resume_continues_as_if_never_stopped(batch, tmp_path):
+    """And what it has learnt fits the stock model."""
+    weights, _ = stopped_and_resumed(tmp_path, small(DIGITS).model)
+    detectors(batch)[1].load_state_dict(weights, strict=True)
 
 
 @pytest.mark.parametrize("name", ["ssd", "ssd-focal", "ssd-balanced-ce", "ssd-confidence-weighted"])

@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-import sys
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from mmdet.structures.bbox import bbox_overlaps
 from mmengine.config import Config, ConfigDict
 from mmengine.runner import Runner, set_random_seed
 from scipy.stats import spearmanr
-from support.mmdetection import CONFIG_DIR, Interrupt, backward, build, run, small
+from support.mmdetection import CONFIG_DIR, backward, build, small, stopped_and_resumed
 from support.mmdetection_uncertainty import (
     FASTER_RCNN,
     HARD,
@@ -274,30 +273,15 @@ def test_stock_heads_refuse_the_loss(batch):
 
 
 @pytest.mark.parametrize("detector", [pytest.param("Faster R-CNN", marks=pytest.mark.slow), "RetinaNet"])
-def test_run_is_resumed_and_its_checkpoint_loads(detector, tmp_path, monkeypatch):
-    """As if never stopped; where this package is not, and into the stock detector but for the log variances."""
-    build_digits()
+def test_run_is_resumed_and_its_checkpoint_loads(detector, tmp_path):
+    """Into the stock detector but for the log variances."""
     model = config(detector).model
     for part in (model.train_cfg.rpn, model.train_cfg.rcnn) if detector == "Faster R-CNN" else ():
         part.sampler.num = 10**6  # all: resuming does not bring back the state of the random numbers
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    run(whole, Interrupt(), model=model)
-    run(stopped, Interrupt(at=1), model=model)
-    assert not (stopped / "epoch_2.pth").exists()
-    hook = Interrupt()
-    run(stopped, hook, model=model, resume=True)
-    assert hook.began == [(1, 2)]
-    full, resumed = (torch.load(d / "epoch_2.pth", weights_only=False) for d in (whole, stopped))
-    for key in ("state_dict", "optimizer"):
-        torch.testing.assert_close(resumed[key], full[key], rtol=1e-4, atol=1e-6)
+    weights, _ = stopped_and_resumed(tmp_path, model)
     trained = build(config(detector))
-    trained.load_state_dict(full["state_dict"])
+    trained.load_state_dict(weights)
     stock(detector, trained)
-    for module in [name for name in sys.modules if name.startswith("detloss_plugins")]:
-        monkeypatch.setitem(sys.modules, module, None)  # as if not installed
-    with pytest.raises(ImportError):
-        import detloss_plugins  # noqa: F401
-    assert torch.load(whole / "epoch_2.pth", weights_only=False)["state_dict"]
 
 
 def matched(runner):

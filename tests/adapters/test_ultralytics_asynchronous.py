@@ -7,12 +7,14 @@ from support.ultralytics import (
     assert_same,
     branches,
     detector,
+    known,
     ours,
     result,
     since,
     stock_criterion,
     task_of,
     third,
+    value_and_gradients,
     wide,
 )
 from timing import kernels_and_waits, named_loops
@@ -133,23 +135,6 @@ def compiled(losses):
     return {slot: {**cfg, "compile": True} for slot, cfg in losses.items()}
 
 
-def leaves(preds):
-    """The predictions as leaves, and those that get a gradient."""
-    if isinstance(preds, torch.Tensor):
-        leaf = preds.detach().requires_grad_()
-        return leaf, [leaf]
-    if isinstance(preds, dict):
-        pairs = {name: leaves(value) for name, value in preds.items()}
-        return {name: made for name, (made, _) in pairs.items()}, [x for _, found in pairs.values() for x in found]
-    return preds, []  # a list of features, of which only the sizes are read
-
-
-def value_and_gradients(criterion, preds, batch):
-    preds, inputs = leaves(preds)
-    value, _ = criterion(preds, {**batch, "bboxes": batch["bboxes"].clone()})  # a new batch, as in each step
-    return [value, *torch.autograd.grad(value.sum(), inputs, allow_unused=True)]
-
-
 def assert_near(found, expected):
     for ours_, stock in zip(found, expected, strict=True):
         if stock is None:
@@ -184,7 +169,7 @@ def test_absent_slots_are_stock_bit_for_bit(name, batches, asynchronous):
     assert_same(result(model, ours(model, {}), batch), stock, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", [name for name in TASK_MODELS if task_of(name) in ("segment", "pose")])
+@pytest.mark.parametrize("name", known("yolo26n-seg", "yolov8n-pose"))
 def test_what_a_task_does_to_its_targets_does_not_reach_the_backward(name, batches, asynchronous, traced):
     """The keypoint loss divides the boxes in place, which a kernel has saved."""
     model, batch = detector(name), batches[task_of(name)]

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import io
 import logging
 import os
@@ -57,6 +58,12 @@ def states(criterion):
     return [buffer for part in branches(criterion) for loss in part.built.values() for buffer in loss.buffers()]
 
 
+@functools.cache
+def learnt(name):
+    """Such a model that nobody changes."""
+    return with_state(name)
+
+
 def with_state(name):
     """A model whose criterion is there and has learnt a state."""
     model = detector.__wrapped__(name)
@@ -87,7 +94,7 @@ COPIES = {
 @pytest.mark.parametrize("name", ["yolov8n", "yolov10n", "yolov8n-rtdetr"])
 @pytest.mark.parametrize("way", COPIES)
 def test_a_copy_has_our_losses_and_their_state(name, way):
-    model = with_state(name)
+    model = learnt(name)
     twin = COPIES[way](model)
     assert type(twin) is type(model)
     assert (twin.criterion is None) == (way != "deepcopy"), "what is not for a file keeps its criterion"

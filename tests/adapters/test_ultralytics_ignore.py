@@ -18,11 +18,13 @@ from support.ultralytics import (
     head,
     in_slot,
     interrupt,
+    known,
     ours,
     since,
     stock_criterion,
     task_of,
     third,
+    value_and_gradients,
     without_objects,
 )
 from ultralytics import YOLO
@@ -46,23 +48,6 @@ OF_DICTS = since("8.4.0", "a head predicts no dict")
 NAMES = ["7", 0, "4"]  # of the digits set, one by its index
 IGNORED = [0, 4, 7]
 IGNORE = {"ignore": {"classes": NAMES}}
-
-
-def leaves(preds):
-    """The predictions as leaves, and those that get a gradient."""
-    if isinstance(preds, torch.Tensor):
-        leaf = preds.detach().requires_grad_()
-        return leaf, [leaf]
-    if isinstance(preds, dict):
-        pairs = {name: leaves(value) for name, value in preds.items()}
-        return {name: made for name, (made, _) in pairs.items()}, [x for _, found in pairs.values() for x in found]
-    return preds, []
-
-
-def value_and_gradients(criterion, preds, batch):
-    preds, inputs = leaves(preds)
-    value, _ = criterion(preds, {**batch, "bboxes": batch["bboxes"].clone()})
-    return [value, *torch.autograd.grad(value.sum(), inputs, allow_unused=True)]
 
 
 def is_region(batch):
@@ -107,7 +92,9 @@ def written_out(model, batch):
     return criterion, {**batch, "bboxes": objects}, found
 
 
-WAYS = [(name, way) for name in TASK_MODELS for way in ("stock cls", "eager", "asynchronous")]
+WAYS = [(name, "eager") for name in TASK_MODELS]
+A_TASK_EACH = known("yolo26n", "yolov8n-obb", "yolo26n-seg", "yolov8n-pose")
+WAYS += [(name, way) for name in A_TASK_EACH for way in ("stock cls", "asynchronous")]
 COMPILED = [(name, "compiled") for name in TASK_MODELS]
 
 

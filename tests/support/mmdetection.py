@@ -5,6 +5,7 @@ import functools
 import inspect
 import json
 import re
+import sys
 from pathlib import Path
 
 import mmdet.models
@@ -124,7 +125,6 @@ def branches(model):
 
 
 BOX_LOSSES = [cls for cls in registered_losses().values() if cls.facts.family == "box"]
-every_box_loss = pytest.mark.parametrize("loss", BOX_LOSSES, ids=lambda cls: cls.__name__)
 
 
 def box_loss_cfg(loss):
@@ -204,6 +204,32 @@ def run(work_dir, hook, **options):
     except KeyboardInterrupt:
         pass
     return runner
+
+
+def stopped_and_resumed(folder, model=None):
+    """A training that is stopped after the first of its two epochs and resumed ends as one that never was.
+
+    Its checkpoint loads where this package is not, and its weights are returned, with the runner that was resumed.
+    """
+    build_digits()
+    options = {} if model is None else {"model": model}
+    run(folder / "whole", Interrupt(), **options)
+    run(folder / "stopped", Interrupt(at=1), **options)
+    paths = [folder / name / "epoch_2.pth" for name in ("whole", "stopped")]
+    assert not paths[1].exists()
+    hook = Interrupt()
+    runner = run(folder / "stopped", hook, **options, resume=True)
+    assert hook.began == [(1, 2)]
+    assert (runner.epoch, runner.iter) == (2, 4)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in sys.modules if name.startswith("detloss_plugins")]:
+            patch.setitem(sys.modules, name, None)
+        with pytest.raises(ImportError):
+            import detloss_plugins  # noqa: F401
+        whole, stopped = (torch.load(path, weights_only=False) for path in paths)
+    for key in ("state_dict", "optimizer"):  # equal only if the moments of AdamW and the schedule came back too
+        torch.testing.assert_close(stopped[key], whole[key], rtol=1e-4, atol=1e-6)
+    return whole["state_dict"], runner
 
 
 # Losses between coordinates.

@@ -201,6 +201,24 @@ def result(model, criterion, batch):
     return loss.detach(), items, [g for g in gradients if g is not None]
 
 
+def leaves(preds):
+    """The predictions as leaves, and those that get a gradient."""
+    if isinstance(preds, torch.Tensor):
+        leaf = preds.detach().requires_grad_()
+        return leaf, [leaf]
+    if isinstance(preds, dict):
+        pairs = {name: leaves(value) for name, value in preds.items()}
+        return {name: made for name, (made, _) in pairs.items()}, [x for _, found in pairs.values() for x in found]
+    return preds, []  # a list of features, of which only the sizes are read
+
+
+def value_and_gradients(criterion, preds, batch):
+    """Loss vector and the gradients of what a head predicts."""
+    preds, inputs = leaves(preds)
+    value, _ = criterion(preds, {**batch, "bboxes": batch["bboxes"].clone()})  # a new batch, as in each step
+    return [value, *torch.autograd.grad(value.sum(), inputs, allow_unused=True)]
+
+
 def branches(criterion):
     return [criterion.one2many, criterion.one2one] if isinstance(criterion, E2ELoss) else [criterion]
 
