@@ -18,7 +18,7 @@ ALLOWED = {
     "registry": set(),
     "configs": set(),
     "geometry": {"precision"},
-    "engine": {"precision"},
+    "engine": {"precision", "reduction"},
     "loss": {"engine", "facts", "nested", "precision", "reduction"},
 }
 ALLOWED["families"] = {*ALLOWED} - {"registry", "geometry"}
