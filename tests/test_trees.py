@@ -101,7 +101,7 @@ def test_the_tiles_are_the_photograph_and_grey(wheel):
 
 def test_the_same_files_come_out_once(wheel, tmp_path):
     def digest(root):
-        files = sorted(file for file in root.rglob("*") if file.suffix in {".png", ".txt", ".json"})
+        files = sorted(file for file in root.rglob("*") if file.suffix in {".png", ".txt", ".json", ".yaml"})
         return hashlib.sha256(b"".join(str(f.relative_to(root)).encode() + f.read_bytes() for f in files)).hexdigest()
 
     root, other = trees.build_trees(wheel=wheel), trees.build_trees(tmp_path / "other", wheel)

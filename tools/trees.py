@@ -182,7 +182,7 @@ def build_trees(root=None, wheel=None):
             write_split(new, split, archive)
         (new / "SOURCE.txt").write_text(SOURCE + archive.read(LICENCE).decode(), encoding="utf-8")
         splits = "".join(f"{split}: images/{split}\n" for split in SPLITS)
-        (new / "trees.yaml").write_text(f"path: {root}\n{splits}names:\n  0: {NAME}\n", encoding="utf-8")
+        (new / "trees.yaml").write_text(f"{splits}names:\n  0: {NAME}\n", encoding="utf-8")
         put(new, root)
     return root
 

@@ -33,7 +33,6 @@ def command(data, split, imgsz, scenario):
     study has small data: take them as what to try first, not as what will help.
     """
     from detloss_plugins.advice import LabelsError, advise, describe, read_labels
-    from detloss_plugins.advice.labels import beside_only
 
     try:
         path = located(data, split)
@@ -44,12 +43,9 @@ def command(data, split, imgsz, scenario):
     likeness = {**dict.fromkeys(scenario, "you say so"), "plain": "every data set is"} if scenario else None
     advice = advise(found, likeness=likeness)
     lines = [*description_lines(data, split, found), "", *advice_lines(data, path.suffix == ".json", advice)]
-    if path.suffix != ".json" and (root := beside_only(path)):
-        lines += [
-            "",
-            f"Ultralytics does not look for path: {root} beside {path.name}, but in the working directory and",
-        ]
-        lines += ["among its own data sets: write the whole path there, or leave it out."]
+    if labels.beside:
+        where = f"path: {labels.beside} beside {path.name}, but in the working directory and\namong its own data sets"
+        lines += ["", f"Ultralytics does not look for {where}: write the whole path there, or leave it out."]
     click.echo("\n".join(lines))
 
 

@@ -126,6 +126,9 @@ def load_losses(
     """
     check_task(task)
     if isinstance(losses, str | Path):
+        if losses in MODELS.module_dict:
+            slots = ", ".join(SLOTS[task])
+            raise ValueError(f"{losses} is a loss: give {{slot: {{'type': {losses!r}}}}}; the slots are {slots}.")
         path = path_of(losses)
         if path.suffix == ".py":
             raise ValueError(f"{losses} is a config of MMDetection, and no YAML file of losses.")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detloss_plugins.loss import Loss
+from detloss_plugins.loss import Loss, takes_probabilities
 from detloss_plugins.losses import SeesawLoss, set_progress
 from detloss_plugins.testing.samples import sample
 
@@ -75,7 +75,7 @@ def class_curves(loss: Loss) -> list[Curve]:
     run = curve
     if looks_at_the_batch(loss):
         x, run = x[::3], partial(curve_in_a_batch, others=dense_batch())
-    activated = getattr(loss, "activated", False)  # what it takes is a probability
+    activated = takes_probabilities(loss)
 
     def rows(x, t):
         return (x.sigmoid() if activated else x)[:, None], torch.full_like(x, t)[:, None]
