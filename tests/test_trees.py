@@ -13,7 +13,7 @@ import pytest
 import trees
 from PIL import Image
 
-from detloss_plugins.cli import _coco, train
+from detloss_plugins.cli import _coco, _mmdet
 from detloss_plugins.cli._common import RunError, UsageError
 from detloss_plugins.testing.digits import cache_folder
 
@@ -206,7 +206,7 @@ def test_mmdet_loads_the_real_tiles(real):
     from mmdet.registry import DATASETS
     from mmengine.registry import init_default_scope
 
-    config = train.read_config(ROOT / "configs" / "mmdetection" / "gfl_r18_fpn_digits.py")
+    config = _mmdet.read_config(ROOT / "configs" / "mmdetection" / "gfl_r18_fpn_digits.py")
     _coco.point_at(config, real)
     assert config.model.bbox_head.num_classes == 1
     init_default_scope("mmdet")

@@ -28,8 +28,7 @@ from rich.table import Table
 from timing import kernels_and_waits, named_loops, spread, synchronize
 
 from detloss_plugins.cli._common import UsageError
-from detloss_plugins.cli.train import DIGITS_ARGS
-from detloss_plugins.testing.digits import build_digits
+from detloss_plugins.testing.digits import DIGITS_ARGS, build_digits
 from detloss_plugins.testing.training_tensors import quiet
 
 STOCK = {

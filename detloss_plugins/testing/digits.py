@@ -31,6 +31,20 @@ SIZE = 128
 IMAGES = {"train": 400, "val": 100}
 NAMES = [str(digit) for digit in range(10)]
 PREFIXES = {"detect": "", "obb": "oriented-", "segment": "segment-", "pose": "pose-"}  # of a task's folder
+# Of a training with Ultralytics: small images, few of them, glyphs that must not be mirrored; enough for one that
+# works after 12 epochs.
+DIGITS_ARGS = {
+    "imgsz": 128,
+    "epochs": 12,
+    "batch": 16,
+    "nbs": 16,
+    "optimizer": "AdamW",
+    "lr0": 0.002,
+    "warmup_epochs": 1,
+    "mosaic": 0.0,
+    "fliplr": 0.0,
+    "plots": False,
+}
 
 
 @dataclass(frozen=True)

@@ -416,8 +416,7 @@ def test_verify(datasets, tmp_path):
 @pytest.mark.slow
 def test_the_figures_of_the_prototype():
     """L1 ratios on the digits set with yolov8n after 25, 50 and 100 steps, which trainings by hand had found too."""
-    from detloss_plugins.cli.train import DIGITS_ARGS
-    from detloss_plugins.testing.digits import build_digits
+    from detloss_plugins.testing.digits import DIGITS_ARGS, build_digits
 
     expected = {
         "VarifocalLoss": 4.5, "QualityFocalLoss": 6.3, "FocalLoss": 17.2, "APLoss": 1.0, "PolyLoss": 0.7,
