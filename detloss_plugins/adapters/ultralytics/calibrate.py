@@ -16,15 +16,15 @@ from detloss_plugins.adapters.calibrate import (
     FACTORS,
     LOOKS,
     STEPS,
-    STOCK,
     Candidate,
+    Finished,
     Gradients,
+    Looks,
     Verified,
-    amounts,
-    has_state,
+    amounts_at,
     look_steps,
+    losses_of,
 )
-from detloss_plugins.adapters.curves import gradients
 from detloss_plugins.adapters.ultralytics import compat
 from detloss_plugins.adapters.ultralytics.building import check_head, model_task
 from detloss_plugins.adapters.ultralytics.config import SLOTS, at, counted, filled, load_losses, waiting, without_weight
@@ -37,17 +37,13 @@ from detloss_plugins.adapters.ultralytics.trainer import class_counts, criterion
 from detloss_plugins.losses import ScheduledLoss
 from detloss_plugins.nested import each_tensor
 from detloss_plugins.precision import without_autocast
-from detloss_plugins.registry import build_loss, registered_losses
+from detloss_plugins.registry import build_loss
 
 # Training arguments of trainings of which nothing is kept.
 QUICK = {"val": False, "save": False, "plots": False, "exist_ok": True, "name": "run"}
 
 # Training arguments that a training on the side has of its own.
 OF_A_RUN = ("project", "name", "exist_ok", "save_dir", "resume", "mode", "task", "time")
-
-
-class Finished(Exception):
-    """A training that has gone as far as it should."""
 
 
 class _Kept(Slots):
@@ -62,20 +58,23 @@ class _Kept(Slots):
         return super().class_loss(*inputs)
 
     def box_loss(self, *inputs):
-        self.called["box"] = inputs
+        self.called["box"] = self.called["dfl"] = inputs
         return super().box_loss(*inputs)
 
-    def of_slot(self, other, slot):
-        """The amounts of the gradient that the loss of a slot has, in ``other`` of the same batch, or in itself."""
-        call = "cls" if slot == "cls" else "box"
-        if call not in self.called:  # without positives, not every box criterion is
-            return torch.zeros(2)
-        (at, *_) = self.called[call]
-        if other is not self:
+    def again(self, slot, criterion):
+        """The slots of another criterion, of which one is called with what it is called with here."""
+        other = Slots(criterion)
+        compat.share_sizes(self.stock.bbox_loss, criterion.bbox_loss)
+        if slot in self.called:  # without positives, not every box criterion is
             other.normalizer = self.normalizer
-            {"cls": other.class_loss, "box": other.box_loss}[call](*self.called[call])
-        found = gradients(other.values[slot], [at])
-        return amounts(found[0], self.positive) if found else torch.zeros(2)
+            (other.class_loss if slot == "cls" else other.box_loss)(*self.called[slot])
+        return other
+
+    def amounts(self, slot, slots):
+        """Those of the gradient that a slot has, of these slots or of others that were called again."""
+        if slot not in self.called:
+            return torch.zeros(2)
+        return amounts_at(self.called[slot][0], slots.values[slot], self.positive)
 
 
 class Look:
@@ -94,37 +93,27 @@ class Look:
     """
 
     def __init__(self, model, criterion, candidates, found, at, weight=lambda: 1.0):
-        self.candidates, self.found, self.at, self.weight, self.step = candidates, found, at, weight, 0
+        self.weight, self.step = weight, 0
         ignore = {"ignore": criterion.losses["ignore"]} if "ignore" in criterion.losses else {}
-        self.criteria = [type(criterion)(model, losses={c.slot: c.cfg, **ignore}) for c in candidates]
-        for own in self.criteria:
+        criteria = [type(criterion)(model, losses={c.slot: c.cfg, **ignore}) for c in candidates]
+        for own in criteria:
             if ignore and "cls" in own.built:
                 own.bce.regions = criterion.bce.regions
-        self.stateful = [has_state(own.built[c.slot]) for own, c in zip(self.criteria, candidates, strict=True)]
+        self.looks = Looks(candidates, criteria, found, at)
 
     def look(self, criterion, preds, batch):
         """To be called in every step of training."""
         self.step += 1
-        looks = self.step in self.at
-        if not looks and not any(self.stateful):
+        if not (turns := self.looks.turns(self.step, SLOTS["detect"])):
             return
         with without_autocast(criterion.device):
             observer = _Kept(criterion)
             # In half precision small gradients would be 0.
             preds = each_tensor(lambda x: x.float() if x.is_floating_point() else x, preds)
             observer.criterion.loss(as_leaves(preds), batch)
-            if looks:
-                for slot in {candidate.slot for candidate in self.candidates}:
-                    self.add(slot, STOCK, observer.of_slot(observer, slot))
-            for candidate, own, keeps in zip(self.candidates, self.criteria, self.stateful, strict=True):
-                if looks or keeps:
-                    compat.share_sizes(criterion.bbox_loss, own.bbox_loss)
-                    amount = observer.of_slot(Slots(own), candidate.slot)
-                    if looks:
-                        self.add(candidate.slot, candidate.label, amount)
-
-    def add(self, slot, label, amount):
-        self.found.add(self.step, slot, label, self.weight() * amount)
+            for slot, label, own in turns:
+                slots = observer if own is None else observer.again(slot, own)
+                self.looks.add(self.step, slot, label, self.weight() * observer.amounts(slot, slots))
 
 
 class RTDETRLook:
@@ -138,9 +127,8 @@ class RTDETRLook:
     """
 
     def __init__(self, model, criterion, candidates, found, at, step):
-        self.candidates, self.found, self.at, self.step, self.criterion = candidates, found, at, step, criterion
-        self.criteria = [type(criterion)(model, {c.slot: c.cfg}) for c in candidates]
-        self.stateful = [has_state(own.built[c.slot]) for own, c in zip(self.criteria, candidates, strict=True)]
+        self.step, self.criterion = step, criterion
+        self.looks = Looks(candidates, [type(criterion)(model, {c.slot: c.cfg}) for c in candidates], found, at)
         for name, slots in (("_get_loss_class", ("loss_class",)), ("_get_loss_bbox", ("loss_bbox", "loss_giou"))):
             setattr(criterion, name, self.watched(getattr(criterion, name), name, slots))
 
@@ -148,25 +136,18 @@ class RTDETRLook:
         """A method of the criterion that looks at each of its calls."""
 
         def call(pred, *rest):
-            found, looks = method(pred, *rest), self.step() in self.at
+            found = method(pred, *rest)
             positive = rest[0] != self.criterion.nc if slots == ("loss_class",) else True
-            if looks:
-                for slot in slots:
-                    self.add(slot, STOCK, found, pred, positive)
-            for candidate, own, keeps in zip(self.candidates, self.criteria, self.stateful, strict=True):
-                if candidate.slot in slots and (looks or keeps):
+            for slot, label, own in self.looks.turns(self.step(), slots):
+                values = found
+                if own is not None:
                     own.image_size = self.criterion.image_size
                     values = getattr(own, name)(pred, *rest)
-                    if looks:
-                        self.add(candidate.slot, candidate.label, values, pred, positive)
+                (value,) = (value for key, value in values.items() if key.startswith(slot))
+                self.looks.add(self.step(), slot, label, amounts_at(pred, value, positive))
             return found
 
         return call
-
-    def add(self, slot, label, values, pred, positive):
-        (value,) = (value for name, value in values.items() if name.startswith(slot))
-        if found := gradients(value, [pred]):
-            self.found.add(self.step(), slot, label, amounts(found[0], positive))
 
 
 def candidate(loss, task="detect", slot=None, label=None):
@@ -204,12 +185,7 @@ def fitting(slot, task="detect"):
     """
     if slot not in SLOTS[task]:
         raise ValueError(f"There is no slot {slot!r}; the slots are {', '.join(SLOTS[task])}.")
-    of_family = {
-        name: cls
-        for name, cls in registered_losses().items()
-        if cls.facts.family in SLOTS[task][slot] and "losses" not in cls.facts.filled
-    }
-    found = (_first_that_fits(name, cls, slot, task) for name, cls in of_family.items())
+    found = (_first_that_fits(name, cls, slot, task) for name, cls in losses_of(SLOTS[task][slot]).items())
     return [candidate for candidate in found if candidate]
 
 
