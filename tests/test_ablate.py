@@ -604,8 +604,7 @@ def test_trainings_side_by_side_have_a_gpu_each(visible, names, monkeypatch):
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     places = study.Places(3)
-    taken = [places.take() for _ in range(3)]
-    assert [places.environment(place)["CUDA_VISIBLE_DEVICES"] for place in taken] == [*names]
+    assert [places.environment(place)["CUDA_VISIBLE_DEVICES"] for place in places.free] == [*names]
 
 
 def test_a_training_has_the_modules_of_the_process_that_starts_it(tmp_path, monkeypatch):

@@ -124,7 +124,9 @@ def check_fit(head: nn.Module, name: str, loss: nn.Module, whole: nn.Module | No
         )
     if _is_stock(head):
         _check_columns(head, loss, where)
-    _check_use(head, name, loss, whole or loss)
+    _check_reduction(head, name, whole or loss, where)
+    _check_called(head, name, loss, where)
+    _check_classes(head, name, loss, where)
     _check_unit(head, name, loss, where)
     if _is_skipped(head, name):
         for part in (part for part in loss.modules() if isinstance(part, Loss)):
@@ -197,42 +199,54 @@ def _check_class_weights(head, loss, where):
             )
 
 
-def _check_use(head, name, loss, whole):
-    """Raise ``ValueError`` for a loss that a head never calls, reduces further, or hands what it does not take."""
-    where, kind = f"{name} of {type(head).__name__}", type(loss).__name__
+def _use_of(head, name):
+    """The :class:`_Use` that a head makes of a loss, or None."""
     use = next((use for use in _USES if name in use.slots and _based_on(head, use.head, method=use.method)), None)
-    if use and use.reduction and not getattr(head, "use_ohem", True):  # YOLACT's mining
-        use = None
-    if use and use.reduction not in ("", whole.reduction):
+    mines = getattr(head, "use_ohem", True)  # YOLACT's, without which the reduction does not matter
+    return use if use and (mines or not use.reduction) else None
+
+
+def _check_called(head, name, loss, where):
+    """Raise ``ValueError`` for a loss that a head never calls."""
+    use = _use_of(head, name)
+    if (use and not use.reduction) or getattr(head, _SWITCHES.get(name, ""), True) is False:
+        raise ValueError(f"{type(loss).__name__} has no effect as {where}, which the head never calls: leave it out.")
+
+
+def _check_reduction(head, name, loss, where):
+    """Raise ``ValueError`` for a reduction that a head reduces further, or cannot divide."""
+    use, given = _use_of(head, name), f'reduction="{loss.reduction}"'
+    if use and use.reduction not in ("", loss.reduction):
         raise ValueError(
             f'Write reduction="{use.reduction}" in the config of {where}: the head {use.does}, and '
-            f'{type(whole).__name__} is given reduction="{whole.reduction}".'
+            f"{type(loss).__name__} is given {given}."
         )
-    if (use and not use.reduction) or getattr(head, _SWITCHES.get(name, ""), True) is False:
-        raise ValueError(f"{kind} has no effect as {where}, which the head never calls: leave it out.")
     averaged = name in _AVERAGED and name not in _NOT_AVERAGED.get(_based_on(head, *_NOT_AVERAGED), ())
-    if averaged and not use and whole.reduction != "mean" and _is_stock(head):
+    if averaged and not use and loss.reduction != "mean" and _is_stock(head):
         raise ValueError(
-            f'Leave reduction="{whole.reduction}" out of the config of {where}: the head gives the number to divide by '
-            "(avg_factor), and only a mean is divided by it."
+            f"Leave {given} out of the config of {where}: the head gives the number to divide by (avg_factor), and "
+            "only a mean is divided by it."
         )
-    if name in ("loss_cls", "initial_loss_cls") and _based_on(head, "TOODHead"):
-        for part in filter(_is_whole, loss.modules()):
-            if not getattr(part, "activated", False):
-                kind = type(part).__name__
-                do = "write activated=True" if hasattr(part, "activated") else "take one with activated=True"
-                raise ValueError(f"{where} is given probabilities, and {kind} takes logits: {do}.")
-    of_rows = any(part.facts.sums_classes or part.facts.one_per_row for part in filter(_is_whole, loss.modules()))
+
+
+def _check_classes(head, name, loss, where):
+    """Raise ``ValueError`` for a class loss of logits that is given probabilities, or a row's that is added up."""
+    whole = [part for part in loss.modules() if isinstance(part, Loss) and _is_whole(part)]
+    logits = [part for part in whole if not getattr(part, "activated", False)]
+    if name in ("loss_cls", "initial_loss_cls") and _based_on(head, "TOODHead") and logits:
+        do = "write activated=True" if hasattr(logits[0], "activated") else "take one with activated=True"
+        raise ValueError(f"{where} is given probabilities, and {type(logits[0]).__name__} takes logits: {do}.")
+    of_rows = any(part.facts.sums_classes or part.facts.one_per_row for part in whole)
     if name == "loss_cls" and _based_on(head, "PAAHead", method="get_pos_loss") and of_rows:
         raise ValueError(
-            f"{where} is no place for {kind}, which has one loss an anchor: the head adds up those of its classes. "
-            "Take one that has a loss for each class, such as FocalLoss."
+            f"{where} is no place for {type(loss).__name__}, which has one loss an anchor: the head adds up those of "
+            "its classes. Take one that has a loss for each class, such as FocalLoss."
         )
 
 
-def _is_whole(part):
-    """Whether a module is a loss that is not made of others."""
-    return isinstance(part, Loss) and not any(isinstance(other, Loss) for other in part.modules() if other is not part)
+def _is_whole(loss):
+    """Whether a loss is not made of others."""
+    return not any(isinstance(other, Loss) for other in loss.modules() if other is not loss)
 
 
 def _based_on(head, *names, method=""):
