@@ -167,14 +167,12 @@ def config_text(run: Run, folder: Path) -> str:
 
 def list_with(run: Run, key: str) -> list:
     """A list of the detector's config with the losses of a run, as a file cannot override an item of its base's."""
+    from detloss_plugins.adapters.mmdetection.check import at
     from detloss_plugins.cli._mmdet import read_config
 
     cfg = read_config(configs.path_of(run.model))
     swap(cfg, run.losses)
-    node = cfg.model
-    for name in key.split("."):
-        node = node[name]
-    return node
+    return at(cfg.model, key)
 
 
 def data_folder(run: Run) -> Path:

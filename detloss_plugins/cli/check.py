@@ -179,7 +179,7 @@ def check_mmdet(path, data=None):
     """
     _mmdet.import_mmdet()
     from detloss_plugins.adapters.heads import MisfitWarning
-    from detloss_plugins.adapters.mmdetection.check import build_alone, check_config, our_losses
+    from detloss_plugins.adapters.mmdetection.check import at, build_alone, check_config, our_losses
 
     cfg = _mmdet.read_config(path)
     found = Found([f"{path}:"])
@@ -199,7 +199,8 @@ def check_mmdet(path, data=None):
             continue  # which is among the problems
         weight = getattr(built, "loss_weight", 1.0)
         found.lines.append(f"  {key}: {built}, weight {weight:g}")
-        classes, known = head_of(cfg.model, key).get("num_classes"), getattr(built, "num_classes", None)
+        head = at(cfg.model, key.rpartition(".")[0])
+        classes, known = head.get("num_classes"), getattr(built, "num_classes", None)
         if None not in (classes, known) and classes != known:
             found.problems.append(f"{key} has num_classes={known}, and its head has {classes} classes.")
     if len(found.lines) == 1:
@@ -208,14 +209,6 @@ def check_mmdet(path, data=None):
         names = _coco.coco_content(Path(data) / _coco.coco_split(Path(data), "train")[0])["categories"]
         found.lines.append(f"data: {data}, {len(names)} classes")
     return found
-
-
-def head_of(model, key):
-    """The dict that holds the loss at a dotted key, such as ``model.bbox_head``'s of ``bbox_head.loss_cls``."""
-    node = model
-    for part in key.split(".")[:-1]:
-        node = node[int(part)] if isinstance(node, list) else node[part]
-    return node
 
 
 def check_class(cls):

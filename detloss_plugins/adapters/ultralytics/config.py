@@ -235,6 +235,12 @@ def with_weights(losses, weights):
     return losses
 
 
+def default_weights(losses):
+    """The weights by default in the places that wait for one: place -> number."""
+    found = {place: build_loss(without_weight(at(losses, place))) for place in waiting(losses)}
+    return {place: default_weight(loss, place[0]) for place, loss in found.items()}
+
+
 def weights_of(losses, before):
     """The weights that a dict of losses waits for and that ``before``, a checked dict, has: place -> number.
 
