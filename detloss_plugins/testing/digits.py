@@ -241,12 +241,16 @@ def write_split(root, split, rng, glyphs, digits, task, scenario):
             {"image_id": number, "category_id": c, "bbox": [x, y, w, h], "area": w * h, "iscrowd": 0}
             for c, x, y, w, h in objects
         ]
-    if task != "detect":
-        return
+    if task == "detect":
+        write_coco(root, split, images, annotations, NAMES)
+
+
+def write_coco(root, split, images, annotations, names):
+    """The COCO file of a split: ``annotations`` have no numbers yet, ``names`` are those of the classes."""
     coco = {
         "images": images,
         "annotations": [{"id": i, **annotation} for i, annotation in enumerate(annotations, 1)],
-        "categories": [{"id": i, "name": name} for i, name in enumerate(NAMES)],
+        "categories": [{"id": i, "name": name} for i, name in enumerate(names)],
     }
     (root / "annotations").mkdir(exist_ok=True)
     (root / "annotations" / f"{split}.json").write_text(json.dumps(coco), encoding="utf-8")
