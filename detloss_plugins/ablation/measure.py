@@ -96,7 +96,8 @@ def evaluate_coco(coco: Any, found: Any, most: int) -> dict[str, Any]:
     objects = [a for a in coco.dataset["annotations"] if not a.get("iscrowd")]
     ranges = {"all": (0.0, 1e10), **COCO_AREAS}
     ranges.update(zip(THIRDS, thirds(np.array([a["area"] for a in objects])), strict=True))
-    names = class_names(coco)
+    categories = sorted(coco.dataset["categories"], key=lambda part: part["id"])
+    names = {part["id"]: str(part.get("name", part["id"])) for part in categories}
     if not len(found):  # pycocotools does not take an empty list
         return without_detections(objects, ranges, names)
     evaluation = COCOeval(coco, coco.loadRes(found), "bbox")
@@ -111,12 +112,6 @@ def evaluate_coco(coco: Any, found: Any, most: int) -> dict[str, Any]:
     numbers = evaluation.params.catIds
     result["per_class"] = {names[number]: _mean(precision[:, :, c, 0]) for c, number in enumerate(numbers)}
     return {**result, "calibration_error": calibration_error(*matched(evaluation))}
-
-
-def class_names(coco: Any) -> dict[int, str]:
-    """The names of the categories, in the order of their numbers."""
-    known = sorted(coco.dataset["categories"], key=lambda part: part["id"])
-    return {part["id"]: str(part.get("name", part["id"])) for part in known}
 
 
 def without_detections(objects, ranges, names):

@@ -158,7 +158,7 @@ class Gradients:
         steps = [step for step in own if step in stock and stock[step][1] > 0]
         ratios = {step: _ratio(stock[step][0], own[step][0]) for step in steps}
         ratios = {step: ratio for step, ratio in ratios.items() if ratio}
-        weight = _three_digits(statistics.median(ratios.values())) if ratios else None
+        weight = float(f"{statistics.median(ratios.values()):.3g}") if ratios else None
         cfg = {name: value for name, value in candidate.cfg.items() if name != "loss_weight"}
         cfg["loss_weight"] = candidate.default if weight is None else weight
         return Suggestion(
@@ -199,10 +199,6 @@ def _ratio(stock, own):
     """How many times as large the first is; 0 if one of them is 0 or no number."""
     ratio = float(stock) / float(own) if own else 0.0
     return ratio if math.isfinite(ratio) else 0.0
-
-
-def _three_digits(value):
-    return float(f"{value:.3g}")
 
 
 def _share(of_steps):

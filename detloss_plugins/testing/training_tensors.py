@@ -10,6 +10,7 @@ from contextlib import contextmanager, redirect_stdout, suppress
 import numpy as np
 import torch
 
+from detloss_plugins.nested import each_tensor
 from detloss_plugins.testing.digits import NAMES, build_digits
 
 STEPS = 3  # optimiser steps before the capture, so that the tensors are not those of an untouched initialisation
@@ -142,10 +143,6 @@ def _filled(box, height, width):
     return mask
 
 
-def _detached(tensors):
-    return tuple(tuple(t.detach() for t in x) if isinstance(x, tuple) else x.detach() for x in tensors)
-
-
 def _join(calls):
     """One (pred, target) from the calls a head makes, one a feature level."""
     preds, targets = zip(*(args[:2] for args, _ in calls), strict=True)
@@ -181,7 +178,4 @@ def training_tensors():
         _mmdet_step(config, calls)
         for family, group in calls.items():
             mmdet.setdefault(family, _join(group))
-    return {
-        source: {family: _detached(tensors) for family, tensors in found.items()}
-        for source, found in (("yolo step", yolo), ("mmdet step", mmdet))
-    }
+    return each_tensor(torch.Tensor.detach, {"yolo step": yolo, "mmdet step": mmdet})

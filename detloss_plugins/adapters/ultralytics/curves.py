@@ -100,16 +100,11 @@ class Slots(Observer):
         return [(name, (value * part / sum(parts)).nan_to_num()) for name, part in zip(names, parts, strict=True)]
 
 
-def named_branches(criterion):
-    """The branches of a criterion, each with the beginning of its scalars' names."""
-    found = branches(criterion)
-    return {f"losses/{name}/" if len(found) > 1 else "losses/": branch for name, branch in found.items()}
-
-
 def scalars(criterion):
     """What the curves of a criterion have seen, and the state of its losses, as numbers by name."""
-    found = {}
-    for start, branch in named_branches(criterion).items():
+    found, parts = {}, branches(criterion)
+    for name, branch in parts.items():
+        start = f"losses/{name}/" if len(parts) > 1 else "losses/"
         found.update({start + name: value for name, value in branch.curves.means().items()})
         for slot, loss in branch.built.items():
             found.update({f"{start}{slot}/{name}": value.item() for name, value in state_scalars(loss).items()})

@@ -110,25 +110,10 @@ def whole_files(trainer):
         shutil.rmtree(beside)
 
 
-def tell_epoch(trainer):
-    """Tell losses with a schedule the epoch that begins, and from which iteration on it counts."""
-    trainer.plugin_iteration = trainer.epoch * len(trainer.train_loader) - 1
-    tell(trainer, epoch=trainer.epoch, epochs=trainer.epochs)
-
-
-def tell_iteration(trainer):
-    """Tell losses with a schedule the iteration that begins."""
-    trainer.plugin_iteration += 1
-    tell(trainer, iteration=trainer.plugin_iteration)
-
-
 def tell(trainer, **progress):
     """:func:`set_progress` of every loss of the model that is trained."""
     for branch in branches(criterion_of(trainer)).values():
         set_progress(torch.nn.ModuleList(branch.built.values()), **progress)
-
-
-TELLS = {"on_train_epoch_start": tell_epoch, "on_train_batch_start": tell_iteration}
 
 
 def criterion_of(trainer):
@@ -322,8 +307,12 @@ def make_trainer(
 
             Loggers read the metrics of an epoch when it ends: they have the curves then, and results.csv has not.
             """
-            if scheduled and event in TELLS:
-                TELLS[event](self)
+            if scheduled and event == "on_train_epoch_start":
+                self.plugin_iteration = self.epoch * len(self.train_loader) - 1
+                tell(self, epoch=self.epoch, epochs=self.epochs)
+            if scheduled and event == "on_train_batch_start":
+                self.plugin_iteration += 1
+                tell(self, iteration=self.plugin_iteration)
             if every and compat.rank() in {-1, 0}:
                 if event == "on_train_epoch_start":
                     add_curves(self, every)
