@@ -5,13 +5,13 @@ import itertools
 import math
 import shutil
 import statistics
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 from detloss_plugins.ablation.data import digits_folder
 from detloss_plugins.ablation.files import locked, seconds_between
 from detloss_plugins.ablation.grid import Run, slots_of
+from detloss_plugins.adapters import quiet
 
 TASKS = ("detect", "rtdetr")  # whose results are boxes and nothing else
 LAST = Path("weights", "last.pt")
@@ -60,7 +60,7 @@ def check_arguments(path: str, args: Mapping) -> None:
     from ultralytics.data.utils import check_det_dataset
 
     try:
-        with quiet():
+        with quiet():  # it prints pages on its command for an unknown argument
             get_cfg(overrides=dict(args))
     except (SyntaxError, TypeError, ValueError) as error:
         raise ValueError(str(error).strip().splitlines()[0]) from error
@@ -72,19 +72,6 @@ def check_arguments(path: str, args: Mapping) -> None:
         check_det_dataset(path)
     except Exception as error:  # of the user's own file
         raise ValueError(f"{path} is no data set: {error}") from error
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without the pages on its command that Ultralytics prints for an unknown argument."""
-    from ultralytics.utils import LOGGER
-
-    level = LOGGER.level
-    LOGGER.setLevel("ERROR")
-    try:
-        yield
-    finally:
-        LOGGER.setLevel(level)
 
 
 def data_yaml(run: Run) -> str:

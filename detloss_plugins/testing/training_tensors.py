@@ -1,7 +1,6 @@
 """Real inputs for losses: what a YOLO training step and an mmdet training step hand to them on the digits set."""
 
 import io
-import logging
 import tempfile
 import warnings
 from collections import defaultdict
@@ -10,6 +9,7 @@ from contextlib import contextmanager, redirect_stdout, suppress
 import numpy as np
 import torch
 
+from detloss_plugins import adapters
 from detloss_plugins.nested import each_tensor
 from detloss_plugins.testing.digits import NAMES, build_digits
 
@@ -19,16 +19,9 @@ STEPS = 3  # optimiser steps before the capture, so that the tensors are not tho
 @contextmanager
 def quiet():
     """Keep the frameworks' logs to themselves."""
-    from ultralytics.utils import LOGGER
-
-    level = LOGGER.level
-    LOGGER.setLevel(logging.ERROR)
-    try:
-        with redirect_stdout(io.StringIO()), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        LOGGER.setLevel(level)
+    with adapters.quiet(), redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _yolo_step(model_yaml, captured):

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import functools
-import logging
 import random
 import tempfile
 
@@ -12,6 +11,7 @@ import torch
 from ultralytics.utils import LOGGER
 from ultralytics.utils.torch_utils import init_seeds
 
+from detloss_plugins.adapters import quiet
 from detloss_plugins.adapters.calibrate import (
     FACTORS,
     LOOKS,
@@ -46,35 +46,14 @@ QUICK = {"val": False, "save": False, "plots": False, "exist_ok": True, "name": 
 OF_A_RUN = ("project", "name", "exist_ok", "save_dir", "resume", "mode", "task", "time")
 
 
-class _Kept(Slots):
-    """Slots that keep what the class loss and the box criterion are called with."""
-
-    def __init__(self, stock):
-        super().__init__(stock)
-        self.called = {}
-
-    def class_loss(self, *inputs):
-        self.called["cls"] = inputs
-        return super().class_loss(*inputs)
-
-    def box_loss(self, *inputs):
-        self.called["box"] = self.called["dfl"] = inputs
-        return super().box_loss(*inputs)
-
-    def again(self, slot, criterion):
-        """The slots of another criterion, of which one is called with what it is called with here."""
-        other = Slots(criterion)
-        compat.share_sizes(self.stock.bbox_loss, criterion.bbox_loss)
-        if slot in self.called:  # without positives, not every box criterion is
-            other.normalizer = self.normalizer
-            (other.class_loss if slot == "cls" else other.box_loss)(*self.called[slot])
-        return other
-
-    def amounts(self, slot, slots):
-        """Those of the gradient that a slot has, of these slots or of others that were called again."""
-        if slot not in self.called:
-            return torch.zeros(2)
-        return amounts_at(self.called[slot][0], slots.values[slot], self.positive)
+def again(slots, slot, criterion):
+    """The slots of another criterion, of which one is called with what it is called with in these."""
+    other = Slots(criterion)
+    compat.share_sizes(slots.stock.bbox_loss, criterion.bbox_loss)
+    if slot in slots.called:  # without positives, not every box criterion is
+        other.normalizer = slots.normalizer
+        (other.class_loss if slot == "cls" else other.box_loss)(*slots.called[slot])
+    return other
 
 
 class Look:
@@ -107,13 +86,15 @@ class Look:
         if not (turns := self.looks.turns(self.step, SLOTS["detect"])):
             return
         with without_autocast(criterion.device):
-            observer = _Kept(criterion)
+            observer = Slots(criterion)
             # In half precision small gradients would be 0.
             preds = each_tensor(lambda x: x.float() if x.is_floating_point() else x, preds)
             observer.criterion.loss(as_leaves(preds), batch)
             for slot, label, own in turns:
-                slots = observer if own is None else observer.again(slot, own)
-                self.looks.add(self.step, slot, label, self.weight() * observer.amounts(slot, slots))
+                slots, amount = observer if own is None else again(observer, slot, own), torch.zeros(2)
+                if slot in observer.called:
+                    amount = amounts_at(observer.called[slot][0], slots.values[slot], observer.positive)
+                self.looks.add(self.step, slot, label, self.weight() * amount)
 
 
 class RTDETRLook:
@@ -340,15 +321,13 @@ def auto_weights(trainer, losses, task, base=None):
 @contextlib.contextmanager
 def _as_if_nothing_had_been(trainer):
     """Another training in the middle of one: what it says is not logged, and random numbers go on as they were."""
-    level, python, numpy = LOGGER.level, random.getstate(), np.random.get_state()
+    python, numpy = random.getstate(), np.random.get_state()
     devices = [trainer.device] if trainer.device.type == "cuda" else []
-    LOGGER.setLevel(logging.ERROR)
     try:
-        with torch.random.fork_rng(devices=devices):
+        with quiet(), torch.random.fork_rng(devices=devices):
             yield
             init_seeds(trainer.args.seed, trainer.args.deterministic)  # it has left the deterministic mode
     finally:
-        LOGGER.setLevel(level)
         random.setstate(python)
         np.random.set_state(numpy)
 
