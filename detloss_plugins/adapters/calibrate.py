@@ -94,17 +94,8 @@ class Suggestion:
 
     def as_dict(self) -> dict:
         """What there is to store, as plain data."""
-        return {
-            "label": self.label,
-            "slot": self.slot,
-            "weight": self.weight,
-            "range": self.range and list(self.range),
-            "ratios": {str(step): ratio for step, ratio in self.ratios.items()},
-            "positives": self.positives,
-            "stock_positives": self.stock_positives,
-            "default": self.default,
-            "losses": self.losses,
-        }
+        ratios = {str(step): ratio for step, ratio in self.ratios.items()}
+        return {**vars(self), "range": self.range and list(self.range), "ratios": ratios}
 
 
 def look_steps(steps: int, looks: int = LOOKS) -> list[int]:
