@@ -116,36 +116,49 @@ def check_fit(head: nn.Module, name: str, loss: nn.Module, whole: nn.Module | No
         for part in loss.losses:
             check_fit(head, name, part, loss)
         return
-    where, kind = f"{name} of {type(head).__name__}", type(loss).__name__
-    families = FAMILIES.get(name, ())
-    if families and loss.family in _KNOWN and loss.family not in families:
-        raise ValueError(
-            f"{where} is no place for {kind}, a {loss.family} loss: it takes {', '.join(families)} losses."
-        )
+    where = f"{name} of {type(head).__name__}"
+    _check_family(name, loss, where)
     if _is_stock(head):
         _check_columns(head, loss, where)
     _check_reduction(head, name, whole or loss, where)
     _check_called(head, name, loss, where)
     _check_classes(head, name, loss, where)
     _check_unit(head, name, loss, where)
+    if name == "loss_cls":
+        _check_sigmoid(head, loss, whole or loss, where)
+        _check_class_weights(head, loss, where)
+        _check_level(head, loss, where)
     if _is_skipped(head, name):
         for part in (part for part in loss.modules() if isinstance(part, Loss)):
             part.facts = part.facts.but(every_rank=False)
     if not loss.facts.every_rank and any(True for _ in loss.buffers()):
         loss.register_forward_pre_hook(_is_it_averaged)
-    if name != "loss_cls":
-        return
-    use_sigmoid = getattr(loss, "use_sigmoid", None)
-    if None not in (use_sigmoid, written := getattr(head, "use_sigmoid_cls", None)) and bool(written) != use_sigmoid:
+
+
+def _check_family(name, loss, where):
+    """Raise ``ValueError`` for a loss of a family that an attribute does not take."""
+    families = FAMILIES.get(name, ())
+    if families and loss.family in _KNOWN and loss.family not in families:
+        kind, takes = type(loss).__name__, ", ".join(families)
+        raise ValueError(f"{where} is no place for {kind}, a {loss.family} loss: it takes {takes} losses.")
+
+
+def _check_sigmoid(head, loss, whole, where):
+    """Raise ``ValueError`` for a head that has the channels of another kind of class loss."""
+    use_sigmoid, written = getattr(loss, "use_sigmoid", None), getattr(head, "use_sigmoid_cls", None)
+    if None not in (use_sigmoid, written) and bool(written) != use_sigmoid:
         raise ValueError(
             f"Write use_sigmoid={use_sigmoid} in the config of {where}: the head chooses the number of channels by it, "
-            f"and {type(whole or loss).__name__} is a loss with use_sigmoid={use_sigmoid}."
+            f"and {type(whole).__name__} is a loss with use_sigmoid={use_sigmoid}."
         )
-    _check_class_weights(head, loss, where)
+
+
+def _check_level(head, loss, where):
+    """Raise ``ValueError`` for a ranking loss that is called level by level."""
     if loss.family == "ranking" and _goes_by_level(head):
         raise ValueError(
-            f"{where} is called level by level, where {kind} would rank each level for itself: take RankingRetinaHead "
-            "or RankingATSSHead of detloss_plugins.adapters.mmdetection, or PluginSSDHead."
+            f"{where} is called level by level, where {type(loss).__name__} would rank each level for itself: take "
+            "RankingRetinaHead or RankingATSSHead of detloss_plugins.adapters.mmdetection, or PluginSSDHead."
         )
 
 
