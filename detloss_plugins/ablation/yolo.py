@@ -11,7 +11,6 @@ from pathlib import Path
 from detloss_plugins.ablation.data import digits_folder
 from detloss_plugins.ablation.files import locked, seconds_between
 from detloss_plugins.ablation.grid import Run, slots_of
-from detloss_plugins.adapters import quiet
 
 TASKS = ("detect", "rtdetr")  # whose results are boxes and nothing else
 LAST = Path("weights", "last.pt")
@@ -58,6 +57,8 @@ def check_arguments(path: str, args: Mapping) -> None:
     """``ValueError`` if Ultralytics would refuse the arguments of a training or its data YAML."""
     from ultralytics.cfg import get_cfg
     from ultralytics.data.utils import check_det_dataset
+
+    from detloss_plugins.testing.training_tensors import quiet
 
     try:
         with quiet():  # it prints pages on its command for an unknown argument

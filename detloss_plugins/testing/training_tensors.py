@@ -1,6 +1,7 @@
 """Real inputs for losses: what a YOLO training step and an mmdet training step hand to them on the digits set."""
 
 import io
+import logging
 import tempfile
 import warnings
 from collections import defaultdict
@@ -9,7 +10,6 @@ from contextlib import contextmanager, redirect_stdout, suppress
 import numpy as np
 import torch
 
-from detloss_plugins import adapters
 from detloss_plugins.nested import each_tensor
 from detloss_plugins.testing.digits import NAMES, build_digits
 
@@ -18,10 +18,15 @@ STEPS = 3  # optimiser steps before the capture, so that the tensors are not tho
 
 @contextmanager
 def quiet():
-    """Keep the frameworks' logs to themselves."""
-    with adapters.quiet(), redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    """Keep the frameworks' logs to themselves, but for errors; none of them is needed."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _yolo_step(model_yaml, captured):

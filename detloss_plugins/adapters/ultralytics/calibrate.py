@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import logging
 import random
 import tempfile
 
@@ -11,7 +12,6 @@ import torch
 from ultralytics.utils import LOGGER
 from ultralytics.utils.torch_utils import init_seeds
 
-from detloss_plugins.adapters import quiet
 from detloss_plugins.adapters.calibrate import (
     FACTORS,
     LOOKS,
@@ -321,13 +321,15 @@ def auto_weights(trainer, losses, task, base=None):
 @contextlib.contextmanager
 def _as_if_nothing_had_been(trainer):
     """Another training in the middle of one: what it says is not logged, and random numbers go on as they were."""
-    python, numpy = random.getstate(), np.random.get_state()
+    logged, python, numpy = logging.root.manager.disable, random.getstate(), np.random.get_state()
     devices = [trainer.device] if trainer.device.type == "cuda" else []
+    logging.disable(logging.WARNING)
     try:
-        with quiet(), torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=devices):
             yield
             init_seeds(trainer.args.seed, trainer.args.deterministic)  # it has left the deterministic mode
     finally:
+        logging.disable(logged)
         random.setstate(python)
         np.random.set_state(numpy)
 
