@@ -22,13 +22,15 @@ class LossRegistry(Registry):
     """A registry of mmengine that says which name is near where a loss is misspelt."""
 
     def get(self, key: str) -> type | None:
-        """The class of a name, as mmengine's registries give it; None for a path, which their root looks up.
+        """The class of a name, as mmengine's registries give it; None for the path of what is no loss, which their
+        root looks up.
 
         Raises:
             ValueError: for a name that no loss has, nor anything in a parent; the message gives the nearest ones.
         """
-        found = super().get(key)
-        return loss_class(key) if found is None and "." not in key.removeprefix(f"{SCOPE}.") else found
+        found, name = super().get(key), key.removeprefix(f"{SCOPE}.")
+        of_loss = "." not in name or name.startswith("losses.")
+        return loss_class(f"{SCOPE}.{name}") if found is None and of_loss else found
 
     def __contains__(self, key: str) -> bool:
         with contextlib.suppress(ValueError):

@@ -18,8 +18,7 @@ from ultralytics import YOLO
 from detloss_plugins.adapters.ultralytics import make_trainer, per_image
 
 sys.path.append(str(Path(__file__).parents[1] / "tools"))
-from detloss_plugins.cli.train import DIGITS_ARGS
-from detloss_plugins.testing.digits import build_digits
+from detloss_plugins.testing.digits import DIGITS_ARGS, build_digits
 
 LOSSES = {"cls": {"type": "BinaryCrossEntropyLoss"}, "box": {"type": "CIoULoss"}}
 BROKEN = {"0017": (0, "class"), "0203": (1, "box")}  # image -> which of its lines, and what is wrong with it

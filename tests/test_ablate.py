@@ -604,8 +604,7 @@ def test_trainings_side_by_side_have_a_gpu_each(visible, names, monkeypatch):
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     places = study.Places(3)
-    taken = [places.take() for _ in range(3)]
-    assert [places.environment(place)["CUDA_VISIBLE_DEVICES"] for place in taken] == [*names]
+    assert [places.environment(place)["CUDA_VISIBLE_DEVICES"] for place in places.free] == [*names]
 
 
 def test_a_training_has_the_modules_of_the_process_that_starts_it(tmp_path, monkeypatch):
@@ -639,7 +638,7 @@ def test_what_mmengine_has_logged(tmp_path):
 def test_what_comes_out_of_a_training_with_mmdetection(tmp_path, monkeypatch):
     """COCO counts 100 detections in an image: here the last of them hits an object, and one more would another."""
     pytest.importorskip("pycocotools")
-    from detloss_plugins.cli import train
+    from detloss_plugins.cli import _mmdet
 
     box = {"image_id": 0, "category_id": 0}
     objects = [{**box, "id": x, "bbox": [x, 5, 10, 10], "area": 100, "iscrowd": 0} for x in (5, 50)]
@@ -657,7 +656,7 @@ def test_what_comes_out_of_a_training_with_mmdetection(tmp_path, monkeypatch):
         assert args.overrides == {"train_cfg.max_epochs": "2", "batch": "4"}
         (args.work_dir / mmdetection.DETECTIONS).write_text(json.dumps(found), encoding="utf-8")
 
-    monkeypatch.setattr(train, "train_mmdet", trained)
+    monkeypatch.setattr(_mmdet, "train_mmdet", trained)
     (tmp_path / "run").mkdir()
     run = replace(RUN, model="retinanet_r18_fpn_digits", losses={}, path=str(tmp_path / "data"))
     result = mmdetection.train(run, tmp_path / "run", 0)

@@ -16,8 +16,8 @@ import detloss_plugins
 from detloss_plugins import configs
 from detloss_plugins.cli import _facts, main, train
 from detloss_plugins.cli._common import INSTALL, DataSet, UsageError
+from detloss_plugins.cli._yolo import is_of_data, yolo_data
 from detloss_plugins.cli.check import wrong_label
-from detloss_plugins.cli.train import is_of_data, yolo_data
 from detloss_plugins.configs import find
 from detloss_plugins.losses import CIoULoss, FocalLoss, GIoULoss, L1Loss
 from detloss_plugins.registry import registered_losses

@@ -104,6 +104,14 @@ def test_the_slope_of_a_curve_is_that_of_its_values(name):
         torch.testing.assert_close(middle, slope[1:-1], rtol=0.05, atol=0.05 * float(slope.abs().max()), msg=label)
 
 
+def test_a_loss_around_one_of_probabilities_is_drawn_over_logits_too():
+    parts = [{"type": "FocalLoss", "activated": True}, {"type": "BinaryCrossEntropyLoss", "activated": True}]
+    joint = numbers.class_curves(build_loss({"type": "JointLoss", "losses": parts}))
+    each = [numbers.class_curves(build_loss(part)) for part in parts]
+    for (_, _, value, _), *others in zip(joint, *each, strict=True):
+        torch.testing.assert_close(value, sum(other[2] for other in others))
+
+
 def test_a_loss_of_the_batch_is_one_sample_among_others():
     """GHM-C weighs by density: alone in a call, a sample would have the weight 1 everywhere."""
     curves = numbers.class_curves(registered_losses()["GHMC"].make())

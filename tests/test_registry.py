@@ -69,10 +69,12 @@ def test_errors():
 def test_a_misspelt_loss_in_a_config_of_another_package(monkeypatch):
     """Whoever builds it, the sentence is ours; what is no name of ours is looked up as mmengine does."""
     for build in (ROOT.build, ANOTHER.build, MODELS.build):
-        with pytest.raises(ValueError, match=r"no loss named .*CIOULoss'.*did you mean CIoULoss"):
-            build({"type": "detloss_plugins.CIOULoss"})
+        for name in ("CIOULoss", "losses.CIOULoss"):
+            with pytest.raises(ValueError, match=rf"no loss named .*{name}'.*did you mean CIoULoss"):
+                build({"type": f"detloss_plugins.{name}"})
         with pytest.raises(KeyError, match="is not in"):
-            build({"type": "detloss_plugins.losses.CIOULoss"})
+            build({"type": "detloss_plugins.heads.CIOULoss"})
+        assert type(build({"type": "detloss_plugins.losses.CIoULoss"})).__name__ == "CIoULoss"
     monkeypatch.setitem(ROOT.module_dict, "OfTheRoot", dict)
     assert MODELS.get("OfTheRoot") is dict
     assert MODELS.get("another.CIoULoss") is None

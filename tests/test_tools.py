@@ -27,13 +27,14 @@ from support.commands import ROOT, detloss, last_line
 from ultralytics.cfg import get_cfg
 
 from detloss_plugins.adapters.ultralytics import compat
-from detloss_plugins.cli import _coco, train
+from detloss_plugins.cli import _coco, _mmdet, _yolo, train
 from detloss_plugins.cli._common import DataSet, UsageError
 from detloss_plugins.configs import find
 from detloss_plugins.facts import Upstream
 from detloss_plugins.losses import FocalLoss, GIoULoss, ap_loss
 from detloss_plugins.registry import registered_losses
 from detloss_plugins.testing import parity, sample, twins
+from detloss_plugins.testing.digits import DIGITS_ARGS
 
 
 def refused(capsys, *argv, status):
@@ -98,8 +99,8 @@ def test_a_scenario_is_trained_as_the_digits_set_is(tmp_path, monkeypatch):
     for folder in (tmp_path / "cache" / "small-digits-v1", tmp_path / "mine"):
         folder.mkdir(parents=True)
         (folder / "digits.yaml").touch()
-        wanted = train.DIGITS_ARGS if folder.parent.name == "cache" else {}
-        assert train.yolo_data(folder, "detect") == (folder / "digits.yaml", wanted)
+        wanted = DIGITS_ARGS if folder.parent.name == "cache" else {}
+        assert _yolo.yolo_data(folder, "detect") == (folder / "digits.yaml", wanted)
 
 
 def test_train_says_which_ultralytics_it_needs(capsys, monkeypatch):
@@ -141,7 +142,7 @@ def test_train_ends_with_what_a_training_with_mmdetection_has_measured():
         ),
         ({}, {**val, "val/dota/AP50": 0.5, "val/dota/mAP": 0.1}, "mAP50 0.500"),
     ):
-        assert train.measured(scalars, cfg) == words
+        assert _mmdet.measured(scalars, cfg) == words
 
 
 ATSS = str(ROOT / "configs" / "mmdetection" / "atss_r18_fpn_digits.py")
@@ -172,14 +173,14 @@ def test_the_schedule_follows_the_number_of_epochs():
     for epochs, end, milestones in ((24, 24, [16, 22]), (6, 6, [4, 6]), (1, 1, [1, 1])):
         cfg = copy.deepcopy(stock)
         cfg.train_cfg.max_epochs = epochs
-        (note,) = train.scale_schedule(cfg, stock)
+        (note,) = _mmdet.scale_schedule(cfg, stock)
         assert f"from 12 to {epochs} epochs" in note
         assert cfg.param_scheduler[0] == stock.param_scheduler[0]
         assert cfg.param_scheduler[1] == {**stock.param_scheduler[1], "end": end, "milestones": milestones}
-    assert train.scale_schedule(copy.deepcopy(stock), stock) == []
-    assert train.scale_schedule(ConfigDict(train_cfg={"max_iters": 9}), ConfigDict(train_cfg={"max_iters": 3})) == []
+    assert _mmdet.scale_schedule(copy.deepcopy(stock), stock) == []
+    assert _mmdet.scale_schedule(ConfigDict(train_cfg={"max_iters": 9}), ConfigDict(train_cfg={"max_iters": 3})) == []
     with pytest.raises(UsageError, match="whole number above 0"):
-        train.scale_schedule(ConfigDict(stock, train_cfg={"max_epochs": "abc"}), stock)
+        _mmdet.scale_schedule(ConfigDict(stock, train_cfg={"max_epochs": "abc"}), stock)
 
 
 class Refusing:
@@ -200,14 +201,14 @@ class Refusing:
 
 def test_a_checkpoint_that_torch_refuses(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("mmengine.runner.Runner", Refusing)
-    monkeypatch.delenv(train.LOAD_ALL, raising=False)
+    monkeypatch.delenv(_mmdet.LOAD_ALL, raising=False)
     arguments = [ATSS, "--work-dir", str(tmp_path / "run")]
     message = refused(capsys, *arguments, "resume=True", f"load_from={tmp_path}/x.pth", status=1)
     assert "onedl-mmengine" in message
-    assert train.LOAD_ALL in message
-    assert train.LOAD_ALL not in os.environ, "a stranger's file is not trusted"
+    assert _mmdet.LOAD_ALL in message
+    assert _mmdet.LOAD_ALL not in os.environ, "a stranger's file is not trusted"
     refused(capsys, *arguments, "resume=True", status=1)
-    assert os.environ.pop(train.LOAD_ALL) == "1", "what we wrote ourselves is"
+    assert os.environ.pop(_mmdet.LOAD_ALL) == "1", "what we wrote ourselves is"
 
 
 DATA = "train: images\nval: images\nnames: [a]\n"
@@ -220,7 +221,7 @@ DATA = "train: images\nval: images\nnames: [a]\n"
         (["twice.yaml"], "twice.yaml has the key box twice, in line 1 and in line 3."),
         (["inside.yaml"], "inside.yaml has the key type twice, in line 1 and in line 1."),
         (["resume=."], "There is no checkpoint weights/last.pt to resume."),
-        (["list.yaml"], "list.yaml must hold a dict of losses"),
+        (["list.yaml"], "list.yaml must hold a dict, such as {cls: {type: VarifocalLoss}}"),
         (["null.yaml"], "A loss is configured by a dict"),
         (["cls.gamma=[1"], "cls.gamma=[1 is no YAML"),
         (["cls.loss_weight=null"], "loss_weight of AdaptiveThresholdFocalLoss must be"),
@@ -343,7 +344,7 @@ def test_the_other_commands_refuse_before_they_measure(capsys, tmp_path, monkeyp
 
 def test_train_overrides_losses(tmp_path):
     overrides = {"cls.loss_weight": 2, "box.type": "GIoULoss", "epochs": 3}
-    losses = train.yolo_losses(find(train.DEFAULT_CONFIG), overrides)
+    losses = _yolo.yolo_losses(find(train.DEFAULT_CONFIG), overrides)
     assert overrides == {"epochs": 3}
     assert losses["cls"] == {"type": "AdaptiveThresholdFocalLoss", "loss_weight": 2}
     assert losses["box"] == {"type": "GIoULoss"}
@@ -352,48 +353,48 @@ def test_train_overrides_losses(tmp_path):
 
 def test_train_overrides_come_in_any_order():
     overrides = {"cls.loss_weight": 2, "cls.type": "FocalLoss"}
-    losses = train.yolo_losses(find(train.DEFAULT_CONFIG), overrides)
+    losses = _yolo.yolo_losses(find(train.DEFAULT_CONFIG), overrides)
     assert losses["cls"] == {"type": "FocalLoss", "loss_weight": 2}
 
 
 def test_train_overrides_the_losses_in_a_loss():
     inner = {"box.base.type": "InnerIoULoss", "box.base.base.type": "CIoULoss", "box.base.ratio": 0.8}
-    losses = train.yolo_losses({}, {**inner, "box.type": "WIoULoss"})
+    losses = _yolo.yolo_losses({}, {**inner, "box.type": "WIoULoss"})
     base = {"type": "InnerIoULoss", "ratio": 0.8, "base": {"type": "CIoULoss"}}
     assert losses == {"box": {"type": "WIoULoss", "base": base}}
     parts = {"cls": {"type": "JointLoss", "losses": [{"type": "FocalLoss", "gamma": 1.5}, {"type": "PolyLoss"}]}}
     before = copy.deepcopy(parts)
-    found = train.yolo_losses(parts, {"cls.losses.0.alpha": 0.5, "cls.losses.1.type": "GHMC"})["cls"]["losses"]
+    found = _yolo.yolo_losses(parts, {"cls.losses.0.alpha": 0.5, "cls.losses.1.type": "GHMC"})["cls"]["losses"]
     assert found == [{"type": "FocalLoss", "gamma": 1.5, "alpha": 0.5}, {"type": "GHMC"}]
     assert parts == before
     for index in ("2", "-1", "a"):
         with pytest.raises(UsageError, match=f"cls.losses.{index}.gamma: there is no {index} in a list of 2"):
-            train.yolo_losses(parts, {f"cls.losses.{index}.gamma": 1})
+            _yolo.yolo_losses(parts, {f"cls.losses.{index}.gamma": 1})
 
 
 def test_a_data_set_is_given_once_and_as_ultralytics_has_it(tmp_path):
     args = {"data": str(tmp_path / "own.yaml"), "epochs": 3}
-    data = train.given_data(None, args)
+    data = _yolo.given_data(None, args)
     assert (data, args) == (tmp_path / "own.yaml", {"epochs": 3})
-    assert train.yolo_data(data, "detect") == (data, {}), "not with the arguments of the digits"
+    assert _yolo.yolo_data(data, "detect") == (data, {}), "not with the arguments of the digits"
     with pytest.raises(UsageError, match="given twice"):
-        train.given_data(data, {"data": "other.yaml"})
+        _yolo.given_data(data, {"data": "other.yaml"})
 
 
 def test_numbers_as_people_write_them():
-    assert train.values({"lr0": "1e-3", "x": "[1e3, a]"}) == {"lr0": 0.001, "x": [1000, "a"]}
+    assert _yolo.values({"lr0": "1e-3", "x": "[1e3, a]"}) == {"lr0": 0.001, "x": [1000, "a"]}
 
 
 @pytest.mark.parametrize("word", ["/x/my set #2/data.yaml", "https://host/coco8.zip"])
 def test_a_data_set_is_where_the_word_says(word):
-    for data in (train.given_data(None, train.values({"data": word})), DataSet().convert(word, None, None)):
-        assert str(train.yolo_data(data, "detect")[0]) == str(word if "://" in word else Path(word))
+    for data in (_yolo.given_data(None, _yolo.values({"data": word})), DataSet().convert(word, None, None)):
+        assert str(_yolo.yolo_data(data, "detect")[0]) == str(word if "://" in word else Path(word))
 
 
 def test_the_address_of_a_data_set_is_no_file(monkeypatch):
     """Ultralytics reads it, MMDetection cannot."""
     seen, word = [], "https://host/coco8.yaml"
-    monkeypatch.setattr(train, "train_yolo", seen.append)
+    monkeypatch.setattr(train, "train_yolo", lambda args: seen.append(args) or ("", "", []))
     assert CliRunner().invoke(train.command, ["--data", word]).exit_code == 0
     assert [args.data for args in seen] == [word]
     assert CliRunner().invoke(train.command, ["--data", "none.yaml"]).exit_code == 2

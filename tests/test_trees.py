@@ -13,7 +13,7 @@ import pytest
 import trees
 from PIL import Image
 
-from detloss_plugins.cli import _coco, train
+from detloss_plugins.cli import _coco, _mmdet
 from detloss_plugins.cli._common import RunError, UsageError
 from detloss_plugins.testing.digits import cache_folder
 
@@ -101,7 +101,7 @@ def test_the_tiles_are_the_photograph_and_grey(wheel):
 
 def test_the_same_files_come_out_once(wheel, tmp_path):
     def digest(root):
-        files = sorted(file for file in root.rglob("*") if file.suffix in {".png", ".txt", ".json"})
+        files = sorted(file for file in root.rglob("*") if file.suffix in {".png", ".txt", ".json", ".yaml"})
         return hashlib.sha256(b"".join(str(f.relative_to(root)).encode() + f.read_bytes() for f in files)).hexdigest()
 
     root, other = trees.build_trees(wheel=wheel), trees.build_trees(tmp_path / "other", wheel)
@@ -206,7 +206,7 @@ def test_mmdet_loads_the_real_tiles(real):
     from mmdet.registry import DATASETS
     from mmengine.registry import init_default_scope
 
-    config = train.read_config(ROOT / "configs" / "mmdetection" / "gfl_r18_fpn_digits.py")
+    config = _mmdet.read_config(ROOT / "configs" / "mmdetection" / "gfl_r18_fpn_digits.py")
     _coco.point_at(config, real)
     assert config.model.bbox_head.num_classes == 1
     init_default_scope("mmdet")

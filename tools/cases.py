@@ -219,16 +219,12 @@ def participants(contest, case, ours, device, dtype, seed=0):
     for upstream in contest.twins:
         fitting = upstream._replace(theirs=fitted(upstream.theirs, cls, case))
         call, given = twin_of(upstream.path).ready(fitting, loss, pred, target)
-        found[upstream.path] = (functools.partial(_with_keywords, call, how), given)
+        found[upstream.path] = (lambda pred, target, call=call: call(pred, target, how), given)
     if issubclass(cls, RankingLoss):
         found[YARDSTICK] = (loss_class(YARDSTICK)().to(device), target)
         if cls.__name__ == "APLoss":
             found[LOOP] = (plain_ap_loss, target)
     return pred, target, found
-
-
-def _with_keywords(call, kwargs, pred, target):
-    return call(pred, target, kwargs)
 
 
 def moved(tensors, device, dtype):

@@ -10,6 +10,8 @@ import re
 import sys
 from pathlib import Path
 
+from command import write_or_check
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 MARK = "# %%"
 METADATA = {
@@ -50,16 +52,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; exit status 1 if one is out of date")
     args = parser.parse_args(argv)
-    outdated = []
-    for script in scripts():
-        file, new = script.with_suffix(".ipynb"), notebook(script.read_text(encoding="utf-8"))
-        if not file.exists() or file.read_text(encoding="utf-8") != new:
-            outdated.append(file.name)
-            if not args.check:
-                file.write_text(new, encoding="utf-8")
-    if args.check and outdated:
-        print(f"error: {' and '.join(outdated)} is out of date; run tools/notebooks.py", file=sys.stderr)
-    return int(args.check and bool(outdated))
+    books = {script.with_suffix(".ipynb"): notebook(script.read_text(encoding="utf-8")) for script in scripts()}
+    return write_or_check(books, args.check, "notebooks")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from typing import get_args
 
 import torch
 
+from detloss_plugins.loss import takes_probabilities
 from detloss_plugins.losses import GHMC, GHMR, JointLoss, ScheduledLoss, SeesawLoss, in_turn
 from detloss_plugins.nested import each_tensor
 from detloss_plugins.reduction import AVG_FACTOR_EPS
@@ -137,8 +138,7 @@ class Case:
         self.dtype = rng.choice([dtype for dtype in TOLERANCES if (self.device, dtype) != ("mps", torch.float64)])
         rows = rng.choice([0, 1, 2, 7, 64, 300, 1500])
         pred, target = sample(self.loss, rows, number, torch.float64)
-        takes_probabilities = getattr(self.loss, "activated", False) or not getattr(self.loss, "activate", True)
-        pred = pred.sigmoid() if takes_probabilities else pred
+        pred = pred.sigmoid() if takes_probabilities(self.loss) else pred
         pred, kind = pred.to(self.dtype), rng.choice([self.dtype, torch.float32])
         target = random_target(rng, self.loss, pred, target.to(kind) if target.is_floating_point() else target)
         weight = torch.rand(rows, generator=torch.Generator().manual_seed(number))

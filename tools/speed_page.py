@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from cases import LOGITS, ROWS, YOLO
+from command import as_table
 
 METHOD = """\
 Written by `uv run tools/bench.py --page` from what was measured, or from figures that are kept, a file a machine, with
@@ -197,12 +198,6 @@ def check_bars(rows):
 def number(value):
     """Three digits."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def as_table(header, lines):
-    """A Markdown table."""
-    rule = ["---"] * len(header)
-    return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *lines))
 
 
 def contest_of(row):

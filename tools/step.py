@@ -28,8 +28,8 @@ from rich.table import Table
 from timing import kernels_and_waits, named_loops, spread, synchronize
 
 from detloss_plugins.cli._common import UsageError
-from detloss_plugins.cli.train import DIGITS_ARGS
-from detloss_plugins.testing.digits import build_digits
+from detloss_plugins.nested import each_tensor
+from detloss_plugins.testing.digits import DIGITS_ARGS, build_digits
 from detloss_plugins.testing.training_tensors import quiet
 
 STOCK = {
@@ -111,16 +111,14 @@ def parts_watched(criterion, watch):
 
 def detached(given, leaves):
     """What a criterion was given, with leaves in place of what has a gradient; these are added to ``leaves``."""
-    if isinstance(given, torch.Tensor):
-        leaf = given.detach()  # a new tensor each time, as a new batch is
-        if given.requires_grad:
+
+    def of(tensor):
+        leaf = tensor.detach()  # a new tensor each time, as a new batch is
+        if tensor.requires_grad:
             leaves.append(leaf.requires_grad_())
         return leaf
-    if isinstance(given, dict):
-        return {name: detached(part, leaves) for name, part in given.items()}
-    if isinstance(given, list | tuple):
-        return type(given)(detached(part, leaves) for part in given)
-    return given
+
+    return each_tensor(of, given)
 
 
 def total(found):

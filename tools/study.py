@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import fmean
 
 import yaml
-from command import finish
+from command import as_table, between, finish, write_or_check
 
 from detloss_plugins.ablation.compare import (
     BETTER,
@@ -110,9 +110,8 @@ def add(path: Path, name: str, folder: Path = FOLDER) -> Path:
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
+    """A table in Markdown, of any words."""
+    return as_table(header, ([cell.replace("|", r"\|") for cell in row] for row in rows))
 
 
 def weight_in_words(weight: float | str, found: Sequence[float] | None) -> str:
@@ -280,8 +279,7 @@ def write_grids(folder: Path) -> None:
 
 def updated(page: str, found: Sequence[Mapping]) -> str:
     """The text of the page with its generated part replaced."""
-    before, rest = page.split(BEGIN)
-    return f"{before}{BEGIN}{content(found)}{END}{rest.split(END)[1]}"
+    return between(page, BEGIN, END, content(found))
 
 
 def run(args):
@@ -291,14 +289,7 @@ def run(args):
         return 0
     if args.add:
         print(add(args.add, args.name))
-    page = PAGE.read_text(encoding="utf-8")
-    new = updated(page, studies())
-    if args.check and new != page:
-        print(f"error: {PAGE.name} is out of date; run tools/study.py", file=sys.stderr)
-        return 1
-    if new != page:
-        PAGE.write_text(new, encoding="utf-8")
-    return 0
+    return write_or_check({PAGE: updated(PAGE.read_text(encoding="utf-8"), studies())}, args.check, "study")
 
 
 def main(argv=None):

@@ -49,10 +49,10 @@ def rounds_in(seconds, each):
     return int(min(max(1000 * seconds / max(each, 1e-3), LEAST), MOST))
 
 
-def warmed(call, device, calls, seconds=0.1):
-    """How long the last of so many calls took, or of as many as fit in some seconds."""
+def warmed(call, device, calls):
+    """How long the last of so many calls took, or of as many as fit in a tenth of a second."""
     took = []
-    while not took or (len(took) < calls and sum(took) < 1000 * seconds):
+    while not took or (len(took) < calls and sum(took) < 100):
         took.append(milliseconds(call, device))
     return took[-1]
 

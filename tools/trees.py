@@ -18,7 +18,6 @@ import argparse
 import hashlib
 import importlib.util
 import io
-import json
 import shutil
 import subprocess
 import sys
@@ -32,7 +31,7 @@ from command import finish
 from PIL import Image
 
 from detloss_plugins.cli._common import RunError, UsageError, check_folder
-from detloss_plugins.testing.digits import cache_folder, put
+from detloss_plugins.testing.digits import cache_folder, put, write_coco
 
 VERSION = 1  # part of the folder's name: raise it when a line below changes the tiles
 SIZE = 256
@@ -154,11 +153,8 @@ def write_split(root, split, wheel):
             images.append({"id": len(images), "file_name": file, "width": SIZE, "height": SIZE})
             for x1, y1, x2, y2 in boxes.tolist():
                 box = {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1)}
-                place = {"id": len(annotations) + 1, "image_id": images[-1]["id"], "category_id": 0}
-                annotations.append({**place, **box, "iscrowd": 0})
-    coco = {"images": images, "annotations": annotations, "categories": [{"id": 0, "name": NAME}]}
-    (root / "annotations").mkdir(exist_ok=True)
-    (root / "annotations" / f"{split}.json").write_text(json.dumps(coco), encoding="utf-8")
+                annotations.append({"image_id": images[-1]["id"], "category_id": 0, **box, "iscrowd": 0})
+    write_coco(root, split, images, annotations, [NAME])
 
 
 def build_trees(root=None, wheel=None):
@@ -182,7 +178,7 @@ def build_trees(root=None, wheel=None):
             write_split(new, split, archive)
         (new / "SOURCE.txt").write_text(SOURCE + archive.read(LICENCE).decode(), encoding="utf-8")
         splits = "".join(f"{split}: images/{split}\n" for split in SPLITS)
-        (new / "trees.yaml").write_text(f"path: {root}\n{splits}names:\n  0: {NAME}\n", encoding="utf-8")
+        (new / "trees.yaml").write_text(f"{splits}names:\n  0: {NAME}\n", encoding="utf-8")
         put(new, root)
     return root
 

@@ -72,7 +72,7 @@ class Difference:
     reason: str
 
 
-def difference(own: Mapping[int, float], stock: Mapping[int, float], level: float = LEVEL) -> Difference:
+def difference(own: Mapping[int, float], stock: Mapping[int, float]) -> Difference:
     """Of two metrics by seed. A metric is taken to be better if it is higher.
 
     >>> difference({0: 0.5, 1: 0.6, 2: 0.7}, {0: 0.3, 1: 0.39, 2: 0.5}).verdict  # 0.2, 0.21, 0.2
@@ -83,14 +83,14 @@ def difference(own: Mapping[int, float], stock: Mapping[int, float], level: floa
     mean = statistics.fmean(pairs) if pairs else None
     if len(pairs) < 2:
         return Difference(len(pairs), mean, None, None, NEITHER, f"{len(pairs)} of {FEWEST} seeds")
-    low, high = t_interval(pairs, level)
-    verdict, reason = NEITHER, f"the {level:.0%} interval holds 0"
+    low, high = t_interval(pairs)
+    verdict, reason = NEITHER, f"the {LEVEL:.0%} interval holds 0"
     if low > 0 or high < 0:
         verdict, reason = (BETTER, "above 0") if low > 0 else (WORSE, "below 0")
-        reason = f"the whole {level:.0%} interval is {reason}"
+        reason = f"the whole {LEVEL:.0%} interval is {reason}"
     if len(pairs) < FEWEST:
         verdict, reason = NEITHER, f"{len(pairs)} of {FEWEST} seeds"
-    return Difference(len(pairs), mean, (low, high), bootstrap_interval(pairs, level), verdict, reason)
+    return Difference(len(pairs), mean, (low, high), bootstrap_interval(pairs), verdict, reason)
 
 
 @dataclass(frozen=True)
@@ -151,12 +151,12 @@ class Pooled:
     verdicts: dict[str, str]
 
 
-def pooled(rows: Sequence[Row], metric: str, level: float = LEVEL) -> Pooled | None:
+def pooled(rows: Sequence[Row], metric: str) -> Pooled | None:
     """All losses of a table beside the stock ones at once: Student's test of two means, corrected after Bonferroni.
 
     It takes the spread over the seeds to be the same for all losses, which three seeds of each cannot tell from one
     another: so many more degrees of freedom find smaller differences, and the chance that any verdict of the table is
-    wrong stays below ``1 - level``. None if the stock losses or all others have the metric of fewer than ``FEWEST``
+    wrong stays below ``1 - LEVEL``. None if the stock losses or all others have the metric of fewer than ``FEWEST``
     seeds.
     """
     from scipy.stats import t
@@ -167,7 +167,7 @@ def pooled(rows: Sequence[Row], metric: str, level: float = LEVEL) -> Pooled | N
     freedom = sum(found.seeds - 1 for found in spreads.values())
     deviation = math.sqrt(sum((found.seeds - 1) * found.deviation**2 for found in spreads.values()) / freedom)
     stock = spreads.pop(STOCK)
-    factor = deviation * float(t.ppf(1 - (1 - level) / 2 / len(spreads), freedom))
+    factor = deviation * float(t.ppf(1 - (1 - LEVEL) / 2 / len(spreads), freedom))
     verdicts = {}
     for label, found in spreads.items():
         difference, least = found.mean - stock.mean, factor * math.sqrt(1 / found.seeds + 1 / stock.seeds)
@@ -189,17 +189,17 @@ def by_seed(runs: Iterable[Mapping], metric: str) -> dict[int, float]:
     return {seed: value for seed, value in values.items() if value is not None}
 
 
-def table(runs: Sequence[Mapping], level: float = LEVEL) -> list[Row]:
+def table(runs: Sequence[Mapping]) -> list[Row]:
     """A row for each label of a group of runs, the best AP50 first."""
     labels = {}
     for run in runs:
         labels.setdefault(run["label"], []).append(run)
     stock = labels.get(STOCK, [])
-    rows = [_row(label, own, stock, level) for label, own in labels.items()]
+    rows = [_row(label, own, stock) for label, own in labels.items()]
     return sorted(rows, key=lambda row: -(row.spreads["AP50"].mean if row.spreads["AP50"] else -1))
 
 
-def _row(label, runs, stock, level):
+def _row(label, runs, stock):
     runs = sorted(runs, key=lambda run: run["seed"])
     metrics = dict.fromkeys((*JUDGED, *(name for run in runs for name in run["metrics"])))
     return Row(
@@ -210,7 +210,7 @@ def _row(label, runs, stock, level):
         spreads={name: spread(run["metrics"].get(name) for run in runs) for name in metrics},
         differences={}
         if label == STOCK
-        else {name: difference(by_seed(runs, name), by_seed(stock, name), level) for name in JUDGED},
+        else {name: difference(by_seed(runs, name), by_seed(stock, name)) for name in JUDGED},
         per_class={
             name: found.mean if (found := spread(run["per_class"].get(name) for run in runs)) else None
             for name in dict.fromkeys(name for run in runs for name in run["per_class"])

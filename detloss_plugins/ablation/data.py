@@ -11,10 +11,10 @@ def locate(word: str) -> tuple[str, str, dict]:
     Raises:
         ValueError: if there is none.
     """
-    from detloss_plugins.cli.train import DIGITS_ARGS
-
     name, _, scenario = word.partition(":")
     if name == "digits":
+        from detloss_plugins.testing.digits import DIGITS_ARGS
+
         digits_folder(word)
         args = {key: value for key, value in DIGITS_ARGS.items() if key not in ("epochs", "plots")}
         return "digits" if scenario in ("", "plain") else word, "", args

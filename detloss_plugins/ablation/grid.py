@@ -288,6 +288,7 @@ def plan(
     Raises:
         ValueError, TypeError: for a loss that does not suit a model, or anything that is not there.
     """
+    from detloss_plugins.ablation import mmdetection, yolo
     from detloss_plugins.ablation.data import locate
 
     args, seeds = dict(args or {}), seeds_of(seeds if isinstance(seeds, int) else list(seeds))
@@ -298,7 +299,9 @@ def plan(
     if losses.get(STOCK):
         raise ValueError(f"The label {STOCK} is for the stock losses.")
     losses = {STOCK: {}, **losses}
-    resolved = {model: _check_model(model, losses) for model in dict.fromkeys(map(_model_name, models))}
+    names = [word if mmdetection.is_config(word) else yolo.model_name(word) for word in models]
+    of_model = {name: mmdetection if mmdetection.is_config(name) else yolo for name in names}
+    resolved = {model: framework.check_model(model, losses) for model, framework in of_model.items()}
     found = {name: (path, defaults) for name, path, defaults in map(locate, dict.fromkeys(data))}
     if len(found) < len(set(data)):
         raise ValueError(f"Two data sets have the same name ({', '.join(found)}): rename one's file or folder.")
@@ -317,18 +320,6 @@ def plan(
     if problem := contradiction([], runs):
         raise ValueError(f"{problem}.")
     return runs
-
-
-def _model_name(word):
-    from detloss_plugins.ablation import mmdetection, yolo
-
-    return word if mmdetection.is_config(word) else yolo.model_name(word)
-
-
-def _check_model(model, losses):
-    from detloss_plugins.ablation import mmdetection, yolo
-
-    return (mmdetection if mmdetection.is_config(model) else yolo).check_model(model, losses)
 
 
 def _arguments(model, path, defaults, args):

@@ -17,13 +17,14 @@ OF_VALIDATION += ("agnostic_nms", "rect")
 THIRDS = ("first_third", "second_third", "last_third")
 
 
-def calibration_error(scores: np.ndarray, correct: np.ndarray, bins: int = BINS) -> float | None:
-    """The expected calibration error: the mean distance of score and share of correct detections, over bins of score.
+def calibration_error(scores: np.ndarray, correct: np.ndarray) -> float | None:
+    """The expected calibration error: the mean distance of score and share of correct detections, over BINS of score.
+
+    The bins have equal width; each counts with its share of the detections.
 
     Args:
         scores: ``(n,)``, 0 to 1.
         correct: ``(n,)``, 0 or 1.
-        bins: number of bins of equal width; each counts with its share of the detections.
 
     Returns:
         0 to 1, or None without detections.
@@ -33,8 +34,8 @@ def calibration_error(scores: np.ndarray, correct: np.ndarray, bins: int = BINS)
     """
     if not len(scores):
         return None
-    number = np.minimum((scores * bins).astype(int), bins - 1)
-    gaps = [abs(scores[number == b].sum() - correct[number == b].sum()) for b in range(bins)]
+    number = np.minimum((scores * BINS).astype(int), BINS - 1)
+    gaps = [abs(scores[number == b].sum() - correct[number == b].sum()) for b in range(BINS)]
     return round(float(sum(gaps) / len(scores)), 5)
 
 
@@ -70,25 +71,24 @@ def coco_of(truth: np.ndarray, images: int, classes: int):
     return coco
 
 
-def evaluate(truth: np.ndarray, found: np.ndarray, images: int, classes: int, most: int = 300) -> dict[str, Any]:
-    """AP by size and the calibration error, by pycocotools.
+def evaluate(truth: np.ndarray, found: np.ndarray, images: int, classes: int) -> dict[str, Any]:
+    """AP by size and the calibration error, by pycocotools, of up to 300 detections of a class in an image.
 
     Args:
         truth: objects ``(n, 6)``: image, class, x, y, width, height in pixels of the image.
         found: detections ``(m, 7)``: image, x, y, width, height, score, class.
         images, classes: how many there are.
-        most: detections in an image that count, for each class.
 
     Returns:
         ``AP50``, ``AP``, ``AP75``, ``AP_small``, ..., ``AP_last_third`` and ``calibration_error``, None where the
         data set has no objects; ``per_class``, the AP of each class by its number as text.
     """
-    return evaluate_coco(coco_of(truth, images, classes), found, most)
+    return evaluate_coco(coco_of(truth, images, classes), found, most=300)
 
 
 def evaluate_coco(coco: Any, found: Any, most: int) -> dict[str, Any]:
     """As :func:`evaluate`, of a ``COCO`` of pycocotools or the path of its file; ``found`` may also be a list of
-    dicts, as COCO has detections. The classes have their names."""
+    dicts, as COCO has detections, of which the ``most`` of an image and class count. The classes have their names."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
@@ -96,7 +96,8 @@ def evaluate_coco(coco: Any, found: Any, most: int) -> dict[str, Any]:
     objects = [a for a in coco.dataset["annotations"] if not a.get("iscrowd")]
     ranges = {"all": (0.0, 1e10), **COCO_AREAS}
     ranges.update(zip(THIRDS, thirds(np.array([a["area"] for a in objects])), strict=True))
-    names = class_names(coco)
+    categories = sorted(coco.dataset["categories"], key=lambda part: part["id"])
+    names = {part["id"]: str(part.get("name", part["id"])) for part in categories}
     if not len(found):  # pycocotools does not take an empty list
         return without_detections(objects, ranges, names)
     evaluation = COCOeval(coco, coco.loadRes(found), "bbox")
@@ -111,12 +112,6 @@ def evaluate_coco(coco: Any, found: Any, most: int) -> dict[str, Any]:
     numbers = evaluation.params.catIds
     result["per_class"] = {names[number]: _mean(precision[:, :, c, 0]) for c, number in enumerate(numbers)}
     return {**result, "calibration_error": calibration_error(*matched(evaluation))}
-
-
-def class_names(coco: Any) -> dict[int, str]:
-    """The names of the categories, in the order of their numbers."""
-    known = sorted(coco.dataset["categories"], key=lambda part: part["id"])
-    return {part["id"]: str(part.get("name", part["id"])) for part in known}
 
 
 def without_detections(objects, ranges, names):

@@ -119,7 +119,7 @@ def check_model(model: str, losses: Mapping) -> dict:
     """
     from detloss_plugins.adapters.mmdetection.check import check_config
     from detloss_plugins.cli._common import UsageError
-    from detloss_plugins.cli.train import read_config
+    from detloss_plugins.cli._mmdet import read_config
 
     resolved = {}
     for label, own in losses.items():
@@ -167,14 +167,12 @@ def config_text(run: Run, folder: Path) -> str:
 
 def list_with(run: Run, key: str) -> list:
     """A list of the detector's config with the losses of a run, as a file cannot override an item of its base's."""
-    from detloss_plugins.cli.train import read_config
+    from detloss_plugins.adapters.mmdetection.check import at
+    from detloss_plugins.cli._mmdet import read_config
 
     cfg = read_config(configs.path_of(run.model))
     swap(cfg, run.losses)
-    node = cfg.model
-    for name in key.split("."):
-        node = node[name]
-    return node
+    return at(cfg.model, key)
 
 
 def data_folder(run: Run) -> Path:
@@ -190,7 +188,8 @@ def train(run: Run, folder: Path, resume_after: float) -> dict:
     metrics."""
     from detloss_plugins.ablation.measure import evaluate_coco
     from detloss_plugins.cli._coco import coco_split
-    from detloss_plugins.cli.train import Arguments, train_mmdet
+    from detloss_plugins.cli._mmdet import train_mmdet
+    from detloss_plugins.cli.train import Arguments
 
     resumed = goes_on(run, folder, resume_after)
     (folder / DETECTIONS).unlink(missing_ok=True)

@@ -290,12 +290,9 @@ def digits(name):
 def class_table(rows):
     """AP by class: a line for each loss, or, of many classes, for each class."""
     classes = list(dict.fromkeys(name for row in rows for name in row.per_class))
-    cells = {(row.label, name): _short(row.per_class.get(name)) for row in rows for name in classes}
+    found = {(row.label, name): row.per_class.get(name) for row in rows for name in classes}
+    cells = {key: "-" if value is None else f"{value:.3f}" for key, value in found.items()}
     if len(classes) <= 12:
         return ["losses", *classes], [[row.label, *(cells[row.label, name] for name in classes)] for row in rows]
     labels = [row.label for row in rows]
     return ["class", *labels], [[name, *(cells[label, name] for label in labels)] for name in classes]
-
-
-def _short(value):
-    return "-" if value is None else f"{value:.3f}"

@@ -83,13 +83,13 @@ class Study:
         try:
             while waiting or running:
                 while waiting and places.free:
-                    run, place = waiting.pop(0), places.take()
+                    run, place = waiting.pop(0), places.free.pop(0)
                     running[run.name] = run, place, start(self.of(run), places.environment(place), resume_after)
                 for name, (run, place, process) in list(running.items()):
                     if process.poll() is not None:
                         process.stdin.close()
                         note_end(self.of(run), process.returncode)
-                        places.give(place)
+                        places.free.append(place)
                         del running[name]
                 tick([run for run, _, _ in running.values()])
                 if running:
@@ -108,13 +108,13 @@ class Study:
             if not (file.parent / "metrics.json").exists()
         }
 
-    def results(self, name: str | None = None) -> dict:
+    def results(self) -> dict:
         """All that has finished, as plain data: the content of ``results.json``."""
         runs, failed = self.runs(), self.failed()
         done = [(run, read_json(self.of(run) / "metrics.json")) for run in runs if self.is_done(run)]
         done.sort(key=lambda pair: (pair[0].data, pair[0].model, pair[0].label != "stock", pair[0].label, pair[0].seed))
         return {
-            "name": name or self.folder.absolute().name,
+            "name": self.folder.absolute().name,
             "data": ", ".join(dict.fromkeys(run.data for run, _ in done)),
             "epochs": max((run.epochs for run, _ in done), default=None),
             "versions": joined([found.get("versions", {}) for _, found in done]),
@@ -126,20 +126,12 @@ class Study:
 
 
 class Places:
-    """Shares of the machine: a GPU each, or the cores by the number of jobs."""
+    """Shares of the machine, and which are ``free``: a GPU each, or the cores by the number of jobs."""
 
     def __init__(self, jobs: int):
         self.gpus = count_gpus()
         self.free = list(range(jobs))
         self.threads = max(1, count_cores() // jobs)
-
-    def take(self) -> int:
-        """One that is free."""
-        return self.free.pop(0)
-
-    def give(self, place: int) -> None:
-        """Give one back."""
-        self.free.append(place)
 
     def environment(self, place: int) -> dict[str, str]:
         """The environment of a process at a place."""

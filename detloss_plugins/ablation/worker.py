@@ -49,7 +49,7 @@ def train(run: Run, folder: Path, resume_after: float) -> dict:
 
 def last_line(error: BaseException) -> str:
     """What a traceback ends with, in a line."""
-    return (str(error).strip().splitlines() or [""])[-1].join((f"{type(error).__name__}: ", ""))
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"
 
 
 def main() -> None:

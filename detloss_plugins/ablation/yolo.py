@@ -5,8 +5,7 @@ import itertools
 import math
 import shutil
 import statistics
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 from detloss_plugins.ablation.data import digits_folder
@@ -59,8 +58,10 @@ def check_arguments(path: str, args: Mapping) -> None:
     from ultralytics.cfg import get_cfg
     from ultralytics.data.utils import check_det_dataset
 
+    from detloss_plugins.testing.training_tensors import quiet
+
     try:
-        with quiet():
+        with quiet():  # it prints pages on its command for an unknown argument
             get_cfg(overrides=dict(args))
     except (SyntaxError, TypeError, ValueError) as error:
         raise ValueError(str(error).strip().splitlines()[0]) from error
@@ -72,19 +73,6 @@ def check_arguments(path: str, args: Mapping) -> None:
         check_det_dataset(path)
     except Exception as error:  # of the user's own file
         raise ValueError(f"{path} is no data set: {error}") from error
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without the pages on its command that Ultralytics prints for an unknown argument."""
-    from ultralytics.utils import LOGGER
-
-    level = LOGGER.level
-    LOGGER.setLevel("ERROR")
-    try:
-        yield
-    finally:
-        LOGGER.setLevel(level)
 
 
 def data_yaml(run: Run) -> str:

@@ -7,13 +7,15 @@ losses. It says how hard a loss pulls, and nothing of where to. This module impo
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from detloss_plugins.adapters.curves import gradients
 from detloss_plugins.loss import Loss
+from detloss_plugins.registry import build_loss, registered_losses
 
 STEPS = 100  # how long the training with stock losses is
 LOOKS = 4  # at a training, at equal distances, the last at its end
@@ -22,6 +24,10 @@ MOVES = 3.0  # times the smallest ratio, the largest of one that goes on moving
 SOME, ALL = 0.9, 0.98  # of the stock gradient, and nearly all of one
 STOCK = None  # in the place of a candidate's label
 FACTORS = (0.5, 1.0, 2.0, 4.0)  # of a weight, in trainings that verify it
+
+
+class Finished(Exception):
+    """A training that has gone as far as it should."""
 
 
 @dataclass(frozen=True)
@@ -88,17 +94,8 @@ class Suggestion:
 
     def as_dict(self) -> dict:
         """What there is to store, as plain data."""
-        return {
-            "label": self.label,
-            "slot": self.slot,
-            "weight": self.weight,
-            "range": self.range and list(self.range),
-            "ratios": {str(step): ratio for step, ratio in self.ratios.items()},
-            "positives": self.positives,
-            "stock_positives": self.stock_positives,
-            "default": self.default,
-            "losses": self.losses,
-        }
+        ratios = {str(step): ratio for step, ratio in self.ratios.items()}
+        return {**vars(self), "range": self.range and list(self.range), "ratios": ratios}
 
 
 def look_steps(steps: int, looks: int = LOOKS) -> list[int]:
@@ -122,9 +119,16 @@ def amounts(gradient: Tensor, positive: Tensor) -> Tensor:
     return torch.stack([rows.sum(), (rows * positive).sum()])
 
 
-def has_state(loss: Loss) -> bool:
-    """Whether a loss keeps a state, which has to see every batch to be what it is in a training."""
-    return bool(loss.state_dict())
+def amounts_at(place: Tensor, value: Tensor, positive: Tensor) -> Tensor:
+    """The :func:`amounts` of the gradient that a value has at a tensor; zeros if it has none."""
+    found = gradients(value, [place])
+    return amounts(found[0], positive) if found else torch.zeros(2)
+
+
+def losses_of(families: Iterable[str]) -> dict[str, type[Loss]]:
+    """``{name: class}`` of every loss of ours of some families, without those that are made of others."""
+    known = registered_losses().items()
+    return {name: cls for name, cls in known if cls.facts.family in families and "losses" not in cls.facts.filled}
 
 
 @dataclass
@@ -145,7 +149,7 @@ class Gradients:
         steps = [step for step in own if step in stock and stock[step][1] > 0]
         ratios = {step: _ratio(stock[step][0], own[step][0]) for step in steps}
         ratios = {step: ratio for step, ratio in ratios.items() if ratio}
-        weight = _three_digits(statistics.median(ratios.values())) if ratios else None
+        weight = float(f"{statistics.median(ratios.values()):.3g}") if ratios else None
         cfg = {name: value for name, value in candidate.cfg.items() if name != "loss_weight"}
         cfg["loss_weight"] = candidate.default if weight is None else weight
         return Suggestion(
@@ -158,14 +162,34 @@ class Gradients:
         return [self.suggestion(candidate) for candidate in candidates]
 
 
+class Looks:
+    """Looks at a training: at some steps, 1 the first, all candidates are called; in between those that keep a state.
+
+    A state has to see every batch to be what it is in a training.
+    """
+
+    def __init__(self, candidates, called, found, at):
+        self.found, self.at = found, at
+        self.each = list(zip(candidates, called, strict=True))
+        self.keeps = {c.label for c in candidates if build_loss(c.cfg).state_dict()}
+
+    def turns(self, step, slots):
+        """``(slot, label, what is called)`` of a step, for some slots; for the stock loss of each STOCK and None."""
+        own = [(c.slot, c.label, called) for c, called in self.each if c.slot in slots]
+        if step in self.at:
+            return [*((slot, STOCK, None) for slot in dict.fromkeys(slot for slot, _, _ in own)), *own]
+        return [turn for turn in own if turn[1] in self.keeps]
+
+    def add(self, step, slot, label, amount):
+        """Write down what has come out, if it is a step to look at."""
+        if step in self.at:
+            self.found.add(step, slot, label, amount)
+
+
 def _ratio(stock, own):
     """How many times as large the first is; 0 if one of them is 0 or no number."""
     ratio = float(stock) / float(own) if own else 0.0
     return ratio if math.isfinite(ratio) else 0.0
-
-
-def _three_digits(value):
-    return float(f"{value:.3g}")
 
 
 def _share(of_steps):

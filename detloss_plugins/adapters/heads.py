@@ -116,34 +116,49 @@ def check_fit(head: nn.Module, name: str, loss: nn.Module, whole: nn.Module | No
         for part in loss.losses:
             check_fit(head, name, part, loss)
         return
-    where, kind = f"{name} of {type(head).__name__}", type(loss).__name__
-    families = FAMILIES.get(name, ())
-    if families and loss.family in _KNOWN and loss.family not in families:
-        raise ValueError(
-            f"{where} is no place for {kind}, a {loss.family} loss: it takes {', '.join(families)} losses."
-        )
+    where = f"{name} of {type(head).__name__}"
+    _check_family(name, loss, where)
     if _is_stock(head):
         _check_columns(head, loss, where)
-    _check_use(head, name, loss, whole or loss)
+    _check_reduction(head, name, whole or loss, where)
+    _check_called(head, name, loss, where)
+    _check_classes(head, name, loss, where)
     _check_unit(head, name, loss, where)
+    if name == "loss_cls":
+        _check_sigmoid(head, loss, whole or loss, where)
+        _check_class_weights(head, loss, where)
+        _check_level(head, loss, where)
     if _is_skipped(head, name):
         for part in (part for part in loss.modules() if isinstance(part, Loss)):
             part.facts = part.facts.but(every_rank=False)
     if not loss.facts.every_rank and any(True for _ in loss.buffers()):
         loss.register_forward_pre_hook(_is_it_averaged)
-    if name != "loss_cls":
-        return
-    use_sigmoid = getattr(loss, "use_sigmoid", None)
-    if None not in (use_sigmoid, written := getattr(head, "use_sigmoid_cls", None)) and bool(written) != use_sigmoid:
+
+
+def _check_family(name, loss, where):
+    """Raise ``ValueError`` for a loss of a family that an attribute does not take."""
+    families = FAMILIES.get(name, ())
+    if families and loss.family in _KNOWN and loss.family not in families:
+        kind, takes = type(loss).__name__, ", ".join(families)
+        raise ValueError(f"{where} is no place for {kind}, a {loss.family} loss: it takes {takes} losses.")
+
+
+def _check_sigmoid(head, loss, whole, where):
+    """Raise ``ValueError`` for a head that has the channels of another kind of class loss."""
+    use_sigmoid, written = getattr(loss, "use_sigmoid", None), getattr(head, "use_sigmoid_cls", None)
+    if None not in (use_sigmoid, written) and bool(written) != use_sigmoid:
         raise ValueError(
             f"Write use_sigmoid={use_sigmoid} in the config of {where}: the head chooses the number of channels by it, "
-            f"and {type(whole or loss).__name__} is a loss with use_sigmoid={use_sigmoid}."
+            f"and {type(whole).__name__} is a loss with use_sigmoid={use_sigmoid}."
         )
-    _check_class_weights(head, loss, where)
+
+
+def _check_level(head, loss, where):
+    """Raise ``ValueError`` for a ranking loss that is called level by level."""
     if loss.family == "ranking" and _goes_by_level(head):
         raise ValueError(
-            f"{where} is called level by level, where {kind} would rank each level for itself: take RankingRetinaHead "
-            "or RankingATSSHead of detloss_plugins.adapters.mmdetection, or PluginSSDHead."
+            f"{where} is called level by level, where {type(loss).__name__} would rank each level for itself: take "
+            "RankingRetinaHead or RankingATSSHead of detloss_plugins.adapters.mmdetection, or PluginSSDHead."
         )
 
 
@@ -197,42 +212,54 @@ def _check_class_weights(head, loss, where):
             )
 
 
-def _check_use(head, name, loss, whole):
-    """Raise ``ValueError`` for a loss that a head never calls, reduces further, or hands what it does not take."""
-    where, kind = f"{name} of {type(head).__name__}", type(loss).__name__
+def _use_of(head, name):
+    """The :class:`_Use` that a head makes of a loss, or None."""
     use = next((use for use in _USES if name in use.slots and _based_on(head, use.head, method=use.method)), None)
-    if use and use.reduction and not getattr(head, "use_ohem", True):  # YOLACT's mining
-        use = None
-    if use and use.reduction not in ("", whole.reduction):
+    mines = getattr(head, "use_ohem", True)  # YOLACT's, without which the reduction does not matter
+    return use if use and (mines or not use.reduction) else None
+
+
+def _check_called(head, name, loss, where):
+    """Raise ``ValueError`` for a loss that a head never calls."""
+    use = _use_of(head, name)
+    if (use and not use.reduction) or getattr(head, _SWITCHES.get(name, ""), True) is False:
+        raise ValueError(f"{type(loss).__name__} has no effect as {where}, which the head never calls: leave it out.")
+
+
+def _check_reduction(head, name, loss, where):
+    """Raise ``ValueError`` for a reduction that a head reduces further, or cannot divide."""
+    use, given = _use_of(head, name), f'reduction="{loss.reduction}"'
+    if use and use.reduction not in ("", loss.reduction):
         raise ValueError(
             f'Write reduction="{use.reduction}" in the config of {where}: the head {use.does}, and '
-            f'{type(whole).__name__} is given reduction="{whole.reduction}".'
+            f"{type(loss).__name__} is given {given}."
         )
-    if (use and not use.reduction) or getattr(head, _SWITCHES.get(name, ""), True) is False:
-        raise ValueError(f"{kind} has no effect as {where}, which the head never calls: leave it out.")
     averaged = name in _AVERAGED and name not in _NOT_AVERAGED.get(_based_on(head, *_NOT_AVERAGED), ())
-    if averaged and not use and whole.reduction != "mean" and _is_stock(head):
+    if averaged and not use and loss.reduction != "mean" and _is_stock(head):
         raise ValueError(
-            f'Leave reduction="{whole.reduction}" out of the config of {where}: the head gives the number to divide by '
-            "(avg_factor), and only a mean is divided by it."
+            f"Leave {given} out of the config of {where}: the head gives the number to divide by (avg_factor), and "
+            "only a mean is divided by it."
         )
-    if name in ("loss_cls", "initial_loss_cls") and _based_on(head, "TOODHead"):
-        for part in filter(_is_whole, loss.modules()):
-            if not getattr(part, "activated", False):
-                kind = type(part).__name__
-                do = "write activated=True" if hasattr(part, "activated") else "take one with activated=True"
-                raise ValueError(f"{where} is given probabilities, and {kind} takes logits: {do}.")
-    of_rows = any(part.facts.sums_classes or part.facts.one_per_row for part in filter(_is_whole, loss.modules()))
+
+
+def _check_classes(head, name, loss, where):
+    """Raise ``ValueError`` for a class loss of logits that is given probabilities, or a row's that is added up."""
+    whole = [part for part in loss.modules() if isinstance(part, Loss) and _is_whole(part)]
+    logits = [part for part in whole if not getattr(part, "activated", False)]
+    if name in ("loss_cls", "initial_loss_cls") and _based_on(head, "TOODHead") and logits:
+        do = "write activated=True" if hasattr(logits[0], "activated") else "take one with activated=True"
+        raise ValueError(f"{where} is given probabilities, and {type(logits[0]).__name__} takes logits: {do}.")
+    of_rows = any(part.facts.sums_classes or part.facts.one_per_row for part in whole)
     if name == "loss_cls" and _based_on(head, "PAAHead", method="get_pos_loss") and of_rows:
         raise ValueError(
-            f"{where} is no place for {kind}, which has one loss an anchor: the head adds up those of its classes. "
-            "Take one that has a loss for each class, such as FocalLoss."
+            f"{where} is no place for {type(loss).__name__}, which has one loss an anchor: the head adds up those of "
+            "its classes. Take one that has a loss for each class, such as FocalLoss."
         )
 
 
-def _is_whole(part):
-    """Whether a module is a loss that is not made of others."""
-    return isinstance(part, Loss) and not any(isinstance(other, Loss) for other in part.modules() if other is not part)
+def _is_whole(loss):
+    """Whether a loss is not made of others."""
+    return not any(isinstance(other, Loss) for other in loss.modules() if other is not loss)
 
 
 def _based_on(head, *names, method=""):

@@ -12,7 +12,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
-__all__ = ["Labels", "LabelsError", "beside_only", "read_labels"]
+__all__ = ["Labels", "LabelsError", "read_labels"]
 
 ORIENTATION, SIDEWAYS = 274, (5, 6, 7, 8)  # of a photograph's EXIF data
 PICTURES = {".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"}
@@ -34,6 +34,8 @@ class Labels:
         boxes: ``(n, 4)`` x1, y1, x2, y2 in pixels, as they are labelled; an outline or a turned box has the box
             around it.
         crowds: how many annotations were left out because they stand for a crowd (COCO's ``iscrowd``).
+        beside: the ``path`` of a data YAML that was taken from beside the file, where Ultralytics does not look for it:
+            of a relative one it does in the working directory, then among its own data sets.
     """
 
     names: list[str]
@@ -42,6 +44,7 @@ class Labels:
     cls: np.ndarray
     boxes: np.ndarray
     crowds: int = 0
+    beside: str | None = None
 
 
 def read_labels(path: str | Path, split: str = "train") -> Labels:
@@ -66,11 +69,11 @@ def read_labels(path: str | Path, split: str = "train") -> Labels:
     return labels
 
 
-def _stacked(names, sizes, rows, crowds=0) -> Labels:
-    """Labels of rows of image, class and four sides of a box."""
+def _stacked(names, sizes, rows, **more) -> Labels:
+    """Labels of rows of image, class and four sides of a box, and ``more`` of their attributes."""
     table = np.array(rows, dtype=float).reshape(-1, 6)
     image, cls = table[:, :2].astype(int).T
-    return Labels(names, np.array(sizes, dtype=float).reshape(-1, 2), image, cls, table[:, 2:], crowds)
+    return Labels(names, np.array(sizes, dtype=float).reshape(-1, 2), image, cls, table[:, 2:], **more)
 
 
 def _of_coco(path: Path) -> Labels:
@@ -89,7 +92,7 @@ def _of_coco(path: Path) -> Labels:
         names = [str(category["name"]) for category in content["categories"]]
     except (OSError, ValueError, KeyError, TypeError) as error:  # a broken file is a ValueError
         raise LabelsError(f"{path} is no annotation file of COCO: {type(error).__name__}: {error}") from error
-    return _stacked(names, sizes, rows, len(content["annotations"]) - len(kept))
+    return _stacked(names, sizes, rows, crowds=len(content["annotations"]) - len(kept))
 
 
 def _of_yolo(path: Path, split: str) -> Labels:
@@ -118,7 +121,10 @@ def _of_yolo(path: Path, split: str) -> Labels:
         except OSError as error:
             raise LabelsError(f"{image} is no image that can be read: {error}") from error
         rows += [(number, *row) for row in _rows(_label_file(image), sizes[-1], "kpt_shape" in data, len(names))]
-    return _stacked(names, sizes, rows)
+    root = data.get("path")
+    beside = path.parent / (root or ".")
+    elsewhere = root and beside.exists() and beside.resolve() != Path(root).resolve()
+    return _stacked(names, sizes, rows, beside=root if elsewhere else None)
 
 
 def _images(path: Path, data: dict, split: str) -> Iterator[Path]:
@@ -148,16 +154,6 @@ def _root(path: Path, data: dict) -> Path:
 
         root = Path(DATASETS_DIR) / root
     return root.absolute()
-
-
-def beside_only(path: Path) -> str | None:
-    """The ``path`` of a data YAML that is taken here from beside the file, and by Ultralytics from elsewhere, or None.
-
-    Ultralytics looks for a relative one in the working directory, then among its own data sets.
-    """
-    root = yaml.safe_load(path.read_text(encoding="utf-8")).get("path")
-    beside = path.parent / (root or ".")
-    return root if root and beside.exists() and beside.resolve() != Path(root).resolve() else None
 
 
 def _place(root: Path, place: str) -> Path:

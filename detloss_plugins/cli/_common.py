@@ -5,6 +5,8 @@ import importlib.util
 import os
 import sys
 import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -22,6 +24,8 @@ INSTALL = {
     "mmdet": "MMDetection is not installed: pip install 'detloss_plugins[mmdet]', see the README for mmcv.",
     "pkg_resources": "mmengine needs the package pkg_resources of older setuptools: pip install 'setuptools<81'.",
     "PIL": "Pillow is not installed: pip install 'detloss_plugins[tools]'.",
+    "pycocotools": "pycocotools, which measures, is not installed: pip install 'detloss_plugins[tools]'.",
+    "ray": "Ray is not installed: pip install 'detloss_plugins[ray]', on every node.",
     "rich": "rich, which prints the tables, is not installed: pip install 'detloss_plugins[tools]'.",
     "scipy": "SciPy, which the digits need, is not installed: pip install 'detloss_plugins[tools]'.",
     "sklearn": "scikit-learn, which the digits come from, is not installed: pip install 'detloss_plugins[tools]'.",
@@ -48,6 +52,15 @@ class RunError(UsageError):
     """What went wrong while the command was at work, in a sentence."""
 
     exit_code = 1
+
+
+@contextmanager
+def as_usage_error(*errors: type[Exception], what: str = "", kind: type[UsageError] = UsageError) -> Iterator[None]:
+    """Turn errors of these types into one that is printed: ``what``, and their first line."""
+    try:
+        yield
+    except errors as error:
+        raise kind(f"{what}{first_line(error)}") from error
 
 
 def require(*modules: str) -> None:
@@ -82,10 +95,8 @@ class DataSet(click.ParamType):
             return path
         from detloss_plugins.ablation.data import digits_folder
 
-        try:
+        with as_usage_error(ValueError):
             return digits_folder(str(value))
-        except ValueError as error:
-            raise UsageError(error) from error
 
 
 data_option = click.option(
@@ -136,12 +147,8 @@ def loss_class_of(word: str) -> type[Loss]:
         UsageError: if there is no such loss.
     """
     module, colon, name = word.rpartition(":")
-    try:
+    with as_usage_error(AttributeError, ValueError):
         return loss_class(getattr(_module(module), name) if colon else name)
-    except AttributeError as error:
-        raise UsageError(first_line(error)) from error
-    except ValueError as error:
-        raise UsageError(error) from error
 
 
 def _module(name):
@@ -164,3 +171,8 @@ def first_line(error: object) -> str:
     """What an error says first, without the pictures that Ultralytics puts into its messages."""
     words = "".join(char for char in str(error) if unicodedata.category(char) != "So" and char != "\ufe0f").strip()
     return (words or type(error).__name__).splitlines()[0].strip()
+
+
+def average_precision(map50: float, map_: float | None = None) -> str:
+    """A mAP50, and a mAP of COCO's IoUs if it was measured, in words."""
+    return f"mAP50 {map50:.3f}" + ("" if map_ is None else f"   mAP50-95 {map_:.3f}")

@@ -3,7 +3,6 @@
 import contextlib
 import inspect
 import re
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from detloss_plugins import MODELS
@@ -133,13 +132,8 @@ def arguments(doc: str) -> dict[str, str]:
     {'a': 'two numbers.', 'b': 'two numbers.'}
     """
     found: dict[str, str] = {}
-    for names, text in _entries(doc):
-        found |= dict.fromkeys(names.split(", "), text)
-    return found
-
-
-def _entries(doc: str) -> Iterator[tuple[str, str]]:
     section = re.search(r"^Args:\n((?:    .*\n?|\n(?=    ))*)", doc, re.MULTILINE)
     for entry in re.split(r"^    (?=\S)", section[1] if section else "", flags=re.MULTILINE)[1:]:
         names, _, text = entry.partition(":")
-        yield names, " ".join(text.split())
+        found |= dict.fromkeys(names.split(", "), " ".join(text.split()))
+    return found

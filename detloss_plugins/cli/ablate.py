@@ -1,18 +1,13 @@
 """The subcommand that trains with losses beside the stock ones."""
 
 import contextlib
-import importlib.util
 from pathlib import Path
 
 import click
 
-from detloss_plugins.cli._common import RunError, UsageError, check_folder, first_line
+from detloss_plugins.cli._common import RunError, as_usage_error, check_folder, require
 
 DEFAULT_MODEL = "yolov8n.yaml"
-INSTALL = {
-    "pycocotools": "pip install 'detloss_plugins[tools]'",
-    "ray": "pip install 'detloss_plugins[ray]', on every node",
-}
 
 
 @click.command()
@@ -80,10 +75,8 @@ def command(losses, models, data, seeds, epochs, out, jobs, ray, cores, resume_a
     Each training is a process. What has finished is kept in the folder: called again, the command goes on where it was,
     and more losses, seeds, models and data sets may be added.
     """
-    try:
+    with as_usage_error(TypeError, ValueError):
         study, runs = prepare(losses, {"models": [*models], "data": [*data], "seeds": seeds, "epochs": epochs}, out)
-    except (TypeError, ValueError) as error:
-        raise UsageError(error) from error
     train(study, runs, jobs, (ray, cores), 60 * resume_after)
     finish(study)
 
@@ -102,16 +95,10 @@ def prepare(words, options, out):
     if not grid["losses"]:
         raise ValueError("Give at least one loss beside the stock ones, such as VarifocalLoss.")
     check_folder(out)
-    check_installed("pycocotools")
+    require("pycocotools")
     runs, study = plan(**grid), Study(out)
     study.add(runs)
     return study, runs
-
-
-def check_installed(name):
-    """Raise ``RunError`` if a package is missing that is needed only after hours, or elsewhere."""
-    if importlib.util.find_spec(name) is None:
-        raise RunError(f"{name} is not installed: {INSTALL[name]}.")
 
 
 @contextlib.contextmanager
@@ -135,13 +122,11 @@ def train(study, runs, jobs, cluster, resume_after):
         if address is None:
             study.train(todo, jobs or default_jobs(), bar.tick, resume_after)
             return
-        check_installed("ray")
+        require("ray")
         from detloss_plugins.ablation.cluster import train as train_there
 
-        try:
+        with as_usage_error(ConnectionError, what=f"There is no Ray cluster at {address}: ", kind=RunError):
             train_there(study, todo, address, cores, bar.tick, resume_after)
-        except ConnectionError as error:
-            raise RunError(f"There is no Ray cluster at {address}: {first_line(error)}") from error
 
 
 def finish(study):

@@ -6,7 +6,7 @@ import click
 
 from detloss_plugins.advice.rules import SCENARIOS
 from detloss_plugins.cli._coco import coco_split
-from detloss_plugins.cli._common import UsageError
+from detloss_plugins.cli._common import as_usage_error
 
 
 @click.command()
@@ -32,24 +32,18 @@ def command(data, split, imgsz, scenario):
     worse on any of the scenarios is left out. Each has its verdicts beside it, with every model that was tried. The
     study has small data: take them as what to try first, not as what will help.
     """
-    from detloss_plugins.advice import LabelsError, advise, describe, read_labels
-    from detloss_plugins.advice.labels import beside_only
+    from detloss_plugins.advice import advise, describe, read_labels
 
-    try:
+    with as_usage_error(ValueError):
         path = located(data, split)
         labels = read_labels(path, split)
-    except LabelsError as error:
-        raise UsageError(error) from error
     found = describe(labels, imgsz)
     likeness = {**dict.fromkeys(scenario, "you say so"), "plain": "every data set is"} if scenario else None
     advice = advise(found, likeness=likeness)
     lines = [*description_lines(data, split, found), "", *advice_lines(data, path.suffix == ".json", advice)]
-    if path.suffix != ".json" and (root := beside_only(path)):
-        lines += [
-            "",
-            f"Ultralytics does not look for path: {root} beside {path.name}, but in the working directory and",
-        ]
-        lines += ["among its own data sets: write the whole path there, or leave it out."]
+    if labels.beside:
+        where = f"path: {labels.beside} beside {path.name}, but in the working directory and\namong its own data sets"
+        lines += ["", f"Ultralytics does not look for {where}: write the whole path there, or leave it out."]
     click.echo("\n".join(lines))
 
 
@@ -57,12 +51,9 @@ def located(word, split):
     """The data YAML or annotation file that DATA means."""
     from detloss_plugins.ablation.data import digits_folder, locate
 
-    try:
-        _, path, _ = locate(word)
-        if not path:
-            return digits_folder(word) / "digits.yaml"
-    except ValueError as error:
-        raise UsageError(error) from error
+    _, path, _ = locate(word)
+    if not path:
+        return digits_folder(word) / "digits.yaml"
     return Path(path, coco_split(Path(path), split)[0]) if Path(path).is_dir() else Path(path)
 
 

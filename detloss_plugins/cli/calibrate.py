@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from detloss_plugins.cli._common import RunError, UsageError, check_file, data_option, first_line
+from detloss_plugins.cli._common import UsageError, as_usage_error, check_file, data_option
 from detloss_plugins.configs import path_of
 
 MODEL = "yolov8n.yaml"
@@ -41,7 +41,7 @@ def command(words, slots, model, data, steps, verify, epochs, seeds, file):
     weight is the ratio of their L1 norms, of the four the median.
     """
     check_file(file)
-    try:
+    with as_usage_error(TypeError, ValueError):
         config = mmdet_config(words[0]) if words else None
         if config:
             if verify or model:
@@ -51,8 +51,6 @@ def command(words, slots, model, data, steps, verify, epochs, seeds, file):
         else:
             losses, args = read_words(words)
             found, checked = of_yolo(losses, slots, model or MODEL, data, steps, args, verify and (epochs, seeds))
-    except (TypeError, ValueError) as error:
-        raise UsageError(error) from error
     if file is not None:
         content = {
             "suggestions": [suggestion.as_dict() for suggestion in found],
@@ -133,17 +131,13 @@ def unique(candidates):
 def of_yolo(losses, slots, model, data, steps, args, verified):
     """Suggestions of Ultralytics and, if ``verified`` has epochs and seeds, what trainings say of them."""
     from detloss_plugins.adapters.ultralytics import calibrate as adapter
-    from detloss_plugins.adapters.ultralytics import check_head, model_task, open_model
-    from detloss_plugins.cli.train import UNREADABLE, check_yolo, given_data, yolo_data
+    from detloss_plugins.adapters.ultralytics import check_head
+    from detloss_plugins.cli._yolo import check_yolo, given_data, opened, refusals, yolo_data
     from detloss_plugins.testing.training_tensors import quiet
 
-    try:
-        with quiet():
-            yolo = open_model(model)
-    except (OSError, *UNREADABLE) as error:
-        raise UsageError(first_line(error)) from error
+    with quiet():
+        yolo, task = opened(model)
     built = yolo.model
-    task = model_task(built)
     candidates = [adapter.candidate(cfg, task, slot, label) for label, slot, cfg in losses]
     for each in candidates:
         check_head(built, {each.slot: each.cfg})
@@ -152,36 +146,29 @@ def of_yolo(losses, slots, model, data, steps, args, verified):
     place, defaults = yolo_data(given_data(data, args), task)
     settings = {"data": str(place), "pretrained": bool(yolo.ckpt), **defaults, **args}
     check_yolo(settings)
-    try:
+    with refusals():
         with progress("calibrating", steps) as told, quiet():
             found = adapter.calibrate(candidates, model, steps, told=told, **settings)
-        checked = []
-        if verified:
-            epochs, seeds = verified
-            trainings = [each for each in found if each.weight]
-            count = len(trainings) * len(adapter.FACTORS) * seeds
-            with progress(f"{count} trainings of {epochs} epochs", count) as told, quiet():
-                for each in trainings:
-                    checked.append(adapter.verify(each, model, seeds, told=told, **{**settings, "epochs": epochs}))
-    except SyntaxError as error:  # how Ultralytics refuses an unknown argument
-        raise UsageError(first_line(error)) from error
-    except RuntimeError as error:  # how it refuses labels and images, or runs out of memory
-        raise RunError(f"{type(error).__name__}: {first_line(error)}") from error
-    return found, checked
+        if not verified:
+            return found, []
+        epochs, seeds = verified
+        trainings = [each for each in found if each.weight]
+        count = len(trainings) * len(adapter.FACTORS) * seeds
+        with progress(f"{count} trainings of {epochs} epochs", count) as told, quiet():
+            settings = {**settings, "epochs": epochs}
+            return found, [adapter.verify(each, model, seeds, told=told, **settings) for each in trainings]
 
 
 def of_mmdet(config, losses, slots, data, steps, overrides):
     """Suggestions for a config of MMDetection."""
     from detloss_plugins.ablation.mmdetection import SLOTS
     from detloss_plugins.cli._coco import provide_data
-    from detloss_plugins.cli.train import parsed, read_config, refuse
+    from detloss_plugins.cli._mmdet import import_mmdet, parsed, read_config, refuse
     from detloss_plugins.testing.training_tensors import quiet
 
-    try:
-        from detloss_plugins.adapters.mmdetection import calibrate as adapter
-        from detloss_plugins.adapters.mmdetection.check import check_config, unknown_keys
-    except AssertionError as error:  # how mmdet refuses a version of mmcv or mmengine
-        raise RunError(error) from error
+    import_mmdet()
+    from detloss_plugins.adapters.mmdetection import calibrate as adapter
+    from detloss_plugins.adapters.mmdetection.check import check_config, unknown_keys
 
     cfg = read_config(config)
     provide_data(cfg, data)

@@ -12,16 +12,16 @@ from pathlib import Path
 import click
 
 from detloss_plugins import __version__
-from detloss_plugins.cli import _coco, train
+from detloss_plugins.cli import _coco, _mmdet, _yolo
 from detloss_plugins.cli._common import (
     RunError,
     UsageError,
+    as_usage_error,
     check_there,
     complete_config,
     data_option,
     first_line,
     loss_class_of,
-    require,
 )
 from detloss_plugins.configs import find
 from detloss_plugins.registry import registered_losses
@@ -52,9 +52,10 @@ def check_yolo(path, model=None, data=None):
     from detloss_plugins.adapters.ultralytics import describe, load_losses
     from detloss_plugins.adapters.ultralytics.config import waiting, with_weights
 
-    given, losses, found = train.yolo_losses(path, {}), {}, Found()
+    given, losses, found = _yolo.yolo_losses(path, {}), {}, Found()
     name = model or MODELS[fitting_task(given)]
-    task, model = yolo_model(name)
+    yolo, task = _yolo.opened(name)
+    model = yolo.model
     for slot, cfg in given.items():
         try:
             losses |= load_losses({slot: cfg}, task, auto=True)
@@ -96,17 +97,6 @@ def fitting_task(losses):
     return "rtdetr" if any(str(slot).startswith("loss_") for slot in losses) else "detect"
 
 
-def yolo_model(name):
-    """The task of a model of Ultralytics, and the model."""
-    from detloss_plugins.adapters.ultralytics import model_task, open_model
-
-    try:
-        model = open_model(name).model
-        return model_task(model), model
-    except (OSError, TypeError, ValueError, *train.UNREADABLE) as error:
-        raise UsageError(first_line(error)) from error
-
-
 def misfits(model, losses):
     """What in checked losses does not suit a model, its head or its number of classes."""
     from detloss_plugins.adapters.ultralytics import check_head
@@ -125,11 +115,9 @@ def yolo_content(data, task):
     """The content of a data YAML of Ultralytics, or of the one in a folder, its paths made absolute."""
     from ultralytics.data.utils import check_det_dataset
 
-    path, _ = train.yolo_data(data, task)
-    try:
+    path, _ = _yolo.yolo_data(data, task)
+    with as_usage_error(Exception, what=f"{path} is no data set: "):  # of the user's own file
         return check_det_dataset(str(path), autodownload=False)
-    except Exception as error:  # of the user's own file
-        raise UsageError(f"{path} is no data set: {first_line(error)}") from error
 
 
 def yolo_faults(content, task):
@@ -189,15 +177,11 @@ def check_mmdet(path, data=None):
     Raises:
         UsageError: if one of them cannot be read.
     """
-    require("mmdet")
+    _mmdet.import_mmdet()
     from detloss_plugins.adapters.heads import MisfitWarning
+    from detloss_plugins.adapters.mmdetection.check import at, build_alone, check_config, our_losses
 
-    try:
-        from detloss_plugins.adapters.mmdetection.check import build_alone, check_config, our_losses
-    except AssertionError as error:  # how mmdet refuses a version of mmcv or mmengine
-        raise RunError(first_line(error)) from error
-
-    cfg = train.read_config(path)
+    cfg = _mmdet.read_config(path)
     found = Found([f"{path}:"])
     if data is not None:
         _coco.point_at(cfg, data)
@@ -215,7 +199,8 @@ def check_mmdet(path, data=None):
             continue  # which is among the problems
         weight = getattr(built, "loss_weight", 1.0)
         found.lines.append(f"  {key}: {built}, weight {weight:g}")
-        classes, known = head_of(cfg.model, key).get("num_classes"), getattr(built, "num_classes", None)
+        head = at(cfg.model, key.rpartition(".")[0])
+        classes, known = head.get("num_classes"), getattr(built, "num_classes", None)
         if None not in (classes, known) and classes != known:
             found.problems.append(f"{key} has num_classes={known}, and its head has {classes} classes.")
     if len(found.lines) == 1:
@@ -224,14 +209,6 @@ def check_mmdet(path, data=None):
         names = _coco.coco_content(Path(data) / _coco.coco_split(Path(data), "train")[0])["categories"]
         found.lines.append(f"data: {data}, {len(names)} classes")
     return found
-
-
-def head_of(model, key):
-    """The dict that holds the loss at a dotted key, such as ``model.bbox_head``'s of ``bbox_head.loss_cls``."""
-    node = model
-    for part in key.split(".")[:-1]:
-        node = node[int(part)] if isinstance(node, list) else node[part]
-    return node
 
 
 def check_class(cls):

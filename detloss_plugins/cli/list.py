@@ -44,16 +44,6 @@ def lines(rows):
     return ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in columns]
 
 
-def config_names():
-    """``{framework: names}`` of the package's configs."""
-    return {framework: names(framework) for framework in FRAMEWORKS}
-
-
-def config_lines(by_framework):
-    """The framework and the name of each config, a line each."""
-    return [f"{framework:<13}{name}" for framework, found in by_framework.items() for name in found]
-
-
 @click.command()
 @click.option("--family", metavar="F", help="Only the losses of this family, such as box.")
 @click.option("--configs", is_flag=True, help="The configs that come with the package, in place of losses.")
@@ -72,6 +62,10 @@ def command(family, configs, as_json):
     """
     if configs and family is not None:
         raise UsageError("--family is of losses, and --configs lists none")
-    rows = config_names() if configs else losses(family)
-    for line in [json.dumps(rows, indent=1)] if as_json else config_lines(rows) if configs else lines(rows):
-        click.echo(line)
+    if configs:
+        rows = {framework: names(framework) for framework in FRAMEWORKS}
+        text = [f"{framework:<13}{name}" for framework, found in rows.items() for name in found]
+    else:
+        rows = losses(family)
+        text = lines(rows)
+    click.echo(json.dumps(rows, indent=1) if as_json else "\n".join(text))

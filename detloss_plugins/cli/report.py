@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from detloss_plugins.cli._common import UsageError, check_folder
+from detloss_plugins.cli._common import UsageError, as_usage_error, check_folder
 
 
 @click.command()
@@ -31,8 +31,6 @@ def command(results, out):
         raise UsageError("say where the report goes: --out DIR")
     out = out or results[0]
     check_folder(out)
-    try:
+    with as_usage_error(ValueError):
         write_report([read_results(path) for path in results], out)
-    except ValueError as error:
-        raise UsageError(error) from error
     click.echo(f"report: {out / 'report.md'} and report.html")

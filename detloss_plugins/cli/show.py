@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from detloss_plugins.cli import _facts
-from detloss_plugins.cli._common import UsageError, check_folder, complete_loss, first_line, loss_class_of
+from detloss_plugins.cli._common import UsageError, as_usage_error, check_folder, complete_loss, loss_class_of
 from detloss_plugins.registry import SCOPE
 
 WIDTH = 100
@@ -100,12 +100,10 @@ def draw(cls, path):
     if not path.suffix:  # matplotlib would add one
         raise UsageError(f"{path} has no suffix: name a .png, .svg or .pdf")
     check_folder(path.parent)
-    try:
+    with as_usage_error(OSError, ValueError):
         picture = figure(cls.make(), cls.__name__)
         path.parent.mkdir(parents=True, exist_ok=True)
         save(picture, path)
-    except (OSError, ValueError) as error:
-        raise UsageError(first_line(error)) from error
 
 
 @click.command()

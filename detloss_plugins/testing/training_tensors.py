@@ -10,6 +10,7 @@ from contextlib import contextmanager, redirect_stdout, suppress
 import numpy as np
 import torch
 
+from detloss_plugins.nested import each_tensor
 from detloss_plugins.testing.digits import NAMES, build_digits
 
 STEPS = 3  # optimiser steps before the capture, so that the tensors are not those of an untouched initialisation
@@ -17,17 +18,15 @@ STEPS = 3  # optimiser steps before the capture, so that the tensors are not tho
 
 @contextmanager
 def quiet():
-    """Keep the frameworks' logs to themselves."""
-    from ultralytics.utils import LOGGER
-
-    level = LOGGER.level
-    LOGGER.setLevel(logging.ERROR)
+    """Keep the frameworks' logs to themselves, but for errors; none of them is needed."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
     try:
         with redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        LOGGER.setLevel(level)
+        logging.disable(before)
 
 
 def _yolo_step(model_yaml, captured):
@@ -142,10 +141,6 @@ def _filled(box, height, width):
     return mask
 
 
-def _detached(tensors):
-    return tuple(tuple(t.detach() for t in x) if isinstance(x, tuple) else x.detach() for x in tensors)
-
-
 def _join(calls):
     """One (pred, target) from the calls a head makes, one a feature level."""
     preds, targets = zip(*(args[:2] for args, _ in calls), strict=True)
@@ -181,7 +176,4 @@ def training_tensors():
         _mmdet_step(config, calls)
         for family, group in calls.items():
             mmdet.setdefault(family, _join(group))
-    return {
-        source: {family: _detached(tensors) for family, tensors in found.items()}
-        for source, found in (("yolo step", yolo), ("mmdet step", mmdet))
-    }
+    return each_tensor(torch.Tensor.detach, {"yolo step": yolo, "mmdet step": mmdet})

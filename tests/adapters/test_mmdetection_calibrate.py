@@ -2,6 +2,8 @@
 
 import copy
 import json
+import logging
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -23,6 +25,7 @@ from detloss_plugins.adapters.mmdetection.calibrate import (
 )
 from detloss_plugins.cli import main
 from detloss_plugins.registry import runner_progress
+from detloss_plugins.testing import training_tensors
 from detloss_plugins.testing.digits import build_digits
 
 pytestmark = pytest.mark.usefixtures("mmdet_scope")
@@ -166,6 +169,17 @@ def test_mistakes_are_said_before_anything_is_trained(words, says):
 def test_auto_has_no_meaning_in_a_config():
     with pytest.raises(ValueError, match='loss_weight="auto" of FocalLoss has no meaning here'):
         MODELS.build(dict(type="detloss_plugins.FocalLoss", loss_weight="auto"))
+
+
+def test_it_is_quiet_without_ultralytics(monkeypatch, caplog):
+    """Who has MMDetection alone was told to install the other."""
+    monkeypatch.setitem(sys.modules, "ultralytics.utils", None)
+    logger = logging.getLogger("some.framework")
+    with training_tensors.quiet():
+        logger.warning("within")
+        logger.error("wrong")
+    logger.warning("after")
+    assert caplog.messages == ["wrong", "after"]
 
 
 @pytest.mark.slow

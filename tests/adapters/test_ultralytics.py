@@ -463,6 +463,8 @@ def test_a_name_that_no_shipped_file_has():
         make_trainer("qfk")
     with pytest.raises(ValueError, match=r"^retinanet_r18_fpn_digits is a config of MMDetection"):
         make_trainer("retinanet_r18_fpn_digits")
+    with pytest.raises(ValueError, match=r"CIoULoss is a loss: .*; the slots are cls, box, dfl"):
+        make_trainer("CIoULoss")
 
 
 def test_a_word_too_long_for_a_file():

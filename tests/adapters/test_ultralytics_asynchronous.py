@@ -358,7 +358,7 @@ def test_out_of_memory_goes_image_by_image(batches, asynchronous, monkeypatch):
 
 def test_without_a_compiler_the_assigner_says_so_and_works(monkeypatch):
     def fails(*_, **__):
-        raise RuntimeError("no compiler")
+        raise RuntimeError("backend='inductor' raised:\nno compiler")
 
     monkeypatch.setattr(torch, "compile", lambda *_, **__: fails)
     monkeypatch.setattr(before, "_compiled", {})

@@ -168,7 +168,7 @@ def test_looking_changes_nothing_and_states_see_every_batch(batches):
         values = [criterion(model(batch["img"]), batch)[0].sum() for criterion in (plain, watched, own)]
         assert torch.equal(*values[:2]), step
         assert bool(found.found) == (step == 3)
-    looked = watched.curves.criteria[0]
+    _, looked = watched.curves.looks.each[0]
     assert torch.equal(looked.built["box"].mean, own.built["box"].mean)
     assert own.built["box"].mean != 1, "where it starts"
     assert criterion_state(watched) == {}
@@ -211,7 +211,7 @@ def test_rtdetr_layer_by_layer(batches, monkeypatch):
     shares = [each.positives for each in found.suggestions(wanted)]
     assert 0 < shares[0] < 1
     assert shares[1:] == [1.0] * 4
-    assert look.criteria[-1].built["loss_giou"].mean != 1
+    assert look.looks.each[-1][1].built["loss_giou"].mean != 1
 
 
 def test_what_fits_a_slot():
@@ -416,8 +416,7 @@ def test_verify(datasets, tmp_path):
 @pytest.mark.slow
 def test_the_figures_of_the_prototype():
     """L1 ratios on the digits set with yolov8n after 25, 50 and 100 steps, which trainings by hand had found too."""
-    from detloss_plugins.cli.train import DIGITS_ARGS
-    from detloss_plugins.testing.digits import build_digits
+    from detloss_plugins.testing.digits import DIGITS_ARGS, build_digits
 
     expected = {
         "VarifocalLoss": 4.5, "QualityFocalLoss": 6.3, "FocalLoss": 17.2, "APLoss": 1.0, "PolyLoss": 0.7,

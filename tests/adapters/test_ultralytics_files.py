@@ -24,7 +24,7 @@ from ultralytics.utils import DEFAULT_CFG_DICT, LOGGER
 from detloss_plugins.adapters.ultralytics import PluginDetectionLoss, install, load_losses, make_trainer, trained_losses
 from detloss_plugins.adapters.ultralytics.config import unlike
 from detloss_plugins.adapters.ultralytics.trainer import whole_files
-from detloss_plugins.cli import train
+from detloss_plugins.cli import _yolo, train
 
 WIOU = {"type": "WIoULoss"}  # has state, which is 1 at first
 LEARNT = torch.tensor(0.25)
@@ -377,8 +377,8 @@ def given(monkeypatch):
         raise Interrupted
 
     monkeypatch.setattr(YOLO, "train", stop)
-    monkeypatch.setattr(train, "yolo_data", lambda *_: ("own.yaml", {}))
-    monkeypatch.setattr(train, "check_yolo", lambda _: None)
+    monkeypatch.setattr(_yolo, "yolo_data", lambda *_: ("own.yaml", {}))
+    monkeypatch.setattr(_yolo, "check_yolo", lambda _: None)
 
     def give(*words):
         with pytest.raises(Interrupted):

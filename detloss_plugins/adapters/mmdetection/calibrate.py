@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import inspect
 import tempfile
 
@@ -11,7 +12,17 @@ from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 
-from detloss_plugins.adapters.calibrate import LOOKS, STOCK, Candidate, Gradients, amounts, has_state, look_steps
+from detloss_plugins.adapters.calibrate import (
+    LOOKS,
+    STOCK,
+    Candidate,
+    Finished,
+    Gradients,
+    Looks,
+    amounts_at,
+    look_steps,
+    losses_of,
+)
 from detloss_plugins.adapters.curves import gradients
 from detloss_plugins.adapters.heads import check_fit, kept_settings
 from detloss_plugins.adapters.mmdetection.check import build_detector
@@ -23,10 +34,6 @@ from detloss_plugins.registry import SCOPE, build_loss, loss_path, registered_lo
 
 # Slot -> the families of losses that a dense head calls with what it calls its own with.
 SLOTS = {"loss_cls": ("classification", "ranking"), "loss_bbox": ("box", "regression")}
-
-
-class Finished(Exception):
-    """A training that has gone as far as it should."""
 
 
 class CalibrationHook(Hook):
@@ -55,41 +62,25 @@ class CalibrationHook(Hook):
         losses = torch.nn.ModuleList(build_loss(candidate.cfg) for candidate in self.candidates)
         count_for(losses, runner)
         losses.to(next(head.parameters()).device)
+        self.looks = Looks(self.candidates, losses, self.found, self.at)
         for slot in {candidate.slot for candidate in self.candidates}:
-            own = [pair for pair in zip(self.candidates, losses, strict=True) if pair[0].slot == slot]
-            getattr(head, slot).register_forward_hook(self.looking(slot, own), with_kwargs=True)
+            getattr(head, slot).register_forward_hook(functools.partial(self.look, slot), with_kwargs=True)
 
     def keep_outputs(self, head, args, outputs):
         """What the head gives: class scores, boxes and the like, of each level."""
         self.outputs = [x for x in flatten(outputs)[0] if x.requires_grad]
 
-    def looking(self, slot, candidates):
+    def look(self, slot, loss, args, kwargs, value):
         """What is run after each call of the loss in a slot."""
-        of_state = [has_state(loss) for _, loss in candidates]
-
-        def look(loss, args, kwargs, value):
-            looks = self.step in self.at
-            given = inspect.signature(loss.forward).bind(*args, **kwargs).arguments
-            if looks:
-                self.add(slot, STOCK, value, given)
-            for (candidate, own), keeps in zip(candidates, of_state, strict=True):
-                if looks or keeps:
-                    value = own(*args, **kwargs)
-                    if looks:
-                        self.add(slot, candidate.label, value, given)
-
-        return look
-
-    def add(self, slot, label, value, given):
-        """Write down the gradient that a call has."""
-        pred, target, *_ = given.values()
-        if slot == "loss_cls":
-            found = gradients(value, [pred])
-            amount = amounts(found[0], object_rows(pred, target, self.classes)) if found else torch.zeros(2)
-        else:  # through the decoding of boxes, which are those of positives
-            total = sum((x.abs().sum().cpu() for x in gradients(value, self.outputs)), torch.zeros(()))
-            amount = torch.stack([total, total])
-        self.found.add(self.step, slot, label, amount)
+        pred, target, *_ = inspect.signature(loss.forward).bind(*args, **kwargs).arguments.values()
+        for _, label, own in self.looks.turns(self.step, [slot]):
+            found = value if own is None else own(*args, **kwargs)
+            if slot == "loss_cls":
+                amount = amounts_at(pred, found, object_rows(pred, target, self.classes))
+            else:  # through the decoding of boxes, which are those of positives
+                total = sum((x.abs().sum().cpu() for x in gradients(found, self.outputs)), torch.zeros(()))
+                amount = torch.stack([total, total])
+            self.looks.add(self.step, slot, label, amount)
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         """Count, and end the training."""
@@ -165,10 +156,9 @@ def fitting(slot, head):
     """A :class:`~detloss_plugins.adapters.calibrate.Candidate` of every loss of ours that needs no settings there."""
     check_slot(slot)
     found = []
-    for name, cls in registered_losses().items():
-        if cls.facts.family in SLOTS[slot] and "losses" not in cls.facts.filled:
-            with contextlib.suppress(TypeError, ValueError):
-                found.append(candidate(name, head, slot))
+    for name in losses_of(SLOTS[slot]):
+        with contextlib.suppress(TypeError, ValueError):
+            found.append(candidate(name, head, slot))
     return found
 
 

@@ -85,7 +85,7 @@ def unknown_keys(cfg: Config, overrides: Mapping[str, Any]) -> list[str]:
     found, known = [], None
     for key, value in overrides.items():
         parent, _, last = key.rpartition(".")
-        place = _at(cfg, parent) if parent else {**inspect.signature(Runner).parameters, **cfg}
+        place = at(cfg, parent) if parent else {**inspect.signature(Runner).parameters, **cfg}
         there = {str(name): old for name, old in _items(place)}
         if last in there:
             if not _alike(there[last], value):
@@ -128,7 +128,7 @@ def left_over(before: Config, after: Config, written: Mapping[str, set[str]]) ->
     """
     found = []
     for path, keys in written.items():
-        old, loss = _at(before, path), _at(after, path)
+        old, loss = at(before, path), at(after, path)
         if not isinstance(old, Mapping) or "type" not in old or "_delete_" in keys or _name(old) == _name(loss):
             continue
         kept = {key: value for key, value in loss.items() if key in old and key not in {*keys, *COMMON}}
@@ -190,8 +190,9 @@ def _items(node):
     return enumerate(node) if isinstance(node, list | tuple) else ()
 
 
-def _at(node, path):
-    for key in path.split("."):
+def at(node: Any, path: str) -> Any:
+    """What a nested config has at a dotted path, itself at an empty one; None if there is nothing."""
+    for key in filter(None, path.split(".")):
         node = {str(k): value for k, value in _items(node)}.get(key)
     return node
 

@@ -47,11 +47,6 @@ def install():
         warnings.warn("mmcv's operators are compiled and are used: --lite was not needed.", stacklevel=2)
 
 
-def is_wanted():
-    """Whether the environment asks for the stand-in."""
-    return os.environ.get("DETLOSS_LITE") == "1"
-
-
 class StandIn(types.ModuleType):
     """``mmcv._ext`` of the operators below; it seems to have every other one too, as mmcv asks when it is imported."""
 
@@ -255,5 +250,5 @@ OPERATORS = (
     get_compiling_cuda_version,
 )
 
-if is_wanted():
+if os.environ.get("DETLOSS_LITE") == "1":
     install()

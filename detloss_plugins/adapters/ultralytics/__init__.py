@@ -24,7 +24,8 @@ from detloss_plugins.adapters.ultralytics.ignore import make_validator
 from detloss_plugins.adapters.ultralytics.model import install, open_model, trained_losses
 from detloss_plugins.adapters.ultralytics.per_image import LossesByImage, per_image
 from detloss_plugins.adapters.ultralytics.rtdetr import PluginRTDETRLoss
-from detloss_plugins.adapters.ultralytics.trainer import TRAINERS, describe, make_trainer, tune
+from detloss_plugins.adapters.ultralytics.trainer import TRAINERS, make_trainer, tune
+from detloss_plugins.adapters.ultralytics.words import describe
 
 __all__ = [
     "SLOTS",

@@ -38,7 +38,8 @@ def compiled(function, name, key):
         except Exception as error:
             found = function(*args)  # if the arguments are at fault, this says it
             _failed.add(key)
-            reason = str(error).strip().split("\n")[0]
+            lines = str(error).strip().splitlines()
+            reason = next((line.strip() for line in lines if line.strip() and not line.endswith("raised:")), "")
             told = f"{name} runs uncompiled: torch.compile failed with {type(error).__name__}: {reason}"
             warnings.warn(told, stacklevel=2)
             return found

@@ -16,15 +16,15 @@ from detloss_plugins.adapters.calibrate import (
     FACTORS,
     LOOKS,
     STEPS,
-    STOCK,
     Candidate,
+    Finished,
     Gradients,
+    Looks,
     Verified,
-    amounts,
-    has_state,
+    amounts_at,
     look_steps,
+    losses_of,
 )
-from detloss_plugins.adapters.curves import gradients
 from detloss_plugins.adapters.ultralytics import compat
 from detloss_plugins.adapters.ultralytics.building import check_head, model_task
 from detloss_plugins.adapters.ultralytics.config import SLOTS, at, counted, filled, load_losses, waiting, without_weight
@@ -37,7 +37,7 @@ from detloss_plugins.adapters.ultralytics.trainer import class_counts, criterion
 from detloss_plugins.losses import ScheduledLoss
 from detloss_plugins.nested import each_tensor
 from detloss_plugins.precision import without_autocast
-from detloss_plugins.registry import build_loss, registered_losses
+from detloss_plugins.registry import build_loss
 
 # Training arguments of trainings of which nothing is kept.
 QUICK = {"val": False, "save": False, "plots": False, "exist_ok": True, "name": "run"}
@@ -46,36 +46,14 @@ QUICK = {"val": False, "save": False, "plots": False, "exist_ok": True, "name": 
 OF_A_RUN = ("project", "name", "exist_ok", "save_dir", "resume", "mode", "task", "time")
 
 
-class Finished(Exception):
-    """A training that has gone as far as it should."""
-
-
-class _Kept(Slots):
-    """Slots that keep what the class loss and the box criterion are called with."""
-
-    def __init__(self, stock):
-        super().__init__(stock)
-        self.called = {}
-
-    def class_loss(self, *inputs):
-        self.called["cls"] = inputs
-        return super().class_loss(*inputs)
-
-    def box_loss(self, *inputs):
-        self.called["box"] = inputs
-        return super().box_loss(*inputs)
-
-    def of_slot(self, other, slot):
-        """The amounts of the gradient that the loss of a slot has, in ``other`` of the same batch, or in itself."""
-        call = "cls" if slot == "cls" else "box"
-        if call not in self.called:  # without positives, not every box criterion is
-            return torch.zeros(2)
-        (at, *_) = self.called[call]
-        if other is not self:
-            other.normalizer = self.normalizer
-            {"cls": other.class_loss, "box": other.box_loss}[call](*self.called[call])
-        found = gradients(other.values[slot], [at])
-        return amounts(found[0], self.positive) if found else torch.zeros(2)
+def again(slots, slot, criterion):
+    """The slots of another criterion, of which one is called with what it is called with in these."""
+    other = Slots(criterion)
+    compat.share_sizes(slots.stock.bbox_loss, criterion.bbox_loss)
+    if slot in slots.called:  # without positives, not every box criterion is
+        other.normalizer = slots.normalizer
+        (other.class_loss if slot == "cls" else other.box_loss)(*slots.called[slot])
+    return other
 
 
 class Look:
@@ -94,37 +72,29 @@ class Look:
     """
 
     def __init__(self, model, criterion, candidates, found, at, weight=lambda: 1.0):
-        self.candidates, self.found, self.at, self.weight, self.step = candidates, found, at, weight, 0
+        self.weight, self.step = weight, 0
         ignore = {"ignore": criterion.losses["ignore"]} if "ignore" in criterion.losses else {}
-        self.criteria = [type(criterion)(model, losses={c.slot: c.cfg, **ignore}) for c in candidates]
-        for own in self.criteria:
+        criteria = [type(criterion)(model, losses={c.slot: c.cfg, **ignore}) for c in candidates]
+        for own in criteria:
             if ignore and "cls" in own.built:
                 own.bce.regions = criterion.bce.regions
-        self.stateful = [has_state(own.built[c.slot]) for own, c in zip(self.criteria, candidates, strict=True)]
+        self.looks = Looks(candidates, criteria, found, at)
 
     def look(self, criterion, preds, batch):
         """To be called in every step of training."""
         self.step += 1
-        looks = self.step in self.at
-        if not looks and not any(self.stateful):
+        if not (turns := self.looks.turns(self.step, SLOTS["detect"])):
             return
         with without_autocast(criterion.device):
-            observer = _Kept(criterion)
+            observer = Slots(criterion)
             # In half precision small gradients would be 0.
             preds = each_tensor(lambda x: x.float() if x.is_floating_point() else x, preds)
             observer.criterion.loss(as_leaves(preds), batch)
-            if looks:
-                for slot in {candidate.slot for candidate in self.candidates}:
-                    self.add(slot, STOCK, observer.of_slot(observer, slot))
-            for candidate, own, keeps in zip(self.candidates, self.criteria, self.stateful, strict=True):
-                if looks or keeps:
-                    compat.share_sizes(criterion.bbox_loss, own.bbox_loss)
-                    amount = observer.of_slot(Slots(own), candidate.slot)
-                    if looks:
-                        self.add(candidate.slot, candidate.label, amount)
-
-    def add(self, slot, label, amount):
-        self.found.add(self.step, slot, label, self.weight() * amount)
+            for slot, label, own in turns:
+                slots, amount = observer if own is None else again(observer, slot, own), torch.zeros(2)
+                if slot in observer.called:
+                    amount = amounts_at(observer.called[slot][0], slots.values[slot], observer.positive)
+                self.looks.add(self.step, slot, label, self.weight() * amount)
 
 
 class RTDETRLook:
@@ -138,9 +108,8 @@ class RTDETRLook:
     """
 
     def __init__(self, model, criterion, candidates, found, at, step):
-        self.candidates, self.found, self.at, self.step, self.criterion = candidates, found, at, step, criterion
-        self.criteria = [type(criterion)(model, {c.slot: c.cfg}) for c in candidates]
-        self.stateful = [has_state(own.built[c.slot]) for own, c in zip(self.criteria, candidates, strict=True)]
+        self.step, self.criterion = step, criterion
+        self.looks = Looks(candidates, [type(criterion)(model, {c.slot: c.cfg}) for c in candidates], found, at)
         for name, slots in (("_get_loss_class", ("loss_class",)), ("_get_loss_bbox", ("loss_bbox", "loss_giou"))):
             setattr(criterion, name, self.watched(getattr(criterion, name), name, slots))
 
@@ -148,25 +117,18 @@ class RTDETRLook:
         """A method of the criterion that looks at each of its calls."""
 
         def call(pred, *rest):
-            found, looks = method(pred, *rest), self.step() in self.at
+            found = method(pred, *rest)
             positive = rest[0] != self.criterion.nc if slots == ("loss_class",) else True
-            if looks:
-                for slot in slots:
-                    self.add(slot, STOCK, found, pred, positive)
-            for candidate, own, keeps in zip(self.candidates, self.criteria, self.stateful, strict=True):
-                if candidate.slot in slots and (looks or keeps):
+            for slot, label, own in self.looks.turns(self.step(), slots):
+                values = found
+                if own is not None:
                     own.image_size = self.criterion.image_size
                     values = getattr(own, name)(pred, *rest)
-                    if looks:
-                        self.add(candidate.slot, candidate.label, values, pred, positive)
+                (value,) = (value for key, value in values.items() if key.startswith(slot))
+                self.looks.add(self.step(), slot, label, amounts_at(pred, value, positive))
             return found
 
         return call
-
-    def add(self, slot, label, values, pred, positive):
-        (value,) = (value for name, value in values.items() if name.startswith(slot))
-        if found := gradients(value, [pred]):
-            self.found.add(self.step(), slot, label, amounts(found[0], positive))
 
 
 def candidate(loss, task="detect", slot=None, label=None):
@@ -204,12 +166,7 @@ def fitting(slot, task="detect"):
     """
     if slot not in SLOTS[task]:
         raise ValueError(f"There is no slot {slot!r}; the slots are {', '.join(SLOTS[task])}.")
-    of_family = {
-        name: cls
-        for name, cls in registered_losses().items()
-        if cls.facts.family in SLOTS[task][slot] and "losses" not in cls.facts.filled
-    }
-    found = (_first_that_fits(name, cls, slot, task) for name, cls in of_family.items())
+    found = (_first_that_fits(name, cls, slot, task) for name, cls in losses_of(SLOTS[task][slot]).items())
     return [candidate for candidate in found if candidate]
 
 
@@ -364,15 +321,15 @@ def auto_weights(trainer, losses, task, base=None):
 @contextlib.contextmanager
 def _as_if_nothing_had_been(trainer):
     """Another training in the middle of one: what it says is not logged, and random numbers go on as they were."""
-    level, python, numpy = LOGGER.level, random.getstate(), np.random.get_state()
+    logged, python, numpy = logging.root.manager.disable, random.getstate(), np.random.get_state()
     devices = [trainer.device] if trainer.device.type == "cuda" else []
-    LOGGER.setLevel(logging.ERROR)
+    logging.disable(logging.WARNING)
     try:
         with torch.random.fork_rng(devices=devices):
             yield
             init_seeds(trainer.args.seed, trainer.args.deterministic)  # it has left the deterministic mode
     finally:
-        LOGGER.setLevel(level)
+        logging.disable(logged)
         random.setstate(python)
         np.random.set_state(numpy)
 

@@ -130,6 +130,9 @@ def load_losses(
     """
     check_task(task)
     if isinstance(losses, str | Path):
+        if losses in MODELS.module_dict:
+            slots = ", ".join(SLOTS[task])
+            raise ValueError(f"{losses} is a loss: give {{slot: {{'type': {losses!r}}}}}; the slots are {slots}.")
         path = path_of(losses)
         if path.suffix == ".py":
             raise ValueError(f"{losses} is a config of MMDetection, and no YAML file of losses.")
@@ -234,6 +237,12 @@ def with_weights(losses, weights):
         if place in weights:
             at(losses, place)["loss_weight"] = weights[place]
     return losses
+
+
+def default_weights(losses):
+    """The weights by default in the places that wait for one: place -> number."""
+    found = {place: build_loss(without_weight(at(losses, place))) for place in waiting(losses)}
+    return {place: default_weight(loss, place[0]) for place, loss in found.items()}
 
 
 def weights_of(losses, before):

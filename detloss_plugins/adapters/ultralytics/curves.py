@@ -51,20 +51,22 @@ class Slots(Observer):
 
     Attributes:
         values: slot -> what it costs, without its gain.
+        called: slot -> what the class loss or the box criterion is called with.
         inputs: slot -> the arguments of its loss, if that is one of ours.
     """
 
     def __init__(self, stock):
         super().__init__(stock)
-        self.values, self.inputs = {}, {}
+        self.values, self.called, self.inputs = {}, {}, {}
 
     def class_loss(self, pred, target):
         found, weights = super().class_loss(pred, target), compat.class_weights(self.stock)
         self.values["cls"] = (found if weights is None else found * weights).sum() / self.normalizer
-        self.inputs["cls"] = pred, target
+        self.called["cls"] = self.inputs["cls"] = pred, target
         return found
 
     def box_loss(self, *inputs):
+        self.called["box"] = self.called["dfl"] = inputs
         own = [(slot, self.stock.built[slot]) for slot in ("box", "dfl") if slot in self.stock.built]
         hooks = [
             loss.register_forward_pre_hook(lambda _, args, slot=slot: self.inputs.update({slot: args}))
@@ -100,16 +102,11 @@ class Slots(Observer):
         return [(name, (value * part / sum(parts)).nan_to_num()) for name, part in zip(names, parts, strict=True)]
 
 
-def named_branches(criterion):
-    """The branches of a criterion, each with the beginning of its scalars' names."""
-    found = branches(criterion)
-    return {f"losses/{name}/" if len(found) > 1 else "losses/": branch for name, branch in found.items()}
-
-
 def scalars(criterion):
     """What the curves of a criterion have seen, and the state of its losses, as numbers by name."""
-    found = {}
-    for start, branch in named_branches(criterion).items():
+    found, parts = {}, branches(criterion)
+    for name, branch in parts.items():
+        start = f"losses/{name}/" if len(parts) > 1 else "losses/"
         found.update({start + name: value for name, value in branch.curves.means().items()})
         for slot, loss in branch.built.items():
             found.update({f"{start}{slot}/{name}": value.item() for name, value in state_scalars(loss).items()})

@@ -19,15 +19,15 @@ from ultralytics.nn.tasks import yaml_model_load
 from ultralytics.utils import DEFAULT_CFG, LOGGER
 
 from detloss_plugins.adapters.ultralytics import compat, config
-from detloss_plugins.adapters.ultralytics.building import check_head, model_task, slot_gains
+from detloss_plugins.adapters.ultralytics.building import check_head, model_task
 from detloss_plugins.adapters.ultralytics.criterion import branches, criterion_state
 from detloss_plugins.adapters.ultralytics.curves import EVERY, Curves, append, scalars
 from detloss_plugins.adapters.ultralytics.ignore import ignored_classes, make_validator
 from detloss_plugins.adapters.ultralytics.model import RECORD, install, student
 from detloss_plugins.adapters.ultralytics.per_image import branch_weight
+from detloss_plugins.adapters.ultralytics.words import describe
 from detloss_plugins.facts import Rule, checked
-from detloss_plugins.loss import AUTO, Loss
-from detloss_plugins.losses import JointLoss, ScheduledLoss, set_progress
+from detloss_plugins.losses import ScheduledLoss, set_progress
 from detloss_plugins.registry import build_loss, portable
 
 LOSSES_FILE = "losses.yaml"  # in the folder of the run, beside args.yaml
@@ -37,9 +37,6 @@ LOSSES_HEAD = """\
 # The losses of this training. To resume it with them: YOLO("weights/last.pt").train(resume=True,
 # trainer=make_trainer("losses.yaml")); without that trainer Ultralytics goes on with its own losses.
 """
-# Settings that are not in a loss's description: said beside it, or the same in every slot; and if nobody has set them.
-SAID_OTHERWISE = {"loss_weight", "compile", "reduction", "use_sigmoid", "class_counts"}
-UNSAID = {"bins": None, "class_weight": None, "effective_beta": 0.999, "label_smoothing": 0.0, "num_classes": 1203}
 TRAINERS = {
     "detect": DetectionTrainer,
     "segment": SegmentationTrainer,
@@ -93,64 +90,6 @@ def class_counts(dataset, classes, ignored=()):
     return [0 if index in ignored else count for index, count in enumerate(sum(found).tolist())]
 
 
-def default_weights(losses):
-    """The weights by default in the places that wait for one: place -> number."""
-    found = {place: build_loss(config.without_weight(config.at(losses, place))) for place in config.waiting(losses)}
-    return {place: config.default_weight(loss, place[0]) for place, loss in found.items()}
-
-
-def describe(losses: Mapping[str, Any], args: Any, task: str = "detect") -> list[str]:
-    """One line per slot: the active loss, its settings, its weight and the training's gain for the slot.
-
-    A weight below a quarter of the slot's default for the loss, or above four times, has the default beside it: with
-    such a one of the user's own it may hardly learn, or drown the others, and nothing else would say so.
-    """
-    lines, asked = [], config.waiting(losses)
-    losses = config.with_weights(losses, default_weights(losses))
-    for slot, gain in slot_gains(args, task).items():
-        line = "stock loss"
-        if slot in losses:
-            loss = build_loss(losses[slot])
-            weight = AUTO if (slot,) in asked else _weight(loss, slot)
-            line = f"{_in_words(loss, slot)}{', compiled' * runs_compiled(loss)}, weight {weight}"
-        lines.append(f"{slot}: {line} x gain {gain:g}")
-    if "ignore" in losses:
-        classes = ", ".join(map(repr, losses["ignore"]["classes"]))
-        lines.append(f"ignore: boxes of {classes}, and what is detected in them")
-    return lines
-
-
-def runs_compiled(loss):
-    """Whether a loss is compiled, or one of those that it calls: some cannot be."""
-    if isinstance(loss, ScheduledLoss) or (isinstance(loss, JointLoss) and not loss.facts.row_wise):
-        return any(map(runs_compiled, loss.losses))
-    return loss.compiled and loss.facts.row_wise and loss.compiles(torch.device("cpu"))
-
-
-def _weight(loss, slot):
-    """The weight of a loss in words; one that is far from the slot's default with that."""
-    default = config.default_weight(loss, slot)
-    far = not default / 4 <= loss.loss_weight <= 4 * default
-    return f"{loss.loss_weight:g}{f' (default {default:g})' * far}"
-
-
-def _in_words(loss, slot):
-    """A loss with all its settings, and with those and the weights of the losses it is made of."""
-    own = [name for name in loss.rules if name not in SAID_OTHERWISE and hasattr(loss, name)]
-    values = {name: getattr(loss, name) for name in own if UNSAID.get(name, own) != getattr(loss, name)}
-    words = [f"{name}={value!r}" for name, value in values.items() if not isinstance(value, torch.nn.Module)]
-    for part in _parts(loss):  # those of a ScheduledLoss have the default of the slot, any other 1
-        weight = _weight(part, slot) if isinstance(loss, ScheduledLoss) else f"{part.loss_weight:g}"
-        words.append(_in_words(part, slot) + (f" x {weight}" if weight != "1" else ""))
-    return f"{type(loss).__name__}({', '.join(words)})"
-
-
-def _parts(module):
-    """The losses that a loss is made of, without those that these are made of."""
-    for child in module.children():
-        yield from [child] if isinstance(child, Loss) else _parts(child)
-
-
 @contextmanager
 def whole_files(trainer):
     """Let a trainer write its checkpoints beside their places, and move each there when all are written.
@@ -171,25 +110,10 @@ def whole_files(trainer):
         shutil.rmtree(beside)
 
 
-def tell_epoch(trainer):
-    """Tell losses with a schedule the epoch that begins, and from which iteration on it counts."""
-    trainer.plugin_iteration = trainer.epoch * len(trainer.train_loader) - 1
-    tell(trainer, epoch=trainer.epoch, epochs=trainer.epochs)
-
-
-def tell_iteration(trainer):
-    """Tell losses with a schedule the iteration that begins."""
-    trainer.plugin_iteration += 1
-    tell(trainer, iteration=trainer.plugin_iteration)
-
-
 def tell(trainer, **progress):
     """:func:`set_progress` of every loss of the model that is trained."""
     for branch in branches(criterion_of(trainer)).values():
         set_progress(torch.nn.ModuleList(branch.built.values()), **progress)
-
-
-TELLS = {"on_train_epoch_start": tell_epoch, "on_train_batch_start": tell_iteration}
 
 
 def criterion_of(trainer):
@@ -251,7 +175,7 @@ def make_trainer(
     every = EVERY if curves is True else int(curves)
     base = trainer or TRAINERS[task]
     asked, places = losses, config.waiting(losses)  # for what, and where, weights are to be found
-    losses = config.with_weights(losses, default_weights(losses))  # until they are
+    losses = config.with_weights(losses, config.default_weights(losses))  # until they are
     scheduled = any(isinstance(build_loss(cfg), ScheduledLoss) for slot, cfg in losses.items() if slot != "ignore")
     of_classes = losses.get("cls") or losses.get("loss_class")
     # Linear probing must have weights, and trains on with them.
@@ -323,10 +247,11 @@ def make_trainer(
             check_head(model, self.plugin_losses)
             if prior is not None:
                 start_at_prior(model, prior, weights)
-            if self.resume and places:
-                self.settle(self.weights_to_go_on_with(getattr(weights, RECORD, {"losses": {}})))
             if self.resume:
-                self.plugin_state = self.state_to_go_on_with(getattr(weights, RECORD, {"losses": {}, "state": {}}))
+                record = getattr(weights, RECORD, {"losses": {}, "state": {}})
+                if places:
+                    self.settle(self.weights_to_go_on_with(record))
+                self.plugin_state = self.state_to_go_on_with(record)
             return model
 
         @staticmethod
@@ -383,8 +308,12 @@ def make_trainer(
 
             Loggers read the metrics of an epoch when it ends: they have the curves then, and results.csv has not.
             """
-            if scheduled and event in TELLS:
-                TELLS[event](self)
+            if scheduled and event == "on_train_epoch_start":
+                self.plugin_iteration = self.epoch * len(self.train_loader) - 1
+                tell(self, epoch=self.epoch, epochs=self.epochs)
+            if scheduled and event == "on_train_batch_start":
+                self.plugin_iteration += 1
+                tell(self, iteration=self.plugin_iteration)
             if every and compat.rank() in {-1, 0}:
                 if event == "on_train_epoch_start":
                     add_curves(self, every)

@@ -18,20 +18,20 @@ STYLE = {
 }
 
 
-def figure(loss: Loss, title: str = "", more: Sequence[Panel] = ()) -> Any:
-    """A matplotlib figure of a loss: the panels of its family, and more of them.
+def figure(loss: Loss, title: str = "") -> Any:
+    """A matplotlib figure of a loss: the panels of its family.
 
     Raises:
         ValueError: if its family is none of ours.
     """
-    found = _figure(loss, [*panels_of(loss), *more], columns=2, size=(3.6, 2.7))
+    found = _figure(loss, panels_of(loss), columns=2, size=(3.6, 2.7))
     if title:
         found.suptitle(title, color=GREY)
     return found
 
 
 def panel_figures(loss: Loss, more: Sequence[Panel] = ()) -> Iterator[Any]:
-    """The panels of :func:`figure`, each as a figure of its own."""
+    """The panels of :func:`figure`, and more of them, each as a figure of its own."""
     for panel in (*panels_of(loss), *more):
         yield _figure(loss, [panel], columns=1, size=(3.6, 2.7))
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detloss_plugins.loss import Loss
+from detloss_plugins.loss import Loss, takes_probabilities
 from detloss_plugins.losses import SeesawLoss, set_progress
 from detloss_plugins.testing.samples import sample
 
@@ -75,7 +75,7 @@ def class_curves(loss: Loss) -> list[Curve]:
     run = curve
     if looks_at_the_batch(loss):
         x, run = x[::3], partial(curve_in_a_batch, others=dense_batch())
-    activated = getattr(loss, "activated", False)  # what it takes is a probability
+    activated = takes_probabilities(loss)
 
     def rows(x, t):
         return (x.sigmoid() if activated else x)[:, None], torch.full_like(x, t)[:, None]
@@ -83,12 +83,12 @@ def class_curves(loss: Loss) -> list[Curve]:
     return [run(loss, f"target {t:g}", x, partial(rows, t=t)) for t in (1.0, 0.7, 0.3, 0.0)]
 
 
-def dense_batch(count: int = 400) -> tuple[Tensor, Tensor]:
-    """Logits and targets ``(count, 1)`` such as those of a dense detector: one positive in ten, with a quality."""
+def dense_batch() -> tuple[Tensor, Tensor]:
+    """Logits and targets ``(400, 1)`` such as those of a dense detector: one positive in ten, with a quality."""
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(count, 1, generator=generator, dtype=torch.float64)
-    quality = 0.3 + 0.7 * torch.rand(count, 1, generator=generator, dtype=torch.float64)
-    positive = torch.arange(count).unsqueeze(-1) % 10 == 0
+    noise = torch.randn(400, 1, generator=generator, dtype=torch.float64)
+    quality = 0.3 + 0.7 * torch.rand(400, 1, generator=generator, dtype=torch.float64)
+    positive = torch.arange(400).unsqueeze(-1) % 10 == 0
     return torch.where(positive, 0.5, -3.0) + 1.5 * noise, torch.where(positive, quality, 0.0)
 
 
@@ -236,9 +236,9 @@ def grown(x, y):
     return TARGET[0] + 9.0, TARGET[1] + 6.0, x, y
 
 
-def masks(offset: Tensor, side: Tensor, pixels: int = 24) -> Tensor:
-    """Logits ``(N, pixels, pixels)`` of squares with soft edges, moved to the right by ``offset``."""
-    place = torch.arange(pixels, dtype=torch.float64) + 0.5 - pixels / 2
+def masks(offset: Tensor, side: Tensor) -> Tensor:
+    """Logits ``(N, 24, 24)`` of squares with soft edges, moved to the right by ``offset``."""
+    place = torch.arange(24, dtype=torch.float64) + 0.5 - 12
 
     def inside(center):
         return side[:, None] / 2 - (place - center[:, None]).abs()

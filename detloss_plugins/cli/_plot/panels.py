@@ -90,12 +90,12 @@ def value_and_slope(curves: Callable[[Loss], list[Curve]], x: str, of: str) -> l
 
 def field(axes, loss: Loss, make: Callable, span: tuple[float, float], columns: list[int], title: str) -> None:
     """The loss as contours over two numbers of a box, and arrows down its gradient on them."""
-    loss = ready(loss)
+    from matplotlib.colors import LinearSegmentedColormap
+
+    loss, colours = ready(loss), LinearSegmentedColormap.from_list("", [COLOURS[2], COLOURS[0], COLOURS[3]])
     fine, coarse = torch.linspace(*span, 25), torch.linspace(*span, 11)[1:-1]
     value, _ = box_losses(loss, plane(fine, fine, make))
-    axes.contour(
-        fine.numpy(), fine.numpy(), value.reshape(25, 25).numpy(), levels=9, cmap=_colours_of_levels(), linewidths=0.9
-    )
+    axes.contour(fine.numpy(), fine.numpy(), value.reshape(25, 25).numpy(), levels=9, cmap=colours, linewidths=0.9)
     _, gradient = box_losses(loss, plane(coarse, coarse, make))
     down = -gradient[:, columns]
     length = down.norm(dim=-1, keepdim=True)
@@ -114,12 +114,6 @@ def arrows(axes, middle: Tensor, along: Tensor) -> None:
     barbs = (tip - 0.35 * along + 0.25 * across, tip, tip - 0.35 * along - 0.25 * across)
     path = torch.stack([middle - along / 2, tip, *barbs, torch.full_like(tip, math.nan)], 1).flatten(0, 1)
     axes.plot(*path.T.numpy(), color=COLOURS[1], linewidth=1, solid_joinstyle="miter")
-
-
-def _colours_of_levels():
-    from matplotlib.colors import LinearSegmentedColormap
-
-    return LinearSegmentedColormap.from_list("", [COLOURS[2], COLOURS[0], COLOURS[3]])
 
 
 def moving(axes, loss):
