@@ -1,7 +1,7 @@
 """The families of losses: what pred and target of each look like."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -13,9 +13,9 @@ from detloss_plugins.precision import float32, is_asynchronous, is_compiling, wi
 from detloss_plugins.reduction import check_reduction, fit_weight, reduce
 
 
-def check_same_shape(pred: Tensor, target: Tensor, what: str) -> None:
-    """Raise ``ValueError`` if the two shapes differ."""
-    if pred.shape != target.shape:
+def check_same_shape(pred: Tensor, target: Tensor, what: str, columns: int | None = None) -> None:
+    """Raise ``ValueError`` if the two shapes differ, or do not end in ``columns``."""
+    if pred.shape != target.shape or columns not in (None, *pred.shape[-1:]):
         raise ValueError(f"pred {tuple(pred.shape)} and target {tuple(target.shape)} must both be {what}.")
 
 
@@ -47,8 +47,12 @@ def effective_weights(counts: Sequence[float], beta: float = 0.999) -> list[floa
     return [next(scaled) if n > 0 else 1.0 for n in counts]
 
 
-class _LooksAtSides(Loss):
+class _Boxes(Loss):
     """Encoded deltas in place of boxes train without an error, and to no purpose: they have sides below zero."""
+
+    form: ClassVar[str]
+    columns: ClassVar[int]
+    _sides: ClassVar[Callable]  # width and height of boxes
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
@@ -57,7 +61,7 @@ class _LooksAtSides(Loss):
     def check(self, pred, target):
         if target.shape != pred.shape or target.shape[-1] != self.columns:
             return
-        self.inverted += int((self.sides(target) < 0).any(-1).sum())
+        self.inverted += int((self._sides(target) < 0).any(-1).sum())
         self.boxes += int((target != 0).any(-1).sum())
         # An annotation or two may be wrong; of deltas, most have a side below zero.
         if self.inverted >= 4 and self.inverted > self.boxes / 4:
@@ -67,8 +71,12 @@ class _LooksAtSides(Loss):
                 "head that has no such setting (FoveaHead) takes a point-wise loss such as SmoothL1Loss."
             )
 
+    def prepare(self, pred, target):
+        check_same_shape(pred, target, self.form, self.columns)
+        return super().prepare(pred, target)
 
-class BoxLoss(_LooksAtSides, family="box"):
+
+class BoxLoss(_Boxes, family="box"):
     """Losses between aligned boxes.
 
     Call with ``pred`` and ``target`` of shape ``(..., 4)``, corners ``(x1, y1, x2, y2)`` in any one unit; the
@@ -78,17 +86,8 @@ class BoxLoss(_LooksAtSides, family="box"):
         ValueError: if the shapes differ or do not end in 4, or the targets of the first calls are not boxes.
     """
 
-    form, columns = "boxes (x1, y1, x2, y2)", 4
-
-    @staticmethod
-    def sides(boxes: Tensor) -> Tensor:
-        return boxes[..., 2:] - boxes[..., :2]
-
-    def prepare(self, pred, target):
-        check_same_shape(pred, target, "boxes (N, 4) as (x1, y1, x2, y2)")
-        if pred.shape[-1] != 4:
-            raise ValueError(f"Boxes have 4 coordinates (x1, y1, x2, y2), not {pred.shape[-1]}.")
-        return super().prepare(pred, target)
+    form, columns = "boxes of 4 coordinates (x1, y1, x2, y2)", 4
+    _sides = staticmethod(lambda boxes: boxes[..., 2:] - boxes[..., :2])
 
 
 class ClassificationLoss(
@@ -231,19 +230,17 @@ class ClassificationLoss(
     @classmethod
     def dense(cls, pred: Tensor, target: Any) -> tuple[Tensor, Tensor | None]:
         """The dense form of a target of any form, and the mask of its valid rows or elements, or None for all."""
-        if isinstance(target, (tuple, list)):
-            label, quality = target
-            if quality is None:
-                return cls.one_hot(pred, label, pred.new_ones(()))
-            if quality.shape not in (label.shape, (*label.shape, 1)):
-                raise ValueError(
-                    f"{cls.__name__} takes one quality a label, {tuple(label.shape)}, not {tuple(quality.shape)}."
-                )
-            return cls.one_hot(pred, label, quality.to(pred.dtype).reshape(label.shape))
-        if target.shape == pred.shape:
+        label, quality = target if isinstance(target, (tuple, list)) else (target, None)
+        if label is target and target.shape == pred.shape:
             # True for NaN, which is not ours to hide.
             return target.to(pred.dtype), ~(target < 0) if may_be_negative(target) else None
-        return cls.one_hot(pred, target, pred.new_ones(()))
+        if quality is None:
+            return cls.one_hot(pred, label, pred.new_ones(()))
+        if quality.shape not in (label.shape, (*label.shape, 1)):
+            raise ValueError(
+                f"{cls.__name__} takes one quality a label, {tuple(label.shape)}, not {tuple(quality.shape)}."
+            )
+        return cls.one_hot(pred, label, quality.to(pred.dtype).reshape(label.shape))
 
     @classmethod
     def one_hot(cls, pred: Tensor, label: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -284,8 +281,8 @@ class RankingLoss(ClassificationLoss, family="ranking", needs_mining=False, coun
         if isinstance(target, (tuple, list)):
             target, valid = self.dense(pred, above_zero(target, pred.dtype))
         elif target.shape == pred.shape:
-            signed = target.is_floating_point() or (target.dtype.is_signed and target.dtype != torch.bool)
-            return pred, target if signed else target.to(pred.dtype), None  # what is ignored will be below 0
+            # What is ignored will be below 0.
+            return pred, target if target.dtype.is_signed else target.to(pred.dtype), None
         else:
             target, valid = self.one_hot(pred, target, torch.ones((), dtype=torch.int8, device=pred.device))
         return pred, target.masked_fill(~valid.unsqueeze(-1), -1), None
@@ -389,7 +386,7 @@ class RegionLoss(Loss, family="region", bounds=(0.0, 1.0)):
         return super().prepare(pred.sigmoid() if self.activate else pred, target)
 
 
-class RotatedLoss(_LooksAtSides, family="rotated"):
+class RotatedLoss(_Boxes, family="rotated"):
     """Losses between aligned rotated boxes.
 
     Call with ``pred`` and ``target`` of shape ``(..., 5)``: ``(cx, cy, w, h, theta)``, the first four in any one unit,
@@ -400,14 +397,5 @@ class RotatedLoss(_LooksAtSides, family="rotated"):
         ValueError: if the shapes differ or do not end in 5, or the targets of the first calls are not boxes.
     """
 
-    form, columns = "rotated boxes (cx, cy, w, h, theta)", 5
-
-    @staticmethod
-    def sides(boxes: Tensor) -> Tensor:
-        return boxes[..., 2:4]
-
-    def prepare(self, pred, target):
-        check_same_shape(pred, target, "rotated boxes (N, 5) as (cx, cy, w, h, theta)")
-        if pred.shape[-1] != 5:
-            raise ValueError(f"Rotated boxes have 5 values (cx, cy, w, h, theta in radians), not {pred.shape[-1]}.")
-        return super().prepare(pred, target)
+    form, columns = "rotated boxes of 5 values (cx, cy, w, h, theta in radians)", 5
+    _sides = staticmethod(lambda boxes: boxes[..., 2:4])

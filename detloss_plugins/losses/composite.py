@@ -12,8 +12,8 @@ from torch import Tensor
 from detloss_plugins.facts import Facts, Increasing, NonNegative, Parts
 from detloss_plugins.families import ClassificationLoss
 from detloss_plugins.loss import Loss, check_use_sigmoid, takes_probabilities
-from detloss_plugins.losses.classification import confidence_weight
 from detloss_plugins.losses.classification.common import OverBase
+from detloss_plugins.losses.classification.multilabel import confidence_weight
 from detloss_plugins.precision import float32, outside_graph, without_autocast
 from detloss_plugins.reduction import apply_weight, check_reduction, scaled, times
 from detloss_plugins.registry import MODELS, build_loss, build_part, runner_progress

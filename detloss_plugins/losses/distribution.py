@@ -1,14 +1,12 @@
 """Losses on a distribution over distance bins."""
 
-from typing import Annotated
-
 import torch
 from torch import Tensor
 
-from detloss_plugins.facts import MMDET, Positive, Upstream, alike, increasing
+from detloss_plugins.facts import MMDET, Bins, Positive, Upstream, alike
 from detloss_plugins.families import DistributionLoss, check_same_shape, of_one_type
 from detloss_plugins.loss import Loss
-from detloss_plugins.losses.classification import kl_div_loss
+from detloss_plugins.losses.classification.cross_entropy import kl_div_loss
 from detloss_plugins.precision import float32
 from detloss_plugins.registry import MODELS
 
@@ -16,8 +14,6 @@ __all__ = [
     "DistributionDistillationLoss", "DistributionFocalLoss", "distribution_distillation_loss",
     "distribution_focal_loss", "fgl_bins",
 ]  # fmt: skip
-
-Bins = Annotated[tuple, increasing(count=2)]
 
 
 def fgl_bins(reg_max: int = 32, up: float = 0.5, reg_scale: float = 4.0) -> list[float]:

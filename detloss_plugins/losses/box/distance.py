@@ -1,12 +1,12 @@
 """Losses on the distances of corners, edges, centers and sides; some with constants in pixels."""
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detloss_plugins.facts import MMDET, Positive, Share, alike, size_rule
+from detloss_plugins.facts import MMDET, Positive, Share, Size, alike
 from detloss_plugins.families import BoxLoss
 from detloss_plugins.geometry import Box, Pair, ratio, root
 from detloss_plugins.registry import MODELS
@@ -17,8 +17,6 @@ __all__ = [
     "nwd_loss", "powerful_iou_loss", "scale_dynamic_iou_loss",
 ]  # fmt: skip
 
-Size = Annotated[tuple, size_rule()]
-
 
 def mpdiou_loss(pred: Tensor, target: Tensor, *, image_size: Any, eps: Positive = 1e-7) -> Tensor:
     """``1 - IoU`` plus the squared distances of the two corners over the squared diagonal of the image.
@@ -26,9 +24,10 @@ def mpdiou_loss(pred: Tensor, target: Tensor, *, image_size: Any, eps: Positive 
     >>> mpdiou_loss(torch.tensor([0.0, 0, 2, 2]), torch.tensor([0.0, 0, 4, 2]), image_size=(6, 8))  # 1 - 1/2 + 4/100
     tensor(0.5400)
     """
-    pair = Pair(pred, target, eps)
-    height, width = image_size
-    return 1 - pair.iou + pair.corner_distance2 / (height**2 + width**2)
+    pair, (height, width) = Pair(pred, target, eps), image_size
+    p, t = pair.pred, pair.target
+    distance2 = (p.x1 - t.x1).square() + (p.y1 - t.y1).square() + (p.x2 - t.x2).square() + (p.y2 - t.y2).square()
+    return 1 - pair.iou + distance2 / (height**2 + width**2)
 
 
 @MODELS.register_module()

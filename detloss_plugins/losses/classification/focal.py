@@ -8,6 +8,7 @@ from torch import Tensor
 from detloss_plugins.facts import (
     MMDET,
     TORCH,
+    Interval,
     NonNegative,
     NotWeighed,
     PerClass,
@@ -15,7 +16,6 @@ from detloss_plugins.facts import (
     Upstream,
     alike,
     at_least,
-    two_increasing,
 )
 from detloss_plugins.families import ClassificationLoss, RegressionLoss, check_same_shape, of_one_type
 from detloss_plugins.loss import Loss
@@ -286,7 +286,7 @@ class GeneralizedFocalLoss(
         ValueError: if ``values`` are not two increasing numbers.
     """
 
-    def __init__(self, *, values: Annotated[tuple, two_increasing()] = (0.0, 1.0), **settings):
+    def __init__(self, *, values: Interval = (0.0, 1.0), **settings):
         super().__init__(values=tuple(values), **settings)
         if self.label_smoothing and self.values != (0.0, 1.0):
             raise ValueError("label_smoothing of GeneralizedFocalLoss is for the values (0.0, 1.0).")
