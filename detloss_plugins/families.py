@@ -111,9 +111,8 @@ class ClassificationLoss(
             sigmoid forms only, and not where every target above 0 is a positive.
 
     Raises:
-        ValueError: if ``use_sigmoid`` is False for such a loss, or the target has none of these forms, or, on a CPU, a
-            label is too large; for ``class_weight`` and ``label_smoothing`` where they have no meaning, weights for
-            another number of classes, and "effective" without counts when it is called.
+        ValueError: for a target of none of these forms, and for settings where they have no meaning; weights for
+            another number of classes and "effective" without counts when it is called.
     """
 
     sigmoid_only: ClassVar[bool] = True
@@ -273,6 +272,9 @@ class RankingLoss(ClassificationLoss, family="ranking", needs_mining=False, coun
     and has no effect on a negative. Without positives the loss is zero.
 
     With ``torch.use_deterministic_algorithms(True)`` torch refuses running sums on a GPU, which all but DRLoss take.
+
+    Args:
+        delta: half the width of the step by which all but DRLoss compare scores, in logits.
     """
 
     instead = "it ranks scores, and its targets say no more than which are positives"
@@ -327,11 +329,7 @@ def has_bins(loss: Loss) -> bool:
 
 
 class RegressionLoss(Loss, family="regression", one_per_row=False):
-    """Point-wise losses between tensors of one shape, any shape.
-
-    Raises:
-        ValueError: if the shapes differ.
-    """
+    """Point-wise losses between tensors of one shape, any shape; a ``ValueError`` if the shapes differ."""
 
     def leading(self, pred):
         return max(pred.dim() - 1, min(pred.dim(), 1))
@@ -352,8 +350,7 @@ class RegionLoss(Loss, family="region", bounds=(0.0, 1.0)):
         activate: False if ``pred`` is a probability already, as QueryInst's and decoupled SOLO's heads give it.
 
     Raises:
-        ValueError: if ``use_sigmoid`` is False and ``activate`` is not, or the shapes differ or have no pixels'
-            dimension, or targets are outside [0, 1].
+        ValueError: if ``use_sigmoid`` is False and ``activate`` is not, or for shapes or targets that do not fit.
     """
 
     def __init__(self, *, use_sigmoid: bool = True, activate: bool = True, **settings):
@@ -392,6 +389,9 @@ class RotatedLoss(_Boxes, family="rotated"):
     Call with ``pred`` and ``target`` of shape ``(..., 5)``: ``(cx, cy, w, h, theta)``, the first four in any one unit,
     the angle in radians, any angle, turning the x axis towards the y axis. The per-element losses have shape ``(...)``.
     ``weight`` may be ``(N,)``, ``(N, 1)`` or ``(N, 5)``.
+
+    Args:
+        eps: the shortest side, as a share of the longest of both boxes or of the gap between their centers.
 
     Raises:
         ValueError: if the shapes differ or do not end in 5, or the targets of the first calls are not boxes.
