@@ -116,7 +116,6 @@ def probiou_loss(
     """The Hellinger distance ``H = sqrt(1 - e^-B)`` (mode "l1") or the Bhattacharyya distance ``B`` ("l2") itself.
 
     ``B = 1/8 gap^T M^-1 gap + 1/2 ln(det M / sqrt(det S_p det S_t))``, with ``M = (S_p + S_t) / 2`` and k = 1/12.
-    ``floor`` is added to ``w^2 / 12`` and ``h^2 / 12`` of both boxes, in their squared unit.
 
     >>> pred, target = torch.tensor([0.0, 0, 2, 2, 0]), torch.tensor([2.0, 0, 2, 2, 0.7])
     >>> probiou_loss(pred, target, mode="l2")  # S = M = I / 3: B = 1/8 * 2^2 * 3, and ln 1 = 0
@@ -149,11 +148,9 @@ class ProbIoULoss(
     boxes start far apart.
 
     Args:
-        mode: "l1" or "l2".
         floor: added to ``w^2 / 12`` and ``h^2 / 12`` of both boxes, in their squared unit. It bounds the gradient of
             boxes smaller than that unit, and the loss is scale-invariant no more. Ultralytics trains with 0.01, in
             stride units.
-        eps: the shortest side, as a share of the longest of both boxes or of the gap between their centers.
     """
 
 
@@ -203,10 +200,9 @@ class GWDLoss(
     ``GDLoss("gwd")`` is ``normalize=True, tau=0``, its ``GDLoss_v1("gwd")`` is ``fun="sqrt", tau=1``.
 
     Args:
-        fun: "log1p", "sqrt" or "none", on the distance.
-        tau: at least 1, or 0 for ``fun(d^2)`` itself, without a bound.
+        fun: on the distance.
+        tau: 0 for ``fun(d^2)`` itself, without a bound.
         normalize: divide the distance by the size of the boxes.
-        eps: the shortest side, as a share of the longest of both boxes or of the gap between their centers.
     """
 
 
@@ -252,12 +248,9 @@ class KLDLoss(RotatedLoss, fn=kld_loss, paper="https://arxiv.org/abs/2106.01883"
     leaves the 1/2 out.
 
     Args:
-        direction: "pred||target" or "target||pred"; the second is what the authors' code and GDLoss compute.
-        fun: "log1p", "sqrt" or "none", on the divergence.
-        tau: at least 1, or 0 for ``fun(KL)`` itself, without a bound.
-        root: take the square root first.
-        factor: of the divergence.
-        eps: the shortest side, as a share of the longest of both boxes or of the gap between their centers.
+        direction: "target||pred" is what the authors' code and GDLoss compute.
+        fun: on the divergence.
+        tau: 0 for ``fun(KL)`` itself, without a bound.
     """
 
 
@@ -305,10 +298,8 @@ class KFIoULoss(
     ln 3 = 1.0986 ("log") or e^(2/3) - 1 = 0.9477 ("exp").
 
     Args:
-        mode: "linear", "log" or "exp".
         center_weight: 0 for the plain form, whose centers another loss must move: mmrotate's ``kfiou_loss`` where its
             offsets are zero. The plain form is symmetric in the two boxes.
-        eps: the shortest side, as a share of the longest of both boxes or of the gap between their centers.
     """
 
 
@@ -341,7 +332,4 @@ class RotatedMGIoULoss(
 
     At angle 0 it is ``MGIoULoss``. Boxes far apart keep a gradient, and it sees the angle of a square, which the losses
     on Gaussians do not.
-
-    Args:
-        eps: the shortest side, as a share of the longest of both boxes or of the gap between their centers.
     """

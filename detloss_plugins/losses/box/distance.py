@@ -101,12 +101,7 @@ class PowerfulIoULoss(
     bounds=(0.0, 2.6),
     symmetric=False,
 ):
-    """Liu et al., Powerful-IoU, 2024 (PIoU).
-
-    Args:
-        version: 1, or 2 for the focusing weight.
-        lambda_: of the focusing weight.
-    """
+    """Liu et al., Powerful-IoU, 2024 (PIoU)."""
 
 
 def nwd_loss(pred: Tensor, target: Tensor, *, constant: Positive = 12.8) -> Tensor:
@@ -146,9 +141,9 @@ class NWDLoss(
 def gcd_loss(pred: Tensor, target: Tensor, *, eps: Positive = 1e-7) -> Tensor:
     """``1 - exp(-D)``: D compares the boxes' Gaussians in the sides of both, so it has no unit.
 
-    ``D^2 = (M(w, h) + M(w_t, h_t)) / 2``, with ``M(a, b) = (dx^2 + dw^2 / 4) / a^2 + (dy^2 + dh^2 / 4) / b^2``. As D is
-    like a norm of what differs, its gradient does not vanish near the target, and is zero where boxes are the same. A
-    side of no length, or less, measures nothing: then the sides of the other box do.
+    ``D^2 = (M(w, h) + M(w_t, h_t)) / 2``, with ``M(a, b) = (dx^2 + dw^2 / 4) / a^2 + (dy^2 + dh^2 / 4) / b^2``. Its
+    gradient does not vanish near the target, and is zero where boxes are the same. A side that is not above 0 measures
+    nothing.
 
     >>> gcd_loss(torch.tensor([0.0, 0, 2, 2]), torch.tensor([1.0, 0, 3, 2]))  # D^2 = 1/4: 1 - exp(-1/2)
     tensor(0.3935)
@@ -174,8 +169,8 @@ class GCDLoss(
 ):
     """Guan et al., Gaussian Combined Distance, 2025.
 
-    What NWD is without a constant in pixels. A box many sides away gets hardly any gradient. Only the authors'
-    exponential form is here: the others that their code has (root, logarithm, distance) have the sign of a similarity.
+    NWD without a constant in pixels; a box many sides away gets hardly any gradient. The root, the logarithm and the
+    distance of the authors' code are not here, as they have the sign of a similarity.
     """
 
 
@@ -204,11 +199,7 @@ class MGIoULoss(
     attracts=True,
     bounds=(0.0, 1.0),
 ):
-    """Le et al., Marginalized Generalized IoU, 2025 (MGIoU).
-
-    The boxes are compared along the normals of their edges, here x and y; ``RotatedMGIoULoss`` is the same for rotated
-    boxes. It is half of what a GIoU loss would be.
-    """
+    """Le et al., Marginalized Generalized IoU, 2025 (MGIoU), along the normals of the edges, here x and y."""
 
 
 def scale_dynamic_iou_loss(
@@ -253,7 +244,7 @@ def bounded_iou_loss(pred: Tensor, target: Tensor, *, beta: Positive = 0.2, eps:
     """Smooth L1 of one minus the largest IoU that x, y, w and h each leave possible: ``(..., 4)``.
 
     ``x: (w_t - 2 |dx|) / (w_t + 2 |dx| + eps)``, not below 0; ``w: min(w_t / (w + eps), w / (w_t + eps))``; y and h
-    likewise. ``eps`` is in the unit of the boxes.
+    likewise. ``eps`` is in the unit of the boxes, pixels; smooth L1 turns linear at ``beta``.
 
     >>> bounded_iou_loss(torch.tensor([0.0, 0, 2, 2]), torch.tensor([0.0, 0, 4, 2]), eps=1e-9)  # 2/3 and 1/2, minus .1
     tensor([0.5667, 0.0000, 0.4000, 0.0000])
@@ -287,15 +278,11 @@ class BoundedIoULoss(
 
     Four losses a box, ``(..., 4)``: a mean over them is a quarter of their sum. A center further away than half the
     target gets no gradient.
-
-    Args:
-        beta: where smooth L1 turns linear.
-        eps: in the unit of the boxes, pixels.
     """
 
 
 def extended_iou_loss(pred: Tensor, target: Tensor, *, smooth_point: Positive = 0.1, eps: Positive = 1e-7) -> Tensor:
-    """``1 - I / U``, smooth below ``smooth_point``, with an intersection that goes below zero for disjoint boxes.
+    """``1 - I / U``, a square below ``smooth_point``, with an intersection that goes below zero for disjoint boxes.
 
     >>> extended_iou_loss(torch.tensor([0.0, 0, 2, 2]), torch.tensor([0.0, 0, 4, 2]))  # 1 - 1/2 - .1 / 2
     tensor(0.4500)
@@ -327,8 +314,4 @@ class ExtendedIoULoss(
     bounds=(0.0, 2.0),
     upstream=alike(MMDET + "EIoULoss"),
 ):
-    """Peng and Yu, A Systematic IoU-Related Method, 2021 (mmdet's EIoULoss).
-
-    Args:
-        smooth_point: below it the loss is quadratic, above 0.
-    """
+    """Peng and Yu, A Systematic IoU-Related Method, 2021 (mmdet's EIoULoss)."""

@@ -59,9 +59,14 @@ def wiou_loss(
 
 
 class _OverABase(BoxLoss, true_gradient=False, attracts=True, filled=("base",)):
-    """A box loss that changes another one, ``base``; None for the plain form. Some facts are the default base's.
+    """A box loss that changes another one; they nest in any order, each by its formula.
 
-    They nest in any order, each by its formula.
+    Some facts of the class are those of the default base.
+
+    Args:
+        base: config of a box loss with one value a box, else a ``ValueError``; None for the plain form. Wise-IoU inside
+            Inner- and Focaler-IoU does not focus what they add, which outweighs the rest for boxes that fit well: put
+            it around them.
     """
 
     def __init__(self, *, base: Mapping | None = CIOU, **settings):
@@ -106,10 +111,7 @@ class WIoULoss(
         momentum: share of a batch in the running mean, in (0, 1]. The paper's is ``1 - 0.05^(1 / n)``, n the steps
             until the model hardly improves any more.
         base: config of a box loss with one value a box, which the focusing constant multiplies (Wise-EIoU,
-            Wise-Inner-DIoU, ...); None for Wise-IoU itself. Version 1 over a base is the base.
-
-    Raises:
-        ValueError: if ``base`` is another kind of loss.
+            Wise-Inner-DIoU, ...), else a ``ValueError``; None for Wise-IoU itself. Version 1 over a base is the base.
     """
 
     def __init__(self, *, momentum: Momentum = 0.01, base: Mapping | None = None, **settings):
@@ -179,12 +181,7 @@ class InnerIoULoss(
     """Zhang et al., Inner-IoU, 2023.
 
     Args:
-        ratio: of the auxiliary boxes, above 0, usually 0.5 to 1.5. Below 1 the boxes part earlier.
-        base: config of a box loss with one value a box; None for ``1 - inner IoU``. Wise-IoU inside does not
-            focus ``IoU - inner IoU``, which outweighs the rest for boxes that fit well: put it around this loss.
-
-    Raises:
-        ValueError: if ``base`` is another kind of loss.
+        ratio: of the auxiliary boxes, usually 0.5 to 1.5. Below 1 the boxes part earlier.
     """
 
 
@@ -195,12 +192,8 @@ class FocalerIoULoss(
     """Zhang et al., Focaler-IoU, 2024.
 
     Args:
-        d, u: the IoUs between which boxes count, ``0 <= d < u <= 1``. The plain form has no gradient elsewhere.
-        base: config of a box loss with one value a box; None for ``1 - focaler IoU``. Wise-IoU inside does not
-            focus ``IoU - focaler IoU``, which outweighs the rest for boxes that fit well: put it around this loss.
-
-    Raises:
-        ValueError: for other ``d`` and ``u``, or if ``base`` is another kind of loss.
+        d, u: the IoUs between which boxes count, ``0 <= d < u <= 1``, else a ``ValueError``. The plain form has no
+            gradient elsewhere.
     """
 
     def __init__(self, **settings: Any) -> None:

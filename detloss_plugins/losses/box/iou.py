@@ -58,9 +58,7 @@ class IoULoss(
     row_wise=True,
     upstream=alike(MMDET + "IoULoss", {"mode": "log"}, {"mode": "linear"}, {"mode": "square"}),
 ):
-    """Yu et al., UnitBox, 2016.
-
-    The logarithmic form is the paper's; the linear and the square one are mmdet's.
+    """Yu et al., UnitBox, 2016, in the logarithmic form; the linear and the square one are mmdet's.
 
     Args:
         linear: mmdet's older way to write ``mode="linear"``.
@@ -179,10 +177,7 @@ class EfficientIoULoss(
     bounds=(0.0, 4.0),
     upstream=(Upstream(MMDET + "EIoULoss", differs=_EXTENDED),),
 ):
-    """Zhang et al., Focal and Efficient IOU Loss, 2021 (EIoU).
-
-    mmdet's EIoULoss is another loss, Extended-IoU.
-    """
+    """Zhang et al., Focal and Efficient IOU Loss, 2021 (EIoU)."""
 
 
 EIoULoss = EfficientIoULoss
@@ -206,8 +201,7 @@ def focal_eiou_loss(
     tensor(0.5657)
     """
     pair = Pair(pred, target, eps)
-    weight = power(pair.iou, gamma, eps).clamp(min=floor)
-    weight = weight.detach() if detach_weight else weight
+    weight = power(pair.iou.detach() if detach_weight else pair.iou, gamma, eps).clamp(min=floor)
     return weight * (1 - pair.iou + pair.center_penalty + pair.side_penalty)
 
 
@@ -271,7 +265,7 @@ def alpha_iou_loss(
     penalty: Literal["iou", "giou", "diou", "ciou"] = "iou",
     eps: Positive = 1e-7,
 ) -> Tensor:
-    """``1 - IoU^alpha`` plus the powers of the terms of GIoU, DIoU or CIoU, as ``penalty`` says.
+    """``1 - IoU^alpha`` plus the powers of the terms of GIoU, DIoU or CIoU as ``penalty`` says; "iou" has none.
 
     CIoU's trade-off factor is inside the power, and a constant.
 
@@ -296,10 +290,6 @@ class AlphaIoULoss(
     """He et al., Alpha-IoU, 2021.
 
     A power above 1 favours boxes that fit well already; the IoU term is flat where boxes barely overlap.
-
-    Args:
-        alpha: the power, above 0.
-        penalty: "iou" for none, "giou", "diou" or "ciou".
     """
 
     def __init__(self, **settings):
