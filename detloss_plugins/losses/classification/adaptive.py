@@ -22,8 +22,8 @@ LEAST = math.exp(-20)
 def adaptive_threshold_focal_loss(pred: Tensor, target: Tensor, *, mean: Tensor | None = None) -> Tensor:
     """BCE times ``(1.000001 - p_t)^gamma`` where ``p_t > 0.5``, else times ``(1.5 - p_t)^(-ln p_t)``.
 
-    ``gamma = -ln(mean of p_t)``, of this call unless ``mean`` gives it, and ``p_t = y p + (1 - y) (1 - p)``. Logits and
-    targets have one shape, which is that of the losses. The factor of the hard grows no more below ``p_t = e^-20``.
+    ``gamma = -ln(mean of p_t)``, of this call unless ``mean`` gives it, and ``p_t = y p + (1 - y) (1 - p)``; all have
+    one shape. The factor of the hard grows no more below ``p_t = e^-20``.
 
     >>> adaptive_threshold_focal_loss(torch.tensor([0.8, -0.4, 1.5, -2.0]), torch.tensor([1.0, 0.0, 0.0, 1.0]))
     tensor([0.1260, 0.2210, 2.7202, 4.2247])

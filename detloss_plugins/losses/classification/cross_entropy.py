@@ -1,4 +1,7 @@
-"""Cross entropies and the divergence."""
+"""Cross entropies and the divergence.
+
+Logits and targets have one shape, which is that of the losses, where a function does not say another.
+"""
 
 from typing import Any, Literal
 
@@ -29,13 +32,9 @@ def cross_entropy_loss(
     ignore_index: int = -100,
     label_smoothing: Share = 0.0,
 ) -> Tensor:
-    """Softmax cross entropy of logits ``(..., C)``, or with ``use_sigmoid`` binary cross entropy of each class.
+    """Softmax cross entropy, ``(...)``: of logits ``(..., C)``, and indices ``(...)`` or distributions ``(..., C)``.
 
-    Args:
-        target: class indices ``(...)`` or distributions ``(..., C)``; dense ``(..., C)`` for ``use_sigmoid``.
-
-    Returns:
-        ``(...)``, zero where an index is negative or ``ignore_index``; ``(..., C)`` for ``use_sigmoid``.
+    It is zero where an index is negative or ``ignore_index``. With ``use_sigmoid``, binary cross entropy of each class.
 
     >>> cross_entropy_loss(torch.tensor([[2.0, -1.0, 0.5]]), torch.tensor([0]))  # ln(1 + e^-3 + e^-1.5)
     tensor([0.2413])
@@ -165,8 +164,6 @@ def binary_cross_entropy_loss(
 ) -> Tensor:
     """``-[pos_weight y ln p + (1 - y) ln(1 - p)]`` with ``p = sigmoid(pred)``, or ``p = pred`` if ``activated``.
 
-    Logits and targets have one shape, which is that of the losses.
-
     >>> binary_cross_entropy_loss(torch.tensor([0.8, -0.4, 1.5]), torch.tensor([1.0, 0.0, 0.3]))
     tensor([0.3711, 0.5130, 1.2514])
     """
@@ -190,11 +187,8 @@ class BinaryCrossEntropyLoss(
     """Binary cross entropy of every class on its own, with hard, soft or multi-hot targets.
 
     Args:
-        pos_weight: factor on the positive term, a number or one a class; logits only.
+        pos_weight: factor on the positive term, a number or one a class; of logits, else a ``ValueError``.
         activated: ``pred`` is a probability; its logarithms are cut at -100 as torch does.
-
-    Raises:
-        ValueError: for a ``pos_weight`` beside ``activated``.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -216,8 +210,6 @@ def balanced_cross_entropy_loss(
     ``alpha="auto"`` is ``n / (m + n)`` for m positives and n negatives, a constant; it is 1/2 where one of them is
     zero, because the formula's 1 or 0 would erase the loss. m and n are the sums of ``y`` and of ``1 - y``, of these
     targets or, if ``positives`` and ``negatives`` give them, of more.
-
-    Logits and targets have one shape, which is that of the losses.
 
     >>> balanced_cross_entropy_loss(torch.zeros(4), torch.tensor([1.0, 0, 0, 0]))  # 3/4 ln 2 and 1/4 ln 2
     tensor([0.5199, 0.1733, 0.1733, 0.1733])
@@ -261,9 +253,6 @@ class BalancedCrossEntropyLoss(
 
     Each call counts its own positives and negatives, without the rows whose label or weight says that they are ignored.
 
-    Args:
-        alpha: "auto", or the weight of the positives, a number in [0, 1]; the negatives have ``1 - alpha``. "auto" is
-            1/2 in a call without positives or without negatives.
     """
 
     @property
@@ -324,7 +313,7 @@ class KLDivLoss(
         if self.target == "logits" or target.shape != pred.shape:
             return
         total = float32(target).sum(-1)  # 0 where a head leaves a row out
-        if bool((target < 0).any()) or bool((((total - 1).abs() > 0.01) & (total != 0)).any()):
+        if (target < 0).any() or (((total - 1).abs() > 0.01) & (total != 0)).any():
             raise ValueError(
                 "KLDivLoss takes one distribution a row, and these targets have values below 0 or do not add up to 1; "
                 'write target="logits" if they are the logits of a teacher.'

@@ -1,4 +1,7 @@
-"""The focal family."""
+"""The focal family.
+
+Logits and targets have one shape, which is that of the losses, where a function does not say another.
+"""
 
 from typing import Annotated, Any
 
@@ -109,8 +112,6 @@ class FocalLoss(
         alpha: weight of the positives in [0, 1], or one a class, of any size in the softmax form; None for no balance.
         use_sigmoid: False for the softmax form.
         activated: ``pred`` holds probabilities.
-
-    In Ultralytics' ``cls`` slot the default ``loss_weight`` is 16, measured as docs/weights.md tells.
     """
 
 
@@ -119,8 +120,8 @@ def quality_focal_loss(
 ) -> Tensor:
     """``|y - p|^beta BCE`` with a quality ``y`` in [0, 1]; the factor carries gradient.
 
-    ``alpha`` (a number) multiplies ``alpha y + (1 - alpha)(1 - y)``, the form of YOLOv5 and not of the paper. Logits
-    (probabilities if ``activated``) and targets have one shape, which is that of the losses.
+    ``alpha`` (a number) multiplies ``alpha y + (1 - alpha)(1 - y)``, the form of YOLOv5 and not of the paper.
+    ``activated`` says that ``pred`` holds probabilities.
 
     >>> quality_focal_loss(torch.tensor([0.8, -0.4, 1.5]), torch.tensor([0.6, 0.0, 1.0]))
     tensor([0.0056, 0.0826, 0.0067])
@@ -145,8 +146,7 @@ class QualityFocalLoss(
 ):
     """Li et al., Generalized Focal Loss, 2020 (QFL).
 
-    The class sums over the classes: ``reduction="none"`` gives ``(...)``. In Ultralytics' ``cls`` slot the default
-    ``loss_weight`` is 16, measured as docs/weights.md tells.
+    The class sums over the classes: ``reduction="none"`` gives ``(...)``.
     """
 
 
@@ -161,8 +161,7 @@ def varifocal_loss(
 ) -> Tensor:
     """``y BCE`` where the quality ``y > 0``, ``alpha p^gamma BCE`` where it is 0; ``iou_weighted=False`` drops the y.
 
-    The weight ``p^gamma`` carries gradient unless ``detach_weight`` makes it a constant. Logits and targets have one
-    shape, which is that of the losses.
+    The weight ``p^gamma`` carries gradient unless ``detach_weight`` makes it a constant.
 
     >>> varifocal_loss(torch.tensor([0.8, -0.4, 1.5]), torch.tensor([0.6, 0.0, 1.0]))
     tensor([0.4147, 0.0620, 0.2014])
@@ -189,12 +188,10 @@ class VarifocalLoss(
 ):
     """Zhang et al., VarifocalNet, 2020 (VFL).
 
-    A positive whose quality is 0 counts as a negative. In Ultralytics' ``cls`` slot the default ``loss_weight`` is 16,
-    measured as docs/weights.md tells.
+    A positive whose quality is 0 counts as a negative.
 
     Args:
-        alpha: weight of the negatives, in [0, 1].
-        gamma: focusing power of the negatives.
+        alpha, gamma: weight and focusing power of the negatives.
         iou_weighted: weigh a positive by its quality.
         detach_weight: treat the weight of the negatives as a constant, as the code of RT-DETR, DEIM and D-FINE does.
     """
@@ -239,9 +236,7 @@ class PolyLoss(
     Args:
         epsilon: what is added to the first polynomial coefficient, at least -1, as less would reward a wrong
             prediction; the paper tunes it for each task.
-        gamma: power of the focal loss; 0 is cross entropy.
-        alpha: as in FocalLoss; it weighs both terms.
-        use_sigmoid: False for the softmax form.
+        gamma, alpha, use_sigmoid: as in FocalLoss.
     """
 
 
@@ -250,8 +245,7 @@ def generalized_focal_loss(
 ) -> Tensor:
     """``|y - m|^beta [(r - y) (-ln p_l) + (y - l) (-ln p_r)]``: a target ``y`` between two values ``l`` and ``r``.
 
-    ``p_r = sigmoid(pred)``, ``p_l = 1 - p_r`` and ``m = l p_l + r p_r`` is the predicted value. Logits and targets have
-    one shape, which is that of the losses.
+    ``p_r = sigmoid(pred)``, ``p_l = 1 - p_r`` and ``m = l p_l + r p_r`` is the predicted value.
 
     >>> generalized_focal_loss(torch.tensor([0.0]), torch.tensor([3.0]), values=(1.0, 3.0))  # 1^2 * 2 ln 2
     tensor([1.3863])
@@ -277,13 +271,6 @@ class GeneralizedFocalLoss(
 
     ``pred`` is the logit of the right value, in any shape; the per-element losses have its shape. With the values 0 and
     1 it is the quality focal loss of every class on its own and takes every form of target; otherwise only a dense one.
-
-    Args:
-        beta: focusing power.
-        values: the two values that the target lies between.
-
-    Raises:
-        ValueError: if ``values`` are not two increasing numbers.
     """
 
     def __init__(self, *, values: Interval = (0.0, 1.0), **settings):
@@ -314,8 +301,8 @@ def gaussian_focal_loss(
     """``-(1 - p)^alpha ln p`` where the target is 1, else ``-(1 - t)^gamma p^alpha ln(1 - p)``, of a probability p.
 
     The first is times ``pos_weight``, the second ``neg_weight``. 1e-12 is added to the arguments of the logarithms, as
-    upstream does. Probabilities and targets have one shape, which is that of the losses. Beside the target there may be
-    how often each cell counts as a positive, whatever the target is: every cell has the second term then too.
+    upstream does. Beside the target there may be how often each cell counts as a positive, whatever the target is:
+    every cell has the second term then too.
 
     >>> gaussian_focal_loss(torch.tensor([0.5, 0.5]), torch.tensor([1.0, 0.5]))  # ln 2 / 4, and that / 16
     tensor([0.1733, 0.0108])
@@ -347,13 +334,10 @@ class GaussianFocalLoss(
 ):
     """Law and Deng, CornerNet, 2018.
 
-    Call with a heatmap of probabilities and one of targets, both of one shape, as the heads of CornerNet and CenterNet
-    do; a target of exactly 1 is a positive, and less means a smaller penalty the nearer to 1 it is. Above 1 it counts
-    as 0: mmdet's CenterNetUpdateHead fills the heatmap of an image without objects with the number of classes, its
-    label of the background.
-
-    Raises:
-        ValueError: if the shapes differ.
+    Call with a heatmap of probabilities and one of targets, of one shape (else a ``ValueError``), as the heads of
+    CornerNet and CenterNet do; a target of exactly 1 is a positive, and less means a smaller penalty the nearer to 1 it
+    is. Above 1 it counts as 0: mmdet's CenterNetUpdateHead fills the heatmap of an image without objects with the
+    number of classes, its label of the background.
     """
 
     leading = RegressionLoss.leading

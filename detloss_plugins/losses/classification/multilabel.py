@@ -95,13 +95,8 @@ class ModifiedCrossEntropyLoss(
     With multi-label targets the softmax form has no zero.
 
     Args:
-        activation: "sigmoid" or "softmax".
-        alpha: weight of the positive terms, ``1 - alpha`` that of the negative ones; None for no weights.
-        gamma: focusing power; 0 for none.
-        use_sigmoid: may be given because mmdet's heads read it from the config; it must fit ``activation``.
-
-    Raises:
-        ValueError: for a ``use_sigmoid`` that does not fit.
+        use_sigmoid: may be given because mmdet's heads read it from the config; it must fit ``activation``, else a
+            ``ValueError``.
     """
 
     sigmoid_only = False
@@ -111,6 +106,9 @@ class ModifiedCrossEntropyLoss(
     ):
         super().__init__(use_sigmoid=activation == "sigmoid", activation=activation, **settings)
         check_use_sigmoid(self, use_sigmoid)
+
+
+_FOCAL = {"gamma_neg": 2.0, "gamma_pos": 2.0, "clip": 0.0, "detach_focusing": False}
 
 
 def asymmetric_loss(
@@ -124,8 +122,7 @@ def asymmetric_loss(
 ) -> Tensor:
     """``-y (1 - p)^gamma_pos ln p - (1 - y) p_m^gamma_neg ln(1 - p_m)`` with ``p_m = max(p - clip, 0)``.
 
-    The two powers are constants unless ``detach_focusing`` is False. Logits and targets have one shape, which is that
-    of the losses.
+    The two powers are constants unless ``detach_focusing`` is False. Logits, targets and losses have one shape.
 
     >>> asymmetric_loss(torch.zeros(2), torch.tensor([1.0, 0.0]))  # ln 2 / 2 and -0.45^4 ln 0.55
     tensor([0.3466, 0.0245])
@@ -142,21 +139,14 @@ class AsymmetricLoss(
     row_wise=True,
     needs_mining=False,
     true_gradient=False,
-    upstream=(
-        Upstream(
-            "torchvision.ops.sigmoid_focal_loss",
-            {"gamma_neg": 2.0, "gamma_pos": 2.0, "clip": 0.0, "detach_focusing": False},
-            {"alpha": -1, "gamma": 2.0},
-        ),
-    ),
+    upstream=(Upstream("torchvision.ops.sigmoid_focal_loss", _FOCAL, {"alpha": -1, "gamma": 2.0}),),
 ):
     """Ridnik et al., Asymmetric Loss for Multi-Label Classification, 2020 (ASL).
 
     The authors' code returns the sum; here that is ``reduction="sum"``.
 
     Args:
-        gamma_neg, gamma_pos: focusing powers of the negatives and the positives.
-        clip: a negative with a probability below it costs nothing; in [0, 1).
+        clip: a negative with a probability below it costs nothing.
         detach_focusing: treat the powers as constants, as the authors' default does.
     """
 

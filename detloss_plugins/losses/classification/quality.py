@@ -1,4 +1,7 @@
-"""Cross entropies between a score and the quality of the box it goes with, for heads that match boxes one to one."""
+"""Cross entropies between a score and the quality of the box it goes with, for heads that match boxes one to one.
+
+Logits and targets have one shape, which is that of the losses.
+"""
 
 import torch
 from torch import Tensor
@@ -10,12 +13,13 @@ from detloss_plugins.registry import MODELS
 
 __all__ = ["IABCELoss", "MALoss", "iabce_loss", "ma_loss"]
 
+_PLAIN = {"alpha": 1.0, "iou_weighted": False}  # of mmdet's varifocal loss
+
 
 def ma_loss(pred: Tensor, target: Tensor, *, gamma: NonNegative = 1.5, detach_weight: bool = True) -> Tensor:
     """``BCE(x, q^gamma)`` where the quality ``q > 0``, ``p^gamma BCE(x, 0)`` where it is 0.
 
-    The weight ``p^gamma`` is a constant unless ``detach_weight`` is False. Logits and targets have one shape, which is
-    that of the losses.
+    The weight ``p^gamma`` is a constant unless ``detach_weight`` is False.
 
     >>> ma_loss(torch.tensor([0.8, -0.4, 1.5]), torch.tensor([0.6, 0.0, 1.0]))
     tensor([0.7993, 0.1304, 0.2014])
@@ -40,13 +44,7 @@ class MALoss(
     needs_mining=False,
     marks_positives=True,
     true_gradient=False,
-    upstream=(
-        Upstream(
-            MMDET + "VarifocalLoss",
-            {"gamma": 1.0, "detach_weight": False},
-            {"gamma": 1.0, "alpha": 1.0, "iou_weighted": False},
-        ),
-    ),
+    upstream=(Upstream(MMDET + "VarifocalLoss", {"gamma": 1.0, "detach_weight": False}, {"gamma": 1.0, **_PLAIN}),),
 ):
     """Huang et al., DEIM, 2024 (MAL, the matchability-aware loss).
 
@@ -65,8 +63,7 @@ def iabce_loss(
 ) -> Tensor:
     """``BCE(x, t)`` with ``t = max(p^alpha q^(1 - alpha), 0.01)`` where the quality ``q > 0``, else ``p^gamma BCE``.
 
-    ``t`` is a constant, the weight ``p^gamma`` is one if ``detach_weight`` says so. Logits and targets have one shape,
-    which is that of the losses.
+    ``t`` is a constant, the weight ``p^gamma`` is one if ``detach_weight`` says so.
 
     >>> iabce_loss(torch.tensor([0.8, -0.4, 1.5]), torch.tensor([0.6, 0.0, 1.0]))  # t = .6213 and .9509
     tensor([0.6740, 0.0826, 0.2751])
@@ -86,7 +83,7 @@ class IABCELoss(
     needs_mining=False,
     marks_positives=True,
     true_gradient=False,
-    upstream=(Upstream(MMDET + "VarifocalLoss", {"alpha": 0.0}, {"alpha": 1.0, "iou_weighted": False}),),
+    upstream=(Upstream(MMDET + "VarifocalLoss", {"alpha": 0.0}, _PLAIN),),
 ):
     """Cai et al., Align-DETR, 2023 (IA-BCE, the IoU-aware BCE; the class loss of RF-DETR).
 
