@@ -32,12 +32,8 @@ def seesaw_loss(
     """Softmax cross entropy with ``log S_ij`` added to the logits of the other classes; S is a constant.
 
     ``S = M C``: M, ``(N_j / N_i)^p`` where class j is rarer than the label i, spares rare classes; C,
-    ``(p_j / p_i)^q`` where j scores higher than i, does not spare mistakes.
-
-    Args:
-        pred: logits ``(N, C)``.
-        target: labels ``(N,)``.
-        counts: samples of each class so far, ``(C,)``; None for equal counts.
+    ``(p_j / p_i)^q`` where j scores higher than i, does not spare mistakes. Logits are ``(N, C)``, labels ``(N,)``;
+    ``counts``, ``(C,)``, are the samples of each class so far, None for equal ones.
 
     >>> pred = torch.tensor([[2.0, -1.0, 0.5], [0.1, 0.2, -0.3]])
     >>> seesaw_loss(pred, torch.tensor([0, 2]), counts=torch.tensor([100.0, 10.0, 1.0]))
@@ -78,7 +74,6 @@ class SeesawLoss(
 
     Args:
         num_classes: C.
-        p, q, eps: see :func:`seesaw_loss`.
         return_dict: False to return the sum.
     """
 
@@ -113,12 +108,9 @@ class SeesawLoss(
         """Accuracy in percent of the objectness, and of the classes among the positives."""
         positive = labels < self.num_classes
         objectness = (cls_score[..., -2:].argmax(-1) == 0) == positive
-        classes = (cls_score[..., :-2].argmax(-1) == labels) & positive
-        count = positive.sum().clamp(min=1)
-        return {
-            "acc_objectness": 100 * objectness.float().sum() / max(labels.numel(), 1),
-            "acc_classes": 100 * classes.sum() / count,
-        }
+        classes = ((cls_score[..., :-2].argmax(-1) == labels) & positive).sum() / positive.sum().clamp(min=1)
+        objectness = objectness.float().sum() / max(labels.numel(), 1)
+        return {"acc_objectness": 100 * objectness, "acc_classes": 100 * classes}
 
     def prepare(self, pred, target):
         if pred.shape[-1] != self.num_classes + 2 or target.shape != pred.shape[:-1] or target.is_floating_point():
@@ -178,10 +170,8 @@ def eqlv2_loss(
 ) -> Tensor:
     """BCE with weights by class: negatives ``r = sigmoid(gamma (ratio - mu))``, positives ``1 + alpha (1 - r)``.
 
-    Args:
-        pred: logits ``(..., C)``; columns beyond those of ``ratio``, such as mmdet's background, have weight 1.
-        target: dense, ``(..., C)``.
-        ratio: accumulated positive over negative gradient of each class; None for weights of 1.
+    Logits and dense targets are ``(..., C)``. ``ratio`` is the accumulated positive over negative gradient of each
+    class, None for weights of 1; columns beyond its own, such as mmdet's background, have weight 1.
 
     >>> pred, target = torch.tensor([[0.8, -0.4]]), torch.tensor([[1.0, 0.0]])
     >>> eqlv2_loss(pred, target, ratio=torch.tensor([0.5, 0.8]))  # weights 1 + 4 (1 - 0.0266) and 1/2
@@ -200,7 +190,11 @@ def eqlv2_weight(target: Tensor, ratio: Tensor, gamma: float, mu: float, alpha: 
 
 
 class GradientRatio(ClassificationLoss, filled=("ratio",)):
-    """A state: the gradient that the positives and the negatives of each class have had so far, and their ratio."""
+    """A state: the gradient that the positives and the negatives of each class have had so far, and their ratio.
+
+    Args:
+        num_classes: how many classes the state has room for.
+    """
 
     start: ClassVar[float]  # the ratio of a class that has had none
     largest: ClassVar[float | None] = None  # what the ratio is cut at
@@ -222,10 +216,9 @@ class GradientRatio(ClassificationLoss, filled=("ratio",)):
             for buffer, name in ((self.pos_grad, "positive"), (self.neg_grad, "negative")):
                 found = rank_mean(sums[name].to(buffer.dtype), self.facts.every_rank)
                 buffer[: len(found)].add_(found)
-            seen = self.pos_grad + self.neg_grad > 0
             found = self.pos_grad / (self.neg_grad + 1e-10)
             found = found if self.largest is None else found.clamp(max=self.largest)
-            self.pos_neg.copy_(torch.where(seen, found, self.pos_neg))
+            self.pos_neg.copy_(torch.where(self.pos_grad + self.neg_grad > 0, found, self.pos_neg))
         return {"ratio": ratio}
 
 
@@ -245,9 +238,6 @@ class EQLV2Loss(
     accumulated. Logits ``(..., C)`` without that column are taken too. Losses are summed over the classes; unlike in
     mmdet, ``weight``, ``avg_factor`` and ``reduction`` are honoured.
 
-    Args:
-        num_classes: C.
-        gamma, mu, alpha: see :func:`eqlv2_loss`.
     """
 
     start = 100.0  # so high that every weight is 1

@@ -86,8 +86,7 @@ class SlideLoss(
         tau: in how many batches the decay grows.
 
     Raises:
-        ValueError: if ``base`` is no sigmoid classification loss of IoUs, or a JointLoss whose parts have losses of
-            another shape, another ``ignore_index`` or means of their own.
+        ValueError: if ``base`` is no sigmoid classification loss of IoUs, or a JointLoss of parts that are not alike.
     """
 
     def __init__(self, *, base: Mapping | None = None, decay: Share | None = None, tau: Positive = 2000.0, **settings):
