@@ -88,11 +88,8 @@ class JointLoss(Loss, fn=joint_loss):
     """Weighted sum of losses on the same input, each with its own ``loss_weight`` and normaliser.
 
     Args:
-        losses: config dicts of losses of one family.
+        losses: config dicts of losses of one family, which all take logits or all probabilities, else a ``ValueError``.
         use_sigmoid: may be given because mmdet's heads read it from the config; it must fit the parts.
-
-    Raises:
-        ValueError: if there is none, or they are of different families, or only some take probabilities.
     """
 
     facts = ClassificationLoss.facts.but(  # of the example; an instance has those of its parts
@@ -209,8 +206,7 @@ class ScheduledLoss(Loss, fn=scheduled_loss):
         use_sigmoid: may be given because mmdet's heads read it from the config; it must fit the parts.
 
     Raises:
-        ValueError: if there is not one ``at`` for each loss but the first, ``fade`` is longer than a loss lasts, or the
-            losses do not fit one head.
+        ValueError: if the settings do not fit one another, or the losses one head.
     """
 
     can_be_part = False
@@ -395,12 +391,11 @@ class ConfidenceWeightedLoss(
 
     Args:
         base: config of a classification loss; binary cross entropy if it is not given.
-        power: at least 0.
         use_sigmoid: may be given because mmdet's heads read it from the config; it must fit the base.
 
     Raises:
-        ValueError: if ``base`` is no classification loss, or a JointLoss whose parts have losses of another shape,
-            another ``ignore_index`` or means of their own, or ``use_sigmoid`` does not fit it.
+        ValueError: if ``base`` is no classification loss, or a JointLoss of parts that are not alike, or
+            ``use_sigmoid`` does not fit it.
     """
 
     sigmoid_only = False

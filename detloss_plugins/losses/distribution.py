@@ -79,12 +79,9 @@ class DistributionFocalLoss(
     Its minimum is the entropy of the target, not zero.
 
     Args:
-        bins: increasing values, one for each logit; None for 0, 1, 2 and so on, which is what the heads of MMDetection
-            and Ultralytics decode by. ``fgl_bins()`` are those of D-FINE (Peng et al., 2024), whose fine-grained
-            localization loss this is then, with the IoU of each box as ``weight``.
-
-    Raises:
-        ValueError: if there are not as many bins as logits.
+        bins: increasing values, one for each logit, else a ``ValueError``; None for 0, 1, 2 and so on, by which the
+            heads of MMDetection and Ultralytics decode. ``fgl_bins()`` are those of D-FINE (Peng et al., 2024), whose
+            fine-grained localization loss this is then, with the IoU of each box as ``weight``.
     """
 
     def prepare(self, pred, target):
@@ -135,12 +132,6 @@ class DistributionDistillationLoss(
     >>> weight = torch.where(matched, iou, scores.amax(1))
     >>> loss(rows(student), rows(teacher), weight, matched=matched).shape
     torch.Size([])
-
-    Args:
-        temperature: divides the logits of both, and its square multiplies the loss.
-
-    Raises:
-        ValueError: if the shapes differ.
     """
 
     def prepare(self, pred, target):
@@ -157,11 +148,7 @@ class DistributionDistillationLoss(
         matched: Tensor | None = None,
     ) -> Tensor:
         """As in every loss, but for ``matched``: booleans, one for each row or box, which make the mean the paper's,
-        with constant weights.
-
-        Raises:
-            ValueError: if ``matched`` comes with an ``avg_factor`` or with another reduction than "mean".
-        """
+        with constant weights; a ``ValueError`` beside an ``avg_factor`` or another reduction than "mean"."""
         if matched is None:
             return super().forward(pred, target, weight, avg_factor, reduction_override)
         if avg_factor is not None or (reduction_override or self.reduction) != "mean":
@@ -171,11 +158,7 @@ class DistributionDistillationLoss(
             x.reshape(*x.shape, *[1] * (len(rows) - x.dim())).expand(rows)
             for x in (matched.bool(), pred.new_ones(()) if weight is None else weight)
         )
-        share = root_shares(matched)
+        # A share for each row, of sum 1, that gives the mean of each kind the square root of its count.
+        roots = torch.stack([(~matched).sum(), matched.sum()]).float().sqrt()
+        share = (1 / (roots * roots.sum()))[matched.long()]
         return super().forward(pred, target, weight.detach() * share, None, "sum")
-
-
-def root_shares(matched: Tensor) -> Tensor:
-    """A weight for each row, of sum 1, that gives the mean of each kind the square root of its count."""
-    counts = torch.stack([(~matched).sum(), matched.sum()]).float()
-    return (1 / (counts.sqrt() * counts.sqrt().sum()))[matched.long()]

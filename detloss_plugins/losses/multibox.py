@@ -19,13 +19,7 @@ __all__ = ["MultiBoxLoss", "hard_negatives", "mining_ratio", "multibox_loss"]
 def hard_negatives(loss: Tensor, positive: Tensor, negative: Tensor, ratio: float) -> Tensor:
     """Which negatives of each row cost the most, at most ``ratio`` for every positive; of equal ones, the first.
 
-    Args:
-        loss: ``(..., A)``, of A anchors.
-        positive, negative: masks ``(..., A)``.
-        ratio: a number of at least 0.
-
-    Returns:
-        A mask ``(..., A)``.
+    Losses and masks, also the one returned, are ``(..., A)`` of A anchors; ``ratio`` is at least 0.
 
     >>> positive = torch.tensor([True, False, False, False])
     >>> hard_negatives(torch.tensor([9.0, 1.0, 3.0, 2.0]), positive, ~positive, ratio=2)
@@ -50,13 +44,9 @@ def multibox_loss(
 ) -> tuple[Tensor, Tensor]:
     """The class loss of the positives and of the hardest negatives of each image, and the box loss of the positives.
 
-    Both are over ``avg_factor``; None is the number of positives, where an image counts as one at least. The choice
-    of the negatives is a constant.
+    Shapes, background and mean are those of :class:`MultiBoxLoss`; the choice of the negatives is a constant.
 
     Args:
-        pred: logits ``(B, A, K)`` and boxes ``(B, A, 4)`` of A anchors in B images.
-        target: labels ``(B, A)`` and boxes ``(B, A, 4)``. The background is label ``K - 1`` for a softmax loss and
-            label K for a sigmoid loss; a negative label is ignored.
         weight: of the class losses, ``(B, A)``, and of the box losses, ``(B, A)`` or ``(B, A, 4)``; None is 1.
         neg_pos_ratio: negatives for each positive of an image; None for all.
         loss_cls, loss_bbox: loss modules, ours or mmdet's; the latter take boxes' weights ``(B, A, 4)``, and no
@@ -106,8 +96,7 @@ def mining_ratio(neg_pos_ratio: Any, loss_cls: Callable, loss_bbox: Callable, au
     """The ``neg_pos_ratio`` to use with two losses: what is given, or for "auto" what ``loss_cls`` needs.
 
     Raises:
-        ValueError: if one of the losses has no place in a multibox loss, the ratio is negative or no number, or a loss
-            that ranks all negatives would get a few of them.
+        ValueError: for a loss that has no place in a multibox loss, or another ratio, or one beside a ranking loss.
     """
     if isinstance(loss_cls, ScheduledLoss):
         needs_mining = any(part.facts.needs_mining for part in loss_cls.losses)

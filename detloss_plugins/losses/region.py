@@ -83,11 +83,7 @@ def jaccard_loss(pred: Tensor, target: Tensor, *, smooth: NonNegative = 0.0) -> 
 
 @MODELS.register_module()
 class JaccardLoss(RegionLoss, fn=jaccard_loss, paper="https://doi.org/10.1007/978-3-319-50835-1_22", row_wise=True):
-    """Rahman and Wang, Optimizing Intersection-Over-Union in Deep Neural Networks for Image Segmentation, 2016.
-
-    Args:
-        smooth: in pixels.
-    """
+    """Rahman and Wang, Optimizing Intersection-Over-Union in Deep Neural Networks for Image Segmentation, 2016."""
 
 
 def tversky_loss(

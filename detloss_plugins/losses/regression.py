@@ -61,9 +61,7 @@ class MSELoss(
     keeps_little=True,
     upstream=(*alike(TORCH + "mse_loss"), *alike(MMDET + "MSELoss")),
 ):
-    """Squared error; its sum is the "L2 loss" of the textbooks.
-
-    mmdet's L2Loss is another loss, which clamps and edits its inputs.
+    """Squared error; its sum is the "L2 loss" of the textbooks. mmdet's L2Loss is another, which edits its inputs.
 
     Args:
         use_sigmoid: ``pred`` is a logit and the error that of its sigmoid, to regress a confidence.
@@ -173,6 +171,9 @@ def balanced_l1_loss(
     return inside + gamma * (d - near)  # what is outside begins where the inside ends
 
 
+_KINK = "mmdet's form for beta != 1 has a kink at zero; upstream_form=True gives it"
+
+
 @MODELS.register_module()
 class BalancedL1Loss(
     RegressionLoss,
@@ -182,24 +183,16 @@ class BalancedL1Loss(
     upstream=(
         *alike(MMDET + "BalancedL1Loss"),
         Upstream(MMDET + "BalancedL1Loss", {"upstream_form": True, "beta": 0.11}, {"beta": 0.11}),
-        *alike(
-            MMDET + "BalancedL1Loss",
-            {"beta": 0.11},
-            differs="mmdet's form for beta != 1 has a kink at zero; upstream_form=True gives it",
-        ),
+        *alike(MMDET + "BalancedL1Loss", {"beta": 0.11}, differs=_KINK),
     ),
 ):
     """Pang et al., Libra R-CNN, 2019.
 
     Args:
         alpha: smaller means more gradient for accurate samples.
-        gamma: slope of the outliers.
+        gamma: slope of the outliers, at most ``80 alpha``, as float32 has no room for ``e`` to a larger power.
         beta: where they begin, in the unit of the input.
-        upstream_form: the released code's formula, which for ``beta != 1`` does not have the slope that the paper asks
-            for.
-
-    Raises:
-        ValueError: if ``gamma / alpha`` is above 80, as float32 has no room for ``e`` to that power.
+        upstream_form: the released code's formula, which for ``beta != 1`` has not the slope that the paper asks for.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -248,11 +241,7 @@ class UncertaintyKLLoss(
     the loss can be negative. With variances ``compile=True`` has no effect. It needs a head that predicts them:
     ``UncertaintyBBoxHead`` and ``UncertaintyRetinaHead`` of the MMDetection adapter do.
 
-    Args:
-        clamp: the log variance is that far from 0 at most; one outside gets the gradient of the nearer end.
-
     Raises:
-        TypeError: for a weight that is no tensor.
         ValueError: if the shapes differ, or ``log_variance`` has no gradient while ``pred`` has one: a head that knows
             nothing of variances passes its weights there.
     """
