@@ -21,7 +21,8 @@ class Upstream(NamedTuple):
     at: tuple = ()  # the boxes (pred, target), in float32, on which they differ; empty: on any
 
 
-MMDET, TORCH = "mmdet.models.losses.", "torch.nn.functional."  # where most counterparts are
+ARXIV = "https://arxiv.org/abs/"  # where most papers are
+MMDET, TORCH = "mmdet.models.losses.", "torch.nn.functional."  # and most counterparts
 
 
 def alike(path: str, *settings: Mapping, differs: str = "") -> tuple[Upstream, ...]:

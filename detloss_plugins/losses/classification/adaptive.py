@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from detloss_plugins import engine
+from detloss_plugins.facts import ARXIV
 from detloss_plugins.families import ClassificationLoss, of_one_type
 from detloss_plugins.losses.classification.common import bce, power
 from detloss_plugins.precision import float32
@@ -43,19 +44,14 @@ def _p_t(pred, target):
 
 @MODELS.register_module()
 class AdaptiveThresholdFocalLoss(
-    ClassificationLoss,
-    fn=adaptive_threshold_focal_loss,
-    paper="https://arxiv.org/abs/2307.14723",
-    row_wise=True,
-    filled=("mean",),
+    ClassificationLoss, fn=adaptive_threshold_focal_loss, paper=ARXIV + "2307.14723", row_wise=True, filled=("mean",)
 ):
     """Yang et al., EFLNet, 2024 (ATFL).
 
     The mean is that of what counts in the call: rows that are ignored or have a weight of 0 do not.
 
     Args:
-        detach_gamma: treat the focusing power as a constant. In the authors' code it carries gradient, which couples
-            all elements.
+        detach_gamma: treat the focusing power as a constant; in the authors' code its gradient couples all elements.
     """
 
     observes = True

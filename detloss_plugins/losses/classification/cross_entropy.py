@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detloss_plugins.facts import MMDET, TORCH, NonNegative, PerClass, Positive, Share, Upstream, alike
+from detloss_plugins.facts import ARXIV, MMDET, TORCH, NonNegative, PerClass, Positive, Share, Upstream, alike
 from detloss_plugins.families import ClassificationLoss, of_one_type
 from detloss_plugins.loss import Loss
 from detloss_plugins.losses.classification.common import SoftmaxOrSigmoid, bce, class_vector
@@ -83,8 +83,7 @@ class CrossEntropyLoss(
             ``(N, C, ...)``, masks ``(N, ...)`` and, in the place of the weight, the class of each, ``(N,)``.
 
     Raises:
-        ValueError: for ``use_mask`` beside ``use_sigmoid`` or without classes, or if ``(N, C, H, W)`` and ``(..., C)``
-            cannot be told apart.
+        ValueError: for ``use_mask`` beside ``use_sigmoid`` or without classes, or if it cannot be told which are C.
     """
 
     outside_kernel = Loss.outside_kernel
@@ -113,15 +112,12 @@ class CrossEntropyLoss(
         arranged = weight is None and isinstance(target, Tensor) and pred.shape == target.shape  # by a JointLoss
         if self.use_mask and not arranged:
             if weight is None or weight.dtype != torch.long:
-                raise ValueError(
-                    "CrossEntropyLoss with use_mask=True takes the class of each mask as its third argument."
-                )
+                raise ValueError("CrossEntropyLoss with use_mask=True takes the class of each mask as third argument.")
             pred, weight = pred[torch.arange(len(pred), device=pred.device), weight], None
         elif pred.dim() == 4 and isinstance(target, Tensor) and target.shape == (len(pred), *pred.shape[2:]):
             if target.shape == pred.shape[:-1]:
-                raise ValueError(
-                    f"The classes of logits {tuple(pred.shape)} may be dimension 1 or 3; flatten them to (N, C)."
-                )
+                shape = tuple(pred.shape)
+                raise ValueError(f"The classes of logits {shape} may be dimension 1 or 3; flatten them to (N, C).")
             pred = pred.movedim(1, -1)
         return pred, target, weight
 
@@ -240,7 +236,7 @@ def _balance_sums(target, counted):
 class BalancedCrossEntropyLoss(
     ClassificationLoss,
     fn=balanced_cross_entropy_loss,
-    paper="https://arxiv.org/abs/1504.06375",
+    paper=ARXIV + "1504.06375",
     row_wise=True,
     needs_mining=False,
     filled=("positives", "negatives"),
@@ -298,8 +294,7 @@ class KLDivLoss(
         temperature: divides the logits, and its square multiplies the loss, as in distillation (Hinton et al., 2015).
             A teacher's distribution is given at that temperature already.
         target: "distribution", or "logits" of a teacher, as mmdet's LDHead hands over: they are constants, are softened
-            by the temperature here, and the loss is the mean over the classes, not the sum, all as in mmdet's
-            KnowledgeDistillationKLDivLoss.
+            by the temperature here, and the loss is the mean over the classes, not the sum, all as in mmdet.
 
     Raises:
         ValueError: if the target is not a distribution for each row; its values are looked at in the first calls.
@@ -322,9 +317,8 @@ class KLDivLoss(
     def prepare(self, pred, target):
         if target.shape != pred.shape or not target.is_floating_point():
             raise ValueError(
-                f"KLDivLoss with logits {tuple(pred.shape)} takes one distribution a row as floats "
-                f"{tuple(pred.shape)}, not {target.dtype} {tuple(target.shape)}; for class indices use "
-                "CrossEntropyLoss."
+                f"KLDivLoss takes one distribution a row as floats {tuple(pred.shape)}, not {target.dtype} "
+                f"{tuple(target.shape)}; for class indices use CrossEntropyLoss."
             )
         if self.target == "logits":
             target = (target.detach().to(pred.dtype) / self.temperature).softmax(-1)

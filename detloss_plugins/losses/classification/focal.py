@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from detloss_plugins.facts import (
+    ARXIV,
     MMDET,
     TORCH,
     Interval,
@@ -45,8 +46,7 @@ def focal_loss(
     """``alpha_t (1 - p_t)^gamma CE`` of logits, or of probabilities if ``activated``; the factor carries gradient.
 
     Sigmoid form: a loss per class, ``(..., C)`` as pred and target, ``alpha_t = alpha`` for positives and
-    ``1 - alpha`` for negatives. Softmax form: one per row, where a scalar alpha is a mere scale and a per-class one
-    balances. ``alpha=None`` leaves it out.
+    ``1 - alpha`` for negatives. Softmax form: one per row, where a scalar alpha is a mere scale. None leaves it out.
 
     >>> focal_loss(torch.tensor([0.8, -0.4, 3.0]), torch.tensor([1.0, 0.0, 0.0]))
     tensor([0.0089, 0.0620, 2.0747])
@@ -94,7 +94,7 @@ def balance(alpha, target):
 class FocalLoss(
     SoftmaxOrSigmoid,
     fn=focal_loss,
-    paper="https://arxiv.org/abs/1708.02002",
+    paper=ARXIV + "1708.02002",
     row_wise=True,
     needs_mining=False,
     upstream=(
@@ -137,7 +137,7 @@ def quality_focal_loss(
 class QualityFocalLoss(
     ClassificationLoss,
     fn=quality_focal_loss,
-    paper="https://arxiv.org/abs/2006.04388",
+    paper=ARXIV + "2006.04388",
     row_wise=True,
     needs_mining=False,
     takes_quality=True,
@@ -176,7 +176,7 @@ def varifocal_loss(
 class VarifocalLoss(
     ClassificationLoss,
     fn=varifocal_loss,
-    paper="https://arxiv.org/abs/2008.13367",
+    paper=ARXIV + "2008.13367",
     row_wise=True,
     needs_mining=False,
     takes_quality=True,
@@ -224,7 +224,7 @@ def poly_loss(
 class PolyLoss(
     SoftmaxOrSigmoid,
     fn=poly_loss,
-    paper="https://arxiv.org/abs/2204.12511",
+    paper=ARXIV + "2204.12511",
     row_wise=True,
     upstream=(
         Upstream(TORCH + "cross_entropy", {"epsilon": 0.0, "use_sigmoid": False}),
@@ -261,7 +261,7 @@ def generalized_focal_loss(
 class GeneralizedFocalLoss(
     ClassificationLoss,
     fn=generalized_focal_loss,
-    paper="https://arxiv.org/abs/2006.04388",
+    paper=ARXIV + "2006.04388",
     row_wise=True,
     needs_mining=False,
     takes_quality=True,
@@ -325,7 +325,7 @@ class GaussianFocalLoss(
     fn=gaussian_focal_loss,
     family="heatmap",
     takes_pairs=True,  # made in its forward, which refuses any other
-    paper="https://arxiv.org/abs/1808.01244",
+    paper=ARXIV + "1808.01244",
     row_wise=True,
     one_per_row=False,
     upstream=alike(
@@ -346,8 +346,6 @@ class GaussianFocalLoss(
         if isinstance(target, tuple):
             heatmap, counts = target
             return pred, (self.prepare(pred, heatmap)[1], counts), None
-        if not isinstance(target, Tensor):
-            raise ValueError("GaussianFocalLoss takes a heatmap of the shape of pred as its target.")
         check_same_shape(pred, target, "heatmaps of one shape")
         return super().prepare(pred, torch.where(target > 1, 0, target))
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detloss_plugins.facts import TORCH, NonNegative, NotWeighed, Share, SharePerClass, Upstream, alike, between
+from detloss_plugins.facts import ARXIV, TORCH, NonNegative, NotWeighed, Share, SharePerClass, Upstream, alike, between
 from detloss_plugins.families import ClassificationLoss, of_one_type
 from detloss_plugins.loss import check_use_sigmoid
 from detloss_plugins.losses.classification.common import bce, class_vector, is_zero
@@ -95,8 +95,7 @@ class ModifiedCrossEntropyLoss(
     With multi-label targets the softmax form has no zero.
 
     Args:
-        use_sigmoid: may be given because mmdet's heads read it from the config; it must fit ``activation``, else a
-            ``ValueError``.
+        use_sigmoid: may be given because mmdet's heads read it from the config; it must fit ``activation``.
     """
 
     sigmoid_only = False
@@ -135,7 +134,7 @@ def asymmetric_loss(
 class AsymmetricLoss(
     ClassificationLoss,
     fn=asymmetric_loss,
-    paper="https://arxiv.org/abs/2009.14119",
+    paper=ARXIV + "2009.14119",
     row_wise=True,
     needs_mining=False,
     true_gradient=False,
@@ -154,8 +153,7 @@ class AsymmetricLoss(
 def confidence_weight(q_fg: Tensor, q_bg: Tensor, power: float, *, detach: bool = True) -> Tensor:
     """``(1 - q_fg)^power q_bg``: a sample's weight from its foreground and background confidence, a constant.
 
-    It is large where the background is sure and the foreground is not. ``detach=False`` lets gradient through. Both
-    confidences are in [0, 1], of one shape.
+    Both are in [0, 1], of one shape. It is large where only the background is sure. ``detach=False`` lets gradient by.
 
     >>> confidence_weight(torch.tensor([0.3]), torch.tensor([0.6]), 2.0)  # 0.7^2 * 0.6
     tensor([0.2940])

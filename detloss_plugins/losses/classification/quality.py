@@ -6,7 +6,7 @@ Logits and targets have one shape, which is that of the losses.
 import torch
 from torch import Tensor
 
-from detloss_plugins.facts import MMDET, NonNegative, Share, Upstream
+from detloss_plugins.facts import ARXIV, MMDET, NonNegative, Share, Upstream
 from detloss_plugins.families import of_one_type
 from detloss_plugins.losses.classification.common import KeepsPositives, bce, power
 from detloss_plugins.registry import MODELS
@@ -39,7 +39,7 @@ def _negative_weight(pred, target, gamma, detach_weight):
 class MALoss(
     KeepsPositives,
     fn=ma_loss,
-    paper="https://arxiv.org/abs/2412.04234",
+    paper=ARXIV + "2412.04234",
     row_wise=True,
     needs_mining=False,
     marks_positives=True,
@@ -78,7 +78,7 @@ def iabce_loss(
 class IABCELoss(
     KeepsPositives,
     fn=iabce_loss,
-    paper="https://arxiv.org/abs/2304.07527",
+    paper=ARXIV + "2304.07527",
     row_wise=True,
     needs_mining=False,
     marks_positives=True,
