@@ -62,8 +62,7 @@ def resized(boxes: Tensor, factor: float) -> Tensor:
 class Box:
     """Boxes ``(..., 4)`` by their corners ``x1, y1, x2, y2``.
 
-    ``width`` and ``height`` are negative where a box is inverted, so that a loss on the sides can right it; the
-    ``area`` of such a box is zero.
+    ``width`` and ``height`` are negative where a box is inverted, so that their loss can right it; its ``area`` is 0.
 
     >>> Box(torch.tensor([[0.0, 0, 3, 2], [3, 2, 0, 0]])).area
     tensor([6., 0.])

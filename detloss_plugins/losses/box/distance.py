@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detloss_plugins.facts import MMDET, Positive, Share, Size, alike
+from detloss_plugins.facts import ARXIV, MMDET, Positive, Share, Size, alike
 from detloss_plugins.families import BoxLoss
 from detloss_plugins.geometry import Box, Pair, ratio, root
 from detloss_plugins.registry import MODELS
@@ -34,7 +34,7 @@ def mpdiou_loss(pred: Tensor, target: Tensor, *, image_size: Any, eps: Positive 
 class MPDIoULoss(
     BoxLoss,
     fn=mpdiou_loss,
-    paper="https://arxiv.org/abs/2307.07662",
+    paper=ARXIV + "2307.07662",
     row_wise=True,
     attracts=True,
     scale_invariant=False,
@@ -73,8 +73,7 @@ def powerful_iou_loss(
 ) -> Tensor:
     """``2 - IoU - exp(-P^2)``, P the mean distance of the four edges in sides of the target.
 
-    Version 2 weighs it by ``3 x exp(-x^2)``, ``x = lambda_ exp(-P)``: most for boxes of medium quality. The weight is
-    not detached, as in the authors' code.
+    Version 2 weighs it by ``3 x exp(-x^2)``, ``x = lambda_ exp(-P)``, with its gradient: most for medium quality.
 
     >>> powerful_iou_loss(torch.tensor([0.0, 0, 2, 2]), torch.tensor([0.0, 0, 4, 2]))  # P = 1/8: 2 - 1/2 - exp(-1/64)
     tensor(0.5155)
@@ -124,7 +123,7 @@ def nwd_loss(pred: Tensor, target: Tensor, *, constant: Positive = 12.8) -> Tens
 class NWDLoss(
     BoxLoss,
     fn=nwd_loss,
-    paper="https://arxiv.org/abs/2110.13389",
+    paper=ARXIV + "2110.13389",
     row_wise=True,
     attracts=True,
     bounds=(0.0, 1.0),
@@ -142,8 +141,7 @@ def gcd_loss(pred: Tensor, target: Tensor, *, eps: Positive = 1e-7) -> Tensor:
     """``1 - exp(-D)``: D compares the boxes' Gaussians in the sides of both, so it has no unit.
 
     ``D^2 = (M(w, h) + M(w_t, h_t)) / 2``, with ``M(a, b) = (dx^2 + dw^2 / 4) / a^2 + (dy^2 + dh^2 / 4) / b^2``. Its
-    gradient does not vanish near the target, and is zero where boxes are the same. A side that is not above 0 measures
-    nothing.
+    gradient vanishes at the target, not near it. A side that is not above 0 measures nothing.
 
     >>> gcd_loss(torch.tensor([0.0, 0, 2, 2]), torch.tensor([1.0, 0, 3, 2]))  # D^2 = 1/4: 1 - exp(-1/2)
     tensor(0.3935)
@@ -159,14 +157,7 @@ def gcd_loss(pred: Tensor, target: Tensor, *, eps: Positive = 1e-7) -> Tensor:
 
 
 @MODELS.register_module()
-class GCDLoss(
-    BoxLoss,
-    fn=gcd_loss,
-    paper="https://arxiv.org/abs/2510.27649",
-    row_wise=True,
-    attracts=True,
-    bounds=(0.0, 1.0),
-):
+class GCDLoss(BoxLoss, fn=gcd_loss, paper=ARXIV + "2510.27649", row_wise=True, attracts=True, bounds=(0.0, 1.0)):
     """Guan et al., Gaussian Combined Distance, 2025.
 
     NWD without a constant in pixels; a box many sides away gets hardly any gradient. The root, the logarithm and the
@@ -191,14 +182,7 @@ def mgiou_loss(pred: Tensor, target: Tensor, *, eps: Positive = 1e-7) -> Tensor:
 
 
 @MODELS.register_module()
-class MGIoULoss(
-    BoxLoss,
-    fn=mgiou_loss,
-    paper="https://arxiv.org/abs/2504.16443",
-    row_wise=True,
-    attracts=True,
-    bounds=(0.0, 1.0),
-):
+class MGIoULoss(BoxLoss, fn=mgiou_loss, paper=ARXIV + "2504.16443", row_wise=True, attracts=True, bounds=(0.0, 1.0)):
     """Le et al., Marginalized Generalized IoU, 2025 (MGIoU), along the normals of the edges, here x and y."""
 
 
@@ -224,7 +208,7 @@ def scale_dynamic_iou_loss(
 class ScaleDynamicIoULoss(
     BoxLoss,
     fn=scale_dynamic_iou_loss,
-    paper="https://arxiv.org/abs/2412.16986",
+    paper=ARXIV + "2412.16986",
     row_wise=True,
     attracts=True,
     bounds=(0.0, 2.5),
@@ -267,7 +251,7 @@ def bounded_iou_loss(pred: Tensor, target: Tensor, *, beta: Positive = 0.2, eps:
 class BoundedIoULoss(
     BoxLoss,
     fn=bounded_iou_loss,
-    paper="https://arxiv.org/abs/1711.00164",
+    paper=ARXIV + "1711.00164",
     row_wise=True,
     one_per_row=False,
     symmetric=False,

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor
 
-from detloss_plugins.facts import NonNegative, Positive, Share, between
+from detloss_plugins.facts import ARXIV, NonNegative, Positive, Share, between
 from detloss_plugins.families import BoxLoss, of_one_type
 from detloss_plugins.geometry import Pair, resized
 from detloss_plugins.losses.box.iou import ciou_loss
@@ -64,9 +64,8 @@ class _OverABase(BoxLoss, true_gradient=False, attracts=True, filled=("base",)):
     Some facts of the class are those of the default base.
 
     Args:
-        base: config of a box loss with one value a box, else a ``ValueError``; None for the plain form. Wise-IoU inside
-            Inner- and Focaler-IoU does not focus what they add, which outweighs the rest for boxes that fit well: put
-            it around them.
+        base: config of a box loss with one value a box, else a ``ValueError``; None for the plain form. Put Wise-IoU
+            around Inner- and Focaler-IoU: inside, it does not focus what they add, the most for boxes that fit well.
     """
 
     def __init__(self, *, base: Mapping | None = CIOU, **settings):
@@ -96,9 +95,7 @@ class _OverABase(BoxLoss, true_gradient=False, attracts=True, filled=("base",)):
 
 
 @MODELS.register_module()
-class WIoULoss(
-    _OverABase, fn=wiou_loss, paper="https://arxiv.org/abs/2301.10051", row_wise=True, filled=("mean", "base")
-):
+class WIoULoss(_OverABase, fn=wiou_loss, paper=ARXIV + "2301.10051", row_wise=True, filled=("mean", "base")):
     """Tong et al., Wise-IoU, 2023.
 
     Versions 2 and 3 compare a box with the running mean of ``1 - IoU``, which starts at 1 and moves in training, before
@@ -175,9 +172,7 @@ def focaler_iou_loss(
 
 
 @MODELS.register_module()
-class InnerIoULoss(
-    _OverABase, fn=inner_iou_loss, paper="https://arxiv.org/abs/2311.02877", row_wise=True, bounds=(0.0, 5.0)
-):
+class InnerIoULoss(_OverABase, fn=inner_iou_loss, paper=ARXIV + "2311.02877", row_wise=True, bounds=(0.0, 5.0)):
     """Zhang et al., Inner-IoU, 2023.
 
     Args:
@@ -186,14 +181,11 @@ class InnerIoULoss(
 
 
 @MODELS.register_module()
-class FocalerIoULoss(
-    _OverABase, fn=focaler_iou_loss, paper="https://arxiv.org/abs/2401.10525", row_wise=True, bounds=(0.0, 5.0)
-):
+class FocalerIoULoss(_OverABase, fn=focaler_iou_loss, paper=ARXIV + "2401.10525", row_wise=True, bounds=(0.0, 5.0)):
     """Zhang et al., Focaler-IoU, 2024.
 
     Args:
-        d, u: the IoUs between which boxes count, ``0 <= d < u <= 1``, else a ``ValueError``. The plain form has no
-            gradient elsewhere.
+        d, u: the IoUs between which boxes count, ``d < u``, else a ``ValueError``; elsewhere the plain form is flat.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -223,7 +215,7 @@ def interp_iou_loss(
 class InterpIoULoss(
     BoxLoss,
     fn=interp_iou_loss,
-    paper="https://arxiv.org/abs/2507.12420",
+    paper=ARXIV + "2507.12420",
     row_wise=True,
     attracts=True,
     bounds=(0.0, 2.0),
