@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from detloss_plugins.facts import MMDET, NonNegative, NotWeighed, Positive, Share, Upstream
+from detloss_plugins.facts import ARXIV, MMDET, NonNegative, NotWeighed, Positive, Share, Upstream
 from detloss_plugins.families import of_one_type
 from detloss_plugins.losses.balancing.long_tail import GradientRatio
 from detloss_plugins.losses.classification.common import KeepsPositives, bce, power
@@ -62,17 +62,15 @@ _EXAMPLE = {"num_classes": 10}
 _FOCAL = {"scale": 0.0, **_EXAMPLE}  # with which the powers do not move
 
 
-class _Equalized(GradientRatio, paper="https://arxiv.org/abs/2201.02593", needs_mining=False, example=_EXAMPLE):
+class _Equalized(GradientRatio, paper=ARXIV + "2201.02593", needs_mining=False, example=_EXAMPLE):
     """What both take from their state: its ratio is at most 1."""
 
     start = largest = 1.0
 
     def prepare(self, pred, target):
         if pred.shape[-1] > self.num_classes:
-            raise ValueError(
-                f"{type(self).__name__} with num_classes={self.num_classes} takes no more logits than that, "
-                f"not {pred.shape[-1]}."
-            )
+            of = f"{type(self).__name__} with num_classes={self.num_classes}"
+            raise ValueError(f"{of} takes no more logits than that, not {pred.shape[-1]}.")
         return super().prepare(pred, target)
 
     def statistics(self, pred, target, valid, weight):

@@ -5,7 +5,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from detloss_plugins.facts import MMDET, Count, Positive, alike, between
+from detloss_plugins.facts import ARXIV, MMDET, Count, Positive, alike, between
 from detloss_plugins.families import ClassificationLoss, RegressionLoss, of_one_type
 from detloss_plugins.loss import rank_mean
 from detloss_plugins.losses.classification.common import bce
@@ -125,7 +125,7 @@ class GHMC(
     _Harmonised,
     ClassificationLoss,
     fn=ghmc_loss,
-    paper="https://arxiv.org/abs/1811.05181",
+    paper=ARXIV + "1811.05181",
     row_wise=True,
     needs_mining=False,
     self_normalized=True,
@@ -135,8 +135,7 @@ class GHMC(
     """Li et al., Gradient Harmonized Single-stage Detector, 2018 (GHM-C).
 
     As in mmdet, "mean" divides by the number of samples that count whatever ``avg_factor`` says, and a sample's weight
-    is a mask. The moving average starts at zero without a correction: the first steps are inflated by
-    ``1 / (1 - momentum)``.
+    is a mask. The moving average starts at zero, which inflates the first steps by ``1 / (1 - momentum)``.
 
     Args:
         bins: number of unit regions of the gradient norm.
@@ -155,7 +154,7 @@ class GHMR(
     _Harmonised,
     RegressionLoss,
     fn=ghmr_loss,
-    paper="https://arxiv.org/abs/1811.05181",
+    paper=ARXIV + "1811.05181",
     row_wise=True,
     self_normalized=True,
     filled=("table",),

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detloss_plugins.facts import MMDET, Count, NonNegative, Number, alike, between
+from detloss_plugins.facts import ARXIV, MMDET, Count, NonNegative, Number, alike, between
 from detloss_plugins.families import ClassificationLoss, of_one_type
 from detloss_plugins.loss import rank_mean
 from detloss_plugins.losses.classification.common import bce
@@ -55,7 +55,7 @@ def seesaw_loss(
 class SeesawLoss(
     ClassificationLoss,
     fn=seesaw_loss,
-    paper="https://arxiv.org/abs/2008.10032",
+    paper=ARXIV + "2008.10032",
     row_wise=True,
     true_gradient=False,
     mean_of_rows=False,
@@ -226,7 +226,7 @@ class GradientRatio(ClassificationLoss, filled=("ratio",)):
 class EQLV2Loss(
     GradientRatio,
     fn=eqlv2_loss,
-    paper="https://arxiv.org/abs/2012.08548",
+    paper=ARXIV + "2012.08548",
     row_wise=True,
     sums_classes=True,
     example={"num_classes": 9},  # the sample's tenth column is the background
@@ -243,11 +243,10 @@ class EQLV2Loss(
     start = 100.0  # so high that every weight is 1
 
     def prepare(self, pred, target):
-        if pred.shape[-1] not in (self.num_classes, self.num_classes + 1):
-            raise ValueError(
-                f"EQLV2Loss with num_classes={self.num_classes} takes {self.num_classes + 1} logits (the last for the "
-                f"background) or {self.num_classes}, not {pred.shape[-1]}."
-            )
+        n, given = self.num_classes, pred.shape[-1]
+        if given not in (n, n + 1):
+            logits = f"{n + 1} logits (the last for the background) or {n}"
+            raise ValueError(f"EQLV2Loss with num_classes={n} takes {logits}, not {given}.")
         return super().prepare(pred, target)
 
     def statistics(self, pred, target, valid, weight):

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from detloss_plugins.facts import Positive, Share
+from detloss_plugins.facts import ARXIV, Positive, Share
 from detloss_plugins.families import of_one_type
 from detloss_plugins.loss import rank_mean
 from detloss_plugins.losses.classification.common import OverBase, bce
@@ -40,8 +40,7 @@ def slide_loss(
 ) -> Tensor:
     """:func:`slide_weight` of the target times per-element losses, which are BCE if ``elements`` gives no others.
 
-    Logits and targets, which are IoUs, have one shape, ``(..., C)``. The mean is that of the call's positives unless it
-    is given.
+    Logits and targets, which are IoUs, are ``(..., C)``. The mean is that of the call's positives unless it is given.
 
     >>> slide_loss(torch.tensor([[0.8], [-0.4], [1.5]]), torch.tensor([[0.1], [0.55], [0.9]])).squeeze(-1)
     tensor([1.0911, 1.1496, 0.3884])
@@ -67,7 +66,7 @@ def _mean(total, count, otherwise=0.5):
 class SlideLoss(
     OverBase,
     fn=slide_loss,
-    paper="https://arxiv.org/abs/2208.02019",
+    paper=ARXIV + "2208.02019",
     row_wise=True,
     takes_quality=True,
     filled=("mean_iou", "elements"),

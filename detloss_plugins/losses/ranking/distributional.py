@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from detloss_plugins.facts import NonNegative, Number, Positive
+from detloss_plugins.facts import ARXIV, NonNegative, Number, Positive
 from detloss_plugins.families import RankingLoss
 from detloss_plugins.precision import float32
 from detloss_plugins.registry import MODELS
@@ -56,7 +56,7 @@ def dr_loss(
 
 
 @MODELS.register_module()
-class DRLoss(RankingLoss, fn=dr_loss, paper="https://arxiv.org/abs/1907.10156", bounds=(0.0, 6.1)):
+class DRLoss(RankingLoss, fn=dr_loss, paper=ARXIV + "1907.10156", bounds=(0.0, 6.1)):
     """Qian et al., DR Loss: Improving Object Detection by Distributional Ranking, 2019.
 
     One value for all that ``pred`` holds, so that its mean over the positives is that value. Its gradient is the true

@@ -1,8 +1,7 @@
 """AP, aLRP and Rank & Sort loss at the price of a sort of the positives.
 
 Their functions take logits and targets of one shape, any: a target above 0 is a positive (for some, its quality), 0 a
-negative, below 0 ignored. They return one loss a positive, ``(P,)``. ``delta`` is half the width of the step, in
-logits.
+negative, below 0 ignored. They return one loss a positive, ``(P,)``.
 
 They compare scores by a step with a slope, ``H(x) = clamp(x / (2 delta) + 1 / 2, 0, 1)``, and hand back an
 error-driven update in place of a derivative: what a positive loses by the negatives above it is taken from them and
@@ -21,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from detloss_plugins.facts import NonNegative, Positive
+from detloss_plugins.facts import ARXIV, NonNegative, Positive
 from detloss_plugins.families import RankingLoss
 from detloss_plugins.precision import float32, longest, outside_graph
 from detloss_plugins.registry import MODELS
@@ -186,7 +185,7 @@ def ap_loss(pred: Tensor, target: Tensor, *, delta: Positive = 1.0) -> Tensor:
 
 
 @MODELS.register_module()
-class APLoss(RankingLoss, fn=ap_loss, paper="https://arxiv.org/abs/1904.06373", bounds=(0.0, 1.0), true_gradient=False):
+class APLoss(RankingLoss, fn=ap_loss, paper=ARXIV + "1904.06373", bounds=(0.0, 1.0), true_gradient=False):
     """Chen et al., Towards Accurate One-Stage Object Detection with AP-Loss, 2019."""
 
 
@@ -244,12 +243,7 @@ def _cumulated(values, scores):
 
 @MODELS.register_module()
 class ALRPLoss(
-    RankingLoss,
-    fn=alrp_loss,
-    paper="https://arxiv.org/abs/2009.13592",
-    bounds=(0.0, 1.0),
-    true_gradient=False,
-    filled=("loc_error",),
+    RankingLoss, fn=alrp_loss, paper=ARXIV + "2009.13592", bounds=(0.0, 1.0), true_gradient=False, filled=("loc_error",)
 ):
     """Oksuz et al., A Ranking-based, Balanced Loss Function Unifying Classification and Localisation, 2020 (aLRP).
 
@@ -353,9 +347,7 @@ def rank_sort_loss(pred: Tensor, target: Tensor, *, delta: NonNegative = 0.5) ->
 
 
 @MODELS.register_module()
-class RankSortLoss(
-    RankingLoss, fn=rank_sort_loss, paper="https://arxiv.org/abs/2107.11669", bounds=(0.0, 2.0), true_gradient=False
-):
+class RankSortLoss(RankingLoss, fn=rank_sort_loss, paper=ARXIV + "2107.11669", bounds=(0.0, 2.0), true_gradient=False):
     """Oksuz et al., Rank & Sort Loss for Object Detection and Instance Segmentation, 2021.
 
     The IoU of each positive is a soft target or the quality of a ``(label, quality)`` tuple; hard targets leave the
