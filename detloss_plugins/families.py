@@ -34,10 +34,9 @@ def of_one_type(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def effective_weights(counts: Sequence[float], beta: float = 0.999) -> list[float]:
-    """``(1 - beta) / (1 - beta^n)`` of each class with ``n`` objects, then scaled to a mean of 1.
+    """``(1 - beta) / (1 - beta^n)`` of each class with ``n`` objects, scaled to a mean of 1; without objects, 1.
 
-    Cui et al., Class-Balanced Loss Based on Effective Number of Samples, 2019, https://arxiv.org/abs/1901.05555. A
-    class without objects has the weight 1.
+    Cui et al., Class-Balanced Loss Based on Effective Number of Samples, 2019, https://arxiv.org/abs/1901.05555.
 
     >>> [round(weight, 6) for weight in effective_weights([1, 2, 0], beta=0.5)]  # 1 and 2/3, times 6/5
     [1.2, 0.8, 1.0]
@@ -211,10 +210,8 @@ class ClassificationLoss(
             return
         largest, last = int(label.max()), self.last_label(pred)
         if largest > last:
-            raise ValueError(
-                f"{type(self).__name__} with logits {tuple(pred.shape)} takes labels up to {last}, not {largest}; "
-                "a negative label is ignored."
-            )
+            of = f"{type(self).__name__} with logits {tuple(pred.shape)}"
+            raise ValueError(f"{of} takes labels up to {last}, not {largest}; a negative label is ignored.")
 
     def prepare(self, pred, target):
         if not self.may_ignore and isinstance(target, Tensor) and target.shape == pred.shape:
@@ -236,19 +233,18 @@ class ClassificationLoss(
         if quality is None:
             return cls.one_hot(pred, label, pred.new_ones(()))
         if quality.shape not in (label.shape, (*label.shape, 1)):
-            raise ValueError(
-                f"{cls.__name__} takes one quality a label, {tuple(label.shape)}, not {tuple(quality.shape)}."
-            )
+            given = tuple(quality.shape)
+            raise ValueError(f"{cls.__name__} takes one quality a label, {tuple(label.shape)}, not {given}.")
         return cls.one_hot(pred, label, quality.to(pred.dtype).reshape(label.shape))
 
     @classmethod
     def one_hot(cls, pred: Tensor, label: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """``value`` on the label's channel, in its type, and the mask of the rows that are not ignored."""
         if label.shape != pred.shape[:-1] or label.is_floating_point():
+            *rows, _ = shape = tuple(pred.shape)
             raise ValueError(
-                f"{cls.__name__} with logits {tuple(pred.shape)} takes class indices {tuple(pred.shape[:-1])} "
-                f"as integers, a dense target {tuple(pred.shape)} or a (label, quality) tuple, "
-                f"not {label.dtype} {tuple(label.shape)}."
+                f"{cls.__name__} with logits {shape} takes class indices {tuple(rows)} as integers, a dense target "
+                f"{shape} or a (label, quality) tuple, not {label.dtype} {tuple(label.shape)}."
             )
         classes = torch.arange(pred.shape[-1], device=label.device)
         return torch.where(label.unsqueeze(-1) == classes, value.unsqueeze(-1), 0), label >= 0
@@ -369,9 +365,8 @@ class RegionLoss(Loss, family="region", bounds=(0.0, 1.0)):
         if target.shape == pred.shape and not is_asynchronous(target.device):
             low, high = target.min().item(), target.max().item()
             if low < 0 or high > 1:
-                raise ValueError(
-                    f"{type(self).__name__} takes masks of values in [0, 1], not from {low:g} to {high:g}."
-                )
+                name = type(self).__name__
+                raise ValueError(f"{name} takes masks of values in [0, 1], not from {low:g} to {high:g}.")
 
     def prepare(self, pred, target):
         if pred.shape != target.shape or pred.dim() < 2:

@@ -64,23 +64,14 @@ def check_input(loss: Any) -> None:
 def facts_of_sum(losses: Sequence[Loss]) -> Facts:
     """What is known of the sum of some losses."""
     facts = [loss.facts for loss in losses]
-    return facts[0].but(
-        row_wise=all(f.row_wise and not f.root for f in facts),
-        one_per_row=all(f.one_per_row for f in facts),
-        mean_of_rows=len({f.one_per_row or f.sums_classes for f in facts}) == 1 and all(f.mean_of_rows for f in facts),
-        root=False,
-        keeps_little=all(f.keeps_little for f in facts),
-        counts_positives=any(f.counts_positives for f in facts),
-        true_gradient=all(f.true_gradient for f in facts),
-        needs_mining=any(f.needs_mining for f in facts),
-        takes_quality=any(f.takes_quality for f in facts),
-        symmetric=all(f.symmetric for f in facts),
-        scale_invariant=all(f.scale_invariant for f in facts),
-        self_normalized=False,
-        paper="",
-        upstream=(),
-        filled=("losses",),
-    )
+    of_all = ("one_per_row", "keeps_little", "true_gradient", "symmetric", "scale_invariant")
+    of_any = ("counts_positives", "needs_mining", "takes_quality")
+    merged = {name: all(getattr(f, name) for f in facts) for name in of_all}
+    merged |= {name: any(getattr(f, name) for f in facts) for name in of_any}
+    alike = len({f.one_per_row or f.sums_classes for f in facts}) == 1
+    merged |= {"row_wise": all(f.row_wise and not f.root for f in facts), "root": False, "self_normalized": False}
+    merged["mean_of_rows"] = alike and all(f.mean_of_rows for f in facts)
+    return facts[0].but(**merged, paper="", upstream=(), filled=("losses",))
 
 
 @MODELS.register_module()
@@ -394,8 +385,7 @@ class ConfidenceWeightedLoss(
         use_sigmoid: may be given because mmdet's heads read it from the config; it must fit the base.
 
     Raises:
-        ValueError: if ``base`` is no classification loss, or a JointLoss of parts that are not alike, or
-            ``use_sigmoid`` does not fit it.
+        ValueError: if ``base`` is no classification loss, or a JointLoss of parts that are not alike.
     """
 
     sigmoid_only = False

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from detloss_plugins.facts import MMDET, Bins, Positive, Upstream, alike
+from detloss_plugins.facts import ARXIV, MMDET, Bins, Positive, Upstream, alike
 from detloss_plugins.families import DistributionLoss, check_same_shape, of_one_type
 from detloss_plugins.loss import Loss
 from detloss_plugins.losses.classification.cross_entropy import kl_div_loss
@@ -69,7 +69,7 @@ def distribution_focal_loss(pred: Tensor, target: Tensor, *, bins: Bins | None =
 class DistributionFocalLoss(
     DistributionLoss,
     fn=distribution_focal_loss,
-    paper="https://arxiv.org/abs/2006.04388",
+    paper=ARXIV + "2006.04388",
     row_wise=True,
     keeps_little=True,
     upstream=(*alike(MMDET + "DistributionFocalLoss"), *alike("ultralytics.utils.loss.DFLoss")),
@@ -86,9 +86,8 @@ class DistributionFocalLoss(
 
     def prepare(self, pred, target):
         if self.bins is not None and len(self.bins) != pred.shape[-1]:
-            raise ValueError(
-                f"bins of DistributionFocalLoss has {len(self.bins)} values, and there are {pred.shape[-1]} logits."
-            )
+            given = f"{len(self.bins)} values, and there are {pred.shape[-1]} logits"
+            raise ValueError(f"bins of DistributionFocalLoss has {given}.")
         return super().prepare(pred, target)
 
 
@@ -110,7 +109,7 @@ class DistributionDistillationLoss(
     Loss,
     fn=distribution_distillation_loss,
     family="soft label",
-    paper="https://arxiv.org/abs/2410.13842",
+    paper=ARXIV + "2410.13842",
     row_wise=True,
     upstream=(Upstream(MMDET + "KnowledgeDistillationKLDivLoss", theirs={"T": 5}),),
 ):

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from detloss_plugins.facts import NonNegative
+from detloss_plugins.facts import ARXIV, NonNegative
 from detloss_plugins.loss import Loss
 from detloss_plugins.losses.composite import ScheduledLoss
 from detloss_plugins.precision import float32, without_autocast
@@ -49,8 +49,7 @@ def multibox_loss(
     Args:
         weight: of the class losses, ``(B, A)``, and of the box losses, ``(B, A)`` or ``(B, A, 4)``; None is 1.
         neg_pos_ratio: negatives for each positive of an image; None for all.
-        loss_cls, loss_bbox: loss modules, ours or mmdet's; the latter take boxes' weights ``(B, A, 4)``, and no
-            negative labels.
+        loss_cls, loss_bbox: loss modules, ours or mmdet's, whose weights are ``(B, A, 4)`` and no label negative.
 
     Returns:
         The class loss and the box loss; for ``reduction="none"`` those of each anchor, ``(B, A)``.
@@ -109,16 +108,12 @@ def mining_ratio(neg_pos_ratio: Any, loss_cls: Callable, loss_bbox: Callable, au
         ("loss_bbox", loss_bbox, ("regression", "box")),
     ):
         if isinstance(loss, Loss) and loss.family not in families:
-            raise ValueError(
-                f"{slot} of a multibox loss must be a {' or '.join(families)} loss, not {type(loss).__name__}."
-            )
+            wanted, name = " or ".join(families), type(loss).__name__
+            raise ValueError(f"{slot} of a multibox loss must be a {wanted} loss, not {name}.")
     if getattr(loss_cls, "custom_cls_channels", False):
-        raise ValueError(
-            f"{type(loss_cls).__name__} has channels of its own beside the classes; take a loss without them."
-        )
+        raise ValueError(f"{type(loss_cls).__name__} has channels of its own beside the classes; take another loss.")
     if neg_pos_ratio == "auto":
-        needs_mining = not isinstance(loss_cls, Loss) or loss_cls.facts.needs_mining
-        neg_pos_ratio = auto if needs_mining else None
+        neg_pos_ratio = auto if not isinstance(loss_cls, Loss) or loss_cls.facts.needs_mining else None
     if neg_pos_ratio is None:
         return None
     if not (isinstance(neg_pos_ratio, (int, float)) and neg_pos_ratio >= 0):
@@ -134,7 +129,7 @@ class MultiBoxLoss(
     fn=multibox_loss,
     family="multibox",
     takes_pairs=True,
-    paper="https://arxiv.org/abs/1512.02325",
+    paper=ARXIV + "1512.02325",
     mean_of_rows=False,
     filled=("loss_cls", "loss_bbox", "neg_pos_ratio"),
 ):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detloss_plugins.facts import MMDET, TORCH, NonNegative, Positive, Upstream, alike
+from detloss_plugins.facts import ARXIV, MMDET, TORCH, NonNegative, Positive, Upstream, alike
 from detloss_plugins.families import RegressionLoss, of_one_type
 from detloss_plugins.geometry import root
 from detloss_plugins.precision import float32, without_autocast
@@ -106,7 +106,7 @@ def smooth_l1_loss(pred: Tensor, target: Tensor, *, beta: NonNegative = 1.0) -> 
 class SmoothL1Loss(
     RegressionLoss,
     fn=smooth_l1_loss,
-    paper="https://arxiv.org/abs/1504.08083",
+    paper=ARXIV + "1504.08083",
     row_wise=True,
     keeps_little=True,
     upstream=(
@@ -178,7 +178,7 @@ _KINK = "mmdet's form for beta != 1 has a kink at zero; upstream_form=True gives
 class BalancedL1Loss(
     RegressionLoss,
     fn=balanced_l1_loss,
-    paper="https://arxiv.org/abs/1904.02701",
+    paper=ARXIV + "1904.02701",
     row_wise=True,
     upstream=(
         *alike(MMDET + "BalancedL1Loss"),
@@ -207,8 +207,7 @@ def uncertainty_kl_loss(
     """``e^-a SmoothL1(pred - target) + a / 2`` with ``a`` the logarithm of the variance of ``pred``.
 
     ``a`` outside ``[-clamp, clamp]`` counts as the nearer end, and gets the gradient of that end, so that it does not
-    stay where the clamp alone would leave it without one. ``log_variance`` has the shape of ``pred``; None: 0, the
-    smooth L1 loss.
+    stay where the clamp alone would leave it without one. ``log_variance`` has the shape of ``pred``; None is 0.
 
     >>> d, a = torch.tensor([0.3, -1.4, 0.05, 2.0]), torch.tensor([0.0, 0.5, -1.0, -0.2])
     >>> uncertainty_kl_loss(d, torch.zeros(4), log_variance=a)
@@ -229,7 +228,7 @@ class UncertaintyKLLoss(
     RegressionLoss,
     fn=uncertainty_kl_loss,
     family="uncertainty",  # of its own: what takes a regression loss has no log variance to give
-    paper="https://arxiv.org/abs/1809.08545",
+    paper=ARXIV + "1809.08545",
     row_wise=True,
     bounds=(-math.inf, math.inf),
     filled=("log_variance",),
