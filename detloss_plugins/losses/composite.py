@@ -50,8 +50,8 @@ def _added(parts):
     return sum(part if part.dim() == fewest else part.sum(-1) for part in parts)
 
 
-def check_input(loss: Any) -> None:
-    """Raise ``ValueError`` if one of the losses of another needs an input that the others do not."""
+def _check_use(loss: Any, use_sigmoid: bool | None) -> None:
+    """Set ``use_sigmoid`` of a loss of others; ``ValueError`` if that is not given, or they do not take one input."""
     if any(getattr(part, "custom_cls_channels", False) for part in loss.losses):
         raise ValueError(f"losses of {type(loss).__name__} must not need channels of their own, as SeesawLoss does.")
     if len({takes_probabilities(part) for part in loss.losses}) > 1:
@@ -59,6 +59,8 @@ def check_input(loss: Any) -> None:
             f"losses of {type(loss).__name__} are given one input: write activated=True (activate=False of region "
             "losses) in all of them, for probabilities, or in none."
         )
+    loss.use_sigmoid = all(getattr(part, "use_sigmoid", True) for part in loss.losses)
+    check_use_sigmoid(loss, use_sigmoid)
 
 
 def facts_of_sum(losses: Sequence[Loss]) -> Facts:
@@ -95,11 +97,9 @@ class JointLoss(Loss, fn=joint_loss):
         families = {loss.family for loss in self.losses}
         if len(families) != 1:
             raise ValueError("losses of JointLoss must be one or more config dicts of losses of one family.")
-        check_input(self)
+        _check_use(self, use_sigmoid)
         self.facts = facts_of_sum([*self.losses])
         self.couples = any(loss.couples for loss in self.losses)
-        self.use_sigmoid = all(getattr(loss, "use_sigmoid", True) for loss in self.losses)
-        check_use_sigmoid(self, use_sigmoid)
 
     def arranged(self, pred, target, weight):
         """As one of the parts wants it, which then finds it so."""
@@ -159,11 +159,9 @@ class JointLoss(Loss, fn=joint_loss):
 
     def unweighted(self, pred, target, seen):
         pred = float32(pred)  # as in ``weighted``
-        parts = [
-            (loss.loss_weight, *loss.unweighted(pred, target, of_loss))
-            for loss, of_loss in zip(self.losses, seen.values(), strict=True)
-        ]
-        return sum(factor * loss for factor, loss, _ in parts), parts[0][2]
+        pairs = zip(self.losses, seen.values(), strict=True)
+        found = [(loss.loss_weight, *loss.unweighted(pred, target, of_loss)) for loss, of_loss in pairs]
+        return sum(factor * elements for factor, elements, _ in found), found[0][2]
 
 
 def scheduled_loss(pred: Tensor, target: Tensor, *, losses: Sequence[Loss], shares: Sequence[Tensor | float]) -> Tensor:
@@ -220,17 +218,6 @@ class ScheduledLoss(Loss, fn=scheduled_loss):
         super().__init__(**settings)
         self.losses: Any = torch.nn.ModuleList(build_loss(cfg) for cfg in losses)
         self.at, self.by_epoch, self.fade = list(at), by_epoch, fade
-        self.check_parts()
-        for loss in self.losses:
-            loss.compiled = loss.compiled or self.compiled  # each has a kernel of its own, for all shares
-        self.use_sigmoid = all(getattr(loss, "use_sigmoid", True) for loss in self.losses)
-        check_use_sigmoid(self, use_sigmoid)
-        self.told = self.warned = False
-        self.register_buffer("progress", torch.tensor(-1.0))  # before the first iteration
-        self.move(-1)
-
-    def check_parts(self) -> None:
-        """Raise ``ValueError`` if the settings do not fit one another."""
         if not self.losses or len(self.at) != len(self.losses) - 1:
             raise ValueError(
                 f"at of ScheduledLoss must say when each loss but the first begins: {len(self.losses)} losses do not "
@@ -243,9 +230,14 @@ class ScheduledLoss(Loss, fn=scheduled_loss):
             raise ValueError(
                 f"losses of ScheduledLoss must be of one family, or classification and ranking losses, not {families}."
             )
-        check_input(self)
+        _check_use(self, use_sigmoid)
         if "classification" in families and len({loss.use_sigmoid for loss in self.losses}) > 1:
             raise ValueError("losses of ScheduledLoss must have one use_sigmoid, as a head keeps its channels.")
+        for loss in self.losses:
+            loss.compiled = loss.compiled or self.compiled  # each has a kernel of its own, for all shares
+        self.told = self.warned = False
+        self.register_buffer("progress", torch.tensor(-1.0))  # before the first iteration
+        self.move(-1)
 
     def move(self, now: float) -> None:
         """Go to an epoch or iteration."""
