@@ -68,13 +68,9 @@ class SeesawLoss(
     """Wang et al., Seesaw Loss for Long-Tailed Instance Segmentation, 2020.
 
     For mmdet's two-stage heads, with mmdet's interface: logits ``(N, C + 2)``, the last two for object and background,
-    labels ``(N,)`` with ``C`` for background. Returns a dict of the objectness and the class loss, or with
-    ``return_dict=False`` their sum; "none" gives ``(N,)``, zero in the class part of background rows. ``compile=True``
-    has no effect, as its two parts are reduced each for itself.
-
-    Args:
-        num_classes: C.
-        return_dict: False to return the sum.
+    labels ``(N,)`` with ``C``, which is ``num_classes``, for background. Returns a dict of the objectness and the class
+    loss, or with ``return_dict=False`` their sum; "none" gives ``(N,)``, zero in the class part of background rows.
+    ``compile=True`` has no effect, as its two parts are reduced each for itself.
     """
 
     sigmoid_only = False
@@ -213,9 +209,8 @@ class GradientRatio(ClassificationLoss, filled=("ratio",)):
     def summarise(self, sums):
         ratio = self.pos_neg.clone()
         if sums:
-            for buffer, name in ((self.pos_grad, "positive"), (self.neg_grad, "negative")):
-                found = rank_mean(sums[name].to(buffer.dtype), self.facts.every_rank)
-                buffer[: len(found)].add_(found)
+            for buffer, of_batch in ((self.pos_grad, sums["positive"]), (self.neg_grad, sums["negative"])):
+                buffer[: len(of_batch)].add_(rank_mean(of_batch.to(buffer.dtype), self.facts.every_rank))
             found = self.pos_grad / (self.neg_grad + 1e-10)
             found = found if self.largest is None else found.clamp(max=self.largest)
             self.pos_neg.copy_(torch.where(self.pos_grad + self.neg_grad > 0, found, self.pos_neg))
@@ -237,7 +232,6 @@ class EQLV2Loss(
     With mmdet's interface: logits ``(N, C + 1)`` whose last column is the background, which has weight 1 and is not
     accumulated. Logits ``(..., C)`` without that column are taken too. Losses are summed over the classes; unlike in
     mmdet, ``weight``, ``avg_factor`` and ``reduction`` are honoured.
-
     """
 
     start = 100.0  # so high that every weight is 1

@@ -78,7 +78,6 @@ class SlideLoss(
 
     Args:
         base: config of a classification loss whose terms are weighted; binary cross entropy if it is not given.
-        authors_code: see :func:`slide_weight`.
         decay: None, or the decay of a moving mean in place of the batch's, in [0, 1]; 0.999 in the code known as
             EMASlide, which has no paper. The mean starts at 1, and the decay at 0: at the n-th batch with positives it
             is ``decay (1 - e^(-n / tau))``.

@@ -213,19 +213,15 @@ def balanced_cross_entropy_loss(
     pred, target = of_one_type(pred, target)
     counted = (target >= 0) | target.isnan()
     target = torch.where(counted, target, 0)
-    of_positives: Tensor | float
-    of_negatives: Tensor | float
     if alpha == "auto":
         if positives is None or negatives is None:
             positives, negatives = _balance_sums(target.detach(), counted)
-        both = (positives > 0) & (negatives > 0)
         # Not 1 - n / (m + n), which has no digits left for one positive among ten million.
-        of_positives, of_negatives = (
-            torch.where(both, n / (positives + negatives), 0.5).to(pred.dtype) for n in (negatives, positives)
-        )
+        m, n, both = positives, negatives, (positives > 0) & (negatives > 0)
+        shares: Any = [torch.where(both, of_other / (m + n), 0.5).to(pred.dtype) for of_other in (n, m)]
     else:
-        of_positives, of_negatives = alpha, 1 - alpha
-    return counted * (of_positives * target + of_negatives * (1 - target)) * bce(pred, target)
+        shares = alpha, 1 - alpha
+    return counted * (shares[0] * target + shares[1] * (1 - target)) * bce(pred, target)
 
 
 def _balance_sums(target, counted):
@@ -248,7 +244,6 @@ class BalancedCrossEntropyLoss(
     """Xie and Tu, Holistically-Nested Edge Detection, 2015.
 
     Each call counts its own positives and negatives, without the rows whose label or weight says that they are ignored.
-
     """
 
     @property
@@ -288,11 +283,8 @@ class KLDivLoss(
 ):
     """Kullback-Leibler divergence of the softmax of logits from a distribution.
 
-    Call with logits and distributions ``(..., C)``; the per-element losses have shape ``(...)``.
-
     Args:
-        temperature: divides the logits, and its square multiplies the loss, as in distillation (Hinton et al., 2015).
-            A teacher's distribution is given at that temperature already.
+        temperature: as in distillation (Hinton et al., 2015); a teacher's distribution is at that temperature already.
         target: "distribution", or "logits" of a teacher, as mmdet's LDHead hands over: they are constants, are softened
             by the temperature here, and the loss is the mean over the classes, not the sum, all as in mmdet.
 

@@ -300,9 +300,8 @@ def gaussian_focal_loss(
 ) -> Tensor:
     """``-(1 - p)^alpha ln p`` where the target is 1, else ``-(1 - t)^gamma p^alpha ln(1 - p)``, of a probability p.
 
-    The first is times ``pos_weight``, the second ``neg_weight``. 1e-12 is added to the arguments of the logarithms, as
-    upstream does. Beside the target there may be how often each cell counts as a positive, whatever the target is:
-    every cell has the second term then too.
+    The first is times ``pos_weight``, the second ``neg_weight``. As upstream, logarithms are of what is 1e-12 larger.
+    Beside the target there may be how often each cell counts as a positive: all have the second term then too.
 
     >>> gaussian_focal_loss(torch.tensor([0.5, 0.5]), torch.tensor([1.0, 0.5]))  # ln 2 / 4, and that / 16
     tensor([0.1733, 0.0108])

@@ -153,7 +153,7 @@ class AsymmetricLoss(
 def confidence_weight(q_fg: Tensor, q_bg: Tensor, power: float, *, detach: bool = True) -> Tensor:
     """``(1 - q_fg)^power q_bg``: a sample's weight from its foreground and background confidence, a constant.
 
-    Both are in [0, 1], of one shape. It is large where only the background is sure. ``detach=False`` lets gradient by.
+    Both are in [0, 1], of one shape. It is large where only the background is sure; without ``detach``, no constant.
 
     >>> confidence_weight(torch.tensor([0.3]), torch.tensor([0.6]), 2.0)  # 0.7^2 * 0.6
     tensor([0.2940])

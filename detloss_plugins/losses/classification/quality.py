@@ -91,7 +91,6 @@ class IABCELoss(
     among those of its object; heads that match one to one have no such rank, and it is left out.
 
     Args:
-        alpha: how much of the target is the score itself, in [0, 1]; the rest is the quality.
-        gamma: power of a negative's score.
+        alpha: how much of the target is the score itself; the rest is the quality.
         detach_weight: treat the weight of the negatives as a constant; in the authors' code it carries gradient.
     """
