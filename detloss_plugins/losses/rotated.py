@@ -185,14 +185,10 @@ def gwd_loss(
 class GWDLoss(RotatedLoss, fn=gwd_loss, paper=ARXIV + "2101.11952", row_wise=True, minimum=0.5, scale_invariant=False):
     """Yang et al., Rethinking Rotated Object Detection with Gaussian Wasserstein Distance Loss, 2021.
 
-    The minimum, for identical boxes, is ``1 - 1 / tau`` (0 for ``tau=0``), the bound 1. ``d^2`` has the squared unit of
-    the boxes, and the loss is meant for pixels; with ``normalize`` it is scale-invariant. mmrotate's
-    ``GDLoss("gwd")`` is ``normalize=True, tau=0``, its ``GDLoss_v1("gwd")`` is ``fun="sqrt", tau=1``.
-
-    Args:
-        fun: on the distance.
-        tau: 0 for ``fun(d^2)`` itself, without a bound.
-        normalize: divide the distance by the size of the boxes.
+    The minimum, for identical boxes, is ``1 - 1 / tau``, the bound 1; ``tau=0`` is ``fun(d^2)`` itself, from 0 on
+    without a bound. ``d^2`` has the squared unit of the boxes, and the loss is meant for pixels; with ``normalize`` it
+    is scale-invariant. mmrotate's ``GDLoss("gwd")`` is ``normalize=True, tau=0``, its ``GDLoss_v1("gwd")`` is
+    ``fun="sqrt", tau=1``.
     """
 
 
@@ -233,14 +229,9 @@ def _side_divergence(a: Tensor, b: Tensor) -> Tensor:
 class KLDLoss(RotatedLoss, fn=kld_loss, paper=ARXIV + "2106.01883", row_wise=True, symmetric=False):
     """Yang et al., Learning High-Precision Bounding Box via Kullback-Leibler Divergence, 2021.
 
-    The minimum, for identical boxes, is ``1 - 1 / tau`` (0 for ``tau=0``), the bound 1. mmrotate's ``GDLoss("kld")`` is
-    ``direction="target||pred", root=True, tau=0``; its ``GDLoss_v1("kld", fun="log1p")`` has ``factor=2``, for it
-    leaves the 1/2 out.
-
-    Args:
-        direction: "target||pred" is what the authors' code and GDLoss compute.
-        fun: on the divergence.
-        tau: 0 for ``fun(KL)`` itself, without a bound.
+    The minimum, for identical boxes, is ``1 - 1 / tau``, the bound 1; ``tau=0`` is ``fun(KL)`` itself, from 0 on
+    without a bound. The authors' code has ``direction="target||pred"``, as has mmrotate's ``GDLoss("kld")`` with
+    ``root=True, tau=0``; its ``GDLoss_v1("kld", fun="log1p")`` has ``factor=2``, for it leaves the 1/2 out.
     """
 
 

@@ -45,10 +45,8 @@ class MPDIoULoss(
 
     Args:
         image_size: ``(height, width)`` of the network's input in the unit of the boxes, pixels; or "batch", which the
-            Ultralytics adapter fills in for each batch, and assumes where nothing is given.
-
-    Raises:
-        ValueError: if ``image_size`` is "batch" and nobody has set ``batch_image_size``.
+            Ultralytics adapter fills in for each batch (``batch_image_size``, else a ``ValueError``) and assumes where
+            nothing is given.
     """
 
     def __init__(self, *, image_size: Size | Literal["batch"] = None, **settings):  # type: ignore[assignment]

@@ -59,9 +59,7 @@ def wiou_loss(
 
 
 class _OverABase(BoxLoss, true_gradient=False, attracts=True, filled=("base",)):
-    """A box loss that changes another one; they nest in any order, each by its formula.
-
-    Some facts of the class are those of the default base.
+    """A box loss that changes another one; they nest in any order. Some facts of the class are the default base's.
 
     Args:
         base: config of a box loss with one value a box, else a ``ValueError``; None for the plain form. Put Wise-IoU
@@ -102,8 +100,6 @@ class WIoULoss(_OverABase, fn=wiou_loss, paper=ARXIV + "2301.10051", row_wise=Tr
     it is used, by the boxes of weight above 0.
 
     Args:
-        version: 1, 2 or 3.
-        gamma: of version 2.
         alpha, delta: of version 3, the paper's; the authors' code has 1.7 and 2.7 now.
         momentum: share of a batch in the running mean, in (0, 1]. The paper's is ``1 - 0.05^(1 / n)``, n the steps
             until the model hardly improves any more.
@@ -227,8 +223,7 @@ class InterpIoULoss(
     further than ``1 / (1 - alpha)`` sides away gets no gradient.
 
     Args:
-        alpha: share of the target in the interpolated box, in [0, 1].
-        dynamic: alpha by the IoU instead (D-InterpIoU), whose gradient is not the derivative.
+        dynamic: alpha by the IoU (D-InterpIoU), whose gradient is not the derivative.
     """
 
     def __init__(self, **settings: Any) -> None:

@@ -59,13 +59,11 @@ def dr_loss(
 class DRLoss(RankingLoss, fn=dr_loss, paper=ARXIV + "1907.10156", bounds=(0.0, 6.1)):
     """Qian et al., DR Loss: Improving Object Detection by Distributional Ranking, 2019.
 
-    One value for all that ``pred`` holds, so that its mean over the positives is that value. Its gradient is the true
-    derivative. Without positives it is zero, where the authors' code goes on pushing the negatives down. By default it
-    is at most ``4 / 6 ln(1 + exp(6 * 1.5))``.
+    One value for all that ``pred`` holds, with the true derivative. Without positives it is zero, where the authors'
+    code goes on pushing the negatives down. By default it is at most ``4 / 6 ln(1 + exp(6 * 1.5))``.
 
     Args:
         pos_lambda, neg_lambda: temperature of the distribution of the positives, the negatives; small for the hardest.
         margin: by how much the positives' mean must exceed the negatives'.
-        L: steepness of the logistic loss.
-        tau: factor on the loss.
+        L, tau: steepness of the logistic loss, and factor on it.
     """
