@@ -130,8 +130,7 @@ def one_of(*choices: Any) -> Rule:
     """Any of these."""
     named = [f'"{choice}"' if isinstance(choice, str) else str(choice) for choice in choices]
     words = f"{', '.join(named[:-1])} or {named[-1]}" if len(named) > 1 else named[0]
-    kinds = tuple({type(choice) for choice in choices})
-    return Rule(words, lambda value: value in choices and not isinstance(value, bool), kinds)
+    return Rule(words, lambda value: value in choices and not isinstance(value, bool), tuple(set(map(type, choices))))
 
 
 def _any_of(rules: Sequence[Rule]) -> Rule:

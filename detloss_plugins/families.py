@@ -79,10 +79,8 @@ class BoxLoss(_Boxes, family="box"):
     """Losses between aligned boxes.
 
     Call with ``pred`` and ``target`` of shape ``(..., 4)``, corners ``(x1, y1, x2, y2)`` in any one unit; the
-    per-element losses have shape ``(...)``. ``weight`` may be ``(N,)``, ``(N, 1)`` or mmdet's ``(N, 4)``.
-
-    Raises:
-        ValueError: if the shapes differ or do not end in 4, or the targets of the first calls are not boxes.
+    per-element losses have shape ``(...)``. ``weight`` may be ``(N,)``, ``(N, 1)`` or mmdet's ``(N, 4)``. Other shapes,
+    and targets of the first calls that are no boxes, are a ``ValueError``.
     """
 
     form, columns = "boxes of 4 coordinates (x1, y1, x2, y2)", 4
@@ -100,14 +98,13 @@ class ClassificationLoss(
     is an error on a CPU; on a GPU the loss would have to wait for it.
 
     Args:
-        use_sigmoid: accepted by the losses that have only a sigmoid form because mmdet's heads read it from the config
-            to choose the number of channels; it must be True there.
+        use_sigmoid: True of a loss with a sigmoid form only, which takes it as mmdet's heads read it from the config.
         class_weight: one factor a class on its channel's loss, or "effective", :func:`effective_weights` of
             ``class_counts``. Of sigmoid forms only; "mean" divides by what it would without.
         class_counts: how many objects of each class the data set has; the adapters fill it in for "effective".
         effective_beta: the beta of the effective number.
-        label_smoothing: s; a target t becomes ``(1 - s) t + s / 2``, of positives, negatives and qualities alike. Of
-            sigmoid forms only, and not where every target above 0 is a positive.
+        label_smoothing: s; a target t becomes ``(1 - s) t + s / 2``. Of sigmoid forms only, and not where every
+            target above 0 is a positive.
 
     Raises:
         ValueError: for a target of none of these forms, and for settings where they have no meaning; weights for
@@ -320,8 +317,7 @@ class DistributionLoss(Loss, family="distribution"):
 
 def has_bins(loss: Loss) -> bool:
     """Whether a loss, or a part of it, has other bins than 0, 1, 2 and so on, by which the stock heads decode."""
-    parts = (part for part in loss.modules() if isinstance(part, DistributionLoss))
-    return any(getattr(part, "bins", None) is not None for part in parts)
+    return any(isinstance(x, DistributionLoss) and getattr(x, "bins", None) is not None for x in loss.modules())
 
 
 class RegressionLoss(Loss, family="regression", one_per_row=False):
@@ -338,15 +334,12 @@ class RegressionLoss(Loss, family="regression", one_per_row=False):
 class RegionLoss(Loss, family="region", bounds=(0.0, 1.0)):
     """Losses between masks ``(N, ...)``, one loss a mask: ``(N,)``.
 
-    Call with logits, which go through a sigmoid, and targets in [0, 1] of the same shape and any type. Nothing is
-    ignored; targets outside [0, 1], such as masks of 0 and 255, are an error in the first calls on a CPU.
+    Call with logits, which go through a sigmoid, and targets in [0, 1] of the same shape (else a ``ValueError``) and
+    any type. Nothing is ignored; targets such as masks of 0 and 255 are a ``ValueError`` in the first calls on a CPU.
 
     Args:
-        use_sigmoid: accepted because mmdet's configs write it; there is no other activation.
+        use_sigmoid: True, or False beside ``activate=False``; accepted because mmdet's configs write it.
         activate: False if ``pred`` is a probability already, as QueryInst's and decoupled SOLO's heads give it.
-
-    Raises:
-        ValueError: if ``use_sigmoid`` is False and ``activate`` is not, or for shapes or targets that do not fit.
     """
 
     def __init__(self, *, use_sigmoid: bool = True, activate: bool = True, **settings):
@@ -383,13 +376,11 @@ class RotatedLoss(_Boxes, family="rotated"):
 
     Call with ``pred`` and ``target`` of shape ``(..., 5)``: ``(cx, cy, w, h, theta)``, the first four in any one unit,
     the angle in radians, any angle, turning the x axis towards the y axis. The per-element losses have shape ``(...)``.
-    ``weight`` may be ``(N,)``, ``(N, 1)`` or ``(N, 5)``.
+    ``weight`` may be ``(N,)``, ``(N, 1)`` or ``(N, 5)``. Other shapes, and targets of the first calls that are no
+    boxes, are a ``ValueError``.
 
     Args:
         eps: the shortest side, as a share of the longest of both boxes or of the gap between their centers.
-
-    Raises:
-        ValueError: if the shapes differ or do not end in 5, or the targets of the first calls are not boxes.
     """
 
     form, columns = "rotated boxes of 5 values (cx, cy, w, h, theta in radians)", 5

@@ -26,7 +26,7 @@ class LossRegistry(Registry):
         root looks up.
 
         Raises:
-            ValueError: for a name that no loss has, nor anything in a parent; the message gives the nearest ones.
+            ValueError: for a name that nothing has, here or in a parent; the message gives the nearest ones.
         """
         found, name = super().get(key), key.removeprefix(f"{SCOPE}.")
         of_loss = "." not in name or name.startswith("losses.")

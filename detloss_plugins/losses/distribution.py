@@ -20,10 +20,8 @@ def fgl_bins(reg_max: int = 32, up: float = 0.5, reg_scale: float = 4.0) -> list
     """D-FINE's bins for :class:`DistributionFocalLoss`: ``reg_max + 1`` values, dense about 0.
 
     With ``a = up * reg_scale`` and ``s = (a + 1)^(2 / (reg_max - 2))`` they are 0, ``+-(s^i - 1)`` for i from 1 to
-    ``reg_max / 2 - 1``, the last of which is a, and ``+-2a`` at the ends.
-
-    Raises:
-        ValueError: if ``reg_max`` is odd or below 4.
+    ``reg_max / 2 - 1``, the last of which is a, and ``+-2a`` at the ends; ``reg_max`` is even and at least 4, else a
+    ``ValueError``.
 
     >>> fgl_bins(6, 0.5, 6.0)  # a = 3, s = 4^(1/2)
     [-6.0, -3.0, -1.0, 0.0, 1.0, 3.0, 6.0]
@@ -40,9 +38,8 @@ def distribution_focal_loss(pred: Tensor, target: Tensor, *, bins: Bins | None =
     """Cross entropy with the two bins around the target, weighted by their nearness.
 
     ``-[(1 - w) log S_l + w log S_(l+1)]`` with ``w = (y - W_l) / (W_(l+1) - W_l)`` for a target y between the bins
-    ``W_l`` and ``W_(l+1)``, and ``S = softmax(pred)``. ``bins`` are increasing values, one for each logit; None is 0,
-    1, 2 and so on. ``pred`` holds logits ``(..., bins)``, ``target`` distances ``(...)`` in the unit of the bins, and
-    the losses have its shape. A target outside the bins counts as the nearest one.
+    ``W_l`` and ``W_(l+1)``, one for each logit (None: 0, 1, 2 and so on), and ``S = softmax(pred)``. Logits are
+    ``(..., bins)``, targets, in the unit of the bins, and losses ``(...)``. Outside, the nearest bin counts.
 
     >>> distribution_focal_loss(torch.tensor([[0.2, 0.5, 1.5, 0.3, -0.7]]), torch.tensor([2.3]))
     tensor([1.0790])

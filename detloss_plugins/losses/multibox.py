@@ -137,28 +137,26 @@ class MultiBoxLoss(
 
     Call with A anchors in each of B images: ``pred`` is a pair of class logits ``(B, A, K)`` and boxes ``(B, A, 4)``,
     ``target`` a pair of labels ``(B, A)`` and boxes ``(B, A, 4)``. Either may be one tensor: the logits and boxes side
-    by side, ``(B, A, K + 4)``, and the label and the box, ``(B, A, 5)``. The boxes are whatever ``loss_bbox`` compares:
-    encoded offsets, or corners for a box loss; those of an anchor without an object have no part.
+    by side, ``(B, A, K + 4)``, and the label and the box, ``(B, A, 5)``. The boxes are whatever ``loss_bbox`` compares,
+    encoded offsets or corners; those of an anchor without an object have no part.
 
     A softmax loss has a channel for the background, the last, and K - 1 classes; a sigmoid loss has K classes. The
     background's label is the number of classes; a negative label is ignored.
 
-    ``weight`` is one a anchor, ``(B, A)``, or one an image, ``(B,)``. "mean" is over ``avg_factor``, or the number of
-    positives, where an image counts as one at least; "none" gives ``(B, A)``. In an image without positives no negative
-    has a part.
+    ``weight`` is one an anchor, ``(B, A)``, or one an image, ``(B,)``. "mean" is over ``avg_factor``, or the number of
+    positives, where an image counts as one at least, though none of its negatives then; "none" gives ``(B, A)``.
 
     Args:
         loss_cls, loss_bbox: configs of a classification or ranking loss, and of a point-wise or box loss; softmax cross
             entropy and smooth L1 if they are not given. Their ``loss_weight`` balances the two.
         neg_pos_ratio: how many negatives an image has for each positive, those with the highest class loss; None for
-            all. "auto" is 3, or None if ``loss_cls`` is a loss that balances positives and negatives itself
-            (``needs_mining=False``), as focal loss does.
+            all. "auto" is 3, or None if ``loss_cls`` balances positives and negatives itself, as focal loss does.
         return_dict: True for a dict of ``loss_cls`` and ``loss_bbox`` in place of their sum.
         background: "last", or "first" for the authors' order (and that of ssd.pytorch): label 0 and, of a softmax loss,
             channel 0 are the background, and the classes count from 1.
 
     Raises:
-        ValueError: if ``neg_pos_ratio`` is negative, or a loss has no place here, or shapes do not fit.
+        ValueError: if a loss has no place here, or shapes do not fit.
     """
 
     def __init__(

@@ -104,7 +104,6 @@ class TverskyLoss(RegionLoss, fn=tversky_loss, paper=ARXIV + "1706.05721", row_w
     """Salehi et al., Tversky loss function for image segmentation, 2017; Abraham and Khan, 2018, for the focal form.
 
     Args:
-        alpha: weight of false positives. Some libraries swap it with ``beta``.
-        beta: weight of false negatives; above ``alpha`` it favours recall.
-        gamma: 1 is the plain form.
+        alpha, beta: weights of false positives and of false negatives (some libraries swap them); a larger ``beta``
+            favours recall.
     """

@@ -238,11 +238,8 @@ class UncertaintyKLLoss(
     Called ``loss(pred, target, log_variance, weight=None, avg_factor=None, reduction_override=None)``: the model
     predicts the logarithm of a variance beside each number. Large where errors are large, it makes the loss flat there;
     the loss can be negative. With variances ``compile=True`` has no effect. It needs a head that predicts them:
-    ``UncertaintyBBoxHead`` and ``UncertaintyRetinaHead`` of the MMDetection adapter do.
-
-    Raises:
-        ValueError: if the shapes differ, or ``log_variance`` has no gradient while ``pred`` has one: a head that knows
-            nothing of variances passes its weights there.
+    ``UncertaintyBBoxHead`` and ``UncertaintyRetinaHead`` of the MMDetection adapter do. A ``ValueError`` for a
+    ``log_variance`` without a gradient while ``pred`` has one: other heads pass their weights there.
     """
 
     def forward(self, pred, target, log_variance=None, weight=None, avg_factor=None, reduction_override=None):
