@@ -373,11 +373,9 @@ class ConfidenceWeightedLoss(
     is confidently background, positives that the model misses among them.
 
     Args:
-        base: config of a classification loss; binary cross entropy if it is not given.
+        base: config of a classification loss (of a JointLoss, parts that are alike), else a ``ValueError``; binary
+            cross entropy if it is not given.
         use_sigmoid: may be given because mmdet's heads read it from the config; it must fit the base.
-
-    Raises:
-        ValueError: if ``base`` is no classification loss, or a JointLoss of parts that are not alike.
     """
 
     sigmoid_only = False

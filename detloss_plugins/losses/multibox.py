@@ -97,29 +97,22 @@ def mining_ratio(neg_pos_ratio: Any, loss_cls: Callable, loss_bbox: Callable, au
     Raises:
         ValueError: for a loss that has no place in a multibox loss, or another ratio, or one beside a ranking loss.
     """
-    if isinstance(loss_cls, ScheduledLoss):
-        needs_mining = any(part.facts.needs_mining for part in loss_cls.losses)
-        given = neg_pos_ratio if neg_pos_ratio != "auto" else auto if needs_mining else None
-        for part in loss_cls.losses:
-            given = mining_ratio(given, part, loss_bbox)
-        return given
-    for slot, loss, families in (
-        ("loss_cls", loss_cls, ("classification", "ranking")),
-        ("loss_bbox", loss_bbox, ("regression", "box")),
-    ):
+    parts = loss_cls.losses if isinstance(loss_cls, ScheduledLoss) else [loss_cls]
+    of_classes = [("loss_cls", part, ("classification", "ranking")) for part in parts]
+    for slot, loss, families in (*of_classes, ("loss_bbox", loss_bbox, ("regression", "box"))):
+        name = type(loss).__name__
         if isinstance(loss, Loss) and loss.family not in families:
-            wanted, name = " or ".join(families), type(loss).__name__
-            raise ValueError(f"{slot} of a multibox loss must be a {wanted} loss, not {name}.")
-    if getattr(loss_cls, "custom_cls_channels", False):
-        raise ValueError(f"{type(loss_cls).__name__} has channels of its own beside the classes; take another loss.")
+            raise ValueError(f"{slot} of a multibox loss must be a {' or '.join(families)} loss, not {name}.")
+        if getattr(loss, "custom_cls_channels", False):
+            raise ValueError(f"{name} has channels of its own beside the classes; take a loss without them.")
     if neg_pos_ratio == "auto":
-        neg_pos_ratio = auto if not isinstance(loss_cls, Loss) or loss_cls.facts.needs_mining else None
-    if neg_pos_ratio is None:
-        return None
-    if not (isinstance(neg_pos_ratio, (int, float)) and neg_pos_ratio >= 0):
+        needs_mining = any(not isinstance(part, Loss) or part.facts.needs_mining for part in parts)
+        neg_pos_ratio = auto if needs_mining else None
+    if neg_pos_ratio is not None and not (isinstance(neg_pos_ratio, (int, float)) and neg_pos_ratio >= 0):
         raise ValueError(f'neg_pos_ratio must be "auto", None or a number of at least 0, not {neg_pos_ratio!r}.')
-    if getattr(loss_cls, "family", "") == "ranking":
-        raise ValueError(f"{type(loss_cls).__name__} ranks all negatives; write neg_pos_ratio=None or leave it out.")
+    ranking = [type(part).__name__ for part in parts if getattr(part, "family", "") == "ranking"]
+    if ranking and neg_pos_ratio is not None:
+        raise ValueError(f"{ranking[0]} ranks all negatives; write neg_pos_ratio=None or leave it out.")
     return neg_pos_ratio
 
 
