@@ -119,7 +119,6 @@ class DistributionDistillationLoss(
     With ``matched``, the mean is the paper's: that over the matched rows and that over the others, weighted by the
     square roots of how many there are. The weight of a matched box is its IoU, of another one the teacher's best score.
 
-    >>> from detloss_plugins.losses import DistributionDistillationLoss
     >>> loss, bins = DistributionDistillationLoss(), 16
     >>> student, teacher = torch.randn(2, 2, 4 * bins, 100)  # "boxes" of two YOLO heads, (B, 4 bins, anchors)
     >>> scores = torch.rand(2, 80, 100)  # the teacher's
@@ -134,15 +133,7 @@ class DistributionDistillationLoss(
         check_same_shape(pred, target, "logits (N, bins), of student and teacher")
         return super().prepare(pred, target)
 
-    def forward(
-        self,
-        pred: Tensor,
-        target: Tensor,
-        weight: Tensor | None = None,
-        avg_factor: Tensor | float | None = None,
-        reduction_override: str | None = None,
-        matched: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, pred, target, weight=None, avg_factor=None, reduction_override=None, matched=None):
         """As in every loss, but for ``matched``: booleans, one for each row or box, which make the mean the paper's,
         with constant weights; a ``ValueError`` beside an ``avg_factor`` or another reduction than "mean"."""
         if matched is None:

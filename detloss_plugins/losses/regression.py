@@ -61,7 +61,9 @@ class MSELoss(
     keeps_little=True,
     upstream=(*alike(TORCH + "mse_loss"), *alike(MMDET + "MSELoss")),
 ):
-    """Squared error; its sum is the "L2 loss" of the textbooks. mmdet's L2Loss is another, which edits its inputs.
+    """Squared error; its sum is the "L2 loss" of the textbooks.
+
+    mmdet's L2Loss is another loss, which clamps and edits its inputs.
 
     Args:
         use_sigmoid: ``pred`` is a logit and the error that of its sigmoid, to regress a confidence.

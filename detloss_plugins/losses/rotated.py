@@ -271,10 +271,9 @@ def kfiou_loss(
 class KFIoULoss(RotatedLoss, fn=kfiou_loss, paper=ARXIV + "2201.12558", row_wise=True, minimum=2 / 3, symmetric=False):
     """Yang et al., The KFIoU Loss for Rotated Object Detection, 2022.
 
-    KFIoU compares shapes only: it is the same wherever the centers are, so the paper adds a loss on the centers. Here
-    that is on the offsets that a rotated box coder with the target as its anchor would give: the loss needs nothing but
-    the boxes, and moves centers too. KFIoU is at most 1/3: identical boxes give the minimum, 2/3 (mode "linear"),
-    ln 3 = 1.0986 ("log") or e^(2/3) - 1 = 0.9477 ("exp").
+    KFIoU compares shapes only, so the paper adds a loss on the centers. Here that is on the offsets that a rotated box
+    coder with the target as its anchor would give: the loss needs nothing but the boxes. KFIoU is at most 1/3:
+    identical boxes give the minimum, 2/3 (mode "linear"), ln 3 = 1.0986 ("log") or e^(2/3) - 1 = 0.9477 ("exp").
 
     Args:
         center_weight: 0 for the plain form, whose centers another loss must move: mmrotate's ``kfiou_loss`` where its

@@ -77,14 +77,12 @@ class SlideLoss(
     mmdet's ``(label, quality)``. The mean is that of the batch in training, and the last one seen in validation.
 
     Args:
-        base: config of a classification loss whose terms are weighted; binary cross entropy if it is not given.
+        base: config of a sigmoid classification loss of IoUs (of a JointLoss, parts that are alike) whose terms are
+            weighted, else a ``ValueError``; binary cross entropy if it is not given.
         decay: None, or the decay of a moving mean in place of the batch's, in [0, 1]; 0.999 in the code known as
             EMASlide, which has no paper. The mean starts at 1, and the decay at 0: at the n-th batch with positives it
             is ``decay (1 - e^(-n / tau))``.
         tau: in how many batches the decay grows.
-
-    Raises:
-        ValueError: if ``base`` is no sigmoid classification loss of IoUs, or a JointLoss of parts that are not alike.
     """
 
     def __init__(self, *, base: Mapping | None = None, decay: Share | None = None, tau: Positive = 2000.0, **settings):

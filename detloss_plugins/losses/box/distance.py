@@ -181,7 +181,10 @@ def mgiou_loss(pred: Tensor, target: Tensor, *, eps: Positive = 1e-7) -> Tensor:
 
 @MODELS.register_module()
 class MGIoULoss(BoxLoss, fn=mgiou_loss, paper=ARXIV + "2504.16443", row_wise=True, attracts=True, bounds=(0.0, 1.0)):
-    """Le et al., Marginalized Generalized IoU, 2025 (MGIoU), along the normals of the edges, here x and y."""
+    """Le et al., Marginalized Generalized IoU, 2025 (MGIoU).
+
+    The boxes are compared along the normals of their edges, here x and y.
+    """
 
 
 def scale_dynamic_iou_loss(

@@ -195,8 +195,8 @@ def interp_iou_loss(
 ) -> Tensor:
     """``(1 - IoU) + (1 - the IoU of an interpolated box)``, which is ``(1 - alpha) pred + alpha target``.
 
-    That box overlaps the target where the predicted one does not, and passes its gradient on. With ``dynamic``,
-    ``alpha = 1 - IoU``, kept in [0.6, 0.99], a constant.
+    That box overlaps the target where the predicted one does not, and passes its gradient on. With ``dynamic``
+    (D-InterpIoU), ``alpha = 1 - IoU``, kept in [0.6, 0.99], a constant.
 
     >>> interp_iou_loss(torch.tensor([0.0, 0, 2, 2]), torch.tensor([2.0, 0, 4, 2]), alpha=0.5)  # 1 + 1 - 1/3
     tensor(1.6667)
@@ -221,9 +221,6 @@ class InterpIoULoss(
 
     The formula is that of ports of the authors' code, which disagree on the direction and the value of alpha. A box
     further than ``1 / (1 - alpha)`` sides away gets no gradient.
-
-    Args:
-        dynamic: alpha by the IoU (D-InterpIoU), whose gradient is not the derivative.
     """
 
     def __init__(self, **settings: Any) -> None:

@@ -58,7 +58,9 @@ class IoULoss(
     row_wise=True,
     upstream=alike(MMDET + "IoULoss", {"mode": "log"}, {"mode": "linear"}, {"mode": "square"}),
 ):
-    """Yu et al., UnitBox, 2016, in the logarithmic form; the linear and the square one are mmdet's.
+    """Yu et al., UnitBox, 2016.
+
+    The logarithmic form is the paper's; the linear and the square one are mmdet's.
 
     Args:
         linear: mmdet's older way to write ``mode="linear"``.

@@ -215,17 +215,14 @@ def balanced_cross_entropy_loss(
     target = torch.where(counted, target, 0)
     if alpha == "auto":
         if positives is None or negatives is None:
-            positives, negatives = _balance_sums(target.detach(), counted)
+            y = target.detach()
+            positives, negatives = (y * counted).sum(), ((1 - y) * counted).sum()
         # Not 1 - n / (m + n), which has no digits left for one positive among ten million.
         m, n, both = positives, negatives, (positives > 0) & (negatives > 0)
         shares: Any = [torch.where(both, of_other / (m + n), 0.5).to(pred.dtype) for of_other in (n, m)]
     else:
         shares = alpha, 1 - alpha
     return counted * (shares[0] * target + shares[1] * (1 - target)) * bce(pred, target)
-
-
-def _balance_sums(target, counted):
-    return (target * counted).sum(), ((1 - target) * counted).sum()
 
 
 @MODELS.register_module()
@@ -252,8 +249,8 @@ class BalancedCrossEntropyLoss(
 
     def statistics(self, pred, target, valid, weight):
         counted = counts(target, valid, weight)
-        positives, negatives = _balance_sums(torch.where(counted > 0, target, 0), counted)
-        return {"positives": longest(positives), "negatives": longest(negatives)}
+        y = torch.where(counted > 0, target, 0)
+        return {"positives": longest((y * counted).sum()), "negatives": longest(((1 - y) * counted).sum())}
 
 
 def kl_div_loss(pred: Tensor, target: Tensor, *, temperature: Positive = 1.0) -> Tensor:

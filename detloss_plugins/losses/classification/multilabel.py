@@ -121,7 +121,7 @@ def asymmetric_loss(
 ) -> Tensor:
     """``-y (1 - p)^gamma_pos ln p - (1 - y) p_m^gamma_neg ln(1 - p_m)`` with ``p_m = max(p - clip, 0)``.
 
-    The two powers are constants unless ``detach_focusing`` is False. Logits, targets and losses have one shape.
+    The two powers are constants, as by the authors' default, unless ``detach_focusing`` is False. All have one shape.
 
     >>> asymmetric_loss(torch.zeros(2), torch.tensor([1.0, 0.0]))  # ln 2 / 2 and -0.45^4 ln 0.55
     tensor([0.3466, 0.0245])
@@ -143,10 +143,6 @@ class AsymmetricLoss(
     """Ridnik et al., Asymmetric Loss for Multi-Label Classification, 2020 (ASL).
 
     The authors' code returns the sum; here that is ``reduction="sum"``.
-
-    Args:
-        clip: a negative with a probability below it costs nothing.
-        detach_focusing: treat the powers as constants, as the authors' default does.
     """
 
 

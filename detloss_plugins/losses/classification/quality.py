@@ -19,7 +19,8 @@ _PLAIN = {"alpha": 1.0, "iou_weighted": False}  # of mmdet's varifocal loss
 def ma_loss(pred: Tensor, target: Tensor, *, gamma: NonNegative = 1.5, detach_weight: bool = True) -> Tensor:
     """``BCE(x, q^gamma)`` where the quality ``q > 0``, ``p^gamma BCE(x, 0)`` where it is 0.
 
-    The weight ``p^gamma`` is a constant unless ``detach_weight`` is False.
+    The weight ``p^gamma`` is a constant, as in the authors' code, whose configs have ``gamma=1.5``, unless
+    ``detach_weight`` is False.
 
     >>> ma_loss(torch.tensor([0.8, -0.4, 1.5]), torch.tensor([0.6, 0.0, 1.0]))
     tensor([0.7993, 0.1304, 0.2014])
@@ -51,10 +52,6 @@ class MALoss(
     For heads that match each object with one box. With a ``(label, quality)`` target, as the heads of DETR's kind hand
     it over, a positive of quality 0 stays a positive, with a target of 0; a dense target, as YOLO's, cannot tell it
     from a negative.
-
-    Args:
-        gamma: power of a positive's quality and of a negative's score; 1.5 in the authors' configs.
-        detach_weight: treat the weight of the negatives as a constant, as the authors' code does.
     """
 
 
@@ -63,7 +60,7 @@ def iabce_loss(
 ) -> Tensor:
     """``BCE(x, t)`` with ``t = max(p^alpha q^(1 - alpha), 0.01)`` where the quality ``q > 0``, else ``p^gamma BCE``.
 
-    ``t`` is a constant, the weight ``p^gamma`` is one if ``detach_weight`` says so.
+    ``t`` is a constant; the weight ``p^gamma`` carries gradient as in the authors' code, unless ``detach_weight``.
 
     >>> iabce_loss(torch.tensor([0.8, -0.4, 1.5]), torch.tensor([0.6, 0.0, 1.0]))  # t = .6213 and .9509
     tensor([0.6740, 0.0826, 0.2751])
@@ -89,8 +86,4 @@ class IABCELoss(
 
     A positive of quality 0 stays one as in MALoss. Align-DETR's many-to-one matching lowers ``t`` by the rank of a box
     among those of its object; heads that match one to one have no such rank, and it is left out.
-
-    Args:
-        alpha: how much of the target is the score itself; the rest is the quality.
-        detach_weight: treat the weight of the negatives as a constant; in the authors' code it carries gradient.
     """
