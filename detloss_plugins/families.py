@@ -287,20 +287,14 @@ class RankingLoss(ClassificationLoss, family="ranking", needs_mining=False, coun
         self.look(pred, target)
         with without_autocast(pred.device):
             pred, target, _ = self.prepare(float32(pred), target)
-            target, weight = self.ranked(pred, target, weight)
+            if weight is not None:
+                weight = fit_weight(weight, pred).expand_as(pred)
+                target = target.masked_fill(weight == 0, -1)
+                weight = weight.masked_select(target > 0)
             found = self.elements(pred, target, inputs)
             parts = found if isinstance(found, tuple) else (found,)
             parts = tuple(factor * reduce(part, weight, avg_factor, reduction) for part in parts)
         return parts if isinstance(found, tuple) else parts[0]
-
-    @staticmethod
-    def ranked(pred: Tensor, target: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The target with the cells of weight 0 ignored, and the weights of the positives or None."""
-        if weight is None:
-            return target, None
-        weight = fit_weight(weight, pred).expand_as(pred)
-        target = target.masked_fill(weight == 0, -1)
-        return target, weight.masked_select(target > 0)
 
 
 class DistributionLoss(Loss, family="distribution"):
