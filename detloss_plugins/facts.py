@@ -21,7 +21,8 @@ class Upstream(NamedTuple):
     at: tuple = ()  # the boxes (pred, target), in float32, on which they differ; empty: on any
 
 
-MMDET, TORCH = "mmdet.models.losses.", "torch.nn.functional."  # where most counterparts are
+ARXIV = "https://arxiv.org/abs/"  # where most papers are
+MMDET, TORCH = "mmdet.models.losses.", "torch.nn.functional."  # and most counterparts
 
 
 def alike(path: str, *settings: Mapping, differs: str = "") -> tuple[Upstream, ...]:
@@ -129,8 +130,7 @@ def one_of(*choices: Any) -> Rule:
     """Any of these."""
     named = [f'"{choice}"' if isinstance(choice, str) else str(choice) for choice in choices]
     words = f"{', '.join(named[:-1])} or {named[-1]}" if len(named) > 1 else named[0]
-    kinds = tuple({type(choice) for choice in choices})
-    return Rule(words, lambda value: value in choices and not isinstance(value, bool), kinds)
+    return Rule(words, lambda value: value in choices and not isinstance(value, bool), tuple(set(map(type, choices))))
 
 
 def _any_of(rules: Sequence[Rule]) -> Rule:
@@ -146,34 +146,23 @@ def _each(rule: Rule, words: str, fits: Callable[[Any], Any] = len) -> Rule:
     return Rule(words, holds, (list, tuple))
 
 
-def size_rule() -> Rule:
-    """A pair of positive numbers: height and width."""
-    return _each(above(0), "(height, width) of the network's input in pixels", lambda value: len(value) == 2)
-
-
-def two_increasing() -> Rule:
-    """A pair of numbers, the smaller first."""
-    return _each(_numbers("a number"), "two increasing numbers", lambda value: len(value) == 2 and value[0] < value[1])
-
-
-def increasing(low: float | None = None, count: int = 0) -> Rule:
-    """Numbers, each above the one before: at least ``count`` of them, the first at least ``low`` if that is given."""
-    words = (
-        "increasing numbers" + ("" if low is None else f" of at least {low}") + (f", {count} or more" if count else "")
-    )
-    rule = _numbers("a number") if low is None else at_least(low)
-    return _each(rule, words, lambda value: len(value) >= count and all(a < b for a, b in pairwise(value)))
+def _increase(values: Sequence[float]) -> bool:
+    return all(a < b for a, b in pairwise(values))
 
 
 # Types for the settings of a loss: what a keyword-only argument is annotated with is what it may be.
-Number = Annotated[float, _numbers("a number")]
+_NUMBER = _numbers("a number")
+Number = Annotated[float, _NUMBER]
 Positive = Annotated[float, above(0)]
 NonNegative = Annotated[float, at_least(0)]
 Share = Annotated[float, between(0, 1)]
 Count = Annotated[int, Rule("a whole number above 0", lambda v: type(v) is int and v > 0, (int,))]
 NotWeighed = Annotated[None, Rule("None (which is torchvision's -1)", lambda value: value is None, (NoneType,))]
 PerClass = Annotated[list, _each(at_least(0), "a list of numbers of at least 0, one a class")]
-Increasing = Annotated[list, increasing(low=0)]
+Increasing = Annotated[list, _each(at_least(0), "increasing numbers of at least 0", _increase)]
+Bins = Annotated[tuple, _each(_NUMBER, "increasing numbers, 2 or more", lambda v: len(v) > 1 and _increase(v))]
+Interval = Annotated[tuple, _each(_NUMBER, "two increasing numbers", lambda v: len(v) == 2 and v[0] < v[1])]
+Size = Annotated[tuple, _each(above(0), "(height, width) of the network's input in pixels", lambda v: len(v) == 2)]
 Parts = Annotated[list, Rule("a list of config dicts of losses", lambda v: isinstance(v, list | tuple), (list, tuple))]
 SharePerClass = Annotated[list, _each(between(0, 1), "a list of numbers in [0, 1], one a class")]
 
@@ -181,7 +170,7 @@ _OF_TYPES = {
     bool: Rule("True or False", lambda value: isinstance(value, bool), (bool,)),
     NoneType: Rule("None", lambda value: value is None, (NoneType,)),
     int: Rule("a whole number", lambda value: type(value) is int, (int,)),
-    float: _numbers("a number"),
+    float: _NUMBER,
     str: Rule("a string", lambda value: isinstance(value, str), (str,)),
 }
 

@@ -1,7 +1,7 @@
 """The families of losses: what pred and target of each look like."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -13,9 +13,9 @@ from detloss_plugins.precision import float32, is_asynchronous, is_compiling, wi
 from detloss_plugins.reduction import check_reduction, fit_weight, reduce
 
 
-def check_same_shape(pred: Tensor, target: Tensor, what: str) -> None:
-    """Raise ``ValueError`` if the two shapes differ."""
-    if pred.shape != target.shape:
+def check_same_shape(pred: Tensor, target: Tensor, what: str, columns: int | None = None) -> None:
+    """Raise ``ValueError`` if the two shapes differ, or do not end in ``columns``."""
+    if pred.shape != target.shape or columns not in (None, *pred.shape[-1:]):
         raise ValueError(f"pred {tuple(pred.shape)} and target {tuple(target.shape)} must both be {what}.")
 
 
@@ -34,10 +34,9 @@ def of_one_type(pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def effective_weights(counts: Sequence[float], beta: float = 0.999) -> list[float]:
-    """``(1 - beta) / (1 - beta^n)`` of each class with ``n`` objects, then scaled to a mean of 1.
+    """``(1 - beta) / (1 - beta^n)`` of each class with ``n`` objects, scaled to a mean of 1; without objects, 1.
 
-    Cui et al., Class-Balanced Loss Based on Effective Number of Samples, 2019, https://arxiv.org/abs/1901.05555. A
-    class without objects has the weight 1.
+    Cui et al., Class-Balanced Loss Based on Effective Number of Samples, 2019, https://arxiv.org/abs/1901.05555.
 
     >>> [round(weight, 6) for weight in effective_weights([1, 2, 0], beta=0.5)]  # 1 and 2/3, times 6/5
     [1.2, 0.8, 1.0]
@@ -47,8 +46,12 @@ def effective_weights(counts: Sequence[float], beta: float = 0.999) -> list[floa
     return [next(scaled) if n > 0 else 1.0 for n in counts]
 
 
-class _LooksAtSides(Loss):
+class _Boxes(Loss):
     """Encoded deltas in place of boxes train without an error, and to no purpose: they have sides below zero."""
+
+    form: ClassVar[str]
+    columns: ClassVar[int]
+    _sides: ClassVar[Callable]  # width and height of boxes
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
@@ -57,7 +60,7 @@ class _LooksAtSides(Loss):
     def check(self, pred, target):
         if target.shape != pred.shape or target.shape[-1] != self.columns:
             return
-        self.inverted += int((self.sides(target) < 0).any(-1).sum())
+        self.inverted += int((self._sides(target) < 0).any(-1).sum())
         self.boxes += int((target != 0).any(-1).sum())
         # An annotation or two may be wrong; of deltas, most have a side below zero.
         if self.inverted >= 4 and self.inverted > self.boxes / 4:
@@ -67,28 +70,21 @@ class _LooksAtSides(Loss):
                 "head that has no such setting (FoveaHead) takes a point-wise loss such as SmoothL1Loss."
             )
 
+    def prepare(self, pred, target):
+        check_same_shape(pred, target, self.form, self.columns)
+        return super().prepare(pred, target)
 
-class BoxLoss(_LooksAtSides, family="box"):
+
+class BoxLoss(_Boxes, family="box"):
     """Losses between aligned boxes.
 
     Call with ``pred`` and ``target`` of shape ``(..., 4)``, corners ``(x1, y1, x2, y2)`` in any one unit; the
-    per-element losses have shape ``(...)``. ``weight`` may be ``(N,)``, ``(N, 1)`` or mmdet's ``(N, 4)``.
-
-    Raises:
-        ValueError: if the shapes differ or do not end in 4, or the targets of the first calls are not boxes.
+    per-element losses have shape ``(...)``. ``weight`` may be ``(N,)``, ``(N, 1)`` or mmdet's ``(N, 4)``. Other shapes,
+    and targets of the first calls that are no boxes, are a ``ValueError``.
     """
 
-    form, columns = "boxes (x1, y1, x2, y2)", 4
-
-    @staticmethod
-    def sides(boxes: Tensor) -> Tensor:
-        return boxes[..., 2:] - boxes[..., :2]
-
-    def prepare(self, pred, target):
-        check_same_shape(pred, target, "boxes (N, 4) as (x1, y1, x2, y2)")
-        if pred.shape[-1] != 4:
-            raise ValueError(f"Boxes have 4 coordinates (x1, y1, x2, y2), not {pred.shape[-1]}.")
-        return super().prepare(pred, target)
+    form, columns = "boxes of 4 coordinates (x1, y1, x2, y2)", 4
+    _sides = staticmethod(lambda boxes: boxes[..., 2:] - boxes[..., :2])
 
 
 class ClassificationLoss(
@@ -102,19 +98,17 @@ class ClassificationLoss(
     is an error on a CPU; on a GPU the loss would have to wait for it.
 
     Args:
-        use_sigmoid: accepted by the losses that have only a sigmoid form because mmdet's heads read it from the config
-            to choose the number of channels; it must be True there.
+        use_sigmoid: True of a loss with a sigmoid form only, which takes it as mmdet's heads read it from the config.
         class_weight: one factor a class on its channel's loss, or "effective", :func:`effective_weights` of
             ``class_counts``. Of sigmoid forms only; "mean" divides by what it would without.
         class_counts: how many objects of each class the data set has; the adapters fill it in for "effective".
         effective_beta: the beta of the effective number.
-        label_smoothing: s; a target t becomes ``(1 - s) t + s / 2``, of positives, negatives and qualities alike. Of
-            sigmoid forms only, and not where every target above 0 is a positive.
+        label_smoothing: s; a target t becomes ``(1 - s) t + s / 2``. Of sigmoid forms only, and not where every
+            target above 0 is a positive.
 
     Raises:
-        ValueError: if ``use_sigmoid`` is False for such a loss, or the target has none of these forms, or, on a CPU, a
-            label is too large; for ``class_weight`` and ``label_smoothing`` where they have no meaning, weights for
-            another number of classes, and "effective" without counts when it is called.
+        ValueError: for a target of none of these forms, and for settings where they have no meaning; weights for
+            another number of classes and "effective" without counts when it is called.
     """
 
     sigmoid_only: ClassVar[bool] = True
@@ -213,10 +207,8 @@ class ClassificationLoss(
             return
         largest, last = int(label.max()), self.last_label(pred)
         if largest > last:
-            raise ValueError(
-                f"{type(self).__name__} with logits {tuple(pred.shape)} takes labels up to {last}, not {largest}; "
-                "a negative label is ignored."
-            )
+            of = f"{type(self).__name__} with logits {tuple(pred.shape)}"
+            raise ValueError(f"{of} takes labels up to {last}, not {largest}; a negative label is ignored.")
 
     def prepare(self, pred, target):
         if not self.may_ignore and isinstance(target, Tensor) and target.shape == pred.shape:
@@ -231,28 +223,25 @@ class ClassificationLoss(
     @classmethod
     def dense(cls, pred: Tensor, target: Any) -> tuple[Tensor, Tensor | None]:
         """The dense form of a target of any form, and the mask of its valid rows or elements, or None for all."""
-        if isinstance(target, (tuple, list)):
-            label, quality = target
-            if quality is None:
-                return cls.one_hot(pred, label, pred.new_ones(()))
-            if quality.shape not in (label.shape, (*label.shape, 1)):
-                raise ValueError(
-                    f"{cls.__name__} takes one quality a label, {tuple(label.shape)}, not {tuple(quality.shape)}."
-                )
-            return cls.one_hot(pred, label, quality.to(pred.dtype).reshape(label.shape))
-        if target.shape == pred.shape:
+        label, quality = target if isinstance(target, (tuple, list)) else (target, None)
+        if label is target and target.shape == pred.shape:
             # True for NaN, which is not ours to hide.
             return target.to(pred.dtype), ~(target < 0) if may_be_negative(target) else None
-        return cls.one_hot(pred, target, pred.new_ones(()))
+        if quality is None:
+            return cls.one_hot(pred, label, pred.new_ones(()))
+        if quality.shape not in (label.shape, (*label.shape, 1)):
+            given = tuple(quality.shape)
+            raise ValueError(f"{cls.__name__} takes one quality a label, {tuple(label.shape)}, not {given}.")
+        return cls.one_hot(pred, label, quality.to(pred.dtype).reshape(label.shape))
 
     @classmethod
     def one_hot(cls, pred: Tensor, label: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """``value`` on the label's channel, in its type, and the mask of the rows that are not ignored."""
         if label.shape != pred.shape[:-1] or label.is_floating_point():
+            *rows, _ = shape = tuple(pred.shape)
             raise ValueError(
-                f"{cls.__name__} with logits {tuple(pred.shape)} takes class indices {tuple(pred.shape[:-1])} "
-                f"as integers, a dense target {tuple(pred.shape)} or a (label, quality) tuple, "
-                f"not {label.dtype} {tuple(label.shape)}."
+                f"{cls.__name__} with logits {shape} takes class indices {tuple(rows)} as integers, a dense target "
+                f"{shape} or a (label, quality) tuple, not {label.dtype} {tuple(label.shape)}."
             )
         classes = torch.arange(pred.shape[-1], device=label.device)
         return torch.where(label.unsqueeze(-1) == classes, value.unsqueeze(-1), 0), label >= 0
@@ -276,6 +265,9 @@ class RankingLoss(ClassificationLoss, family="ranking", needs_mining=False, coun
     and has no effect on a negative. Without positives the loss is zero.
 
     With ``torch.use_deterministic_algorithms(True)`` torch refuses running sums on a GPU, which all but DRLoss take.
+
+    Args:
+        delta: half the width of the step by which all but DRLoss compare scores, in logits.
     """
 
     instead = "it ranks scores, and its targets say no more than which are positives"
@@ -284,8 +276,8 @@ class RankingLoss(ClassificationLoss, family="ranking", needs_mining=False, coun
         if isinstance(target, (tuple, list)):
             target, valid = self.dense(pred, above_zero(target, pred.dtype))
         elif target.shape == pred.shape:
-            signed = target.is_floating_point() or (target.dtype.is_signed and target.dtype != torch.bool)
-            return pred, target if signed else target.to(pred.dtype), None  # what is ignored will be below 0
+            # What is ignored will be below 0.
+            return pred, target if target.dtype.is_signed else target.to(pred.dtype), None
         else:
             target, valid = self.one_hot(pred, target, torch.ones((), dtype=torch.int8, device=pred.device))
         return pred, target.masked_fill(~valid.unsqueeze(-1), -1), None
@@ -295,20 +287,14 @@ class RankingLoss(ClassificationLoss, family="ranking", needs_mining=False, coun
         self.look(pred, target)
         with without_autocast(pred.device):
             pred, target, _ = self.prepare(float32(pred), target)
-            target, weight = self.ranked(pred, target, weight)
+            if weight is not None:
+                weight = fit_weight(weight, pred).expand_as(pred)
+                target = target.masked_fill(weight == 0, -1)
+                weight = weight.masked_select(target > 0)
             found = self.elements(pred, target, inputs)
             parts = found if isinstance(found, tuple) else (found,)
             parts = tuple(factor * reduce(part, weight, avg_factor, reduction) for part in parts)
         return parts if isinstance(found, tuple) else parts[0]
-
-    @staticmethod
-    def ranked(pred: Tensor, target: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The target with the cells of weight 0 ignored, and the weights of the positives or None."""
-        if weight is None:
-            return target, None
-        weight = fit_weight(weight, pred).expand_as(pred)
-        target = target.masked_fill(weight == 0, -1)
-        return target, weight.masked_select(target > 0)
 
 
 class DistributionLoss(Loss, family="distribution"):
@@ -325,16 +311,11 @@ class DistributionLoss(Loss, family="distribution"):
 
 def has_bins(loss: Loss) -> bool:
     """Whether a loss, or a part of it, has other bins than 0, 1, 2 and so on, by which the stock heads decode."""
-    parts = (part for part in loss.modules() if isinstance(part, DistributionLoss))
-    return any(getattr(part, "bins", None) is not None for part in parts)
+    return any(isinstance(x, DistributionLoss) and getattr(x, "bins", None) is not None for x in loss.modules())
 
 
 class RegressionLoss(Loss, family="regression", one_per_row=False):
-    """Point-wise losses between tensors of one shape, any shape.
-
-    Raises:
-        ValueError: if the shapes differ.
-    """
+    """Point-wise losses between tensors of one shape, any shape; a ``ValueError`` if the shapes differ."""
 
     def leading(self, pred):
         return max(pred.dim() - 1, min(pred.dim(), 1))
@@ -347,16 +328,12 @@ class RegressionLoss(Loss, family="regression", one_per_row=False):
 class RegionLoss(Loss, family="region", bounds=(0.0, 1.0)):
     """Losses between masks ``(N, ...)``, one loss a mask: ``(N,)``.
 
-    Call with logits, which go through a sigmoid, and targets in [0, 1] of the same shape and any type. Nothing is
-    ignored; targets outside [0, 1], such as masks of 0 and 255, are an error in the first calls on a CPU.
+    Call with logits, which go through a sigmoid, and targets in [0, 1] of the same shape (else a ``ValueError``) and
+    any type. Nothing is ignored; targets such as masks of 0 and 255 are a ``ValueError`` in the first calls on a CPU.
 
     Args:
-        use_sigmoid: accepted because mmdet's configs write it; there is no other activation.
+        use_sigmoid: True, or False beside ``activate=False``; accepted because mmdet's configs write it.
         activate: False if ``pred`` is a probability already, as QueryInst's and decoupled SOLO's heads give it.
-
-    Raises:
-        ValueError: if ``use_sigmoid`` is False and ``activate`` is not, or the shapes differ or have no pixels'
-            dimension, or targets are outside [0, 1].
     """
 
     def __init__(self, *, use_sigmoid: bool = True, activate: bool = True, **settings):
@@ -375,9 +352,8 @@ class RegionLoss(Loss, family="region", bounds=(0.0, 1.0)):
         if target.shape == pred.shape and not is_asynchronous(target.device):
             low, high = target.min().item(), target.max().item()
             if low < 0 or high > 1:
-                raise ValueError(
-                    f"{type(self).__name__} takes masks of values in [0, 1], not from {low:g} to {high:g}."
-                )
+                name = type(self).__name__
+                raise ValueError(f"{name} takes masks of values in [0, 1], not from {low:g} to {high:g}.")
 
     def prepare(self, pred, target):
         if pred.shape != target.shape or pred.dim() < 2:
@@ -389,25 +365,17 @@ class RegionLoss(Loss, family="region", bounds=(0.0, 1.0)):
         return super().prepare(pred.sigmoid() if self.activate else pred, target)
 
 
-class RotatedLoss(_LooksAtSides, family="rotated"):
+class RotatedLoss(_Boxes, family="rotated"):
     """Losses between aligned rotated boxes.
 
     Call with ``pred`` and ``target`` of shape ``(..., 5)``: ``(cx, cy, w, h, theta)``, the first four in any one unit,
     the angle in radians, any angle, turning the x axis towards the y axis. The per-element losses have shape ``(...)``.
-    ``weight`` may be ``(N,)``, ``(N, 1)`` or ``(N, 5)``.
+    ``weight`` may be ``(N,)``, ``(N, 1)`` or ``(N, 5)``. Other shapes, and targets of the first calls that are no
+    boxes, are a ``ValueError``.
 
-    Raises:
-        ValueError: if the shapes differ or do not end in 5, or the targets of the first calls are not boxes.
+    Args:
+        eps: the shortest side, as a share of the longest of both boxes or of the gap between their centers.
     """
 
-    form, columns = "rotated boxes (cx, cy, w, h, theta)", 5
-
-    @staticmethod
-    def sides(boxes: Tensor) -> Tensor:
-        return boxes[..., 2:4]
-
-    def prepare(self, pred, target):
-        check_same_shape(pred, target, "rotated boxes (N, 5) as (cx, cy, w, h, theta)")
-        if pred.shape[-1] != 5:
-            raise ValueError(f"Rotated boxes have 5 values (cx, cy, w, h, theta in radians), not {pred.shape[-1]}.")
-        return super().prepare(pred, target)
+    form, columns = "rotated boxes of 5 values (cx, cy, w, h, theta in radians)", 5
+    _sides = staticmethod(lambda boxes: boxes[..., 2:4])

@@ -60,12 +60,9 @@ def resized(boxes: Tensor, factor: float) -> Tensor:
 
 
 class Box:
-    """Boxes ``(..., 4)`` by their coordinates.
+    """Boxes ``(..., 4)`` by their corners ``x1, y1, x2, y2``.
 
-    Attributes:
-        x1, y1, x2, y2: corners.
-        width, height: signed; negative where a box is inverted, so that a loss on the sides can right it.
-        area: that of an inverted box is zero.
+    ``width`` and ``height`` are negative where a box is inverted, so that their loss can right it; its ``area`` is 0.
 
     >>> Box(torch.tensor([[0.0, 0, 3, 2], [3, 2, 0, 0]])).area
     tensor([6., 0.])
@@ -83,16 +80,11 @@ class Box:
 
 
 class Pair:
-    """Aligned predictions and targets, and what the losses measure between them; all quantities have shape ``(...)``.
-
-    Args:
-        pred, target: boxes ``(..., 4)``, in any one unit.
-        eps: relative bound below which a denominator counts as zero; see the module.
+    """Aligned boxes ``(..., 4)``, in any one unit, and what the losses measure between them, each of shape ``(...)``.
 
     Attributes:
         pred, target: each a :class:`Box`.
-        enclosing_width, enclosing_height: of the smallest box that encloses both.
-        diagonal2: its squared diagonal.
+        enclosing_width, enclosing_height, diagonal2: of the smallest box that encloses both; the diagonal is squared.
         union, iou: area, and in [0, 1].
 
     >>> pair = Pair(torch.tensor([0.0, 0, 2, 2]), torch.tensor([1.0, 0, 3, 2]), 1e-7)
@@ -120,16 +112,11 @@ class Pair:
     @property
     def shortest_side(self) -> Tensor:
         """What counts as a side of no length, without a gradient."""
-        diagonal = self.diagonal2.detach().sqrt()
-        return (self.eps * diagonal).clamp(min=torch.finfo(diagonal.dtype).tiny)
+        return (self.eps * self.diagonal2.detach().sqrt()).clamp(min=torch.finfo(self.diagonal2.dtype).tiny)
 
     @property
     def enclosing_penalty(self) -> Tensor:
-        """Share of the enclosing box that is outside the union, in [0, 1).
-
-        >>> Pair(torch.tensor([0.0, 0, 1, 1]), torch.tensor([1.0, 1, 2, 2]), 1e-7).enclosing_penalty  # (4 - 2) / 4
-        tensor(0.5000)
-        """
+        """Share of the enclosing box that is outside the union, in [0, 1)."""
         area = self.enclosing_width * self.enclosing_height
         return self.ratio(area - self.union, area)
 
@@ -141,36 +128,24 @@ class Pair:
 
     @property
     def center_distance2(self) -> Tensor:
-        """Squared distance of the centers."""
-        # Not by center_offset, which is two operators more, and as many in the backward.
+        """Squared distance of the centers; by :attr:`center_offset` it would take two operators more."""
         p, t = self.pred, self.target
         twice_dx, twice_dy = (t.x1 - p.x1) + (t.x2 - p.x2), (t.y1 - p.y1) + (t.y2 - p.y2)
         return (twice_dx.square() + twice_dy.square()) / 4
 
     @property
     def center_penalty(self) -> Tensor:
-        """Squared distance of the centers over the squared diagonal of the enclosing box, in [0, 1).
-
-        >>> Pair(torch.tensor([0.0, 0, 2, 2]), torch.tensor([0.0, 0, 4, 2]), 1e-7).center_penalty  # 1 / (16 + 4)
-        tensor(0.0500)
-        """
+        """Squared distance of the centers over the squared diagonal of the enclosing box, in [0, 1)."""
         return self.ratio(self.center_distance2, self.diagonal2)
 
     def over_enclosing2(self, horizontal: Tensor, vertical: Tensor) -> tuple[Tensor, Tensor]:
         """Squares of a horizontal and a vertical length over the squared sides of the enclosing box."""
-        tiny = self.eps * self.tiny
-        return (
-            ratio(horizontal.square(), self.enclosing_width.square(), tiny),
-            ratio(vertical.square(), self.enclosing_height.square(), tiny),
-        )
+        width2, height2, tiny = self.enclosing_width.square(), self.enclosing_height.square(), self.eps * self.tiny
+        return ratio(horizontal.square(), width2, tiny), ratio(vertical.square(), height2, tiny)
 
     @property
     def side_penalty(self) -> Tensor:
-        """Squared differences of width and height, each over the squared side of the enclosing box, summed.
-
-        >>> Pair(torch.tensor([0.0, 0, 2, 2]), torch.tensor([0.0, 0, 4, 2]), 1e-7).side_penalty  # 2^2 / 4^2 + 0
-        tensor(0.2500)
-        """
+        """Squared differences of width and height, each over the squared side of the enclosing box, summed."""
         p, t = self.pred, self.target
         width, height = self.over_enclosing2(p.width - t.width, p.height - t.height)
         return width + height
@@ -183,44 +158,21 @@ class Pair:
         (tensor(0.5000), tensor(0.))
         """
         p, t, tiny = self.pred, self.target, self.shortest_side
-        return (
-            ratio((p.width - t.width).abs(), torch.maximum(p.width, t.width), tiny),
-            ratio((p.height - t.height).abs(), torch.maximum(p.height, t.height), tiny),
-        )
-
-    @property
-    def corner_distance2(self) -> Tensor:
-        """Squared distances of the two upper left and of the two lower right corners, summed.
-
-        >>> Pair(torch.tensor([0.0, 0, 2, 2]), torch.tensor([0.0, 0, 4, 3]), 1e-7).corner_distance2
-        tensor(5.)
-        """
-        p, t = self.pred, self.target
-        first = (p.x1 - t.x1).square() + (p.y1 - t.y1).square()
-        return first + (p.x2 - t.x2).square() + (p.y2 - t.y2).square()
+        width, height = torch.maximum(p.width, t.width), torch.maximum(p.height, t.height)
+        return ratio((p.width - t.width).abs(), width, tiny), ratio((p.height - t.height).abs(), height, tiny)
 
     @property
     def aspect_ratio_term(self) -> Tensor:
         """CIoU's v: ``4 / pi^2 * (atan(w_t / h_t) - atan(w / h))^2``, in [0, 1).
 
         A side of no length has no aspect ratio: it gets no gradient instead of an exploding one.
-
-        >>> Pair(torch.tensor([0.0, 0, 2, 2]), torch.tensor([0.0, 0, 4, 2]), 1e-7).aspect_ratio_term
-        tensor(0.0420)
         """
-        shortest = self.shortest_side
-        angles = (
-            torch.atan2(box.width.clamp(min=shortest), box.height.clamp(min=shortest))
-            for box in (self.target, self.pred)
-        )
+        low = self.shortest_side
+        angles = (torch.atan2(box.width.clamp(low), box.height.clamp(low)) for box in (self.target, self.pred))
         return 4 / math.pi**2 * torch.sub(*angles).square()
 
     def aspect_ratio_penalty(self, alpha_gate: float | None = None) -> Tensor:
-        """CIoU's ``alpha v`` with the constant ``alpha = v / (1 - IoU + v)``; zero up to an IoU of ``alpha_gate``.
-
-        >>> Pair(torch.tensor([0.0, 0, 2, 2]), torch.tensor([0.0, 0, 4, 2]), 1e-7).aspect_ratio_penalty()
-        tensor(0.0032)
-        """
+        """CIoU's ``alpha v`` with the constant ``alpha = v / (1 - IoU + v)``; zero up to an IoU of ``alpha_gate``."""
         v, iou = self.aspect_ratio_term, self.iou.detach()
         alpha = v.detach() / (1 - iou + v.detach()).clamp(min=self.eps)
         return (alpha if alpha_gate is None else alpha * (iou > alpha_gate)) * v

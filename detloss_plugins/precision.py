@@ -33,8 +33,7 @@ def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
     return torch.autocast(device.type, enabled=False) if known else contextlib.nullcontext()
 
 
-# Devices without a float64, Apple's GPUs.
-WITHOUT_FLOAT64 = {"mps"}
+WITHOUT_FLOAT64 = {"mps"}  # devices, Apple's GPUs
 
 
 def longest(tensor: Tensor) -> Tensor:
@@ -47,8 +46,7 @@ def is_asynchronous(device: torch.device) -> bool:
     return device.type not in ("cpu", "meta") or os.environ.get("DETLOSS_ASYNC") == "1"
 
 
-# Before it, torch.compile does not know all that the kernels need.
-COMPILES_FROM = "2.4"
+COMPILES_FROM = "2.4"  # before it, torch.compile does not know all that the kernels need
 
 
 def can_compile() -> bool:

@@ -9,11 +9,7 @@ AVG_FACTOR_EPS = torch.finfo(torch.float32).eps
 
 
 def check_reduction(reduction: str, avg_factor: Tensor | float | None = None) -> str:
-    """Return ``reduction`` if it is one of ``none``, ``mean``, ``sum``, and goes with ``avg_factor``.
-
-    Raises:
-        ValueError: if it is neither, or is "sum" although there is an ``avg_factor``.
-    """
+    """Return ``reduction`` if it is one of the three, and "sum" without ``avg_factor``; else a ``ValueError``."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(map(repr, REDUCTIONS))}, not {reduction!r}.")
     if avg_factor is not None and reduction == "sum":
@@ -25,10 +21,7 @@ def apply_weight(loss: Tensor, weight: Tensor | None) -> Tensor:
     """Multiply per-element losses by a weight per element, in their shape or flat, per row or per box coordinate.
 
     A weight with one dimension more than the loss, such as the ``(N, 4)`` of mmdet's anchor heads beside the ``(N,)``
-    of a box loss, is averaged over that dimension first, as mmdet does.
-
-    Raises:
-        ValueError: for a weight of any other shape.
+    of a box loss, is averaged over that dimension first, as mmdet does; any other is a ``ValueError``.
 
     >>> apply_weight(torch.ones(2), torch.tensor([[1.0, 1, 0, 0], [4, 4, 4, 4]]))
     tensor([0.5000, 4.0000])
@@ -50,9 +43,8 @@ def fit_weight(weight: Tensor, loss: Tensor) -> Tensor:
         return weight.mean(-1)
     if given == shape[: len(given)]:
         return weight.reshape(given + (1,) * (len(shape) - len(given)))
-    if given == (*shape[:-1], 1):
-        return weight
-    if loss.dim() > 2 and given == (*shape[:1], 1, *shape[2:]):  # a mask of a map, as CornerNet's head has it
+    # Or a mask of a map, as CornerNet's head has it.
+    if given == (*shape[:-1], 1) or (loss.dim() > 2 and given == (*shape[:1], 1, *shape[2:])):
         return weight
     if given == (loss.numel(),):  # one per element, flat, as FSAF's head has it
         return weight.reshape(shape)
@@ -90,16 +82,10 @@ def counts(like: Tensor, *weights: Tensor | None) -> Tensor:
 def reduce(
     loss: Tensor, weight: Tensor | None = None, avg_factor: Tensor | float | None = None, reduction: str = "mean"
 ) -> Tensor:
-    """Weight and reduce per-element losses.
+    """Per-element losses of any shape, times :func:`apply_weight`'s weight: "none", or their "mean" or "sum", a scalar.
 
-    Args:
-        loss: per-element losses, any shape.
-        weight: see :func:`apply_weight`.
-        avg_factor: normaliser; "mean" is then ``sum / (avg_factor + eps)``, "none" ignores it.
-        reduction: "none", "mean" (over the number of elements, not the sum of weights) or "sum".
-
-    Returns:
-        The weighted losses for "none", otherwise a scalar. An empty input gives zero with its graph, never NaN.
+    "mean" is over the number of elements (not the sum of weights), or ``sum / (avg_factor + eps)``, which "none"
+    ignores. An empty input gives zero with its graph, never NaN.
 
     Raises:
         ValueError: for an unknown reduction, for ``avg_factor`` with "sum", and for a weight that does not fit.

@@ -26,7 +26,7 @@ class LossRegistry(Registry):
         root looks up.
 
         Raises:
-            ValueError: for a name that no loss has, nor anything in a parent; the message gives the nearest ones.
+            ValueError: for a name that nothing has, here or in a parent; the message gives the nearest ones.
         """
         found, name = super().get(key), key.removeprefix(f"{SCOPE}.")
         of_loss = "." not in name or name.startswith("losses.")
@@ -57,8 +57,7 @@ def loss_class(name: str | type) -> type:
     """The class of a loss: a registered name, with or without the ``detloss_plugins.`` prefix, a dotted path as the
     dump of a lazy config has it, or the class itself.
 
-    Looks only among our own losses. ``MODELS.build`` would not do: under mmdet's default scope it builds mmdet's
-    class of the same name without a word.
+    Looks only among our own losses: under mmdet's default scope ``MODELS.build`` builds mmdet's of the same name.
 
     Raises:
         ValueError: for an unknown name, or the path of something else; the message gives the nearest names.
@@ -97,8 +96,7 @@ def loss_path(name: str | type) -> str:
 def portable(cfg: Any) -> Any:
     """A copy of a config in which each loss, also a nested one, is named as :func:`loss_path` does.
 
-    Raises:
-        ValueError: for a loss that other processes cannot import.
+    ``ValueError`` for a loss that other processes cannot import.
     """
     if isinstance(cfg, list | tuple):
         return type(cfg)(map(portable, cfg))
@@ -113,14 +111,11 @@ def portable(cfg: Any) -> Any:
 
 
 def build_loss(cfg: Mapping) -> Any:
-    """Build one of our losses from a config dict, whatever mmengine's default scope is.
-
-    Args:
-        cfg: ``dict(type="CIoULoss", loss_weight=2.0, ...)``; it is not modified. ``type`` is what :func:`loss_class`
-            takes.
+    """Build one of our losses from a config dict, which is not modified, whatever mmengine's default scope is.
 
     Raises:
-        TypeError: if ``cfg`` is not a dict with a ``type``, or names an unknown hyper-parameter.
+        TypeError: if ``cfg`` is not a dict with a ``type``, which is what :func:`loss_class` takes, or names an unknown
+            hyper-parameter.
         ValueError: if no loss has that name.
 
     >>> build_loss(dict(type="GIoULoss", loss_weight=2.0))
@@ -134,11 +129,7 @@ def build_loss(cfg: Mapping) -> Any:
 
 
 def build_part(cfg: Mapping) -> Any:
-    """Build a loss that another one is made of, as :func:`build_loss`.
-
-    Raises:
-        TypeError: also for a ScheduledLoss.
-    """
+    """Build a loss that another one is made of, as :func:`build_loss`; a ``TypeError`` also for a ScheduledLoss."""
     loss = build_loss(cfg)
     if not loss.can_be_part:
         raise TypeError(f"A {type(loss).__name__} is no part of another loss: let its losses be those others.")

@@ -377,7 +377,7 @@ def box_loss(term):
 
 @breaks("extreme boxes")
 class DividesByTheArea(BoxLoss):
-    fn = box_loss(lambda pair: pair.corner_distance2 / pair.target.area)
+    fn = box_loss(lambda pair: pair.center_distance2 / pair.target.area)
 
 
 @breaks("invariances")

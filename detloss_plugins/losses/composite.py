@@ -12,8 +12,8 @@ from torch import Tensor
 from detloss_plugins.facts import Facts, Increasing, NonNegative, Parts
 from detloss_plugins.families import ClassificationLoss
 from detloss_plugins.loss import Loss, check_use_sigmoid, takes_probabilities
-from detloss_plugins.losses.classification import confidence_weight
 from detloss_plugins.losses.classification.common import OverBase
+from detloss_plugins.losses.classification.multilabel import confidence_weight
 from detloss_plugins.precision import float32, outside_graph, without_autocast
 from detloss_plugins.reduction import apply_weight, check_reduction, scaled, times
 from detloss_plugins.registry import MODELS, build_loss, build_part, runner_progress
@@ -50,8 +50,8 @@ def _added(parts):
     return sum(part if part.dim() == fewest else part.sum(-1) for part in parts)
 
 
-def check_input(loss: Any) -> None:
-    """Raise ``ValueError`` if one of the losses of another needs an input that the others do not."""
+def _check_use(loss: Any, use_sigmoid: bool | None) -> None:
+    """Set ``use_sigmoid`` of a loss of others; ``ValueError`` if that is not given, or they do not take one input."""
     if any(getattr(part, "custom_cls_channels", False) for part in loss.losses):
         raise ValueError(f"losses of {type(loss).__name__} must not need channels of their own, as SeesawLoss does.")
     if len({takes_probabilities(part) for part in loss.losses}) > 1:
@@ -59,28 +59,21 @@ def check_input(loss: Any) -> None:
             f"losses of {type(loss).__name__} are given one input: write activated=True (activate=False of region "
             "losses) in all of them, for probabilities, or in none."
         )
+    loss.use_sigmoid = all(getattr(part, "use_sigmoid", True) for part in loss.losses)
+    check_use_sigmoid(loss, use_sigmoid)
 
 
 def facts_of_sum(losses: Sequence[Loss]) -> Facts:
     """What is known of the sum of some losses."""
     facts = [loss.facts for loss in losses]
-    return facts[0].but(
-        row_wise=all(f.row_wise and not f.root for f in facts),
-        one_per_row=all(f.one_per_row for f in facts),
-        mean_of_rows=len({f.one_per_row or f.sums_classes for f in facts}) == 1 and all(f.mean_of_rows for f in facts),
-        root=False,
-        keeps_little=all(f.keeps_little for f in facts),
-        counts_positives=any(f.counts_positives for f in facts),
-        true_gradient=all(f.true_gradient for f in facts),
-        needs_mining=any(f.needs_mining for f in facts),
-        takes_quality=any(f.takes_quality for f in facts),
-        symmetric=all(f.symmetric for f in facts),
-        scale_invariant=all(f.scale_invariant for f in facts),
-        self_normalized=False,
-        paper="",
-        upstream=(),
-        filled=("losses",),
-    )
+    of_all = ("one_per_row", "keeps_little", "true_gradient", "symmetric", "scale_invariant")
+    of_any = ("counts_positives", "needs_mining", "takes_quality")
+    merged = {name: all(getattr(f, name) for f in facts) for name in of_all}
+    merged |= {name: any(getattr(f, name) for f in facts) for name in of_any}
+    alike = len({f.one_per_row or f.sums_classes for f in facts}) == 1
+    merged |= {"row_wise": all(f.row_wise and not f.root for f in facts), "root": False, "self_normalized": False}
+    merged["mean_of_rows"] = alike and all(f.mean_of_rows for f in facts)
+    return facts[0].but(**merged, paper="", upstream=(), filled=("losses",))
 
 
 @MODELS.register_module()
@@ -88,11 +81,8 @@ class JointLoss(Loss, fn=joint_loss):
     """Weighted sum of losses on the same input, each with its own ``loss_weight`` and normaliser.
 
     Args:
-        losses: config dicts of losses of one family.
+        losses: config dicts of losses of one family, which all take logits or all probabilities, else a ``ValueError``.
         use_sigmoid: may be given because mmdet's heads read it from the config; it must fit the parts.
-
-    Raises:
-        ValueError: if there is none, or they are of different families, or only some take probabilities.
     """
 
     facts = ClassificationLoss.facts.but(  # of the example; an instance has those of its parts
@@ -107,11 +97,9 @@ class JointLoss(Loss, fn=joint_loss):
         families = {loss.family for loss in self.losses}
         if len(families) != 1:
             raise ValueError("losses of JointLoss must be one or more config dicts of losses of one family.")
-        check_input(self)
+        _check_use(self, use_sigmoid)
         self.facts = facts_of_sum([*self.losses])
         self.couples = any(loss.couples for loss in self.losses)
-        self.use_sigmoid = all(getattr(loss, "use_sigmoid", True) for loss in self.losses)
-        check_use_sigmoid(self, use_sigmoid)
 
     def arranged(self, pred, target, weight):
         """As one of the parts wants it, which then finds it so."""
@@ -171,11 +159,9 @@ class JointLoss(Loss, fn=joint_loss):
 
     def unweighted(self, pred, target, seen):
         pred = float32(pred)  # as in ``weighted``
-        parts = [
-            (loss.loss_weight, *loss.unweighted(pred, target, of_loss))
-            for loss, of_loss in zip(self.losses, seen.values(), strict=True)
-        ]
-        return sum(factor * loss for factor, loss, _ in parts), parts[0][2]
+        pairs = zip(self.losses, seen.values(), strict=True)
+        found = [(loss.loss_weight, *loss.unweighted(pred, target, of_loss)) for loss, of_loss in pairs]
+        return sum(factor * elements for factor, elements, _ in found), found[0][2]
 
 
 def scheduled_loss(pred: Tensor, target: Tensor, *, losses: Sequence[Loss], shares: Sequence[Tensor | float]) -> Tensor:
@@ -209,8 +195,7 @@ class ScheduledLoss(Loss, fn=scheduled_loss):
         use_sigmoid: may be given because mmdet's heads read it from the config; it must fit the parts.
 
     Raises:
-        ValueError: if there is not one ``at`` for each loss but the first, ``fade`` is longer than a loss lasts, or the
-            losses do not fit one head.
+        ValueError: if the settings do not fit one another, or the losses one head.
     """
 
     can_be_part = False
@@ -233,17 +218,6 @@ class ScheduledLoss(Loss, fn=scheduled_loss):
         super().__init__(**settings)
         self.losses: Any = torch.nn.ModuleList(build_loss(cfg) for cfg in losses)
         self.at, self.by_epoch, self.fade = list(at), by_epoch, fade
-        self.check_parts()
-        for loss in self.losses:
-            loss.compiled = loss.compiled or self.compiled  # each has a kernel of its own, for all shares
-        self.use_sigmoid = all(getattr(loss, "use_sigmoid", True) for loss in self.losses)
-        check_use_sigmoid(self, use_sigmoid)
-        self.told = self.warned = False
-        self.register_buffer("progress", torch.tensor(-1.0))  # before the first iteration
-        self.move(-1)
-
-    def check_parts(self) -> None:
-        """Raise ``ValueError`` if the settings do not fit one another."""
         if not self.losses or len(self.at) != len(self.losses) - 1:
             raise ValueError(
                 f"at of ScheduledLoss must say when each loss but the first begins: {len(self.losses)} losses do not "
@@ -256,9 +230,14 @@ class ScheduledLoss(Loss, fn=scheduled_loss):
             raise ValueError(
                 f"losses of ScheduledLoss must be of one family, or classification and ranking losses, not {families}."
             )
-        check_input(self)
+        _check_use(self, use_sigmoid)
         if "classification" in families and len({loss.use_sigmoid for loss in self.losses}) > 1:
             raise ValueError("losses of ScheduledLoss must have one use_sigmoid, as a head keeps its channels.")
+        for loss in self.losses:
+            loss.compiled = loss.compiled or self.compiled  # each has a kernel of its own, for all shares
+        self.told = self.warned = False
+        self.register_buffer("progress", torch.tensor(-1.0))  # before the first iteration
+        self.move(-1)
 
     def move(self, now: float) -> None:
         """Go to an epoch or iteration."""
@@ -394,13 +373,9 @@ class ConfidenceWeightedLoss(
     is confidently background, positives that the model misses among them.
 
     Args:
-        base: config of a classification loss; binary cross entropy if it is not given.
-        power: at least 0.
+        base: config of a classification loss (of a JointLoss, parts that are alike), else a ``ValueError``; binary
+            cross entropy if it is not given.
         use_sigmoid: may be given because mmdet's heads read it from the config; it must fit the base.
-
-    Raises:
-        ValueError: if ``base`` is no classification loss, or a JointLoss whose parts have losses of another shape,
-            another ``ignore_index`` or means of their own, or ``use_sigmoid`` does not fit it.
     """
 
     sigmoid_only = False

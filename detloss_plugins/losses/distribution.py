@@ -1,14 +1,12 @@
 """Losses on a distribution over distance bins."""
 
-from typing import Annotated
-
 import torch
 from torch import Tensor
 
-from detloss_plugins.facts import MMDET, Positive, Upstream, alike, increasing
+from detloss_plugins.facts import ARXIV, MMDET, Bins, Positive, Upstream, alike
 from detloss_plugins.families import DistributionLoss, check_same_shape, of_one_type
 from detloss_plugins.loss import Loss
-from detloss_plugins.losses.classification import kl_div_loss
+from detloss_plugins.losses.classification.cross_entropy import kl_div_loss
 from detloss_plugins.precision import float32
 from detloss_plugins.registry import MODELS
 
@@ -17,17 +15,13 @@ __all__ = [
     "distribution_focal_loss", "fgl_bins",
 ]  # fmt: skip
 
-Bins = Annotated[tuple, increasing(count=2)]
-
 
 def fgl_bins(reg_max: int = 32, up: float = 0.5, reg_scale: float = 4.0) -> list[float]:
     """D-FINE's bins for :class:`DistributionFocalLoss`: ``reg_max + 1`` values, dense about 0.
 
     With ``a = up * reg_scale`` and ``s = (a + 1)^(2 / (reg_max - 2))`` they are 0, ``+-(s^i - 1)`` for i from 1 to
-    ``reg_max / 2 - 1``, the last of which is a, and ``+-2a`` at the ends.
-
-    Raises:
-        ValueError: if ``reg_max`` is odd or below 4.
+    ``reg_max / 2 - 1``, the last of which is a, and ``+-2a`` at the ends; ``reg_max`` is even and at least 4, else a
+    ``ValueError``.
 
     >>> fgl_bins(6, 0.5, 6.0)  # a = 3, s = 4^(1/2)
     [-6.0, -3.0, -1.0, 0.0, 1.0, 3.0, 6.0]
@@ -44,9 +38,8 @@ def distribution_focal_loss(pred: Tensor, target: Tensor, *, bins: Bins | None =
     """Cross entropy with the two bins around the target, weighted by their nearness.
 
     ``-[(1 - w) log S_l + w log S_(l+1)]`` with ``w = (y - W_l) / (W_(l+1) - W_l)`` for a target y between the bins
-    ``W_l`` and ``W_(l+1)``, and ``S = softmax(pred)``. ``bins`` are increasing values, one for each logit; None is 0,
-    1, 2 and so on. ``pred`` holds logits ``(..., bins)``, ``target`` distances ``(...)`` in the unit of the bins, and
-    the losses have its shape. A target outside the bins counts as the nearest one.
+    ``W_l`` and ``W_(l+1)``, one for each logit (None: 0, 1, 2 and so on), and ``S = softmax(pred)``. Logits are
+    ``(..., bins)``, targets, in the unit of the bins, and losses ``(...)``. Outside, the nearest bin counts.
 
     >>> distribution_focal_loss(torch.tensor([[0.2, 0.5, 1.5, 0.3, -0.7]]), torch.tensor([2.3]))
     tensor([1.0790])
@@ -73,7 +66,7 @@ def distribution_focal_loss(pred: Tensor, target: Tensor, *, bins: Bins | None =
 class DistributionFocalLoss(
     DistributionLoss,
     fn=distribution_focal_loss,
-    paper="https://arxiv.org/abs/2006.04388",
+    paper=ARXIV + "2006.04388",
     row_wise=True,
     keeps_little=True,
     upstream=(*alike(MMDET + "DistributionFocalLoss"), *alike("ultralytics.utils.loss.DFLoss")),
@@ -83,19 +76,15 @@ class DistributionFocalLoss(
     Its minimum is the entropy of the target, not zero.
 
     Args:
-        bins: increasing values, one for each logit; None for 0, 1, 2 and so on, which is what the heads of MMDetection
-            and Ultralytics decode by. ``fgl_bins()`` are those of D-FINE (Peng et al., 2024), whose fine-grained
-            localization loss this is then, with the IoU of each box as ``weight``.
-
-    Raises:
-        ValueError: if there are not as many bins as logits.
+        bins: increasing values, one for each logit, else a ``ValueError``; None for 0, 1, 2 and so on, by which the
+            heads of MMDetection and Ultralytics decode. ``fgl_bins()`` are those of D-FINE (Peng et al., 2024), whose
+            fine-grained localization loss this is then, with the IoU of each box as ``weight``.
     """
 
     def prepare(self, pred, target):
         if self.bins is not None and len(self.bins) != pred.shape[-1]:
-            raise ValueError(
-                f"bins of DistributionFocalLoss has {len(self.bins)} values, and there are {pred.shape[-1]} logits."
-            )
+            given = f"{len(self.bins)} values, and there are {pred.shape[-1]} logits"
+            raise ValueError(f"bins of DistributionFocalLoss has {given}.")
         return super().prepare(pred, target)
 
 
@@ -117,7 +106,7 @@ class DistributionDistillationLoss(
     Loss,
     fn=distribution_distillation_loss,
     family="soft label",
-    paper="https://arxiv.org/abs/2410.13842",
+    paper=ARXIV + "2410.13842",
     row_wise=True,
     upstream=(Upstream(MMDET + "KnowledgeDistillationKLDivLoss", theirs={"T": 5}),),
 ):
@@ -130,7 +119,6 @@ class DistributionDistillationLoss(
     With ``matched``, the mean is the paper's: that over the matched rows and that over the others, weighted by the
     square roots of how many there are. The weight of a matched box is its IoU, of another one the teacher's best score.
 
-    >>> from detloss_plugins.losses import DistributionDistillationLoss
     >>> loss, bins = DistributionDistillationLoss(), 16
     >>> student, teacher = torch.randn(2, 2, 4 * bins, 100)  # "boxes" of two YOLO heads, (B, 4 bins, anchors)
     >>> scores = torch.rand(2, 80, 100)  # the teacher's
@@ -139,33 +127,15 @@ class DistributionDistillationLoss(
     >>> weight = torch.where(matched, iou, scores.amax(1))
     >>> loss(rows(student), rows(teacher), weight, matched=matched).shape
     torch.Size([])
-
-    Args:
-        temperature: divides the logits of both, and its square multiplies the loss.
-
-    Raises:
-        ValueError: if the shapes differ.
     """
 
     def prepare(self, pred, target):
         check_same_shape(pred, target, "logits (N, bins), of student and teacher")
         return super().prepare(pred, target)
 
-    def forward(
-        self,
-        pred: Tensor,
-        target: Tensor,
-        weight: Tensor | None = None,
-        avg_factor: Tensor | float | None = None,
-        reduction_override: str | None = None,
-        matched: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, pred, target, weight=None, avg_factor=None, reduction_override=None, matched=None):
         """As in every loss, but for ``matched``: booleans, one for each row or box, which make the mean the paper's,
-        with constant weights.
-
-        Raises:
-            ValueError: if ``matched`` comes with an ``avg_factor`` or with another reduction than "mean".
-        """
+        with constant weights; a ``ValueError`` beside an ``avg_factor`` or another reduction than "mean"."""
         if matched is None:
             return super().forward(pred, target, weight, avg_factor, reduction_override)
         if avg_factor is not None or (reduction_override or self.reduction) != "mean":
@@ -175,11 +145,7 @@ class DistributionDistillationLoss(
             x.reshape(*x.shape, *[1] * (len(rows) - x.dim())).expand(rows)
             for x in (matched.bool(), pred.new_ones(()) if weight is None else weight)
         )
-        share = root_shares(matched)
+        # A share for each row, of sum 1, that gives the mean of each kind the square root of its count.
+        roots = torch.stack([(~matched).sum(), matched.sum()]).float().sqrt()
+        share = (1 / (roots * roots.sum()))[matched.long()]
         return super().forward(pred, target, weight.detach() * share, None, "sum")
-
-
-def root_shares(matched: Tensor) -> Tensor:
-    """A weight for each row, of sum 1, that gives the mean of each kind the square root of its count."""
-    counts = torch.stack([(~matched).sum(), matched.sum()]).float()
-    return (1 / (counts.sqrt() * counts.sqrt().sum()))[matched.long()]

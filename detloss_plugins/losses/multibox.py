@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from detloss_plugins.facts import NonNegative
+from detloss_plugins.facts import ARXIV, NonNegative
 from detloss_plugins.loss import Loss
 from detloss_plugins.losses.composite import ScheduledLoss
 from detloss_plugins.precision import float32, without_autocast
@@ -19,13 +19,7 @@ __all__ = ["MultiBoxLoss", "hard_negatives", "mining_ratio", "multibox_loss"]
 def hard_negatives(loss: Tensor, positive: Tensor, negative: Tensor, ratio: float) -> Tensor:
     """Which negatives of each row cost the most, at most ``ratio`` for every positive; of equal ones, the first.
 
-    Args:
-        loss: ``(..., A)``, of A anchors.
-        positive, negative: masks ``(..., A)``.
-        ratio: a number of at least 0.
-
-    Returns:
-        A mask ``(..., A)``.
+    Losses and masks, also the one returned, are ``(..., A)`` of A anchors; ``ratio`` is at least 0.
 
     >>> positive = torch.tensor([True, False, False, False])
     >>> hard_negatives(torch.tensor([9.0, 1.0, 3.0, 2.0]), positive, ~positive, ratio=2)
@@ -50,17 +44,12 @@ def multibox_loss(
 ) -> tuple[Tensor, Tensor]:
     """The class loss of the positives and of the hardest negatives of each image, and the box loss of the positives.
 
-    Both are over ``avg_factor``; None is the number of positives, where an image counts as one at least. The choice
-    of the negatives is a constant.
+    Shapes, background and mean are those of :class:`MultiBoxLoss`; the choice of the negatives is a constant.
 
     Args:
-        pred: logits ``(B, A, K)`` and boxes ``(B, A, 4)`` of A anchors in B images.
-        target: labels ``(B, A)`` and boxes ``(B, A, 4)``. The background is label ``K - 1`` for a softmax loss and
-            label K for a sigmoid loss; a negative label is ignored.
         weight: of the class losses, ``(B, A)``, and of the box losses, ``(B, A)`` or ``(B, A, 4)``; None is 1.
         neg_pos_ratio: negatives for each positive of an image; None for all.
-        loss_cls, loss_bbox: loss modules, ours or mmdet's; the latter take boxes' weights ``(B, A, 4)``, and no
-            negative labels.
+        loss_cls, loss_bbox: loss modules, ours or mmdet's, whose weights are ``(B, A, 4)`` and no label negative.
 
     Returns:
         The class loss and the box loss; for ``reduction="none"`` those of each anchor, ``(B, A)``.
@@ -106,36 +95,24 @@ def mining_ratio(neg_pos_ratio: Any, loss_cls: Callable, loss_bbox: Callable, au
     """The ``neg_pos_ratio`` to use with two losses: what is given, or for "auto" what ``loss_cls`` needs.
 
     Raises:
-        ValueError: if one of the losses has no place in a multibox loss, the ratio is negative or no number, or a loss
-            that ranks all negatives would get a few of them.
+        ValueError: for a loss that has no place in a multibox loss, or another ratio, or one beside a ranking loss.
     """
-    if isinstance(loss_cls, ScheduledLoss):
-        needs_mining = any(part.facts.needs_mining for part in loss_cls.losses)
-        given = neg_pos_ratio if neg_pos_ratio != "auto" else auto if needs_mining else None
-        for part in loss_cls.losses:
-            given = mining_ratio(given, part, loss_bbox)
-        return given
-    for slot, loss, families in (
-        ("loss_cls", loss_cls, ("classification", "ranking")),
-        ("loss_bbox", loss_bbox, ("regression", "box")),
-    ):
+    parts = loss_cls.losses if isinstance(loss_cls, ScheduledLoss) else [loss_cls]
+    of_classes = [("loss_cls", part, ("classification", "ranking")) for part in parts]
+    for slot, loss, families in (*of_classes, ("loss_bbox", loss_bbox, ("regression", "box"))):
+        name = type(loss).__name__
         if isinstance(loss, Loss) and loss.family not in families:
-            raise ValueError(
-                f"{slot} of a multibox loss must be a {' or '.join(families)} loss, not {type(loss).__name__}."
-            )
-    if getattr(loss_cls, "custom_cls_channels", False):
-        raise ValueError(
-            f"{type(loss_cls).__name__} has channels of its own beside the classes; take a loss without them."
-        )
+            raise ValueError(f"{slot} of a multibox loss must be a {' or '.join(families)} loss, not {name}.")
+        if getattr(loss, "custom_cls_channels", False):
+            raise ValueError(f"{name} has channels of its own beside the classes; take a loss without them.")
     if neg_pos_ratio == "auto":
-        needs_mining = not isinstance(loss_cls, Loss) or loss_cls.facts.needs_mining
+        needs_mining = any(not isinstance(part, Loss) or part.facts.needs_mining for part in parts)
         neg_pos_ratio = auto if needs_mining else None
-    if neg_pos_ratio is None:
-        return None
-    if not (isinstance(neg_pos_ratio, (int, float)) and neg_pos_ratio >= 0):
+    if neg_pos_ratio is not None and not (isinstance(neg_pos_ratio, (int, float)) and neg_pos_ratio >= 0):
         raise ValueError(f'neg_pos_ratio must be "auto", None or a number of at least 0, not {neg_pos_ratio!r}.')
-    if getattr(loss_cls, "family", "") == "ranking":
-        raise ValueError(f"{type(loss_cls).__name__} ranks all negatives; write neg_pos_ratio=None or leave it out.")
+    ranking = [type(part).__name__ for part in parts if getattr(part, "family", "") == "ranking"]
+    if ranking and neg_pos_ratio is not None:
+        raise ValueError(f"{ranking[0]} ranks all negatives; write neg_pos_ratio=None or leave it out.")
     return neg_pos_ratio
 
 
@@ -145,7 +122,7 @@ class MultiBoxLoss(
     fn=multibox_loss,
     family="multibox",
     takes_pairs=True,
-    paper="https://arxiv.org/abs/1512.02325",
+    paper=ARXIV + "1512.02325",
     mean_of_rows=False,
     filled=("loss_cls", "loss_bbox", "neg_pos_ratio"),
 ):
@@ -153,28 +130,26 @@ class MultiBoxLoss(
 
     Call with A anchors in each of B images: ``pred`` is a pair of class logits ``(B, A, K)`` and boxes ``(B, A, 4)``,
     ``target`` a pair of labels ``(B, A)`` and boxes ``(B, A, 4)``. Either may be one tensor: the logits and boxes side
-    by side, ``(B, A, K + 4)``, and the label and the box, ``(B, A, 5)``. The boxes are whatever ``loss_bbox`` compares:
-    encoded offsets, or corners for a box loss; those of an anchor without an object have no part.
+    by side, ``(B, A, K + 4)``, and the label and the box, ``(B, A, 5)``. The boxes are whatever ``loss_bbox`` compares,
+    encoded offsets or corners; those of an anchor without an object have no part.
 
     A softmax loss has a channel for the background, the last, and K - 1 classes; a sigmoid loss has K classes. The
     background's label is the number of classes; a negative label is ignored.
 
-    ``weight`` is one a anchor, ``(B, A)``, or one an image, ``(B,)``. "mean" is over ``avg_factor``, or the number of
-    positives, where an image counts as one at least; "none" gives ``(B, A)``. In an image without positives no negative
-    has a part.
+    ``weight`` is one an anchor, ``(B, A)``, or one an image, ``(B,)``. "mean" is over ``avg_factor``, or the number of
+    positives, where an image counts as one at least, though none of its negatives then; "none" gives ``(B, A)``.
 
     Args:
         loss_cls, loss_bbox: configs of a classification or ranking loss, and of a point-wise or box loss; softmax cross
             entropy and smooth L1 if they are not given. Their ``loss_weight`` balances the two.
         neg_pos_ratio: how many negatives an image has for each positive, those with the highest class loss; None for
-            all. "auto" is 3, or None if ``loss_cls`` is a loss that balances positives and negatives itself
-            (``needs_mining=False``), as focal loss does.
+            all. "auto" is 3, or None if ``loss_cls`` balances positives and negatives itself, as focal loss does.
         return_dict: True for a dict of ``loss_cls`` and ``loss_bbox`` in place of their sum.
         background: "last", or "first" for the authors' order (and that of ssd.pytorch): label 0 and, of a softmax loss,
             channel 0 are the background, and the classes count from 1.
 
     Raises:
-        ValueError: if ``neg_pos_ratio`` is negative, or a loss has no place here, or shapes do not fit.
+        ValueError: if a loss has no place here, or shapes do not fit.
     """
 
     def __init__(

@@ -2,14 +2,13 @@
 
 Every function takes probabilities ``p`` and targets ``t`` in [0, 1], both ``(N, ...)``, and returns losses ``(N,)``.
 With sums over the pixels of one mask, ``TP = sum p t``, ``FP = sum p (1 - t)`` and ``FN = sum (1 - p) t``. Every loss
-is computed as the share ``wrong / (wrong + right)``, which is the ``1 - right / all`` of the papers without its
-cancellation near a perfect mask.
+is the share ``wrong / (wrong + right)``: the papers' ``1 - right / all`` without its cancellation near a perfect mask.
 """
 
 import torch
 from torch import Tensor
 
-from detloss_plugins.facts import MMDET, NonNegative, Positive, Upstream, alike
+from detloss_plugins.facts import ARXIV, MMDET, NonNegative, Positive, Upstream, alike
 from detloss_plugins.families import RegionLoss, of_one_type
 from detloss_plugins.geometry import power, ratio
 from detloss_plugins.losses.regression import mse_loss
@@ -52,7 +51,7 @@ def dice_loss(pred: Tensor, target: Tensor, *, naive_dice: bool = False, eps: No
 class DiceLoss(
     RegionLoss,
     fn=dice_loss,
-    paper="https://arxiv.org/abs/1606.04797",
+    paper=ARXIV + "1606.04797",
     row_wise=True,
     upstream=(
         *alike(MMDET + "DiceLoss", {}, {"eps": 5e-6}, {"naive_dice": True}, {"naive_dice": True, "eps": 1.0}),
@@ -71,8 +70,7 @@ class DiceLoss(
 def jaccard_loss(pred: Tensor, target: Tensor, *, smooth: NonNegative = 0.0) -> Tensor:
     """Soft IoU: ``1 - (TP + smooth) / (TP + FP + FN + smooth)``.
 
-    An empty mask costs 1 whatever is predicted, unless nothing is: that costs 0. ``smooth`` (in pixels) makes this
-    step a slope.
+    An empty mask costs 1 unless nothing is predicted, which costs 0. ``smooth`` (in pixels) makes this step a slope.
 
     >>> jaccard_loss(torch.tensor([[0.5, 0.5, 0.0]]), torch.tensor([[1.0, 0.0, 0.0]]))  # 1 - .5 / (.5 + .5 + .5)
     tensor([0.6667])
@@ -83,11 +81,7 @@ def jaccard_loss(pred: Tensor, target: Tensor, *, smooth: NonNegative = 0.0) -> 
 
 @MODELS.register_module()
 class JaccardLoss(RegionLoss, fn=jaccard_loss, paper="https://doi.org/10.1007/978-3-319-50835-1_22", row_wise=True):
-    """Rahman and Wang, Optimizing Intersection-Over-Union in Deep Neural Networks for Image Segmentation, 2016.
-
-    Args:
-        smooth: in pixels.
-    """
+    """Rahman and Wang, Optimizing Intersection-Over-Union in Deep Neural Networks for Image Segmentation, 2016."""
 
 
 def tversky_loss(
@@ -106,11 +100,10 @@ def tversky_loss(
 
 
 @MODELS.register_module()
-class TverskyLoss(RegionLoss, fn=tversky_loss, paper="https://arxiv.org/abs/1706.05721", row_wise=True):
+class TverskyLoss(RegionLoss, fn=tversky_loss, paper=ARXIV + "1706.05721", row_wise=True):
     """Salehi et al., Tversky loss function for image segmentation, 2017; Abraham and Khan, 2018, for the focal form.
 
     Args:
-        alpha: weight of false positives. Some libraries swap it with ``beta``.
-        beta: weight of false negatives; above ``alpha`` it favours recall.
-        gamma: 1 is the plain form.
+        alpha, beta: weights of false positives and of false negatives (some libraries swap them); a larger ``beta``
+            favours recall.
     """

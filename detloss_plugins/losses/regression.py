@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detloss_plugins.facts import MMDET, TORCH, NonNegative, Positive, Upstream, alike
+from detloss_plugins.facts import ARXIV, MMDET, TORCH, NonNegative, Positive, Upstream, alike
 from detloss_plugins.families import RegressionLoss, of_one_type
 from detloss_plugins.geometry import root
 from detloss_plugins.precision import float32, without_autocast
@@ -108,7 +108,7 @@ def smooth_l1_loss(pred: Tensor, target: Tensor, *, beta: NonNegative = 1.0) -> 
 class SmoothL1Loss(
     RegressionLoss,
     fn=smooth_l1_loss,
-    paper="https://arxiv.org/abs/1504.08083",
+    paper=ARXIV + "1504.08083",
     row_wise=True,
     keeps_little=True,
     upstream=(
@@ -173,33 +173,28 @@ def balanced_l1_loss(
     return inside + gamma * (d - near)  # what is outside begins where the inside ends
 
 
+_KINK = "mmdet's form for beta != 1 has a kink at zero; upstream_form=True gives it"
+
+
 @MODELS.register_module()
 class BalancedL1Loss(
     RegressionLoss,
     fn=balanced_l1_loss,
-    paper="https://arxiv.org/abs/1904.02701",
+    paper=ARXIV + "1904.02701",
     row_wise=True,
     upstream=(
         *alike(MMDET + "BalancedL1Loss"),
         Upstream(MMDET + "BalancedL1Loss", {"upstream_form": True, "beta": 0.11}, {"beta": 0.11}),
-        *alike(
-            MMDET + "BalancedL1Loss",
-            {"beta": 0.11},
-            differs="mmdet's form for beta != 1 has a kink at zero; upstream_form=True gives it",
-        ),
+        *alike(MMDET + "BalancedL1Loss", {"beta": 0.11}, differs=_KINK),
     ),
 ):
     """Pang et al., Libra R-CNN, 2019.
 
     Args:
         alpha: smaller means more gradient for accurate samples.
-        gamma: slope of the outliers.
+        gamma: slope of the outliers, at most ``80 alpha``, as float32 has no room for ``e`` to a larger power.
         beta: where they begin, in the unit of the input.
-        upstream_form: the released code's formula, which for ``beta != 1`` does not have the slope that the paper asks
-            for.
-
-    Raises:
-        ValueError: if ``gamma / alpha`` is above 80, as float32 has no room for ``e`` to that power.
+        upstream_form: the released code's formula, which for ``beta != 1`` has not the slope that the paper asks for.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -214,8 +209,7 @@ def uncertainty_kl_loss(
     """``e^-a SmoothL1(pred - target) + a / 2`` with ``a`` the logarithm of the variance of ``pred``.
 
     ``a`` outside ``[-clamp, clamp]`` counts as the nearer end, and gets the gradient of that end, so that it does not
-    stay where the clamp alone would leave it without one. ``log_variance`` has the shape of ``pred``; None: 0, the
-    smooth L1 loss.
+    stay where the clamp alone would leave it without one. ``log_variance`` has the shape of ``pred``; None is 0.
 
     >>> d, a = torch.tensor([0.3, -1.4, 0.05, 2.0]), torch.tensor([0.0, 0.5, -1.0, -0.2])
     >>> uncertainty_kl_loss(d, torch.zeros(4), log_variance=a)
@@ -236,7 +230,7 @@ class UncertaintyKLLoss(
     RegressionLoss,
     fn=uncertainty_kl_loss,
     family="uncertainty",  # of its own: what takes a regression loss has no log variance to give
-    paper="https://arxiv.org/abs/1809.08545",
+    paper=ARXIV + "1809.08545",
     row_wise=True,
     bounds=(-math.inf, math.inf),
     filled=("log_variance",),
@@ -246,15 +240,8 @@ class UncertaintyKLLoss(
     Called ``loss(pred, target, log_variance, weight=None, avg_factor=None, reduction_override=None)``: the model
     predicts the logarithm of a variance beside each number. Large where errors are large, it makes the loss flat there;
     the loss can be negative. With variances ``compile=True`` has no effect. It needs a head that predicts them:
-    ``UncertaintyBBoxHead`` and ``UncertaintyRetinaHead`` of the MMDetection adapter do.
-
-    Args:
-        clamp: the log variance is that far from 0 at most; one outside gets the gradient of the nearer end.
-
-    Raises:
-        TypeError: for a weight that is no tensor.
-        ValueError: if the shapes differ, or ``log_variance`` has no gradient while ``pred`` has one: a head that knows
-            nothing of variances passes its weights there.
+    ``UncertaintyBBoxHead`` and ``UncertaintyRetinaHead`` of the MMDetection adapter do. A ``ValueError`` for a
+    ``log_variance`` without a gradient while ``pred`` has one: other heads pass their weights there.
     """
 
     def forward(self, pred, target, log_variance=None, weight=None, avg_factor=None, reduction_override=None):

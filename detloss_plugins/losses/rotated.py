@@ -3,8 +3,7 @@
 Every function takes boxes ``(..., 5)``, the first four in any one unit and the angle in radians, and returns losses
 ``(...)``. The mean of a box is its center, its covariance ``S = R diag(k w^2, k h^2) R^T``, k = 1/4 or, for ProbIoU,
 1/12. Hence ``theta + pi`` and ``(h, w, theta + pi/2)`` are the same box, and the angle of a square has no gradient.
-Every distance is a sum of terms that are not negative, each zero for identical boxes: nothing cancels, and float32
-keeps its accuracy.
+Every distance is a sum of terms that are not negative, each zero for identical boxes: in float32 nothing cancels.
 
 ``eps`` is a share of the longest side of the two boxes, or of the gap between their centers where that is longer. A
 side shorter than that (none, or a negative one) counts as one of that length and gets no gradient.
@@ -17,7 +16,7 @@ from typing import Annotated, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from detloss_plugins.facts import NonNegative, Positive, Rule, alike, between, is_number
+from detloss_plugins.facts import ARXIV, NonNegative, Positive, Rule, alike, between, is_number
 from detloss_plugins.families import RotatedLoss
 from detloss_plugins.geometry import coordinates
 from detloss_plugins.geometry import root as square_root
@@ -116,7 +115,6 @@ def probiou_loss(
     """The Hellinger distance ``H = sqrt(1 - e^-B)`` (mode "l1") or the Bhattacharyya distance ``B`` ("l2") itself.
 
     ``B = 1/8 gap^T M^-1 gap + 1/2 ln(det M / sqrt(det S_p det S_t))``, with ``M = (S_p + S_t) / 2`` and k = 1/12.
-    ``floor`` is added to ``w^2 / 12`` and ``h^2 / 12`` of both boxes, in their squared unit.
 
     >>> pred, target = torch.tensor([0.0, 0, 2, 2, 0]), torch.tensor([2.0, 0, 2, 2, 0.7])
     >>> probiou_loss(pred, target, mode="l2")  # S = M = I / 3: B = 1/8 * 2^2 * 3, and ln 1 = 0
@@ -138,22 +136,18 @@ def probiou_loss(
 class ProbIoULoss(
     RotatedLoss,
     fn=probiou_loss,
-    paper="https://arxiv.org/abs/2106.06072",
+    paper=ARXIV + "2106.06072",
     row_wise=True,
     upstream=alike("ultralytics.utils.metrics.probiou", {"floor": 0.0}, {"floor": 0.01}),
 ):
     """Llerena et al., Gaussian Bounding Boxes and Probabilistic Intersection-over-Union, 2021.
 
     Zero for identical boxes. Mode "l1" is at most 1 and saturates: squares 3 sides apart keep 5 millionths of the
-    gradient that they have when close, 9 sides apart none in float32. "l2" is unbounded and does not: use it where
-    boxes start far apart.
+    gradient that they have when close, 9 sides apart none in float32. "l2", unbounded, is for boxes that start so.
 
     Args:
-        mode: "l1" or "l2".
         floor: added to ``w^2 / 12`` and ``h^2 / 12`` of both boxes, in their squared unit. It bounds the gradient of
-            boxes smaller than that unit, and the loss is scale-invariant no more. Ultralytics trains with 0.01, in
-            stride units.
-        eps: the shortest side, as a share of the longest of both boxes or of the gap between their centers.
+            boxes smaller than that, and the loss has a scale then. Ultralytics trains with 0.01, in stride units.
     """
 
 
@@ -188,25 +182,13 @@ def gwd_loss(
 
 
 @MODELS.register_module()
-class GWDLoss(
-    RotatedLoss,
-    fn=gwd_loss,
-    paper="https://arxiv.org/abs/2101.11952",
-    row_wise=True,
-    minimum=0.5,
-    scale_invariant=False,
-):
+class GWDLoss(RotatedLoss, fn=gwd_loss, paper=ARXIV + "2101.11952", row_wise=True, minimum=0.5, scale_invariant=False):
     """Yang et al., Rethinking Rotated Object Detection with Gaussian Wasserstein Distance Loss, 2021.
 
-    The minimum, for identical boxes, is ``1 - 1 / tau`` (0 for ``tau=0``), the bound 1. ``d^2`` has the squared unit of
-    the boxes, and the loss is meant for pixels; with ``normalize`` it is scale-invariant. mmrotate's
-    ``GDLoss("gwd")`` is ``normalize=True, tau=0``, its ``GDLoss_v1("gwd")`` is ``fun="sqrt", tau=1``.
-
-    Args:
-        fun: "log1p", "sqrt" or "none", on the distance.
-        tau: at least 1, or 0 for ``fun(d^2)`` itself, without a bound.
-        normalize: divide the distance by the size of the boxes.
-        eps: the shortest side, as a share of the longest of both boxes or of the gap between their centers.
+    The minimum, for identical boxes, is ``1 - 1 / tau``, the bound 1; ``tau=0`` is ``fun(d^2)`` itself, from 0 on
+    without a bound. ``d^2`` has the squared unit of the boxes, and the loss is meant for pixels; with ``normalize`` it
+    is scale-invariant. mmrotate's ``GDLoss("gwd")`` is ``normalize=True, tau=0``, its ``GDLoss_v1("gwd")`` is
+    ``fun="sqrt", tau=1``.
     """
 
 
@@ -244,20 +226,12 @@ def _side_divergence(a: Tensor, b: Tensor) -> Tensor:
 
 
 @MODELS.register_module()
-class KLDLoss(RotatedLoss, fn=kld_loss, paper="https://arxiv.org/abs/2106.01883", row_wise=True, symmetric=False):
+class KLDLoss(RotatedLoss, fn=kld_loss, paper=ARXIV + "2106.01883", row_wise=True, symmetric=False):
     """Yang et al., Learning High-Precision Bounding Box via Kullback-Leibler Divergence, 2021.
 
-    The minimum, for identical boxes, is ``1 - 1 / tau`` (0 for ``tau=0``), the bound 1. mmrotate's ``GDLoss("kld")`` is
-    ``direction="target||pred", root=True, tau=0``; its ``GDLoss_v1("kld", fun="log1p")`` has ``factor=2``, for it
-    leaves the 1/2 out.
-
-    Args:
-        direction: "pred||target" or "target||pred"; the second is what the authors' code and GDLoss compute.
-        fun: "log1p", "sqrt" or "none", on the divergence.
-        tau: at least 1, or 0 for ``fun(KL)`` itself, without a bound.
-        root: take the square root first.
-        factor: of the divergence.
-        eps: the shortest side, as a share of the longest of both boxes or of the gap between their centers.
+    The minimum, for identical boxes, is ``1 - 1 / tau``, the bound 1; ``tau=0`` is ``fun(KL)`` itself, from 0 on
+    without a bound. The authors' code has ``direction="target||pred"``, as has mmrotate's ``GDLoss("kld")`` with
+    ``root=True, tau=0``; its ``GDLoss_v1("kld", fun="log1p")`` has ``factor=2``, for it leaves the 1/2 out.
     """
 
 
@@ -294,21 +268,16 @@ def kfiou_loss(
 
 
 @MODELS.register_module()
-class KFIoULoss(
-    RotatedLoss, fn=kfiou_loss, paper="https://arxiv.org/abs/2201.12558", row_wise=True, minimum=2 / 3, symmetric=False
-):
+class KFIoULoss(RotatedLoss, fn=kfiou_loss, paper=ARXIV + "2201.12558", row_wise=True, minimum=2 / 3, symmetric=False):
     """Yang et al., The KFIoU Loss for Rotated Object Detection, 2022.
 
-    KFIoU compares shapes only: it is the same wherever the centers are, so the paper adds a loss on the centers. Here
-    that is on the offsets that a rotated box coder with the target as its anchor would give: the loss needs nothing but
-    the boxes, and moves centers too. KFIoU is at most 1/3: identical boxes give the minimum, 2/3 (mode "linear"),
-    ln 3 = 1.0986 ("log") or e^(2/3) - 1 = 0.9477 ("exp").
+    KFIoU compares shapes only, so the paper adds a loss on the centers. Here that is on the offsets that a rotated box
+    coder with the target as its anchor would give: the loss needs nothing but the boxes. KFIoU is at most 1/3:
+    identical boxes give the minimum, 2/3 (mode "linear"), ln 3 = 1.0986 ("log") or e^(2/3) - 1 = 0.9477 ("exp").
 
     Args:
-        mode: "linear", "log" or "exp".
         center_weight: 0 for the plain form, whose centers another loss must move: mmrotate's ``kfiou_loss`` where its
             offsets are zero. The plain form is symmetric in the two boxes.
-        eps: the shortest side, as a share of the longest of both boxes or of the gap between their centers.
     """
 
 
@@ -316,8 +285,7 @@ def rotated_mgiou_loss(pred: Tensor, target: Tensor, *, eps: ShareOfSide = 1e-4)
     """``(1 - the mean GIoU of the boxes' shadows) / 2``, on the four normals of the edges of both boxes.
 
     A GIoU in one dimension is overlap over enclosing length, the overlap negative for boxes apart. For shadows with
-    half-lengths r and s whose middles are d apart, half of one minus it is ``m / (r + s + m)`` with
-    ``m = max(d, |r - s|)``.
+    half-lengths r and s, d apart, half of one minus it is ``m / (r + s + m)`` with ``m = max(d, |r - s|)``.
 
     >>> pred, target = torch.tensor([1.0, 1, 2, 2, 0]), torch.tensor([2.0, 1, 4, 2, 0])
     >>> rotated_mgiou_loss(pred, target)  # m = 1 of 1 + 2 + 1 along x, twice, and 0 along y
@@ -335,13 +303,9 @@ def rotated_mgiou_loss(pred: Tensor, target: Tensor, *, eps: ShareOfSide = 1e-4)
 
 @MODELS.register_module()
 class RotatedMGIoULoss(
-    RotatedLoss, fn=rotated_mgiou_loss, paper="https://arxiv.org/abs/2504.16443", row_wise=True, bounds=(0.0, 1.0)
+    RotatedLoss, fn=rotated_mgiou_loss, paper=ARXIV + "2504.16443", row_wise=True, bounds=(0.0, 1.0)
 ):
     """Le et al., Marginalized Generalized IoU, 2025 (MGIoU), for rotated boxes.
 
-    At angle 0 it is ``MGIoULoss``. Boxes far apart keep a gradient, and it sees the angle of a square, which the losses
-    on Gaussians do not.
-
-    Args:
-        eps: the shortest side, as a share of the longest of both boxes or of the gap between their centers.
+    At angle 0 it is ``MGIoULoss``. Boxes far apart keep a gradient, and so does the angle of a square.
     """

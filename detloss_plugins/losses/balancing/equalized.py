@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from detloss_plugins.facts import MMDET, NonNegative, NotWeighed, Positive, Share, Upstream
+from detloss_plugins.facts import ARXIV, MMDET, NonNegative, NotWeighed, Positive, Share, Upstream
 from detloss_plugins.families import of_one_type
 from detloss_plugins.losses.balancing.long_tail import GradientRatio
 from detloss_plugins.losses.classification.common import KeepsPositives, bce, power
@@ -32,10 +32,8 @@ def equalized_focal_loss(
 ) -> Tensor:
     """``(gamma_j / gamma)`` times the focal loss of power ``gamma_j = gamma + scale (1 - ratio_j)`` of each class j.
 
-    Args:
-        pred, target: logits and dense targets, ``(..., C)``, which is the shape of the losses.
-        ratio: accumulated positive over negative gradient of each class, in [0, 1], ``(C,)``; None for ones, with
-            which this is the focal loss.
+    Logits, dense targets and losses are ``(..., C)``. ``ratio`` is the accumulated positive over negative gradient of
+    each class, in [0, 1], ``(C,)``; None for ones, with which this is the focal loss.
 
     >>> pred, target = torch.tensor([[0.8, -0.4]]), torch.tensor([[1.0, 0.0]])
     >>> equalized_focal_loss(pred, target, ratio=torch.tensor([0.5, 1.0]))  # 3 * 1/4 * .3100^6 * .3711, and focal loss
@@ -64,17 +62,15 @@ _EXAMPLE = {"num_classes": 10}
 _FOCAL = {"scale": 0.0, **_EXAMPLE}  # with which the powers do not move
 
 
-class _Equalized(GradientRatio, paper="https://arxiv.org/abs/2201.02593", needs_mining=False, example=_EXAMPLE):
+class _Equalized(GradientRatio, paper=ARXIV + "2201.02593", needs_mining=False, example=_EXAMPLE):
     """What both take from their state: its ratio is at most 1."""
 
     start = largest = 1.0
 
     def prepare(self, pred, target):
         if pred.shape[-1] > self.num_classes:
-            raise ValueError(
-                f"{type(self).__name__} with num_classes={self.num_classes} takes no more logits than that, "
-                f"not {pred.shape[-1]}."
-            )
+            of = f"{type(self).__name__} with num_classes={self.num_classes}"
+            raise ValueError(f"{of} takes no more logits than that, not {pred.shape[-1]}.")
         return super().prepare(pred, target)
 
     def statistics(self, pred, target, valid, weight):
@@ -104,10 +100,6 @@ class EqualizedFocalLoss(
 
     The ratio of each class starts at 1 and follows the sizes of this loss's own gradients, weights included, which are
     worked out in the forward pass: a head that calls it level by level moves it at each level.
-
-    Args:
-        num_classes: how many classes the state has room for, at least those of the logits.
-        gamma, alpha, scale: see :func:`equalized_focal_loss`.
     """
 
     def gap(self, pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,10 +120,6 @@ class EqualizedQualityFocalLoss(
 
     The class sums over the classes, as QualityFocalLoss does. A positive of quality 0 counts as a positive in the
     ratio if the target is ``(label, quality)``; a dense target cannot tell it from a negative.
-
-    Args:
-        num_classes: how many classes the state has room for, at least those of the logits.
-        gamma, scale: see :func:`equalized_quality_focal_loss`.
     """
 
     def gap(self, pred: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from detloss_plugins.facts import MMDET, Count, Positive, alike, between
+from detloss_plugins.facts import ARXIV, MMDET, Count, Positive, alike, between
 from detloss_plugins.families import ClassificationLoss, RegressionLoss, of_one_type
 from detloss_plugins.loss import rank_mean
 from detloss_plugins.losses.classification.common import bce
@@ -37,12 +37,10 @@ def _bin_of(norm, bins):
 
 
 def harmony(counts: Tensor, total: Tensor | float, average: Tensor | None = None) -> Tensor:
-    """Gradient harmonising weight of each unit region: inverse to the number of samples in it.
+    """Gradient harmonising weight of each unit region: inverse to the number of samples in it, all ``(bins,)``.
 
-    Args:
-        counts: see :func:`bin_counts`, ``(bins,)``.
-        total: what the weights of all samples add up to.
-        average: counts to use in place of those of this call where they are not zero, ``(bins,)``.
+    The weights of all samples add up to ``total``. ``average`` counts where it is not zero, in the place of the
+    ``counts`` of this call, which are those of :func:`bin_counts`.
 
     >>> harmony(torch.tensor([0.0, 2.0, 0.0, 1.0]), 3)[[1, 3]]  # 3 / (2 bins), shared by 2 and by 1
     tensor([0.7500, 1.5000])
@@ -62,7 +60,7 @@ def _weights_of(norm, bins, table):
 def ghmc_loss(pred: Tensor, target: Tensor, *, bins: Count = 10, table: Tensor | None = None) -> Tensor:
     """BCE with gradient harmonising weights, from the bins of this call unless ``table`` gives one for each bin.
 
-    Logits and targets have one shape, which is that of the losses. The gradient norm of BCE is ``|p - y|``.
+    Logits, targets and losses have one shape. The gradient norm of BCE is ``|p - y|``.
 
     >>> ghmc_loss(torch.tensor([0.8, -0.4, 1.5, 0.7]), torch.tensor([1.0, 0.0, 0.0, 1.0])).mean()
     tensor(0.8672)
@@ -101,10 +99,8 @@ class _Harmonised:
 
     def statistics(self, pred, target, valid, weight):
         norm = self.norm(pred, target)
-        return {
-            "bins": bin_counts(norm, counts(norm, valid, weight), self.bins),
-            "total": self._total(norm, valid, weight),
-        }
+        counted = counts(norm, valid, weight)
+        return {"bins": bin_counts(norm, counted, self.bins), "total": self._total(counted, weight)}
 
     def summarise(self, sums):
         if self.acc_sum is not None and self.learning:
@@ -129,7 +125,7 @@ class GHMC(
     _Harmonised,
     ClassificationLoss,
     fn=ghmc_loss,
-    paper="https://arxiv.org/abs/1811.05181",
+    paper=ARXIV + "1811.05181",
     row_wise=True,
     needs_mining=False,
     self_normalized=True,
@@ -139,8 +135,7 @@ class GHMC(
     """Li et al., Gradient Harmonized Single-stage Detector, 2018 (GHM-C).
 
     As in mmdet, "mean" divides by the number of samples that count whatever ``avg_factor`` says, and a sample's weight
-    is a mask. The moving average starts at zero without a correction: the first steps are inflated by
-    ``1 / (1 - momentum)``.
+    is a mask. The moving average starts at zero, which inflates the first steps by ``1 / (1 - momentum)``.
 
     Args:
         bins: number of unit regions of the gradient norm.
@@ -150,8 +145,8 @@ class GHMC(
     def norm(self, pred: Tensor, target: Tensor) -> Tensor:
         return (pred.sigmoid() - target).abs()
 
-    def _total(self, norm, valid, weight):
-        return counts(norm, valid, weight).sum()
+    def _total(self, counted, weight):
+        return counted.sum()
 
 
 @MODELS.register_module()
@@ -159,7 +154,7 @@ class GHMR(
     _Harmonised,
     RegressionLoss,
     fn=ghmr_loss,
-    paper="https://arxiv.org/abs/1811.05181",
+    paper=ARXIV + "1811.05181",
     row_wise=True,
     self_normalized=True,
     filled=("table",),
@@ -171,13 +166,12 @@ class GHMR(
 
     Args:
         mu: width of the smooth part, in the unit of the input.
-        bins: number of unit regions of the gradient norm.
-        momentum: of the moving average of the counts, in [0, 1); 0 keeps no state.
+        bins, momentum: as in GHMC.
     """
 
     def norm(self, pred: Tensor, target: Tensor) -> Tensor:
         gap = pred - target
         return (gap / (gap.square() + self.mu**2).sqrt()).abs()
 
-    def _total(self, norm, valid, weight):
-        return apply_weight(torch.ones_like(norm), weight).sum()
+    def _total(self, counted, weight):
+        return apply_weight(torch.ones_like(counted), weight).sum()

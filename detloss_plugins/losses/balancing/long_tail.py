@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detloss_plugins.facts import MMDET, Count, NonNegative, Number, alike, between
+from detloss_plugins.facts import ARXIV, MMDET, Count, NonNegative, Number, alike, between
 from detloss_plugins.families import ClassificationLoss, of_one_type
 from detloss_plugins.loss import rank_mean
 from detloss_plugins.losses.classification.common import bce
@@ -32,12 +32,8 @@ def seesaw_loss(
     """Softmax cross entropy with ``log S_ij`` added to the logits of the other classes; S is a constant.
 
     ``S = M C``: M, ``(N_j / N_i)^p`` where class j is rarer than the label i, spares rare classes; C,
-    ``(p_j / p_i)^q`` where j scores higher than i, does not spare mistakes.
-
-    Args:
-        pred: logits ``(N, C)``.
-        target: labels ``(N,)``.
-        counts: samples of each class so far, ``(C,)``; None for equal counts.
+    ``(p_j / p_i)^q`` where j scores higher than i, does not spare mistakes. Logits are ``(N, C)``, labels ``(N,)``;
+    ``counts``, ``(C,)``, are the samples of each class so far, None for equal ones.
 
     >>> pred = torch.tensor([[2.0, -1.0, 0.5], [0.1, 0.2, -0.3]])
     >>> seesaw_loss(pred, torch.tensor([0, 2]), counts=torch.tensor([100.0, 10.0, 1.0]))
@@ -59,7 +55,7 @@ def seesaw_loss(
 class SeesawLoss(
     ClassificationLoss,
     fn=seesaw_loss,
-    paper="https://arxiv.org/abs/2008.10032",
+    paper=ARXIV + "2008.10032",
     row_wise=True,
     true_gradient=False,
     mean_of_rows=False,
@@ -72,14 +68,9 @@ class SeesawLoss(
     """Wang et al., Seesaw Loss for Long-Tailed Instance Segmentation, 2020.
 
     For mmdet's two-stage heads, with mmdet's interface: logits ``(N, C + 2)``, the last two for object and background,
-    labels ``(N,)`` with ``C`` for background. Returns a dict of the objectness and the class loss, or with
-    ``return_dict=False`` their sum; "none" gives ``(N,)``, zero in the class part of background rows. ``compile=True``
-    has no effect, as its two parts are reduced each for itself.
-
-    Args:
-        num_classes: C.
-        p, q, eps: see :func:`seesaw_loss`.
-        return_dict: False to return the sum.
+    labels ``(N,)`` with ``C``, which is ``num_classes``, for background. Returns a dict of the objectness and the class
+    loss, or with ``return_dict=False`` their sum; "none" gives ``(N,)``, zero in the class part of background rows.
+    ``compile=True`` has no effect, as its two parts are reduced each for itself.
     """
 
     sigmoid_only = False
@@ -113,12 +104,9 @@ class SeesawLoss(
         """Accuracy in percent of the objectness, and of the classes among the positives."""
         positive = labels < self.num_classes
         objectness = (cls_score[..., -2:].argmax(-1) == 0) == positive
-        classes = (cls_score[..., :-2].argmax(-1) == labels) & positive
-        count = positive.sum().clamp(min=1)
-        return {
-            "acc_objectness": 100 * objectness.float().sum() / max(labels.numel(), 1),
-            "acc_classes": 100 * classes.sum() / count,
-        }
+        classes = ((cls_score[..., :-2].argmax(-1) == labels) & positive).sum() / positive.sum().clamp(min=1)
+        objectness = objectness.float().sum() / max(labels.numel(), 1)
+        return {"acc_objectness": 100 * objectness, "acc_classes": 100 * classes}
 
     def prepare(self, pred, target):
         if pred.shape[-1] != self.num_classes + 2 or target.shape != pred.shape[:-1] or target.is_floating_point():
@@ -178,10 +166,8 @@ def eqlv2_loss(
 ) -> Tensor:
     """BCE with weights by class: negatives ``r = sigmoid(gamma (ratio - mu))``, positives ``1 + alpha (1 - r)``.
 
-    Args:
-        pred: logits ``(..., C)``; columns beyond those of ``ratio``, such as mmdet's background, have weight 1.
-        target: dense, ``(..., C)``.
-        ratio: accumulated positive over negative gradient of each class; None for weights of 1.
+    Logits and dense targets are ``(..., C)``. ``ratio`` is the accumulated positive over negative gradient of each
+    class, None for weights of 1; columns beyond its own, such as mmdet's background, have weight 1.
 
     >>> pred, target = torch.tensor([[0.8, -0.4]]), torch.tensor([[1.0, 0.0]])
     >>> eqlv2_loss(pred, target, ratio=torch.tensor([0.5, 0.8]))  # weights 1 + 4 (1 - 0.0266) and 1/2
@@ -200,7 +186,11 @@ def eqlv2_weight(target: Tensor, ratio: Tensor, gamma: float, mu: float, alpha: 
 
 
 class GradientRatio(ClassificationLoss, filled=("ratio",)):
-    """A state: the gradient that the positives and the negatives of each class have had so far, and their ratio."""
+    """A state: the gradient that the positives and the negatives of each class have had so far, and their ratio.
+
+    Args:
+        num_classes: how many classes the state has room for.
+    """
 
     start: ClassVar[float]  # the ratio of a class that has had none
     largest: ClassVar[float | None] = None  # what the ratio is cut at
@@ -219,13 +209,11 @@ class GradientRatio(ClassificationLoss, filled=("ratio",)):
     def summarise(self, sums):
         ratio = self.pos_neg.clone()
         if sums:
-            for buffer, name in ((self.pos_grad, "positive"), (self.neg_grad, "negative")):
-                found = rank_mean(sums[name].to(buffer.dtype), self.facts.every_rank)
-                buffer[: len(found)].add_(found)
-            seen = self.pos_grad + self.neg_grad > 0
+            for buffer, of_batch in ((self.pos_grad, sums["positive"]), (self.neg_grad, sums["negative"])):
+                buffer[: len(of_batch)].add_(rank_mean(of_batch.to(buffer.dtype), self.facts.every_rank))
             found = self.pos_grad / (self.neg_grad + 1e-10)
             found = found if self.largest is None else found.clamp(max=self.largest)
-            self.pos_neg.copy_(torch.where(seen, found, self.pos_neg))
+            self.pos_neg.copy_(torch.where(self.pos_grad + self.neg_grad > 0, found, self.pos_neg))
         return {"ratio": ratio}
 
 
@@ -233,7 +221,7 @@ class GradientRatio(ClassificationLoss, filled=("ratio",)):
 class EQLV2Loss(
     GradientRatio,
     fn=eqlv2_loss,
-    paper="https://arxiv.org/abs/2012.08548",
+    paper=ARXIV + "2012.08548",
     row_wise=True,
     sums_classes=True,
     example={"num_classes": 9},  # the sample's tenth column is the background
@@ -244,20 +232,15 @@ class EQLV2Loss(
     With mmdet's interface: logits ``(N, C + 1)`` whose last column is the background, which has weight 1 and is not
     accumulated. Logits ``(..., C)`` without that column are taken too. Losses are summed over the classes; unlike in
     mmdet, ``weight``, ``avg_factor`` and ``reduction`` are honoured.
-
-    Args:
-        num_classes: C.
-        gamma, mu, alpha: see :func:`eqlv2_loss`.
     """
 
     start = 100.0  # so high that every weight is 1
 
     def prepare(self, pred, target):
-        if pred.shape[-1] not in (self.num_classes, self.num_classes + 1):
-            raise ValueError(
-                f"EQLV2Loss with num_classes={self.num_classes} takes {self.num_classes + 1} logits (the last for the "
-                f"background) or {self.num_classes}, not {pred.shape[-1]}."
-            )
+        n, given = self.num_classes, pred.shape[-1]
+        if given not in (n, n + 1):
+            logits = f"{n + 1} logits (the last for the background) or {n}"
+            raise ValueError(f"EQLV2Loss with num_classes={n} takes {logits}, not {given}.")
         return super().prepare(pred, target)
 
     def statistics(self, pred, target, valid, weight):

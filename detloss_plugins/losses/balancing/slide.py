@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from detloss_plugins.facts import Positive, Share
+from detloss_plugins.facts import ARXIV, Positive, Share
 from detloss_plugins.families import of_one_type
 from detloss_plugins.loss import rank_mean
 from detloss_plugins.losses.classification.common import OverBase, bce
@@ -40,8 +40,7 @@ def slide_loss(
 ) -> Tensor:
     """:func:`slide_weight` of the target times per-element losses, which are BCE if ``elements`` gives no others.
 
-    Logits and targets, which are IoUs, have one shape, ``(..., C)``. The mean is that of the call's positives unless it
-    is given.
+    Logits and targets, which are IoUs, are ``(..., C)``. The mean is that of the call's positives unless it is given.
 
     >>> slide_loss(torch.tensor([[0.8], [-0.4], [1.5]]), torch.tensor([[0.1], [0.55], [0.9]])).squeeze(-1)
     tensor([1.0911, 1.1496, 0.3884])
@@ -67,7 +66,7 @@ def _mean(total, count, otherwise=0.5):
 class SlideLoss(
     OverBase,
     fn=slide_loss,
-    paper="https://arxiv.org/abs/2208.02019",
+    paper=ARXIV + "2208.02019",
     row_wise=True,
     takes_quality=True,
     filled=("mean_iou", "elements"),
@@ -78,16 +77,12 @@ class SlideLoss(
     mmdet's ``(label, quality)``. The mean is that of the batch in training, and the last one seen in validation.
 
     Args:
-        base: config of a classification loss whose terms are weighted; binary cross entropy if it is not given.
-        authors_code: see :func:`slide_weight`.
+        base: config of a sigmoid classification loss of IoUs (of a JointLoss, parts that are alike) whose terms are
+            weighted, else a ``ValueError``; binary cross entropy if it is not given.
         decay: None, or the decay of a moving mean in place of the batch's, in [0, 1]; 0.999 in the code known as
             EMASlide, which has no paper. The mean starts at 1, and the decay at 0: at the n-th batch with positives it
             is ``decay (1 - e^(-n / tau))``.
         tau: in how many batches the decay grows.
-
-    Raises:
-        ValueError: if ``base`` is no sigmoid classification loss of IoUs, or a JointLoss whose parts have losses of
-            another shape, another ``ignore_index`` or means of their own.
     """
 
     def __init__(self, *, base: Mapping | None = None, decay: Share | None = None, tau: Positive = 2000.0, **settings):

@@ -1,12 +1,12 @@
 """Losses on the distances of corners, edges, centers and sides; some with constants in pixels."""
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detloss_plugins.facts import MMDET, Positive, Share, alike, size_rule
+from detloss_plugins.facts import ARXIV, MMDET, Positive, Share, Size, alike
 from detloss_plugins.families import BoxLoss
 from detloss_plugins.geometry import Box, Pair, ratio, root
 from detloss_plugins.registry import MODELS
@@ -17,8 +17,6 @@ __all__ = [
     "nwd_loss", "powerful_iou_loss", "scale_dynamic_iou_loss",
 ]  # fmt: skip
 
-Size = Annotated[tuple, size_rule()]
-
 
 def mpdiou_loss(pred: Tensor, target: Tensor, *, image_size: Any, eps: Positive = 1e-7) -> Tensor:
     """``1 - IoU`` plus the squared distances of the two corners over the squared diagonal of the image.
@@ -26,16 +24,17 @@ def mpdiou_loss(pred: Tensor, target: Tensor, *, image_size: Any, eps: Positive 
     >>> mpdiou_loss(torch.tensor([0.0, 0, 2, 2]), torch.tensor([0.0, 0, 4, 2]), image_size=(6, 8))  # 1 - 1/2 + 4/100
     tensor(0.5400)
     """
-    pair = Pair(pred, target, eps)
-    height, width = image_size
-    return 1 - pair.iou + pair.corner_distance2 / (height**2 + width**2)
+    pair, (height, width) = Pair(pred, target, eps), image_size
+    p, t = pair.pred, pair.target
+    distance2 = (p.x1 - t.x1).square() + (p.y1 - t.y1).square() + (p.x2 - t.x2).square() + (p.y2 - t.y2).square()
+    return 1 - pair.iou + distance2 / (height**2 + width**2)
 
 
 @MODELS.register_module()
 class MPDIoULoss(
     BoxLoss,
     fn=mpdiou_loss,
-    paper="https://arxiv.org/abs/2307.07662",
+    paper=ARXIV + "2307.07662",
     row_wise=True,
     attracts=True,
     scale_invariant=False,
@@ -46,10 +45,8 @@ class MPDIoULoss(
 
     Args:
         image_size: ``(height, width)`` of the network's input in the unit of the boxes, pixels; or "batch", which the
-            Ultralytics adapter fills in for each batch, and assumes where nothing is given.
-
-    Raises:
-        ValueError: if ``image_size`` is "batch" and nobody has set ``batch_image_size``.
+            Ultralytics adapter fills in for each batch (``batch_image_size``, else a ``ValueError``) and assumes where
+            nothing is given.
     """
 
     def __init__(self, *, image_size: Size | Literal["batch"] = None, **settings):  # type: ignore[assignment]
@@ -74,8 +71,7 @@ def powerful_iou_loss(
 ) -> Tensor:
     """``2 - IoU - exp(-P^2)``, P the mean distance of the four edges in sides of the target.
 
-    Version 2 weighs it by ``3 x exp(-x^2)``, ``x = lambda_ exp(-P)``: most for boxes of medium quality. The weight is
-    not detached, as in the authors' code.
+    Version 2 weighs it by ``3 x exp(-x^2)``, ``x = lambda_ exp(-P)``, with its gradient: most for medium quality.
 
     >>> powerful_iou_loss(torch.tensor([0.0, 0, 2, 2]), torch.tensor([0.0, 0, 4, 2]))  # P = 1/8: 2 - 1/2 - exp(-1/64)
     tensor(0.5155)
@@ -102,12 +98,7 @@ class PowerfulIoULoss(
     bounds=(0.0, 2.6),
     symmetric=False,
 ):
-    """Liu et al., Powerful-IoU, 2024 (PIoU).
-
-    Args:
-        version: 1, or 2 for the focusing weight.
-        lambda_: of the focusing weight.
-    """
+    """Liu et al., Powerful-IoU, 2024 (PIoU)."""
 
 
 def nwd_loss(pred: Tensor, target: Tensor, *, constant: Positive = 12.8) -> Tensor:
@@ -130,7 +121,7 @@ def nwd_loss(pred: Tensor, target: Tensor, *, constant: Positive = 12.8) -> Tens
 class NWDLoss(
     BoxLoss,
     fn=nwd_loss,
-    paper="https://arxiv.org/abs/2110.13389",
+    paper=ARXIV + "2110.13389",
     row_wise=True,
     attracts=True,
     bounds=(0.0, 1.0),
@@ -147,9 +138,8 @@ class NWDLoss(
 def gcd_loss(pred: Tensor, target: Tensor, *, eps: Positive = 1e-7) -> Tensor:
     """``1 - exp(-D)``: D compares the boxes' Gaussians in the sides of both, so it has no unit.
 
-    ``D^2 = (M(w, h) + M(w_t, h_t)) / 2``, with ``M(a, b) = (dx^2 + dw^2 / 4) / a^2 + (dy^2 + dh^2 / 4) / b^2``. As D is
-    like a norm of what differs, its gradient does not vanish near the target, and is zero where boxes are the same. A
-    side of no length, or less, measures nothing: then the sides of the other box do.
+    ``D^2 = (M(w, h) + M(w_t, h_t)) / 2``, with ``M(a, b) = (dx^2 + dw^2 / 4) / a^2 + (dy^2 + dh^2 / 4) / b^2``. Its
+    gradient vanishes at the target, not near it. A side that is not above 0 measures nothing.
 
     >>> gcd_loss(torch.tensor([0.0, 0, 2, 2]), torch.tensor([1.0, 0, 3, 2]))  # D^2 = 1/4: 1 - exp(-1/2)
     tensor(0.3935)
@@ -165,18 +155,11 @@ def gcd_loss(pred: Tensor, target: Tensor, *, eps: Positive = 1e-7) -> Tensor:
 
 
 @MODELS.register_module()
-class GCDLoss(
-    BoxLoss,
-    fn=gcd_loss,
-    paper="https://arxiv.org/abs/2510.27649",
-    row_wise=True,
-    attracts=True,
-    bounds=(0.0, 1.0),
-):
+class GCDLoss(BoxLoss, fn=gcd_loss, paper=ARXIV + "2510.27649", row_wise=True, attracts=True, bounds=(0.0, 1.0)):
     """Guan et al., Gaussian Combined Distance, 2025.
 
-    What NWD is without a constant in pixels. A box many sides away gets hardly any gradient. Only the authors'
-    exponential form is here: the others that their code has (root, logarithm, distance) have the sign of a similarity.
+    NWD without a constant in pixels; a box many sides away gets hardly any gradient. The root, the logarithm and the
+    distance of the authors' code are not here, as they have the sign of a similarity.
     """
 
 
@@ -197,18 +180,10 @@ def mgiou_loss(pred: Tensor, target: Tensor, *, eps: Positive = 1e-7) -> Tensor:
 
 
 @MODELS.register_module()
-class MGIoULoss(
-    BoxLoss,
-    fn=mgiou_loss,
-    paper="https://arxiv.org/abs/2504.16443",
-    row_wise=True,
-    attracts=True,
-    bounds=(0.0, 1.0),
-):
+class MGIoULoss(BoxLoss, fn=mgiou_loss, paper=ARXIV + "2504.16443", row_wise=True, attracts=True, bounds=(0.0, 1.0)):
     """Le et al., Marginalized Generalized IoU, 2025 (MGIoU).
 
-    The boxes are compared along the normals of their edges, here x and y; ``RotatedMGIoULoss`` is the same for rotated
-    boxes. It is half of what a GIoU loss would be.
+    The boxes are compared along the normals of their edges, here x and y.
     """
 
 
@@ -234,7 +209,7 @@ def scale_dynamic_iou_loss(
 class ScaleDynamicIoULoss(
     BoxLoss,
     fn=scale_dynamic_iou_loss,
-    paper="https://arxiv.org/abs/2412.16986",
+    paper=ARXIV + "2412.16986",
     row_wise=True,
     attracts=True,
     bounds=(0.0, 2.5),
@@ -254,7 +229,7 @@ def bounded_iou_loss(pred: Tensor, target: Tensor, *, beta: Positive = 0.2, eps:
     """Smooth L1 of one minus the largest IoU that x, y, w and h each leave possible: ``(..., 4)``.
 
     ``x: (w_t - 2 |dx|) / (w_t + 2 |dx| + eps)``, not below 0; ``w: min(w_t / (w + eps), w / (w_t + eps))``; y and h
-    likewise. ``eps`` is in the unit of the boxes.
+    likewise. ``eps`` is in the unit of the boxes, pixels; smooth L1 turns linear at ``beta``.
 
     >>> bounded_iou_loss(torch.tensor([0.0, 0, 2, 2]), torch.tensor([0.0, 0, 4, 2]), eps=1e-9)  # 2/3 and 1/2, minus .1
     tensor([0.5667, 0.0000, 0.4000, 0.0000])
@@ -277,7 +252,7 @@ def bounded_iou_loss(pred: Tensor, target: Tensor, *, beta: Positive = 0.2, eps:
 class BoundedIoULoss(
     BoxLoss,
     fn=bounded_iou_loss,
-    paper="https://arxiv.org/abs/1711.00164",
+    paper=ARXIV + "1711.00164",
     row_wise=True,
     one_per_row=False,
     symmetric=False,
@@ -288,15 +263,11 @@ class BoundedIoULoss(
 
     Four losses a box, ``(..., 4)``: a mean over them is a quarter of their sum. A center further away than half the
     target gets no gradient.
-
-    Args:
-        beta: where smooth L1 turns linear.
-        eps: in the unit of the boxes, pixels.
     """
 
 
 def extended_iou_loss(pred: Tensor, target: Tensor, *, smooth_point: Positive = 0.1, eps: Positive = 1e-7) -> Tensor:
-    """``1 - I / U``, smooth below ``smooth_point``, with an intersection that goes below zero for disjoint boxes.
+    """``1 - I / U``, a square below ``smooth_point``, with an intersection that goes below zero for disjoint boxes.
 
     >>> extended_iou_loss(torch.tensor([0.0, 0, 2, 2]), torch.tensor([0.0, 0, 4, 2]))  # 1 - 1/2 - .1 / 2
     tensor(0.4500)
@@ -328,8 +299,4 @@ class ExtendedIoULoss(
     bounds=(0.0, 2.0),
     upstream=alike(MMDET + "EIoULoss"),
 ):
-    """Peng and Yu, A Systematic IoU-Related Method, 2021 (mmdet's EIoULoss).
-
-    Args:
-        smooth_point: below it the loss is quadratic, above 0.
-    """
+    """Peng and Yu, A Systematic IoU-Related Method, 2021 (mmdet's EIoULoss)."""

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor
 
-from detloss_plugins.facts import NonNegative, Positive, Share, between
+from detloss_plugins.facts import ARXIV, NonNegative, Positive, Share, between
 from detloss_plugins.families import BoxLoss, of_one_type
 from detloss_plugins.geometry import Pair, resized
 from detloss_plugins.losses.box.iou import ciou_loss
@@ -59,9 +59,11 @@ def wiou_loss(
 
 
 class _OverABase(BoxLoss, true_gradient=False, attracts=True, filled=("base",)):
-    """A box loss that changes another one, ``base``; None for the plain form. Some facts are the default base's.
+    """A box loss that changes another one; they nest in any order. Some facts of the class are the default base's.
 
-    They nest in any order, each by its formula.
+    Args:
+        base: config of a box loss with one value a box, else a ``ValueError``; None for the plain form. Put Wise-IoU
+            around Inner- and Focaler-IoU: inside, it does not focus what they add, the most for boxes that fit well.
     """
 
     def __init__(self, *, base: Mapping | None = CIOU, **settings):
@@ -91,25 +93,18 @@ class _OverABase(BoxLoss, true_gradient=False, attracts=True, filled=("base",)):
 
 
 @MODELS.register_module()
-class WIoULoss(
-    _OverABase, fn=wiou_loss, paper="https://arxiv.org/abs/2301.10051", row_wise=True, filled=("mean", "base")
-):
+class WIoULoss(_OverABase, fn=wiou_loss, paper=ARXIV + "2301.10051", row_wise=True, filled=("mean", "base")):
     """Tong et al., Wise-IoU, 2023.
 
     Versions 2 and 3 compare a box with the running mean of ``1 - IoU``, which starts at 1 and moves in training, before
     it is used, by the boxes of weight above 0.
 
     Args:
-        version: 1, 2 or 3.
-        gamma: of version 2.
         alpha, delta: of version 3, the paper's; the authors' code has 1.7 and 2.7 now.
         momentum: share of a batch in the running mean, in (0, 1]. The paper's is ``1 - 0.05^(1 / n)``, n the steps
             until the model hardly improves any more.
         base: config of a box loss with one value a box, which the focusing constant multiplies (Wise-EIoU,
-            Wise-Inner-DIoU, ...); None for Wise-IoU itself. Version 1 over a base is the base.
-
-    Raises:
-        ValueError: if ``base`` is another kind of loss.
+            Wise-Inner-DIoU, ...), else a ``ValueError``; None for Wise-IoU itself. Version 1 over a base is the base.
     """
 
     def __init__(self, *, momentum: Momentum = 0.01, base: Mapping | None = None, **settings):
@@ -173,34 +168,20 @@ def focaler_iou_loss(
 
 
 @MODELS.register_module()
-class InnerIoULoss(
-    _OverABase, fn=inner_iou_loss, paper="https://arxiv.org/abs/2311.02877", row_wise=True, bounds=(0.0, 5.0)
-):
+class InnerIoULoss(_OverABase, fn=inner_iou_loss, paper=ARXIV + "2311.02877", row_wise=True, bounds=(0.0, 5.0)):
     """Zhang et al., Inner-IoU, 2023.
 
     Args:
-        ratio: of the auxiliary boxes, above 0, usually 0.5 to 1.5. Below 1 the boxes part earlier.
-        base: config of a box loss with one value a box; None for ``1 - inner IoU``. Wise-IoU inside does not
-            focus ``IoU - inner IoU``, which outweighs the rest for boxes that fit well: put it around this loss.
-
-    Raises:
-        ValueError: if ``base`` is another kind of loss.
+        ratio: of the auxiliary boxes, usually 0.5 to 1.5. Below 1 the boxes part earlier.
     """
 
 
 @MODELS.register_module()
-class FocalerIoULoss(
-    _OverABase, fn=focaler_iou_loss, paper="https://arxiv.org/abs/2401.10525", row_wise=True, bounds=(0.0, 5.0)
-):
+class FocalerIoULoss(_OverABase, fn=focaler_iou_loss, paper=ARXIV + "2401.10525", row_wise=True, bounds=(0.0, 5.0)):
     """Zhang et al., Focaler-IoU, 2024.
 
     Args:
-        d, u: the IoUs between which boxes count, ``0 <= d < u <= 1``. The plain form has no gradient elsewhere.
-        base: config of a box loss with one value a box; None for ``1 - focaler IoU``. Wise-IoU inside does not
-            focus ``IoU - focaler IoU``, which outweighs the rest for boxes that fit well: put it around this loss.
-
-    Raises:
-        ValueError: for other ``d`` and ``u``, or if ``base`` is another kind of loss.
+        d, u: the IoUs between which boxes count, ``d < u``, else a ``ValueError``; elsewhere the plain form is flat.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -214,8 +195,8 @@ def interp_iou_loss(
 ) -> Tensor:
     """``(1 - IoU) + (1 - the IoU of an interpolated box)``, which is ``(1 - alpha) pred + alpha target``.
 
-    That box overlaps the target where the predicted one does not, and passes its gradient on. With ``dynamic``,
-    ``alpha = 1 - IoU``, kept in [0.6, 0.99], a constant.
+    That box overlaps the target where the predicted one does not, and passes its gradient on. With ``dynamic``
+    (D-InterpIoU), ``alpha = 1 - IoU``, kept in [0.6, 0.99], a constant.
 
     >>> interp_iou_loss(torch.tensor([0.0, 0, 2, 2]), torch.tensor([2.0, 0, 4, 2]), alpha=0.5)  # 1 + 1 - 1/3
     tensor(1.6667)
@@ -230,7 +211,7 @@ def interp_iou_loss(
 class InterpIoULoss(
     BoxLoss,
     fn=interp_iou_loss,
-    paper="https://arxiv.org/abs/2507.12420",
+    paper=ARXIV + "2507.12420",
     row_wise=True,
     attracts=True,
     bounds=(0.0, 2.0),
@@ -240,10 +221,6 @@ class InterpIoULoss(
 
     The formula is that of ports of the authors' code, which disagree on the direction and the value of alpha. A box
     further than ``1 / (1 - alpha)`` sides away gets no gradient.
-
-    Args:
-        alpha: share of the target in the interpolated box, in [0, 1].
-        dynamic: alpha by the IoU instead (D-InterpIoU), whose gradient is not the derivative.
     """
 
     def __init__(self, **settings: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from detloss_plugins.facts import MMDET, NonNegative, Positive, Share, Upstream, alike, alike_except, at_least
+from detloss_plugins.facts import ARXIV, MMDET, NonNegative, Positive, Share, Upstream, alike, alike_except, at_least
 from detloss_plugins.families import BoxLoss
 from detloss_plugins.geometry import Pair, power
 from detloss_plugins.registry import MODELS
@@ -54,7 +54,7 @@ def iou_loss(
 class IoULoss(
     BoxLoss,
     fn=iou_loss,
-    paper="https://arxiv.org/abs/1608.01471",
+    paper=ARXIV + "1608.01471",
     row_wise=True,
     upstream=alike(MMDET + "IoULoss", {"mode": "log"}, {"mode": "linear"}, {"mode": "square"}),
 ):
@@ -87,7 +87,7 @@ def giou_loss(pred: Tensor, target: Tensor, *, eps: Positive = 1e-7) -> Tensor:
 class GIoULoss(
     BoxLoss,
     fn=giou_loss,
-    paper="https://arxiv.org/abs/1902.09630",
+    paper=ARXIV + "1902.09630",
     row_wise=True,
     attracts=True,
     bounds=(0.0, 2.0),
@@ -114,7 +114,7 @@ def diou_loss(pred: Tensor, target: Tensor, *, eps: Positive = 1e-7) -> Tensor:
 class DIoULoss(
     BoxLoss,
     fn=diou_loss,
-    paper="https://arxiv.org/abs/1911.08287",
+    paper=ARXIV + "1911.08287",
     row_wise=True,
     attracts=True,
     bounds=(0.0, 2.0),
@@ -145,7 +145,7 @@ def ciou_loss(pred: Tensor, target: Tensor, *, alpha_gate: Share | None = None, 
 class CIoULoss(
     BoxLoss,
     fn=ciou_loss,
-    paper="https://arxiv.org/abs/1911.08287",
+    paper=ARXIV + "1911.08287",
     row_wise=True,
     attracts=True,
     bounds=(0.0, 2.5),
@@ -173,16 +173,13 @@ def eiou_loss(pred: Tensor, target: Tensor, *, eps: Positive = 1e-7) -> Tensor:
 class EfficientIoULoss(
     BoxLoss,
     fn=eiou_loss,
-    paper="https://arxiv.org/abs/2101.08158",
+    paper=ARXIV + "2101.08158",
     row_wise=True,
     attracts=True,
     bounds=(0.0, 4.0),
     upstream=(Upstream(MMDET + "EIoULoss", differs=_EXTENDED),),
 ):
-    """Zhang et al., Focal and Efficient IOU Loss, 2021 (EIoU).
-
-    mmdet's EIoULoss is another loss, Extended-IoU.
-    """
+    """Zhang et al., Focal and Efficient IOU Loss, 2021 (EIoU)."""
 
 
 EIoULoss = EfficientIoULoss
@@ -206,19 +203,13 @@ def focal_eiou_loss(
     tensor(0.5657)
     """
     pair = Pair(pred, target, eps)
-    weight = power(pair.iou, gamma, eps).clamp(min=floor)
-    weight = weight.detach() if detach_weight else weight
+    weight = power(pair.iou.detach() if detach_weight else pair.iou, gamma, eps).clamp(min=floor)
     return weight * (1 - pair.iou + pair.center_penalty + pair.side_penalty)
 
 
 @MODELS.register_module(name=["FocalEfficientIoULoss", "FocalEIoULoss"])
 class FocalEfficientIoULoss(
-    BoxLoss,
-    fn=focal_eiou_loss,
-    paper="https://arxiv.org/abs/2101.08158",
-    row_wise=True,
-    bounds=(0.0, 4.0),
-    true_gradient=False,
+    BoxLoss, fn=focal_eiou_loss, paper=ARXIV + "2101.08158", row_wise=True, bounds=(0.0, 4.0), true_gradient=False
 ):
     """Zhang et al., Focal and Efficient IOU Loss, 2021 (Focal-EIoU)."""
 
@@ -247,7 +238,7 @@ def siou_loss(pred: Tensor, target: Tensor, *, theta: AtLeastOne = 4.0, eps: Pos
 class SIoULoss(
     BoxLoss,
     fn=siou_loss,
-    paper="https://arxiv.org/abs/2205.12740",
+    paper=ARXIV + "2205.12740",
     row_wise=True,
     attracts=True,
     bounds=(0.0, 2.1),
@@ -271,7 +262,7 @@ def alpha_iou_loss(
     penalty: Literal["iou", "giou", "diou", "ciou"] = "iou",
     eps: Positive = 1e-7,
 ) -> Tensor:
-    """``1 - IoU^alpha`` plus the powers of the terms of GIoU, DIoU or CIoU, as ``penalty`` says.
+    """``1 - IoU^alpha`` plus the powers of the terms of GIoU, DIoU or CIoU as ``penalty`` says; "iou" has none.
 
     CIoU's trade-off factor is inside the power, and a constant.
 
@@ -290,16 +281,10 @@ def alpha_iou_loss(
 
 
 @MODELS.register_module()
-class AlphaIoULoss(
-    BoxLoss, fn=alpha_iou_loss, paper="https://arxiv.org/abs/2110.13675", row_wise=True, bounds=(0.0, 3.0)
-):
+class AlphaIoULoss(BoxLoss, fn=alpha_iou_loss, paper=ARXIV + "2110.13675", row_wise=True, bounds=(0.0, 3.0)):
     """He et al., Alpha-IoU, 2021.
 
     A power above 1 favours boxes that fit well already; the IoU term is flat where boxes barely overlap.
-
-    Args:
-        alpha: the power, above 0.
-        penalty: "iou" for none, "giou", "diou" or "ciou".
     """
 
     def __init__(self, **settings):
@@ -334,7 +319,7 @@ def shape_iou_loss(
 class ShapeIoULoss(
     BoxLoss,
     fn=shape_iou_loss,
-    paper="https://arxiv.org/abs/2312.17663",
+    paper=ARXIV + "2312.17663",
     row_wise=True,
     attracts=True,
     bounds=(0.0, 4.0),

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from detloss_plugins import engine
+from detloss_plugins.facts import ARXIV
 from detloss_plugins.families import ClassificationLoss, of_one_type
 from detloss_plugins.losses.classification.common import bce, power
 from detloss_plugins.precision import float32
@@ -22,8 +23,8 @@ LEAST = math.exp(-20)
 def adaptive_threshold_focal_loss(pred: Tensor, target: Tensor, *, mean: Tensor | None = None) -> Tensor:
     """BCE times ``(1.000001 - p_t)^gamma`` where ``p_t > 0.5``, else times ``(1.5 - p_t)^(-ln p_t)``.
 
-    ``gamma = -ln(mean of p_t)``, of this call unless ``mean`` gives it, and ``p_t = y p + (1 - y) (1 - p)``. Logits and
-    targets have one shape, which is that of the losses. The factor of the hard grows no more below ``p_t = e^-20``.
+    ``gamma = -ln(mean of p_t)``, of this call unless ``mean`` gives it, and ``p_t = y p + (1 - y) (1 - p)``; all have
+    one shape. The factor of the hard grows no more below ``p_t = e^-20``.
 
     >>> adaptive_threshold_focal_loss(torch.tensor([0.8, -0.4, 1.5, -2.0]), torch.tensor([1.0, 0.0, 0.0, 1.0]))
     tensor([0.1260, 0.2210, 2.7202, 4.2247])
@@ -43,19 +44,14 @@ def _p_t(pred, target):
 
 @MODELS.register_module()
 class AdaptiveThresholdFocalLoss(
-    ClassificationLoss,
-    fn=adaptive_threshold_focal_loss,
-    paper="https://arxiv.org/abs/2307.14723",
-    row_wise=True,
-    filled=("mean",),
+    ClassificationLoss, fn=adaptive_threshold_focal_loss, paper=ARXIV + "2307.14723", row_wise=True, filled=("mean",)
 ):
     """Yang et al., EFLNet, 2024 (ATFL).
 
     The mean is that of what counts in the call: rows that are ignored or have a weight of 0 do not.
 
     Args:
-        detach_gamma: treat the focusing power as a constant. In the authors' code it carries gradient, which couples
-            all elements.
+        detach_gamma: treat the focusing power as a constant; in the authors' code its gradient couples all elements.
     """
 
     observes = True

@@ -88,10 +88,10 @@ class OverBase(ClassificationLoss):
         """Make a loss the base; ``ValueError`` for one whose elements are not all that there is to it, or not alike."""
         parts = [part for part in base.modules() if isinstance(part, Loss) and part is not base]
         own_mean = any(part.facts.self_normalized or getattr(part, "avg_non_ignore", False) for part in parts)
-        leaves = [part for part in parts if not hasattr(part, "losses") and not hasattr(part, "base")]
         kinds = {
             (part.facts.one_per_row, part.facts.sums_classes, max(getattr(part, "ignore_index", -1), -1))
-            for part in leaves
+            for part in parts
+            if not hasattr(part, "losses") and not hasattr(part, "base")
         }
         mixed = hasattr(base, "losses") and (own_mean or len(kinds) > 1)
         if mixed or getattr(base, "custom_cls_channels", False):
@@ -101,14 +101,11 @@ class OverBase(ClassificationLoss):
             )
         self.base, theirs = base, base.facts
         self.couples = base.couples
+        of_base = ("sums_classes", "one_per_row", "mean_of_rows", "self_normalized", "needs_mining")
         self.facts = self.facts.but(
+            **{name: getattr(theirs, name) for name in of_base},
             row_wise=self.facts.row_wise and theirs.row_wise,
-            sums_classes=theirs.sums_classes,
-            one_per_row=theirs.one_per_row,
-            mean_of_rows=theirs.mean_of_rows,
-            self_normalized=theirs.self_normalized,
             true_gradient=self.facts.true_gradient and theirs.true_gradient,
-            needs_mining=theirs.needs_mining,
             takes_quality=self.facts.takes_quality or theirs.takes_quality,
         )
 

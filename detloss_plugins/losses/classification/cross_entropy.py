@@ -1,4 +1,7 @@
-"""Cross entropies and the divergence."""
+"""Cross entropies and the divergence.
+
+Logits and targets have one shape, which is that of the losses, where a function does not say another.
+"""
 
 from typing import Any, Literal
 
@@ -6,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detloss_plugins.facts import MMDET, TORCH, NonNegative, PerClass, Positive, Share, Upstream, alike
+from detloss_plugins.facts import ARXIV, MMDET, TORCH, NonNegative, PerClass, Positive, Share, Upstream, alike
 from detloss_plugins.families import ClassificationLoss, of_one_type
 from detloss_plugins.loss import Loss
 from detloss_plugins.losses.classification.common import SoftmaxOrSigmoid, bce, class_vector
@@ -29,13 +32,9 @@ def cross_entropy_loss(
     ignore_index: int = -100,
     label_smoothing: Share = 0.0,
 ) -> Tensor:
-    """Softmax cross entropy of logits ``(..., C)``, or with ``use_sigmoid`` binary cross entropy of each class.
+    """Softmax cross entropy, ``(...)``: of logits ``(..., C)``, and indices ``(...)`` or distributions ``(..., C)``.
 
-    Args:
-        target: class indices ``(...)`` or distributions ``(..., C)``; dense ``(..., C)`` for ``use_sigmoid``.
-
-    Returns:
-        ``(...)``, zero where an index is negative or ``ignore_index``; ``(..., C)`` for ``use_sigmoid``.
+    It is zero where an index is negative or ``ignore_index``. With ``use_sigmoid``, binary cross entropy of each class.
 
     >>> cross_entropy_loss(torch.tensor([[2.0, -1.0, 0.5]]), torch.tensor([0]))  # ln(1 + e^-3 + e^-1.5)
     tensor([0.2413])
@@ -84,8 +83,7 @@ class CrossEntropyLoss(
             ``(N, C, ...)``, masks ``(N, ...)`` and, in the place of the weight, the class of each, ``(N,)``.
 
     Raises:
-        ValueError: for ``use_mask`` beside ``use_sigmoid`` or without classes, or if ``(N, C, H, W)`` and ``(..., C)``
-            cannot be told apart.
+        ValueError: for ``use_mask`` beside ``use_sigmoid`` or without classes, or if it cannot be told which are C.
     """
 
     outside_kernel = Loss.outside_kernel
@@ -114,15 +112,12 @@ class CrossEntropyLoss(
         arranged = weight is None and isinstance(target, Tensor) and pred.shape == target.shape  # by a JointLoss
         if self.use_mask and not arranged:
             if weight is None or weight.dtype != torch.long:
-                raise ValueError(
-                    "CrossEntropyLoss with use_mask=True takes the class of each mask as its third argument."
-                )
+                raise ValueError("CrossEntropyLoss with use_mask=True takes the class of each mask as third argument.")
             pred, weight = pred[torch.arange(len(pred), device=pred.device), weight], None
         elif pred.dim() == 4 and isinstance(target, Tensor) and target.shape == (len(pred), *pred.shape[2:]):
             if target.shape == pred.shape[:-1]:
-                raise ValueError(
-                    f"The classes of logits {tuple(pred.shape)} may be dimension 1 or 3; flatten them to (N, C)."
-                )
+                shape = tuple(pred.shape)
+                raise ValueError(f"The classes of logits {shape} may be dimension 1 or 3; flatten them to (N, C).")
             pred = pred.movedim(1, -1)
         return pred, target, weight
 
@@ -165,8 +160,6 @@ def binary_cross_entropy_loss(
 ) -> Tensor:
     """``-[pos_weight y ln p + (1 - y) ln(1 - p)]`` with ``p = sigmoid(pred)``, or ``p = pred`` if ``activated``.
 
-    Logits and targets have one shape, which is that of the losses.
-
     >>> binary_cross_entropy_loss(torch.tensor([0.8, -0.4, 1.5]), torch.tensor([1.0, 0.0, 0.3]))
     tensor([0.3711, 0.5130, 1.2514])
     """
@@ -190,11 +183,8 @@ class BinaryCrossEntropyLoss(
     """Binary cross entropy of every class on its own, with hard, soft or multi-hot targets.
 
     Args:
-        pos_weight: factor on the positive term, a number or one a class; logits only.
+        pos_weight: factor on the positive term, a number or one a class; of logits, else a ``ValueError``.
         activated: ``pred`` is a probability; its logarithms are cut at -100 as torch does.
-
-    Raises:
-        ValueError: for a ``pos_weight`` beside ``activated``.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -217,38 +207,29 @@ def balanced_cross_entropy_loss(
     zero, because the formula's 1 or 0 would erase the loss. m and n are the sums of ``y`` and of ``1 - y``, of these
     targets or, if ``positives`` and ``negatives`` give them, of more.
 
-    Logits and targets have one shape, which is that of the losses.
-
     >>> balanced_cross_entropy_loss(torch.zeros(4), torch.tensor([1.0, 0, 0, 0]))  # 3/4 ln 2 and 1/4 ln 2
     tensor([0.5199, 0.1733, 0.1733, 0.1733])
     """
     pred, target = of_one_type(pred, target)
     counted = (target >= 0) | target.isnan()
     target = torch.where(counted, target, 0)
-    of_positives: Tensor | float
-    of_negatives: Tensor | float
     if alpha == "auto":
         if positives is None or negatives is None:
-            positives, negatives = _balance_sums(target.detach(), counted)
-        both = (positives > 0) & (negatives > 0)
+            y = target.detach()
+            positives, negatives = (y * counted).sum(), ((1 - y) * counted).sum()
         # Not 1 - n / (m + n), which has no digits left for one positive among ten million.
-        of_positives, of_negatives = (
-            torch.where(both, n / (positives + negatives), 0.5).to(pred.dtype) for n in (negatives, positives)
-        )
+        m, n, both = positives, negatives, (positives > 0) & (negatives > 0)
+        shares: Any = [torch.where(both, of_other / (m + n), 0.5).to(pred.dtype) for of_other in (n, m)]
     else:
-        of_positives, of_negatives = alpha, 1 - alpha
-    return counted * (of_positives * target + of_negatives * (1 - target)) * bce(pred, target)
-
-
-def _balance_sums(target, counted):
-    return (target * counted).sum(), ((1 - target) * counted).sum()
+        shares = alpha, 1 - alpha
+    return counted * (shares[0] * target + shares[1] * (1 - target)) * bce(pred, target)
 
 
 @MODELS.register_module()
 class BalancedCrossEntropyLoss(
     ClassificationLoss,
     fn=balanced_cross_entropy_loss,
-    paper="https://arxiv.org/abs/1504.06375",
+    paper=ARXIV + "1504.06375",
     row_wise=True,
     needs_mining=False,
     filled=("positives", "negatives"),
@@ -260,10 +241,6 @@ class BalancedCrossEntropyLoss(
     """Xie and Tu, Holistically-Nested Edge Detection, 2015.
 
     Each call counts its own positives and negatives, without the rows whose label or weight says that they are ignored.
-
-    Args:
-        alpha: "auto", or the weight of the positives, a number in [0, 1]; the negatives have ``1 - alpha``. "auto" is
-            1/2 in a call without positives or without negatives.
     """
 
     @property
@@ -272,8 +249,8 @@ class BalancedCrossEntropyLoss(
 
     def statistics(self, pred, target, valid, weight):
         counted = counts(target, valid, weight)
-        positives, negatives = _balance_sums(torch.where(counted > 0, target, 0), counted)
-        return {"positives": longest(positives), "negatives": longest(negatives)}
+        y = torch.where(counted > 0, target, 0)
+        return {"positives": longest((y * counted).sum()), "negatives": longest(((1 - y) * counted).sum())}
 
 
 def kl_div_loss(pred: Tensor, target: Tensor, *, temperature: Positive = 1.0) -> Tensor:
@@ -303,14 +280,10 @@ class KLDivLoss(
 ):
     """Kullback-Leibler divergence of the softmax of logits from a distribution.
 
-    Call with logits and distributions ``(..., C)``; the per-element losses have shape ``(...)``.
-
     Args:
-        temperature: divides the logits, and its square multiplies the loss, as in distillation (Hinton et al., 2015).
-            A teacher's distribution is given at that temperature already.
+        temperature: as in distillation (Hinton et al., 2015); a teacher's distribution is at that temperature already.
         target: "distribution", or "logits" of a teacher, as mmdet's LDHead hands over: they are constants, are softened
-            by the temperature here, and the loss is the mean over the classes, not the sum, all as in mmdet's
-            KnowledgeDistillationKLDivLoss.
+            by the temperature here, and the loss is the mean over the classes, not the sum, all as in mmdet.
 
     Raises:
         ValueError: if the target is not a distribution for each row; its values are looked at in the first calls.
@@ -324,7 +297,7 @@ class KLDivLoss(
         if self.target == "logits" or target.shape != pred.shape:
             return
         total = float32(target).sum(-1)  # 0 where a head leaves a row out
-        if bool((target < 0).any()) or bool((((total - 1).abs() > 0.01) & (total != 0)).any()):
+        if (target < 0).any() or (((total - 1).abs() > 0.01) & (total != 0)).any():
             raise ValueError(
                 "KLDivLoss takes one distribution a row, and these targets have values below 0 or do not add up to 1; "
                 'write target="logits" if they are the logits of a teacher.'
@@ -333,9 +306,8 @@ class KLDivLoss(
     def prepare(self, pred, target):
         if target.shape != pred.shape or not target.is_floating_point():
             raise ValueError(
-                f"KLDivLoss with logits {tuple(pred.shape)} takes one distribution a row as floats "
-                f"{tuple(pred.shape)}, not {target.dtype} {tuple(target.shape)}; for class indices use "
-                "CrossEntropyLoss."
+                f"KLDivLoss takes one distribution a row as floats {tuple(pred.shape)}, not {target.dtype} "
+                f"{tuple(target.shape)}; for class indices use CrossEntropyLoss."
             )
         if self.target == "logits":
             target = (target.detach().to(pred.dtype) / self.temperature).softmax(-1)

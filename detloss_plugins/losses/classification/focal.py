@@ -1,4 +1,7 @@
-"""The focal family."""
+"""The focal family.
+
+Logits and targets have one shape, which is that of the losses, where a function does not say another.
+"""
 
 from typing import Annotated, Any
 
@@ -6,8 +9,10 @@ import torch
 from torch import Tensor
 
 from detloss_plugins.facts import (
+    ARXIV,
     MMDET,
     TORCH,
+    Interval,
     NonNegative,
     NotWeighed,
     PerClass,
@@ -15,7 +20,6 @@ from detloss_plugins.facts import (
     Upstream,
     alike,
     at_least,
-    two_increasing,
 )
 from detloss_plugins.families import ClassificationLoss, RegressionLoss, check_same_shape, of_one_type
 from detloss_plugins.loss import Loss
@@ -42,8 +46,7 @@ def focal_loss(
     """``alpha_t (1 - p_t)^gamma CE`` of logits, or of probabilities if ``activated``; the factor carries gradient.
 
     Sigmoid form: a loss per class, ``(..., C)`` as pred and target, ``alpha_t = alpha`` for positives and
-    ``1 - alpha`` for negatives. Softmax form: one per row, where a scalar alpha is a mere scale and a per-class one
-    balances. ``alpha=None`` leaves it out.
+    ``1 - alpha`` for negatives. Softmax form: one per row, where a scalar alpha is a mere scale. None leaves it out.
 
     >>> focal_loss(torch.tensor([0.8, -0.4, 3.0]), torch.tensor([1.0, 0.0, 0.0]))
     tensor([0.0089, 0.0620, 2.0747])
@@ -91,7 +94,7 @@ def balance(alpha, target):
 class FocalLoss(
     SoftmaxOrSigmoid,
     fn=focal_loss,
-    paper="https://arxiv.org/abs/1708.02002",
+    paper=ARXIV + "1708.02002",
     row_wise=True,
     needs_mining=False,
     upstream=(
@@ -109,8 +112,6 @@ class FocalLoss(
         alpha: weight of the positives in [0, 1], or one a class, of any size in the softmax form; None for no balance.
         use_sigmoid: False for the softmax form.
         activated: ``pred`` holds probabilities.
-
-    In Ultralytics' ``cls`` slot the default ``loss_weight`` is 16, measured as docs/weights.md tells.
     """
 
 
@@ -119,8 +120,8 @@ def quality_focal_loss(
 ) -> Tensor:
     """``|y - p|^beta BCE`` with a quality ``y`` in [0, 1]; the factor carries gradient.
 
-    ``alpha`` (a number) multiplies ``alpha y + (1 - alpha)(1 - y)``, the form of YOLOv5 and not of the paper. Logits
-    (probabilities if ``activated``) and targets have one shape, which is that of the losses.
+    ``alpha`` (a number) multiplies ``alpha y + (1 - alpha)(1 - y)``, the form of YOLOv5 and not of the paper.
+    ``activated`` says that ``pred`` holds probabilities.
 
     >>> quality_focal_loss(torch.tensor([0.8, -0.4, 1.5]), torch.tensor([0.6, 0.0, 1.0]))
     tensor([0.0056, 0.0826, 0.0067])
@@ -136,7 +137,7 @@ def quality_focal_loss(
 class QualityFocalLoss(
     ClassificationLoss,
     fn=quality_focal_loss,
-    paper="https://arxiv.org/abs/2006.04388",
+    paper=ARXIV + "2006.04388",
     row_wise=True,
     needs_mining=False,
     takes_quality=True,
@@ -145,8 +146,7 @@ class QualityFocalLoss(
 ):
     """Li et al., Generalized Focal Loss, 2020 (QFL).
 
-    The class sums over the classes: ``reduction="none"`` gives ``(...)``. In Ultralytics' ``cls`` slot the default
-    ``loss_weight`` is 16, measured as docs/weights.md tells.
+    The class sums over the classes: ``reduction="none"`` gives ``(...)``.
     """
 
 
@@ -161,8 +161,7 @@ def varifocal_loss(
 ) -> Tensor:
     """``y BCE`` where the quality ``y > 0``, ``alpha p^gamma BCE`` where it is 0; ``iou_weighted=False`` drops the y.
 
-    The weight ``p^gamma`` carries gradient unless ``detach_weight`` makes it a constant. Logits and targets have one
-    shape, which is that of the losses.
+    The weight ``p^gamma`` carries gradient unless ``detach_weight`` makes it a constant.
 
     >>> varifocal_loss(torch.tensor([0.8, -0.4, 1.5]), torch.tensor([0.6, 0.0, 1.0]))
     tensor([0.4147, 0.0620, 0.2014])
@@ -177,7 +176,7 @@ def varifocal_loss(
 class VarifocalLoss(
     ClassificationLoss,
     fn=varifocal_loss,
-    paper="https://arxiv.org/abs/2008.13367",
+    paper=ARXIV + "2008.13367",
     row_wise=True,
     needs_mining=False,
     takes_quality=True,
@@ -189,12 +188,10 @@ class VarifocalLoss(
 ):
     """Zhang et al., VarifocalNet, 2020 (VFL).
 
-    A positive whose quality is 0 counts as a negative. In Ultralytics' ``cls`` slot the default ``loss_weight`` is 16,
-    measured as docs/weights.md tells.
+    A positive whose quality is 0 counts as a negative.
 
     Args:
-        alpha: weight of the negatives, in [0, 1].
-        gamma: focusing power of the negatives.
+        alpha, gamma: weight and focusing power of the negatives.
         iou_weighted: weigh a positive by its quality.
         detach_weight: treat the weight of the negatives as a constant, as the code of RT-DETR, DEIM and D-FINE does.
     """
@@ -227,7 +224,7 @@ def poly_loss(
 class PolyLoss(
     SoftmaxOrSigmoid,
     fn=poly_loss,
-    paper="https://arxiv.org/abs/2204.12511",
+    paper=ARXIV + "2204.12511",
     row_wise=True,
     upstream=(
         Upstream(TORCH + "cross_entropy", {"epsilon": 0.0, "use_sigmoid": False}),
@@ -239,9 +236,7 @@ class PolyLoss(
     Args:
         epsilon: what is added to the first polynomial coefficient, at least -1, as less would reward a wrong
             prediction; the paper tunes it for each task.
-        gamma: power of the focal loss; 0 is cross entropy.
-        alpha: as in FocalLoss; it weighs both terms.
-        use_sigmoid: False for the softmax form.
+        gamma, alpha, use_sigmoid: as in FocalLoss.
     """
 
 
@@ -250,8 +245,7 @@ def generalized_focal_loss(
 ) -> Tensor:
     """``|y - m|^beta [(r - y) (-ln p_l) + (y - l) (-ln p_r)]``: a target ``y`` between two values ``l`` and ``r``.
 
-    ``p_r = sigmoid(pred)``, ``p_l = 1 - p_r`` and ``m = l p_l + r p_r`` is the predicted value. Logits and targets have
-    one shape, which is that of the losses.
+    ``p_r = sigmoid(pred)``, ``p_l = 1 - p_r`` and ``m = l p_l + r p_r`` is the predicted value.
 
     >>> generalized_focal_loss(torch.tensor([0.0]), torch.tensor([3.0]), values=(1.0, 3.0))  # 1^2 * 2 ln 2
     tensor([1.3863])
@@ -267,7 +261,7 @@ def generalized_focal_loss(
 class GeneralizedFocalLoss(
     ClassificationLoss,
     fn=generalized_focal_loss,
-    paper="https://arxiv.org/abs/2006.04388",
+    paper=ARXIV + "2006.04388",
     row_wise=True,
     needs_mining=False,
     takes_quality=True,
@@ -277,16 +271,9 @@ class GeneralizedFocalLoss(
 
     ``pred`` is the logit of the right value, in any shape; the per-element losses have its shape. With the values 0 and
     1 it is the quality focal loss of every class on its own and takes every form of target; otherwise only a dense one.
-
-    Args:
-        beta: focusing power.
-        values: the two values that the target lies between.
-
-    Raises:
-        ValueError: if ``values`` are not two increasing numbers.
     """
 
-    def __init__(self, *, values: Annotated[tuple, two_increasing()] = (0.0, 1.0), **settings):
+    def __init__(self, *, values: Interval = (0.0, 1.0), **settings):
         super().__init__(values=tuple(values), **settings)
         if self.label_smoothing and self.values != (0.0, 1.0):
             raise ValueError("label_smoothing of GeneralizedFocalLoss is for the values (0.0, 1.0).")
@@ -313,9 +300,8 @@ def gaussian_focal_loss(
 ) -> Tensor:
     """``-(1 - p)^alpha ln p`` where the target is 1, else ``-(1 - t)^gamma p^alpha ln(1 - p)``, of a probability p.
 
-    The first is times ``pos_weight``, the second ``neg_weight``. 1e-12 is added to the arguments of the logarithms, as
-    upstream does. Probabilities and targets have one shape, which is that of the losses. Beside the target there may be
-    how often each cell counts as a positive, whatever the target is: every cell has the second term then too.
+    The first is times ``pos_weight``, the second ``neg_weight``. As upstream, logarithms are of what is 1e-12 larger.
+    Beside the target there may be how often each cell counts as a positive: all have the second term then too.
 
     >>> gaussian_focal_loss(torch.tensor([0.5, 0.5]), torch.tensor([1.0, 0.5]))  # ln 2 / 4, and that / 16
     tensor([0.1733, 0.0108])
@@ -338,7 +324,7 @@ class GaussianFocalLoss(
     fn=gaussian_focal_loss,
     family="heatmap",
     takes_pairs=True,  # made in its forward, which refuses any other
-    paper="https://arxiv.org/abs/1808.01244",
+    paper=ARXIV + "1808.01244",
     row_wise=True,
     one_per_row=False,
     upstream=alike(
@@ -347,13 +333,10 @@ class GaussianFocalLoss(
 ):
     """Law and Deng, CornerNet, 2018.
 
-    Call with a heatmap of probabilities and one of targets, both of one shape, as the heads of CornerNet and CenterNet
-    do; a target of exactly 1 is a positive, and less means a smaller penalty the nearer to 1 it is. Above 1 it counts
-    as 0: mmdet's CenterNetUpdateHead fills the heatmap of an image without objects with the number of classes, its
-    label of the background.
-
-    Raises:
-        ValueError: if the shapes differ.
+    Call with a heatmap of probabilities and one of targets, of one shape (else a ``ValueError``), as the heads of
+    CornerNet and CenterNet do; a target of exactly 1 is a positive, and less means a smaller penalty the nearer to 1 it
+    is. Above 1 it counts as 0: mmdet's CenterNetUpdateHead fills the heatmap of an image without objects with the
+    number of classes, its label of the background.
     """
 
     leading = RegressionLoss.leading
@@ -362,8 +345,6 @@ class GaussianFocalLoss(
         if isinstance(target, tuple):
             heatmap, counts = target
             return pred, (self.prepare(pred, heatmap)[1], counts), None
-        if not isinstance(target, Tensor):
-            raise ValueError("GaussianFocalLoss takes a heatmap of the shape of pred as its target.")
         check_same_shape(pred, target, "heatmaps of one shape")
         return super().prepare(pred, torch.where(target > 1, 0, target))
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from detloss_plugins.facts import TORCH, NonNegative, NotWeighed, Share, SharePerClass, Upstream, alike, between
+from detloss_plugins.facts import ARXIV, TORCH, NonNegative, NotWeighed, Share, SharePerClass, Upstream, alike, between
 from detloss_plugins.families import ClassificationLoss, of_one_type
 from detloss_plugins.loss import check_use_sigmoid
 from detloss_plugins.losses.classification.common import bce, class_vector, is_zero
@@ -95,13 +95,7 @@ class ModifiedCrossEntropyLoss(
     With multi-label targets the softmax form has no zero.
 
     Args:
-        activation: "sigmoid" or "softmax".
-        alpha: weight of the positive terms, ``1 - alpha`` that of the negative ones; None for no weights.
-        gamma: focusing power; 0 for none.
         use_sigmoid: may be given because mmdet's heads read it from the config; it must fit ``activation``.
-
-    Raises:
-        ValueError: for a ``use_sigmoid`` that does not fit.
     """
 
     sigmoid_only = False
@@ -111,6 +105,9 @@ class ModifiedCrossEntropyLoss(
     ):
         super().__init__(use_sigmoid=activation == "sigmoid", activation=activation, **settings)
         check_use_sigmoid(self, use_sigmoid)
+
+
+_FOCAL = {"gamma_neg": 2.0, "gamma_pos": 2.0, "clip": 0.0, "detach_focusing": False}
 
 
 def asymmetric_loss(
@@ -124,8 +121,7 @@ def asymmetric_loss(
 ) -> Tensor:
     """``-y (1 - p)^gamma_pos ln p - (1 - y) p_m^gamma_neg ln(1 - p_m)`` with ``p_m = max(p - clip, 0)``.
 
-    The two powers are constants unless ``detach_focusing`` is False. Logits and targets have one shape, which is that
-    of the losses.
+    The two powers are constants, as by the authors' default, unless ``detach_focusing`` is False. All have one shape.
 
     >>> asymmetric_loss(torch.zeros(2), torch.tensor([1.0, 0.0]))  # ln 2 / 2 and -0.45^4 ln 0.55
     tensor([0.3466, 0.0245])
@@ -138,34 +134,22 @@ def asymmetric_loss(
 class AsymmetricLoss(
     ClassificationLoss,
     fn=asymmetric_loss,
-    paper="https://arxiv.org/abs/2009.14119",
+    paper=ARXIV + "2009.14119",
     row_wise=True,
     needs_mining=False,
     true_gradient=False,
-    upstream=(
-        Upstream(
-            "torchvision.ops.sigmoid_focal_loss",
-            {"gamma_neg": 2.0, "gamma_pos": 2.0, "clip": 0.0, "detach_focusing": False},
-            {"alpha": -1, "gamma": 2.0},
-        ),
-    ),
+    upstream=(Upstream("torchvision.ops.sigmoid_focal_loss", _FOCAL, {"alpha": -1, "gamma": 2.0}),),
 ):
     """Ridnik et al., Asymmetric Loss for Multi-Label Classification, 2020 (ASL).
 
     The authors' code returns the sum; here that is ``reduction="sum"``.
-
-    Args:
-        gamma_neg, gamma_pos: focusing powers of the negatives and the positives.
-        clip: a negative with a probability below it costs nothing; in [0, 1).
-        detach_focusing: treat the powers as constants, as the authors' default does.
     """
 
 
 def confidence_weight(q_fg: Tensor, q_bg: Tensor, power: float, *, detach: bool = True) -> Tensor:
     """``(1 - q_fg)^power q_bg``: a sample's weight from its foreground and background confidence, a constant.
 
-    It is large where the background is sure and the foreground is not. ``detach=False`` lets gradient through. Both
-    confidences are in [0, 1], of one shape.
+    Both are in [0, 1], of one shape. It is large where only the background is sure; without ``detach``, no constant.
 
     >>> confidence_weight(torch.tensor([0.3]), torch.tensor([0.6]), 2.0)  # 0.7^2 * 0.6
     tensor([0.2940])

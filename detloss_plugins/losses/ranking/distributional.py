@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from detloss_plugins.facts import NonNegative, Number, Positive
+from detloss_plugins.facts import ARXIV, NonNegative, Number, Positive
 from detloss_plugins.families import RankingLoss
 from detloss_plugins.precision import float32
 from detloss_plugins.registry import MODELS
@@ -41,36 +41,29 @@ def dr_loss(
 ) -> Tensor:
     """Distributional ranking: the hard negatives' mean probability must lie ``margin`` below the hard positives'.
 
-    Args:
-        pred: logits, any shape.
-        target: same shape; above 0 positive, 0 negative, below 0 ignored.
-
-    Returns:
-        The one loss of :func:`distributional_ranking`, once for each positive, ``(P,)``.
+    Of logits and targets of one shape, any (above 0 positive, 0 negative, below 0 ignored), the one loss of
+    :func:`distributional_ranking`, once for each positive, ``(P,)``.
 
     >>> dr_loss(torch.tensor([0.0, 0.0]), torch.tensor([1, 0]))  # d+ = d- = 1/2: 4 / 6 ln(1 + e^3)
     tensor([2.0324])
     """
     pred = float32(pred)
-    positives, negatives = (pred.masked_select(mask).sigmoid() for mask in (target > 0, target == 0))
-    if not len(positives):
+    sets = [pred.masked_select(mask).sigmoid() for mask in (target > 0, target == 0)]
+    if not len(sets[0]):
         return pred.flatten()[:0]
-    hyper = {"pos_lambda": pos_lambda, "neg_lambda": neg_lambda, "margin": margin, "L": L, "tau": tau}
-    return distributional_ranking(positives, negatives, **hyper).expand(len(positives))
+    loss = distributional_ranking(*sets, pos_lambda=pos_lambda, neg_lambda=neg_lambda, margin=margin, L=L, tau=tau)
+    return loss.expand(len(sets[0]))
 
 
 @MODELS.register_module()
-class DRLoss(RankingLoss, fn=dr_loss, paper="https://arxiv.org/abs/1907.10156", bounds=(0.0, 6.1)):
+class DRLoss(RankingLoss, fn=dr_loss, paper=ARXIV + "1907.10156", bounds=(0.0, 6.1)):
     """Qian et al., DR Loss: Improving Object Detection by Distributional Ranking, 2019.
 
-    One value for all that ``pred`` holds, so that its mean over the positives is that value. Its gradient is the true
-    derivative. Without positives it is zero, where the authors' code goes on pushing the negatives down. By default it
-    is at most ``4 / 6 ln(1 + exp(6 * 1.5))``.
+    One value for all that ``pred`` holds, with the true derivative. Without positives it is zero, where the authors'
+    code goes on pushing the negatives down. By default it is at most ``4 / 6 ln(1 + exp(6 * 1.5))``.
 
     Args:
-        pos_lambda: temperature of the positives' distribution; small for the hardest only.
-        neg_lambda: that of the negatives.
+        pos_lambda, neg_lambda: temperature of the distribution of the positives, the negatives; small for the hardest.
         margin: by how much the positives' mean must exceed the negatives'.
-        L: steepness of the logistic loss.
-        tau: factor on the loss.
+        L, tau: steepness of the logistic loss, and factor on it.
     """

@@ -1,5 +1,8 @@
 """AP, aLRP and Rank & Sort loss at the price of a sort of the positives.
 
+Their functions take logits and targets of one shape, any: a target above 0 is a positive (for some, its quality), 0 a
+negative, below 0 ignored. They return one loss a positive, ``(P,)``.
+
 They compare scores by a step with a slope, ``H(x) = clamp(x / (2 delta) + 1 / 2, 0, 1)``, and hand back an
 error-driven update in place of a derivative: what a positive loses by the negatives above it is taken from them and
 given to it. Their authors loop over the positives, ``O(P (P + N))``. Seen from one score, a sum of steps over
@@ -17,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from detloss_plugins.facts import NonNegative, Positive
+from detloss_plugins.facts import ARXIV, NonNegative, Positive
 from detloss_plugins.families import RankingLoss
 from detloss_plugins.precision import float32, longest, outside_graph
 from detloss_plugins.registry import MODELS
@@ -143,7 +146,8 @@ class _ErrorDriven(torch.autograd.Function):
         steps = _Steps(kinks, low, high)
         up = -incoming * update.own
         if update.sorting is not None:
-            up += _missorted(scores, update.quality, incoming * update.sorting, delta)
+            # A positive of lower quality is pushed down by sum_i c_i H(s_k - s_i) over y_i > y_k.
+            up += _sums_by_quality(-scores, -update.quality, delta, (incoming * update.sorting)[None])[0][0]
         gradient = steps.over_positives(pieces, along, delta, incoming * update.share)
         gradient[positive] = up.to(gradient.dtype)
         return gradient.reshape(ctx.shape), None, None, None, None
@@ -166,13 +170,6 @@ def ap_loss(pred: Tensor, target: Tensor, *, delta: Positive = 1.0) -> Tensor:
     the error is ``b_i / (a_i + b_i)``, and the loss its least value at or below the score. A positive is pushed up by
     its loss, and as much is taken from the negatives, each by its share ``H(t_j - s_i)`` of ``b_i``.
 
-    Args:
-        pred: logits, any shape.
-        target: same shape; above 0 positive, 0 negative, below 0 ignored.
-
-    Returns:
-        One loss a positive, ``(P,)``.
-
     >>> ap_loss(torch.tensor([0.0, 0.0, -3.0]), torch.tensor([1, 0, 0]))  # a = 1, b = 1/2
     tensor([0.3333])
     """
@@ -188,12 +185,8 @@ def ap_loss(pred: Tensor, target: Tensor, *, delta: Positive = 1.0) -> Tensor:
 
 
 @MODELS.register_module()
-class APLoss(RankingLoss, fn=ap_loss, paper="https://arxiv.org/abs/1904.06373", bounds=(0.0, 1.0), true_gradient=False):
-    """Chen et al., Towards Accurate One-Stage Object Detection with AP-Loss, 2019.
-
-    Args:
-        delta: half the width of the step, in logits.
-    """
+class APLoss(RankingLoss, fn=ap_loss, paper=ARXIV + "1904.06373", bounds=(0.0, 1.0), true_gradient=False):
+    """Chen et al., Towards Accurate One-Stage Object Detection with AP-Loss, 2019."""
 
 
 def alrp_loss(
@@ -204,17 +197,9 @@ def alrp_loss(
     With ``rank_i = a_i + b_i`` as in :func:`ap_loss` and ``E_i = sum_k H(s_k - s_i) e_k`` over the other positives, the
     value is ``b_i / rank_i`` and the update ``(E_i + b_i) / rank_i``; none where ``b_i`` is below 1e-5.
 
-    Args:
-        pred: logits, any shape.
-        target: same shape; above 0 positive, 0 negative, below 0 ignored.
-        loc_error: localisation error ``e_i`` of each positive in [0, 1], ``(P,)``. Without it, one minus a soft target.
-
-    Raises:
-        ValueError: if ``loc_error`` has not one value a positive.
-
-    Returns:
-        One loss a positive, ``(P,)``. With ``loc_error``, a pair with the localisation component:
-        ``sum_k e_k / rank_i`` over the positives with ``s_k >= s_i``, whose gradient goes to ``loc_error`` only.
+    ``loc_error`` is the localisation error ``e_i`` of each positive in [0, 1], ``(P,)``, else a ``ValueError``; without
+    it, that is one minus a soft target. With it, what is returned is a pair with the localisation component:
+    ``sum_k e_k / rank_i`` over the positives with ``s_k >= s_i``, whose gradient goes to ``loc_error`` only.
 
     >>> logits, target = torch.tensor([0.0, 0.0, 3.0]), torch.tensor([1, 0, 1])  # a = 2 and 1, b = 1/2 and 0
     >>> alrp_loss(logits, target, loc_error=torch.tensor([0.5, 0.3]))  # 0.5 / 2.5, 0; 0.8 / 2.5, 0.3 / 1
@@ -258,12 +243,7 @@ def _cumulated(values, scores):
 
 @MODELS.register_module()
 class ALRPLoss(
-    RankingLoss,
-    fn=alrp_loss,
-    paper="https://arxiv.org/abs/2009.13592",
-    bounds=(0.0, 1.0),
-    true_gradient=False,
-    filled=("loc_error",),
+    RankingLoss, fn=alrp_loss, paper=ARXIV + "2009.13592", bounds=(0.0, 1.0), true_gradient=False, filled=("loc_error",)
 ):
     """Oksuz et al., A Ranking-based, Balanced Loss Function Unifying Classification and Localisation, 2020 (aLRP).
 
@@ -271,12 +251,6 @@ class ALRPLoss(
     the pair (classification, localisation), both weighed and reduced; the gradient of the second goes to ``loc_error``
     only. The authors' error is the GIoU loss, and their self-balancing factor for the second is left to the head.
     Without ``loc_error`` it returns the first alone, with the error ``1 - quality`` of a soft target.
-
-    Args:
-        delta: half the width of the step, in logits.
-
-    Raises:
-        ValueError: if ``loc_error`` has not one value a positive.
     """
 
     def forward(self, pred, target, weight=None, avg_factor=None, reduction_override=None, loc_error=None):
@@ -328,19 +302,6 @@ def _over_ranges(columns, edges):
     return F.pad(columns.cumsum(1), (1, 0))[:, edges].diff(dim=1)
 
 
-def _sorting_errors(scores, quality, above, delta):
-    """The sorting error of every positive, and the weight of the positives of lower quality above it."""
-    terms = torch.stack([torch.ones_like(quality), 1 - quality])
-    (weight, wrong), (right_weight, right) = _sums_by_quality(scores, quality, delta, terms)
-    # The mean badness of all above minus that of those which belong there, without its cancellation.
-    return (wrong - weight * right / right_weight) / above, weight
-
-
-def _missorted(scores, quality, sorting, delta):
-    """What each positive of lower quality is pushed down by: ``sum_i c_i H(s_k - s_i)`` over ``y_i > y_k``."""
-    return _sums_by_quality(-scores, -quality, delta, sorting[None])[0][0]
-
-
 def rank_sort_errors(pred: Tensor, target: Tensor, *, delta: float = 0.5) -> tuple[Tensor, Tensor]:
     """The ranking and the sorting error of every positive, as constants: the two parts of :func:`rank_sort_loss`."""
     ranking = _Ranking.of(pred, target, delta)
@@ -353,7 +314,10 @@ def _rank_sort(ranking, target, delta):
     above, outranked = ranking.above(delta), ranking.outranked(delta)
     rank = above + outranked
     ranked = outranked / rank
-    sorted_, weight = _sorting_errors(ranking.scores, quality, above, delta)
+    terms = torch.stack([torch.ones_like(quality), 1 - quality])
+    (weight, wrong), (right_weight, right) = _sums_by_quality(ranking.scores, quality, delta, terms)
+    # The mean badness of all above minus that of those which belong there, without its cancellation.
+    sorted_ = (wrong - weight * right / right_weight) / above
     missorted = weight > RANK_SORT_EPS
     misranked = outranked > RANK_SORT_EPS
     own = torch.where(misranked, ranked, 0.0) + torch.where(missorted, sorted_, 0.0)
@@ -368,13 +332,7 @@ def rank_sort_loss(pred: Tensor, target: Tensor, *, delta: NonNegative = 0.5) ->
     ranking error is ``b_i / (r_i + b_i)``. The sorting error is the mean of ``1 - y_k`` over the positives above i less
     that over those of them with ``y_k >= y_i``, both weighted by ``H(s_k - s_i)``.
 
-    Args:
-        pred: logits, any shape.
-        target: same shape; above 0 the IoU ``y`` of a positive, 0 negative, below 0 ignored.
-        delta: half the width of the step; 0 is the hard step ``s_k >= s_i``, where a positive counts itself whole.
-
-    Returns:
-        One loss a positive, ``(P,)``.
+    A target above 0 is the IoU ``y``. With ``delta=0``, the hard step ``s_k >= s_i``, a positive counts itself whole.
 
     >>> logits, target = torch.tensor([0.0, 0.0, 3.0]), torch.tensor([0.8, 0.0, 0.4])
     >>> rank_sort_loss(logits, target)  # 0.5 / (1.5 + 0.5) + (0.5 * 0.2 + 0.6) / 1.5 - 0.2; 0
@@ -389,14 +347,9 @@ def rank_sort_loss(pred: Tensor, target: Tensor, *, delta: NonNegative = 0.5) ->
 
 
 @MODELS.register_module()
-class RankSortLoss(
-    RankingLoss, fn=rank_sort_loss, paper="https://arxiv.org/abs/2107.11669", bounds=(0.0, 2.0), true_gradient=False
-):
+class RankSortLoss(RankingLoss, fn=rank_sort_loss, paper=ARXIV + "2107.11669", bounds=(0.0, 2.0), true_gradient=False):
     """Oksuz et al., Rank & Sort Loss for Object Detection and Instance Segmentation, 2021.
 
     The IoU of each positive is a soft target or the quality of a ``(label, quality)`` tuple; hard targets leave the
     ranking error alone. The value is the sum of the authors' two; :func:`rank_sort_errors` gives them apart.
-
-    Args:
-        delta: half the width of the step, in logits; 0 for a hard step.
     """
