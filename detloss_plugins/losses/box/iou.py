@@ -179,7 +179,10 @@ class EfficientIoULoss(
     bounds=(0.0, 4.0),
     upstream=(Upstream(MMDET + "EIoULoss", differs=_EXTENDED),),
 ):
-    """Zhang et al., Focal and Efficient IOU Loss, 2021 (EIoU)."""
+    """Zhang et al., Focal and Efficient IOU Loss, 2021 (EIoU).
+
+    mmdet's EIoULoss is another loss, Extended-IoU.
+    """
 
 
 EIoULoss = EfficientIoULoss
