@@ -222,7 +222,7 @@ DATA = "train: images\nval: images\nnames: [a]\n"
         (["inside.yaml"], "inside.yaml has the key type twice, in line 1 and in line 1."),
         (["resume=."], "There is no checkpoint weights/last.pt to resume."),
         (["list.yaml"], "list.yaml must hold a dict, such as {cls: {type: VarifocalLoss}}"),
-        (["null.yaml"], "A loss is configured by a dict"),
+        (["null.yaml"], "cls needs a dict such as {type: NAME}, not None"),
         (["cls.gamma=[1"], "cls.gamma=[1 is no YAML"),
         (["cls.loss_weight=null"], "loss_weight of AdaptiveThresholdFocalLoss must be"),
         (["cls.detach_gamma={a: 1}"], "detach_gamma of AdaptiveThresholdFocalLoss must be"),
