@@ -183,6 +183,12 @@ def test_the_schedule_follows_the_number_of_epochs():
         _mmdet.scale_schedule(ConfigDict(stock, train_cfg={"max_epochs": "abc"}), stock)
 
 
+@pytest.mark.parametrize("config", ["qfl", ATSS])
+def test_digits_that_cannot_be_written(config, capsys, monkeypatch):
+    monkeypatch.setenv("DETLOSS_PLUGINS_CACHE", "/dev/null/cache")
+    assert "set DETLOSS_PLUGINS_CACHE to another folder" in refused(capsys, config, status=2)
+
+
 class Refusing:
     """A Runner in whose training torch refuses to load a checkpoint, as 2.6 and newer do with mmengine 0.10.7."""
 
