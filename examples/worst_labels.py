@@ -8,7 +8,6 @@ a label costs is taken over its weight in the batch, as nothing fits a box in th
 
 import argparse
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
@@ -16,8 +15,6 @@ import torch
 from ultralytics import YOLO
 
 from detloss_plugins.adapters.ultralytics import make_trainer, per_image
-
-sys.path.append(str(Path(__file__).parents[1] / "tools"))
 from detloss_plugins.testing.digits import DIGITS_ARGS, build_digits
 
 LOSSES = {"cls": {"type": "BinaryCrossEntropyLoss"}, "box": {"type": "CIoULoss"}}

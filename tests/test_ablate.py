@@ -765,6 +765,19 @@ def test_a_training_that_fails_is_in_the_report(tmp_path):
     assert Path(tmp_path / "study" / "report.html").exists()
 
 
+def test_why_a_task_on_ray_came_to_nothing_is_what_it_raised(tmp_path, monkeypatch):
+    ray = pytest.importorskip("ray", reason="ray is not installed: pip install 'detloss_plugins[ray]'")
+    from detloss_plugins.ablation.cluster import note_lost
+
+    def get(done):
+        """As ``ray.get`` raises where the study's folder is not there on the task's node."""
+        raise ray.exceptions.RayTaskError("train_there", "x", FileNotFoundError("no runs/a")).as_instanceof_cause()
+
+    monkeypatch.setattr(ray, "get", get)
+    note_lost(tmp_path, None)
+    assert (tmp_path / "error.txt").read_text(encoding="utf-8") == "FileNotFoundError: no runs/a\n"
+
+
 @pytest.mark.slow
 def test_a_node_of_a_ray_cluster_is_killed(tmp_path):
     """Two nodes with a core each; what the lost one trained goes on from its checkpoint on the other."""

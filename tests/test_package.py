@@ -121,7 +121,7 @@ from importlib.machinery import PathFinder
 class Hiding(PathFinder):
     @classmethod
     def find_spec(cls, name, path=None, target=None):
-        hidden = {"mmdet", "mmcv", "mmrotate", "ultralytics", "torchvision", "sklearn", "scipy"}
+        hidden = {"mmdet", "mmcv", "mmrotate", "ultralytics", "torchvision", "sklearn", "scipy", "pycocotools"}
         return None if name in hidden else super().find_spec(name, path, target)
 
 sys.meta_path[sys.meta_path.index(PathFinder)] = Hiding
@@ -146,8 +146,11 @@ def test_the_command_works_with_torch_and_mmengine_only(installed, tmp_path):
     assert detloss("check", "CIoULoss").endswith("nothing is amiss")
     assert f"{len(registered_losses())} losses" in detloss("check", "--report")
     ultralytics = "error: Ultralytics is not installed: pip install 'detloss_plugins[ultralytics]'."
-    assert detloss("train", status=1) == detloss("check", "qfl", status=1) == ultralytics
-    for words in (["train", "retinanet_r18_fpn_digits"], ["check", "retinanet_r18_fpn_digits"], ["compare"]):
+    for words in (["train"], ["check", "qfl"], ["ablate", "CIoULoss"]):
+        assert detloss(*words, status=1) == ultralytics
+    config = "retinanet_r18_fpn_digits"
+    with_config = (["train", config], ["check", config], ["calibrate", config], ["ablate", "GHMC", "--model", config])
+    for words in (*with_config, ["compare"]):
         assert detloss(*words, status=1).startswith("error: MMDetection is not installed: pip install ")
 
 

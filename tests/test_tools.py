@@ -183,6 +183,12 @@ def test_the_schedule_follows_the_number_of_epochs():
         _mmdet.scale_schedule(ConfigDict(stock, train_cfg={"max_epochs": "abc"}), stock)
 
 
+@pytest.mark.parametrize("config", ["qfl", ATSS])
+def test_digits_that_cannot_be_written(config, capsys, monkeypatch):
+    monkeypatch.setenv("DETLOSS_PLUGINS_CACHE", "/dev/null/cache")
+    assert "set DETLOSS_PLUGINS_CACHE to another folder" in refused(capsys, config, status=2)
+
+
 class Refusing:
     """A Runner in whose training torch refuses to load a checkpoint, as 2.6 and newer do with mmengine 0.10.7."""
 
@@ -222,7 +228,7 @@ DATA = "train: images\nval: images\nnames: [a]\n"
         (["inside.yaml"], "inside.yaml has the key type twice, in line 1 and in line 1."),
         (["resume=."], "There is no checkpoint weights/last.pt to resume."),
         (["list.yaml"], "list.yaml must hold a dict, such as {cls: {type: VarifocalLoss}}"),
-        (["null.yaml"], "A loss is configured by a dict"),
+        (["null.yaml"], "cls needs a dict such as {type: NAME}, not None"),
         (["cls.gamma=[1"], "cls.gamma=[1 is no YAML"),
         (["cls.loss_weight=null"], "loss_weight of AdaptiveThresholdFocalLoss must be"),
         (["cls.detach_gamma={a: 1}"], "detach_gamma of AdaptiveThresholdFocalLoss must be"),

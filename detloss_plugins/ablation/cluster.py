@@ -12,6 +12,7 @@ from pathlib import Path
 
 from detloss_plugins.ablation.grid import Run
 from detloss_plugins.ablation.study import POLL, RESUME_AFTER, Study, note_end, start
+from detloss_plugins.ablation.worker import last_line
 
 RETRIES = 10
 
@@ -69,4 +70,5 @@ def note_lost(folder: Path, done) -> None:
     try:
         ray.get(done)
     except ray.exceptions.RayError as error:
-        (folder / "error.txt").write_text(f"{type(error).__name__}: {str(error).splitlines()[0]}\n", encoding="utf-8")
+        # What the task itself raised, if it was that: in Ray's own words the reason comes last.
+        (folder / "error.txt").write_text(last_line(getattr(error, "cause", error)) + "\n", encoding="utf-8")

@@ -117,8 +117,10 @@ def check_model(model: str, losses: Mapping) -> dict:
     Raises:
         ValueError, TypeError: if there is no such config, or a loss does not suit it.
     """
+    from detloss_plugins.cli._common import UsageError, require
+
+    require("mmdet")
     from detloss_plugins.adapters.mmdetection.check import check_config
-    from detloss_plugins.cli._common import UsageError
     from detloss_plugins.cli._mmdet import read_config
 
     resolved = {}

@@ -158,7 +158,11 @@ def provide_data(cfg, folder):
 
     if folder is not None:
         point_at(cfg, folder)
-    elif Path(cfg.get("data_root", "")) == digits_dir():
-        build_digits()
-    elif Path(cfg.get("data_root", "")) == digits_dir("obb"):
-        build_dota()
+        return
+    try:
+        if Path(cfg.get("data_root", "")) == digits_dir():
+            build_digits()
+        elif Path(cfg.get("data_root", "")) == digits_dir("obb"):
+            build_dota()
+    except ValueError as error:  # nothing can be written there
+        raise UsageError(error) from error

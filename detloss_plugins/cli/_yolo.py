@@ -140,13 +140,12 @@ def yolo_data(data, task):
     from detloss_plugins.ablation.data import yaml_in
     from detloss_plugins.testing.digits import DIGITS_ARGS, build_digits, cache_folder, digits_dir
 
-    if data is None or data == digits_dir():
-        return build_digits("detect" if task == "rtdetr" else task) / "digits.yaml", DIGITS_ARGS
     if isinstance(data, str):
         return data, {}
-    if data.is_dir():
-        with as_usage_error(ValueError):
-            data = yaml_in(data)
+    with as_usage_error(ValueError):
+        if data is None or data == digits_dir():
+            return build_digits("detect" if task == "rtdetr" else task) / "digits.yaml", DIGITS_ARGS
+        data = yaml_in(data) if data.is_dir() else data
     of_digits = data.name == "digits.yaml" and data.resolve().parents[1] == cache_folder().resolve()  # their scenarios
     return data, DIGITS_ARGS if of_digits else {}
 

@@ -95,8 +95,8 @@ def prepare(words, options, out):
     if not grid["losses"]:
         raise ValueError("Give at least one loss beside the stock ones, such as VarifocalLoss.")
     check_folder(out)
+    runs, study = plan(**grid), Study(out)  # says first if the framework is missing, whose extra has the rest
     require("pycocotools")
-    runs, study = plan(**grid), Study(out)
     study.add(runs)
     return study, runs
 

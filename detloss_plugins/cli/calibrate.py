@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from detloss_plugins.cli._common import UsageError, as_usage_error, check_file, data_option
+from detloss_plugins.cli._common import UsageError, as_usage_error, check_file, data_option, require
 from detloss_plugins.configs import path_of
 
 MODEL = "yolov8n.yaml"
@@ -161,6 +161,7 @@ def of_yolo(losses, slots, model, data, steps, args, verified):
 
 def of_mmdet(config, losses, slots, data, steps, overrides):
     """Suggestions for a config of MMDetection."""
+    require("mmdet")
     from detloss_plugins.ablation.mmdetection import SLOTS
     from detloss_plugins.cli._coco import provide_data
     from detloss_plugins.cli._mmdet import import_mmdet, parsed, read_config, refuse

@@ -404,7 +404,7 @@ def test_third_slot_suits_the_head():
             ValueError,
             'leave reduction="sum" out of FocalLoss',
         ),
-        ({"box": "GIoULoss"}, TypeError, "'type'"),
+        ({"box": "GIoULoss"}, TypeError, "box needs a dict .*, not 'GIoULoss'; left out, it keeps"),
         ("nothing.yaml", FileNotFoundError, "^there is no nothing.yaml$"),
     ],
 )

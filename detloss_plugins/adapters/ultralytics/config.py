@@ -266,6 +266,8 @@ def _with_lists(cfg):
 
 
 def _checked(task, slot, cfg, auto):
+    if not isinstance(cfg, Mapping) or "type" not in cfg:
+        raise TypeError(f"{slot} needs a dict such as {{type: NAME}}, not {cfg!r}; left out, it keeps the stock loss.")
     cfg = filled(cfg, image_size="batch")
     loss = build_loss(_weighed(cfg) if auto else cfg)  # raises for an unknown loss or hyper-parameter
     if isinstance(loss, ScheduledLoss):
