@@ -68,8 +68,7 @@ def weighted_sum(call: Call) -> Tensor:
     """The call's :meth:`~Call.total`; ``pred`` and what is shared get their gradients by chunks or a kernel."""
     learned = call.learned() if torch.is_grad_enabled() else ()
     others = any(i < len(call.rows) for i in learned[1:]) or (learned and learned[0] > 0)
-    lost = any(is_dual(x) for i, x in enumerate((*call.rows, *call.shared)) if i not in learned)
-    if not call.row_wise or is_compiling() or others or lost:
+    if not call.row_wise or is_compiling() or others or any(map(_is_transformed, (*call.rows, *call.shared))):
         return call.total()
     # 0 and 1 rows would be compiled for themselves.
     if call.kernel and len(call.rows[0]) > 1 and (value := _by_kernel(call, learned)) is not None:
@@ -81,11 +80,12 @@ def weighted_sum(call: Call) -> Tensor:
     return torch.stack([chunk.total() for _, chunk in call.chunks()]).sum()
 
 
-def is_dual(x: Tensor) -> bool:
-    """Whether a tensor has a derivative in forward mode, which needs no grad mode."""
+def _is_transformed(x: Tensor) -> bool:
+    """Whether a tensor is one of a transform of ``torch.func``, or has a derivative in forward mode."""
     try:
+        x.data_ptr()  # which a tensor of a transform has not
         return forward_ad.unpack_dual(x).tangent is not None
-    except RuntimeError:  # in a torch.vmap in forward mode
+    except RuntimeError:
         return True
 
 
@@ -122,36 +122,26 @@ class _GradientInForward(torch.autograd.Function):
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)  # there would be one of zeros beside each
         ctx.save_for_backward(*output[1:], *flat)
-        ctx.save_for_forward(*output[1:], *flat)
 
     @staticmethod
-    def gradients(ctx, outer):
+    def backward(ctx, outer, *_):
         saved = ctx.saved_tensors  # once in a backward, as torch.utils.checkpoint wants it
         found, flat = saved[: len(ctx.learned)], saved[len(ctx.learned) :]
-        if not torch.is_grad_enabled():
-            return [_times(x, outer, flat[i].dtype) for i, x in zip(ctx.learned, found, strict=True)]
 
         def total(*given):
             given = dict(zip(ctx.learned, given, strict=True))
             return ctx.call.filled([given.get(i, x) for i, x in enumerate(flat)]).total()
 
-        return torch.func.vjp(total, *(flat[i] for i in ctx.learned))[1](outer)
+        if torch.is_grad_enabled():
+            found = torch.func.vjp(total, *(flat[i] for i in ctx.learned))[1](outer)
+        else:
+            found = (_times(x, outer, flat[i].dtype) for i, x in zip(ctx.learned, found, strict=True))
+        found = dict(zip(ctx.learned, found, strict=True))
+        return None, None, None, *(found.get(i) for i in range(len(flat)))
 
     @staticmethod
-    def backward(ctx, outer, *_):
-        found = dict(zip(ctx.learned, _GradientInForward.gradients(ctx, outer), strict=True))
-        return None, None, None, *(found.get(i) for i in range(len(ctx.needs_input_grad) - 3))
-
-    @staticmethod
-    def jvp(ctx, *tangents):
-        found = _GradientInForward.gradients(ctx, float32(ctx.saved_tensors[len(ctx.learned)].new_ones(())))
-        moved = ((x, tangents[3 + i]) for i, x in zip(ctx.learned, found, strict=True))
-        return sum((x * tangent).sum() for x, tangent in moved if tangent is not None), *[None] * len(found)
-
-    @staticmethod
-    def vmap(info, in_dims, way, call, learned, *flat):
-        value = torch.vmap(lambda *flat: call.filled(flat).total(), in_dims[3:])(*flat)
-        return (value, *[value.detach()] * len(learned)), (0,) * (1 + len(learned))
+    def vmap(info, in_dims, *inputs):  # of tensors that it knows nothing of; others do not come here
+        return _GradientInForward.apply(*inputs), (None,) * (1 + len(inputs[2]))
 
 
 def _times(gradient: Tensor, outer: Tensor, dtype: torch.dtype) -> Tensor:

@@ -175,6 +175,14 @@ def test_transforms(rows, compiled, device, request):
         close(torch.autograd.forward_ad.unpack_dual(value(dual)).tangent, (slope * direction).sum())
 
 
+def test_a_loss_in_a_transform_of_something_else(device):
+    pred, target = many(device)
+    loss, value = FocalLoss(), plain(FocalLoss(), pred.detach(), target)[0]
+    ones = torch.ones(2, device=device, dtype=value.dtype)
+    close(torch.vmap(lambda x: x * loss(pred, target))(ones)[1], value)
+    close(torch.func.grad(lambda x: x * loss(pred, target))(ones[0]), value)
+
+
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
 @pytest.mark.parametrize("kind", [QualityFocalLoss, AdaptiveThresholdFocalLoss])
 def test_forward_mode_of_pred_and_target(kind, compiled, device, request):
