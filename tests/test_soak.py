@@ -42,7 +42,7 @@ def test_a_case_again(capsys):
     assert capsys.readouterr().out == "1 cases of 1 losses on " + ", ".join(soak.devices()) + ": 0 failed\n"
 
 
-@pytest.mark.parametrize("method", ["normalized", "weigh"])
+@pytest.mark.parametrize("method", ["summed", "weigh"])
 def test_a_wrong_loss_is_found(method, monkeypatch, capsys):
     right = getattr(Loss, method)
     monkeypatch.setattr(Loss, method, lambda self, *args: 1.001 * right(self, *args))

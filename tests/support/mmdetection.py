@@ -6,6 +6,7 @@ import inspect
 import json
 import re
 import sys
+import uuid
 from pathlib import Path
 
 import mmdet.models
@@ -197,7 +198,9 @@ def run(work_dir, hook, **options):
     cfg = small(DIGITS)
     cfg.merge_from_dict({"train_cfg.max_epochs": 2, "train_dataloader.batch_size": 4})
     cfg.merge_from_dict({"train_dataloader.dataset.indices": 8, "val_dataloader.dataset.indices": 4})
-    runner = Runner.from_cfg(Config({**cfg, **options, "work_dir": str(work_dir)}))
+    # mmengine knows runs by their second, and two in one would share what they have noted.
+    name = {"work_dir": str(work_dir), "experiment_name": uuid.uuid4().hex}
+    runner = Runner.from_cfg(Config({**cfg, **options, **name}))
     runner.register_hook(hook)
     try:
         runner.train()
