@@ -5,7 +5,6 @@ row's gradient is worked out along with its value. The engine differentiates pur
 """
 
 import inspect
-import types
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import NamedTuple
@@ -15,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import disable_saved_tensors_hooks
 
-from detloss_plugins.precision import float32, is_compiling, is_large, rows_in_chunk
+from detloss_plugins.precision import float32, is_compiling, is_large, rows_in_chunk, uncompiled, with_own_code
 from detloss_plugins.reduction import times
 
 
@@ -166,10 +165,11 @@ def _by_kernel(call: Call, learned: tuple[int, ...]) -> Tensor | None:
         return None
 
     def run(call, learned):
-        place = key, len(call.rows), learned, call.rows[0].device.type == "cpu" and not _is_narrow(call.rows[0])
-        kernel = _kernels.get(place) or _kernels.setdefault(place, _compile(make(), *place[2:]))
+        one_loop = call.rows[0].device.type == "cpu" and not _is_narrow(call.rows[0])
+        place = key, len(call.rows), learned, one_loop
+        kernel = _kernels.get(place) or _kernels.setdefault(place, _compile(make(), learned, one_loop))
         flat = [_contiguous(x.detach()) for x in (*call.rows, *call.shared)]
-        sums, *found = kernel(_factor_of_rows(flat[0], call.factor, place[-1]), *flat)
+        sums, *found = kernel(_factor_of_rows(flat[0], call.factor, one_loop), *flat)
         return sums.sum(), *found[:1], *(x.sum() for x in found[1:])
 
     try:
@@ -181,9 +181,7 @@ def _by_kernel(call: Call, learned: tuple[int, ...]) -> Tensor | None:
         with torch.no_grad():
             call.of_each_chunk()  # if the arguments are at fault, this says it
         _failed.add(key)
-        reason = next((line for line in str(error).splitlines() if line.strip() and not line.endswith("raised:")), "")
-        told = f"{name} runs uncompiled: torch.compile failed with {type(error).__name__}: {reason.strip()}"
-        warnings.warn(told, stacklevel=6)
+        warnings.warn(uncompiled(name, error), stacklevel=6)
         return None
 
 
@@ -246,9 +244,8 @@ def _compile(function: Callable[..., Tensor], learned: tuple[int, ...], one_loop
     def kernel(*flat):
         return plain(*flat)
 
-    # It has room for few graphs by code object, which all kernels would share: a copy has its own.
-    own = types.FunctionType(kernel.__code__.replace(), globals(), kernel.__name__, None, kernel.__closure__)
     # It is to use threads whatever the size of the first call; and on a CPU to work out again what value and gradient
     # share, not keep it between two loops. Of boxes, and through a GPU's cat, each operator doubles that, for ever.
     limits = {f"realize_{what}_threshold": 500 for what in ("opcount", "reads", "acc_reads") if learned and one_loop}
+    own = with_own_code(kernel)
     return torch.compile(own, dynamic=True, fullgraph=True, options={"cpp.min_chunk_size": 1, **limits})

@@ -3,8 +3,10 @@
 import contextlib
 import functools
 import os
+import types
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,6 +58,19 @@ def can_compile() -> bool:
 
 # Whether a model that holds the loss is being compiled; torch before 2.3 does not tell.
 is_compiling = getattr(torch.compiler, "is_compiling", lambda: False)
+
+
+def with_own_code(function: Any) -> types.FunctionType:
+    """A copy to compile: the compiler has room for few graphs by code object, which closures of one place share."""
+    code, name = function.__code__.replace(), function.__name__
+    return types.FunctionType(code, function.__globals__, name, None, function.__closure__)
+
+
+def uncompiled(name: str, error: Exception) -> str:
+    """The warning that something runs uncompiled, by what the compiler raised."""
+    lines = (line.strip() for line in str(error).splitlines())
+    reason = next((line for line in lines if line and not line.endswith("raised:")), "")
+    return f"{name} runs uncompiled: torch.compile failed with {type(error).__name__}: {reason}"
 
 
 def outside_graph(function: Callable) -> Callable:

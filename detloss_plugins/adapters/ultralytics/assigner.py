@@ -6,7 +6,6 @@ and hardly for arithmetic. So nothing here has a shape that depends on the data,
 
 import copy
 import functools
-import types
 import warnings
 from typing import NamedTuple
 
@@ -16,7 +15,7 @@ from ultralytics.utils.tal import TaskAlignedAssigner, make_anchors
 
 from detloss_plugins.adapters.ultralytics import compat
 from detloss_plugins.loss import Loss
-from detloss_plugins.precision import float32, without_autocast
+from detloss_plugins.precision import float32, uncompiled, with_own_code, without_autocast
 
 _compiled = {}  # what is equal for equal functions -> their compiled form, for the whole process
 _failed = set()
@@ -38,16 +37,11 @@ def compiled(function, name, key):
         except Exception as error:
             found = function(*args)  # if the arguments are at fault, this says it
             _failed.add(key)
-            lines = str(error).strip().splitlines()
-            reason = next((line.strip() for line in lines if line.strip() and not line.endswith("raised:")), "")
-            told = f"{name} runs uncompiled: torch.compile failed with {type(error).__name__}: {reason}"
-            warnings.warn(told, stacklevel=2)
+            warnings.warn(uncompiled(name, error), stacklevel=2)
             return found
 
     if key not in _compiled:
-        # The compiler has room for few graphs by code object: a copy has its own.
-        own = types.FunctionType(run.__code__.replace(), globals(), run.__name__, None, run.__closure__)
-        _compiled[key] = torch.compile(own, dynamic=True, fullgraph=True)
+        _compiled[key] = torch.compile(with_own_code(run), dynamic=True, fullgraph=True)
     return tried
 
 
